@@ -1,0 +1,67 @@
+"""Training checkpoints: complete or absent, newest found by step, older ones deleted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+STATE_FILE = "progress.json"
+
+
+@dataclass
+class Progress:
+    """Where a run stands: optimiser `step`, `epoch`, batches done in it, best validation so far, skip counts."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    best: float | None = None
+    best_step: int | None = None
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, *, keep: int) -> Path:
+    """Write `folder/step-N` and delete all but the newest `keep`; a killed process leaves only a `.partial` folder."""
+    final = folder / f"step-{progress.step:08d}"
+    partial = final.with_suffix(".partial")
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    if accelerator.is_main_process:
+        (partial / STATE_FILE).write_text(json.dumps(asdict(progress)))
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        for old in _all(folder)[: -max(1, keep)]:
+            shutil.rmtree(old, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    return final
+
+
+def load_checkpoint(accelerator: Accelerator, folder: Path) -> Progress | None:
+    """Restore the newest complete checkpoint into what `accelerator` has prepared; None when there is none."""
+    found = _all(folder)
+    if not found:
+        return None
+    accelerator.load_state(str(found[-1]))
+    state: dict[str, Any] = json.loads((found[-1] / STATE_FILE).read_text())
+    return Progress(**state)
+
+
+def _all(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("step-*") if (p / STATE_FILE).is_file() and p.suffix != ".partial")
+
+
+def move_aside(folder: Path) -> Path | None:
+    """Rename a folder that holds something to the first free `NAME.1`, `NAME.2`, ...; None if there was nothing."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return None
+    number = 1
+    while folder.with_name(f"{folder.name}.{number}").exists():
+        number += 1
+    return folder.rename(folder.with_name(f"{folder.name}.{number}"))

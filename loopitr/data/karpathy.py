@@ -1,0 +1,105 @@
+"""Annotation files of the retrieval literature: Karpathy's JSON (COCO, Flickr30k, Flickr8k) and ALBEF's JSON lists."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .files import PROBED, Row, check_images_exist, group_rows, image_folder, read_json
+from .records import DataError, LoadReport, Record, clean_captions
+
+
+def load_karpathy(path: str | Path, images: str | Path, split: str, report: LoadReport) -> list[Record]:
+    """`images[].{filename, filepath?, split, imgid | cocoid, sentences[].raw}` + an image folder -> records of `split`.
+
+    Split "train" includes "restval" where the file has it (COCO), as is usual; ask for "restval" to get it alone.
+    Images lie in `images/filepath/filename`, or in `images/filename` when the folder is flat. An image listed twice is
+    one record with all captions.
+    """
+    content = read_json(path)
+    entries = content.get("images") if isinstance(content, dict) else None
+    if not isinstance(entries, list):
+        hint = "; a JSON list of image-caption pairs is read by --data.albef" if isinstance(content, list) else ""
+        raise DataError(f"{path}: not in Karpathy's format, it has no list 'images'{hint}")
+    for position, entry in enumerate(entries):
+        if not isinstance(entry, dict) or not isinstance(entry.get("filename"), str) or "split" not in entry:
+            raise DataError(f"{path}: images[{position}] needs 'filename' and 'split'")
+    splits = sorted({str(entry["split"]) for entry in entries})
+    wanted = {split, "restval"} if split == "train" else {split}
+    if split not in splits:
+        raise DataError(f"{path}: no split {split!r}; it has {', '.join(splits) or 'none'}")
+    folder = image_folder(images)
+    id_field = next((name for name in ("imgid", "cocoid") if _identifies(entries, name)), None)
+    chosen = [(position, entry) for position, entry in enumerate(entries) if str(entry["split"]) in wanted]
+    nested = _is_nested(folder, [entry for _, entry in chosen[:PROBED]], path)
+
+    merged: dict[str, Record] = {}
+    for position, entry in chosen:
+        name = _relative(entry)
+        captions = clean_captions(_sentences(entry, name), name, report)
+        first = merged.get(name)
+        merged[name] = Record(
+            image=folder / (name if nested else entry["filename"]),
+            captions=captions if first is None else first.captions + captions,
+            identity=first.identity if first else position if id_field is None else entry[id_field],
+            name=name,
+            split=split,
+        )
+    records = []
+    for record in merged.values():
+        if record.captions:
+            report.add(len(record.captions))
+            records.append(record)
+        else:
+            report.skip("no captions", record.name)
+    if not records:
+        raise DataError(f"{path}: no image with a caption in split {split!r} ({report.summary()})")
+    return records
+
+
+def load_albef(path: str | Path, images: str | Path | None, report: LoadReport,
+               split: str | None = None) -> list[Record]:
+    """ALBEF's list of {"image", "caption": str | list[str], "image_id"?}, grouped by image; it has no splits.
+
+    Relative paths start at `images`, or at the folder of the file. Rows that share an `image_id` share an identity.
+    """
+    content = read_json(path)
+    if not isinstance(content, list):
+        hint = "; Karpathy's format is read by --data.karpathy" if isinstance(content, dict) else ""
+        raise DataError(f"{path}: not in ALBEF's format, a list of {{'image', 'caption'}} is wanted{hint}")
+    rows = []
+    for position, entry in enumerate(content):
+        if not isinstance(entry, dict) or not isinstance(entry.get("image"), str) or "caption" not in entry:
+            raise DataError(f"{path}: item {position} needs 'image' and 'caption'")
+        image_id = entry.get("image_id")
+        identity = ("path", entry["image"]) if image_id is None else ("id", str(image_id))
+        rows.append(Row(image=entry["image"], captions=entry["caption"], identity=identity))
+    return group_rows(rows, source=path, images=images, split=split, report=report)
+
+
+def _identifies(entries: list[dict[str, Any]], name: str) -> bool:
+    """Whether a field gives every image its own integer (a file listed twice may repeat it)."""
+    values = [entry.get(name) for entry in entries]
+    if not all(isinstance(value, int) for value in values):
+        return False
+    return len(set(values)) == len({_relative(entry) for entry in entries})
+
+
+def _relative(entry: dict[str, Any]) -> str:
+    return (Path(entry.get("filepath") or "") / entry["filename"]).as_posix()
+
+
+def _is_nested(folder: Path, entries: list[dict[str, Any]], path: str | Path) -> bool:
+    nested = [folder / _relative(entry) for entry in entries]
+    flat = [folder / entry["filename"] for entry in entries]
+    if not any(image.is_file() for image in nested) and any(image.is_file() for image in flat):
+        return False
+    check_images_exist(nested, path)
+    return True
+
+
+def _sentences(entry: dict[str, Any], name: str) -> list[str | None]:
+    sentences = entry.get("sentences") or []
+    if not isinstance(sentences, list):
+        raise DataError(f"{name}: 'sentences' must be a list, got {type(sentences).__name__}")
+    return [sentence.get("raw") if isinstance(sentence, dict) else sentence for sentence in sentences]

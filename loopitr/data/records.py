@@ -1,0 +1,156 @@
+"""The one record type that every source yields, and the account of what was skipped on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, overload
+
+from PIL import Image
+
+
+class DataError(ValueError):
+    """Something about the user's data that one line can explain; recipes print it without a traceback."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One image with all of its captions. `name` is what logs call it (file name, key or row)."""
+
+    image: str | Path | bytes | Image.Image
+    captions: tuple[str, ...]
+    identity: int
+    name: str
+    split: str | None = None
+
+
+class LazyRecords(Sequence[Record]):
+    """A sequence whose images are made or read on access; its words, names and identities come without them."""
+
+    @abstractmethod
+    def read(self, index: int) -> Record:
+        """The record at `index`, which is in range."""
+
+    @abstractmethod
+    def captions(self, index: int) -> tuple[str, ...]: ...
+
+    @abstractmethod
+    def identity(self, index: int) -> int: ...
+
+    @abstractmethod
+    def name(self, index: int) -> str: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Distinguishes sources whose records have the same names; empty where names say enough."""
+        return ""
+
+    def caption_count(self, index: int) -> int:
+        return len(self.captions(index))
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Record]: ...
+
+    def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
+        if isinstance(index, slice):
+            return [self.read(i) for i in range(*index.indices(len(self)))]
+        position = operator.index(index)
+        position += len(self) if position < 0 else 0
+        if not 0 <= position < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        return self.read(position)
+
+
+def captions_of(records: Sequence[Record], index: int) -> tuple[str, ...]:
+    """Captions of one record, without its image where the source allows that."""
+    return records.captions(index) if isinstance(records, LazyRecords) else records[index].captions
+
+
+def caption_count(records: Sequence[Record], index: int) -> int:
+    return records.caption_count(index) if isinstance(records, LazyRecords) else len(records[index].captions)
+
+
+def identity_of(records: Sequence[Record], index: int) -> int:
+    return records.identity(index) if isinstance(records, LazyRecords) else records[index].identity
+
+
+def name_of(records: Sequence[Record], index: int) -> str:
+    return records.name(index) if isinstance(records, LazyRecords) else records[index].name
+
+
+@dataclass
+class LoadReport:
+    """What was read and what was skipped: counts by reason, and the first few names of each."""
+
+    images: int = 0
+    captions: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    names: dict[str, list[str]] = field(default_factory=dict)
+    max_names: int = 5
+
+    @property
+    def skipped(self) -> int:
+        return sum(self.counts.values())
+
+    def add(self, captions: int) -> None:
+        """Count one image that was kept, with its number of captions."""
+        self.images += 1
+        self.captions += captions
+
+    def skip(self, reason: str, name: str) -> None:
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        names = self.names.setdefault(reason, [])
+        if len(names) < self.max_names and name not in names:
+            names.append(name)
+
+    def merge_skips(self, other: LoadReport, name: str) -> None:
+        """Count the skips of `other` here, all under one name."""
+        for reason, count in other.counts.items():
+            for _ in range(count):
+                self.skip(reason, name)
+
+    def summary(self) -> str:
+        parts = []
+        for reason, count in self.counts.items():
+            names = self.names[reason]
+            parts.append(f"{count} x {reason} ({', '.join(names)}{', ...' if count > len(names) else ''})")
+        skipped = "nothing skipped" if not parts else "skipped " + "; ".join(parts)
+        return f"{self.images} images, {self.captions} captions; {skipped}"
+
+    def check(self, max_fraction: float, *, seen: int | None = None) -> None:
+        """Raise once more than `max_fraction` of what was seen (default: captions read and skipped) was skipped."""
+        total = max(self.captions + self.skipped if seen is None else seen, 1)
+        if self.skipped > max_fraction * total:
+            raise DataError(f"{self.skipped} of {total} items were skipped, more than the allowed fraction "
+                            f"{max_fraction}: {self.summary()}")
+
+
+def clean_captions(value: Any, name: str, report: LoadReport) -> tuple[str, ...]:
+    """One string or a list of strings -> captions with single spaces; blank ones are skipped and counted."""
+    values = [] if value is None else [value] if isinstance(value, str) else value
+    # a string is a sequence of strings too: it is wrapped above, never iterated
+    if not isinstance(values, (list, tuple)):
+        raise DataError(f"{name}: a caption must be text or a list of texts, got {type(value).__name__}")
+    captions = []
+    for item in values:
+        if not isinstance(item, (str, type(None))):
+            raise DataError(f"{name}: a caption must be text, got {type(item).__name__}")
+        text = " ".join((item or "").split())
+        if text:
+            captions.append(text)
+        else:
+            report.skip("empty caption", name)
+    return tuple(captions)
+
+
+def stable_hash(value: str | bytes) -> int:
+    """Signed 64-bit hash that is the same in every process (Python's own is salted)."""
+    data = value.encode() if isinstance(value, str) else value
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big", signed=True)

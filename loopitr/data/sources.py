@@ -1,0 +1,149 @@
+"""The options that choose the data, and the one function that follows them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from .hub import HubRecords, HubStream, load_hub
+from .karpathy import load_albef, load_karpathy
+from .records import DataError, LoadReport, Record
+from .scenes import SPLITS, SceneRecords
+from .table import load_table, table_columns
+
+SOURCES = ("karpathy", "albef", "table", "hub")
+
+
+@dataclass
+class DataOptions:
+    """Where images and captions come from (one of karpathy, albef, table, hub; none: the built-in scenes) and how they
+    are read."""
+
+    karpathy: str | None = None
+    """Karpathy's JSON (COCO, Flickr30k, Flickr8k); needs `images`."""
+    albef: str | None = None
+    """JSON list of {"image", "caption"}; it has no splits, see `val_albef`."""
+    table: str | None = None
+    """CSV, TSV or JSON-lines file of image paths and captions; a column "split" is followed where there is one."""
+    hub: str | None = None
+    """Anything `datasets.load_dataset` takes: a hub id, a local folder, or a format (webdataset, parquet, ...)."""
+    hub_name: str | None = None
+    """Configuration name of the hub dataset."""
+    data_files: str | list[str] | dict[str, str] | None = None
+    """Files for `hub`, as a pattern, a list, or a pattern per split."""
+    streaming: bool = False
+    """Stream `hub` instead of preparing it on disk first."""
+    images: str | None = None
+    """Folder that relative image paths start from (albef, table: the folder of that file if not given)."""
+    image_column: str | None = None
+    """Column with the image (table: "image"; hub: guessed if it has a usual name)."""
+    caption_column: str | None = None
+    """Column with the captions, text or list; hub: may be dotted, as in json.captions."""
+    split: str = "train"
+    """Split to train on, or to evaluate in recipes/evaluate.py."""
+    val_split: str = "val"
+    """Split to validate on."""
+    val_albef: str | None = None
+    """Validation file beside `albef`."""
+    val_table: str | None = None
+    """Validation file beside `table`, read whole; not needed where `table` has a column "split"."""
+    scenes_train: int = 4000
+    """Images in the built-in training split."""
+    scenes_val: int = 500
+    """Images in each built-in held-out split, val and test (at most 880)."""
+    scenes_image_size: int = 64
+    """Side in pixels of built-in images."""
+    captions: Literal["one", "all"] = "one"
+    """Training examples per image: one caption drawn per visit, or all of them."""
+    crop_scale_min: float = 0.5
+    """Least area of a random training crop; 1 keeps the whole image."""
+    flip: bool = False
+    """Mirror training images at random; wrong where captions say left or right."""
+    randaugment: bool = False
+    """Two random colour-preserving distortions per training image."""
+    num_workers: int = 2
+    """DataLoader processes per rank."""
+    max_skipped_fraction: float = 0.05
+    """Stop when more than this fraction of captions or images had to be skipped."""
+    cache_tokens: str | None = None
+    """Folder for the image tokens of a frozen image backbone, computed once."""
+    limit: int | None = None
+    """Read only this many images of each split."""
+
+
+def load_records(options: DataOptions, split: str, report: LoadReport) -> Sequence[Record] | HubStream:
+    """Records of `split` from the source that `options` name.
+
+    `split` is usually `options.split` or `options.val_split`. ALBEF lists, and tables without a column "split", have no
+    splits: the file itself stands for `options.split`, and `val_albef` or `val_table` for `options.val_split`.
+    """
+    given = [name for name in SOURCES if getattr(options, name) is not None]
+    if len(given) > 1:
+        raise DataError(f"one data source is wanted, got {' and '.join(f'data.{name}' for name in given)}")
+    if options.limit is not None and options.limit < 1:
+        raise DataError(f"data.limit must be at least 1, got {options.limit}")
+    records = _LOADERS[given[0] if given else "scenes"](options, split, report)
+    if isinstance(records, HubStream):
+        return records if options.limit is None else records.take(options.limit)
+    report.check(options.max_skipped_fraction)
+    if options.limit is None or options.limit >= len(records):
+        return records
+    return records.take(options.limit) if isinstance(records, (HubRecords, SceneRecords)) else records[:options.limit]
+
+
+def _load_scenes(options: DataOptions, split: str, report: LoadReport) -> Sequence[Record]:
+    if split not in SPLITS:
+        raise DataError(f"scenes: no split {split!r}; it has {', '.join(SPLITS)}")
+    try:
+        records = SceneRecords(split, options.scenes_train if split == "train" else options.scenes_val,
+                               image_size=options.scenes_image_size)
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    report.images += len(records)
+    report.captions += sum(records.caption_count(index) for index in range(len(records)))
+    return records
+
+
+def _load_karpathy(options: DataOptions, split: str, report: LoadReport) -> Sequence[Record]:
+    if options.images is None:
+        raise DataError("data.karpathy needs data.images, the folder with the images")
+    return load_karpathy(str(options.karpathy), options.images, split, report)
+
+
+def _load_albef(options: DataOptions, split: str, report: LoadReport) -> Sequence[Record]:
+    path = str(options.albef)
+    if split != options.split:
+        path = _validation_path(options, split, "albef")
+    return load_albef(path, options.images, report, split=split)
+
+
+def _load_table(options: DataOptions, split: str, report: LoadReport) -> Sequence[Record]:
+    path, wanted = str(options.table), None
+    if split == options.val_split != options.split and options.val_table is not None:
+        path = options.val_table
+    elif "split" in table_columns(path):
+        wanted = split
+    elif split != options.split:
+        path = _validation_path(options, split, "table")
+    return load_table(path, options.images, report, image_column=options.image_column or "image",
+                      caption_column=options.caption_column or "caption", split=wanted)
+
+
+def _validation_path(options: DataOptions, split: str, source: str) -> str:
+    path = getattr(options, f"val_{source}")
+    if split != options.val_split or path is None:
+        column = ' (or a column "split")' if source == "table" else ""
+        raise DataError(f"data.{source} {getattr(options, source)} has no split {split!r}: give "
+                        f"data.val_{source}{column} for data.val_split={options.val_split!r}")
+    return path
+
+
+def _load_hub(options: DataOptions, split: str, report: LoadReport) -> Sequence[Record] | HubStream:
+    return load_hub(str(options.hub), split, report, image_column=options.image_column,
+                    caption_column=options.caption_column, name=options.hub_name, data_files=options.data_files,
+                    streaming=options.streaming)
+
+
+_LOADERS = {"scenes": _load_scenes, "karpathy": _load_karpathy, "albef": _load_albef, "table": _load_table,
+            "hub": _load_hub}

@@ -1,0 +1,90 @@
+"""CSV, TSV and JSON-lines files of image paths and captions."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from .files import Row, group_rows, read_text
+from .records import DataError, LoadReport, Record
+
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+JSON_LINES = (".jsonl", ".ndjson")
+
+
+def load_table(path: str | Path, images: str | Path | None, report: LoadReport, image_column: str = "image",
+               caption_column: str = "caption", split: str | None = None, split_column: str = "split") -> list[Record]:
+    """One record per image, with the captions of all its rows; a caption cell is text or a (JSON) list of texts.
+
+    Relative image paths start at `images`, or at the folder of the table. `split=None` reads every row.
+    """
+    rows, columns = read_table(path)
+    wanted = [image_column, caption_column] + ([] if split is None else [split_column])
+    for column in wanted:
+        if column not in columns:
+            raise DataError(f"{path}: no column {column!r}; it has {', '.join(columns) or 'none'}")
+    if split is not None:
+        splits = sorted({str(row.get(split_column)) for row in rows})
+        if split not in splits:
+            raise DataError(f"{path}: no split {split!r} in column {split_column!r}; it has {', '.join(splits)}")
+        rows = [row for row in rows if str(row.get(split_column)) == split]
+    kept = []
+    for number, row in enumerate(rows, start=1):
+        image = row.get(image_column)
+        if not isinstance(image, str) or not image.strip():
+            report.skip("no image path", f"{Path(path).name} row {number}")
+            continue
+        kept.append(Row(image=image.strip(), captions=_captions(row.get(caption_column)), identity=image.strip()))
+    return group_rows(kept, source=path, images=images, split=split, report=report)
+
+
+def table_columns(path: str | Path) -> list[str]:
+    return read_table(path)[1]
+
+
+def read_table(path: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows as dicts, and every column name in order of appearance."""
+    suffix = Path(path).suffix.lower()
+    if suffix in JSON_LINES:
+        return _read_json_lines(path)
+    if suffix not in DELIMITERS:
+        raise DataError(f"{path}: a table ends in {', '.join([*DELIMITERS, *JSON_LINES])}; got {suffix or 'no ending'}")
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter=DELIMITERS[suffix], strict=True)
+    try:
+        rows = list(reader)
+    except csv.Error as error:
+        raise DataError(f"{path}: line {reader.line_num}: {error}") from error
+    if any(None in row for row in rows):
+        number = next(i for i, row in enumerate(rows, start=1) if None in row)
+        raise DataError(f"{path}: row {number} has more cells than the header; quote captions that hold a delimiter")
+    return rows, list(reader.fieldnames or [])
+
+
+def _read_json_lines(path: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
+    rows = []
+    for number, line in enumerate(io.StringIO(read_text(path)), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}: line {number} is not valid JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path}: line {number} is not a JSON object but {type(row).__name__}")
+        rows.append(row)
+    return rows, list(dict.fromkeys(column for row in rows for column in row))
+
+
+def _captions(cell: Any) -> Any:
+    """A cell that is a JSON list of texts, as CSV files carry several captions; any other text is one caption."""
+    if isinstance(cell, str) and cell.lstrip().startswith("["):
+        try:
+            value = json.loads(cell)
+        except json.JSONDecodeError:
+            return cell
+        if isinstance(value, list) and all(isinstance(item, (str, type(None))) for item in value):
+            return value
+    return cell

@@ -1,0 +1,84 @@
+"""Ranks and nearest candidates of the dual head, in row blocks: the whole `[I, T]` is never held."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .ranking import Ranking
+
+BLOCK_ELEMENTS = 2**23  # similarities at a time; masks and sorts of this size come on top
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The dual's ranking of everything, and each query's `k` best candidates with their similarities, best first.
+
+    `captions`, `caption_similarity [I, min(k, T)]`; `images`, `image_similarity [T, min(k, I)]`.
+    """
+
+    ranking: Ranking
+    captions: Tensor
+    caption_similarity: Tensor
+    images: Tensor
+    image_similarity: Tensor
+
+
+@torch.no_grad()
+def nearest(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    image_identities: Tensor,
+    text_identities: Tensor,
+    *,
+    k: int,
+    block_elements: int = BLOCK_ELEMENTS,
+) -> Nearest:
+    """Image embeds `[I, E]` against text embeds `[T, E]`; equal identities (`[I]`, `[T]` int64) are right answers.
+
+    As everywhere in `ranking`, a wrong candidate that ties with the best right one is ranked before it. Each side's
+    identities must all occur on the other side.
+    """
+    num_images, num_texts = len(image_embeds), len(text_embeds)
+    image_embeds, text_embeds = image_embeds.float(), text_embeds.float()
+    if not (image_embeds.isfinite().all() and text_embeds.isfinite().all()):
+        raise ValueError("the model's embeds hold NaN or infinite values: it cannot be ranked")
+    step = max(1, block_elements // max(1, num_texts))
+
+    def blocks() -> Iterator[tuple[slice, Tensor, Tensor]]:
+        for start in range(0, num_images, step):
+            rows = slice(start, start + step)
+            with torch.autocast(image_embeds.device.type, enabled=False):
+                similarity = image_embeds[rows] @ text_embeds.T  # [b, T]
+            yield rows, similarity, image_identities[rows, None] == text_identities  # [b, T]
+
+    best_image = text_embeds.new_full((num_texts,), -torch.inf)  # [T] similarity of each caption's best own image
+    image_ranks, captions, caption_similarity = [], [], []
+    images = text_identities.new_zeros(num_texts, 0)
+    image_similarity = text_embeds.new_zeros(num_texts, 0)
+    for rows, similarity, own in blocks():
+        right = similarity.masked_fill(~own, -torch.inf)  # [b, T]
+        best_image = torch.maximum(best_image, right.amax(0))
+        image_ranks.append(1 + ((similarity >= right.amax(1, keepdim=True)) & ~own).sum(1))  # [b]
+        top = similarity.topk(min(k, num_texts), dim=1)
+        captions.append(top.indices)
+        caption_similarity.append(top.values)
+        top = similarity.T.topk(min(k, len(similarity)), dim=1)  # [T, <= k]
+        values = torch.cat([image_similarity, top.values], 1)
+        indices = torch.cat([images, top.indices + rows.start], 1)
+        merged = values.topk(min(k, values.shape[1]), dim=1)
+        images, image_similarity = indices.gather(1, merged.indices), merged.values
+    # The same products again: who is ahead of a caption's best image is only known once that one is.
+    text_ranks = torch.ones_like(text_identities)
+    for _, similarity, own in blocks():
+        text_ranks += ((similarity >= best_image) & ~own).sum(0)  # [T]
+    return Nearest(
+        ranking=Ranking(i2t=torch.cat(image_ranks).double().cpu(), t2i=text_ranks.double().cpu()),
+        captions=torch.cat(captions),
+        caption_similarity=torch.cat(caption_similarity),
+        images=images,
+        image_similarity=image_similarity,
+    )

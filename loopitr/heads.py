@@ -1,0 +1,25 @@
+"""The optional masked-language-model head on fused tokens (pre-training)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+
+
+class MLMHead(nn.Module):
+    """BERT's prediction head: dense, activation, LayerNorm, then the word embeddings as output weights."""
+
+    def __init__(self, embeddings: nn.Module, config: PreTrainedConfig) -> None:
+        super().__init__()
+        vocab_size, embed_width = embeddings.weight.shape  # type: ignore[union-attr,misc]
+        self.dense = nn.Linear(config.hidden_size, int(embed_width))
+        self.activation = ACT2FN[getattr(config, "hidden_act", "gelu")]
+        self.norm = nn.LayerNorm(int(embed_width), eps=getattr(config, "layer_norm_eps", 1e-12))
+        self.bias = nn.Parameter(torch.zeros(int(vocab_size)))
+
+    def forward(self, hidden: Tensor, word_embeddings: Tensor) -> Tensor:
+        """`hidden [R, D]`, `word_embeddings [V, D]` of the text backbone -> logits `[R, V]`."""
+        hidden = self.norm(self.activation(self.dense(hidden)))
+        return hidden @ word_embeddings.T + self.bias  # [R, V]

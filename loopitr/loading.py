@@ -1,0 +1,114 @@
+"""Training batches: which rows each rank takes in which order, and the loader that brings them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from loopitr.data import CaptionDataset, Collator, EpochSampler, LoadReport, StreamDataset
+
+
+class ShardedBatchSampler(Sampler[list[tuple[int, int]]]):
+    """Every rank's share of the same global batches; a rest smaller than a global batch is left out.
+
+    The rows of global batch `g` do not depend on the number of ranks for a given `batch_size * num_ranks`, and
+    `start` skips batches without touching their data: what resuming needs.
+    """
+
+    def __init__(self, sampler: EpochSampler, *, batch_size: int, rank: int, num_ranks: int) -> None:
+        self.sampler, self.batch_size, self.rank, self.num_ranks = sampler, batch_size, rank, num_ranks
+        self.start = 0
+
+    def __len__(self) -> int:
+        return len(self.sampler) // (self.batch_size * self.num_ranks)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        rows = list(self.sampler)
+        for batch in range(self.start, len(self)):
+            first = (batch * self.num_ranks + self.rank) * self.batch_size
+            yield rows[first : first + self.batch_size]
+
+
+class EpochLoader:
+    """Batches of one epoch at a time, from any batch on: `for batch in loader.epoch(3, start=10)`."""
+
+    def __init__(
+        self,
+        dataset: CaptionDataset | StreamDataset,
+        collator: Collator,
+        *,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        num_ranks: int,
+        num_workers: int,
+        pin_memory: bool,
+    ) -> None:
+        self.dataset = dataset
+        common: dict[str, Any] = {
+            "collate_fn": collator,
+            "num_workers": num_workers,
+            "pin_memory": pin_memory,
+            # Its own generator: drawing worker seeds must not move the generator that dropout uses, or a resumed
+            # run would differ from an uninterrupted one.
+            "generator": torch.Generator().manual_seed(seed),
+        }
+        if isinstance(dataset, StreamDataset):
+            self.sampler = None
+            self.loader = DataLoader(dataset, batch_size=batch_size, drop_last=True, **common)
+        else:
+            self.sampler = ShardedBatchSampler(
+                EpochSampler(len(dataset), seed=seed), batch_size=batch_size, rank=rank, num_ranks=num_ranks
+            )
+            self.loader = DataLoader(
+                dataset, batch_sampler=self.sampler, persistent_workers=num_workers > 0, **common
+            )
+
+    def __len__(self) -> int:
+        """Batches of an epoch.
+
+        Raises:
+            TypeError: streaming data, whose length is unknown.
+        """
+        if self.sampler is None:
+            raise TypeError("streaming data has no length")
+        return len(self.sampler)
+
+    def epoch(self, epoch: int, *, start: int = 0) -> Iterator[dict[str, Any]]:
+        """Batches `start`, `start + 1`, ... of an epoch."""
+        if self.sampler is not None:
+            self.sampler.start = start
+            self.sampler.sampler.set_epoch(epoch)
+            yield from self.loader
+            return
+        self.dataset.set_epoch(epoch)  # type: ignore[union-attr]
+        for index, batch in enumerate(self.loader):
+            if index >= start:  # a stream has to be read through
+                yield batch
+
+
+class SkipCounter:
+    """Takes what could not be read out of the batches, names the first, and stops a run that loses too much."""
+
+    def __init__(self, *, max_fraction: float, log: Callable[[str], None]) -> None:
+        self.max_fraction, self.log = max_fraction, log
+        self.report = LoadReport()
+        self.seen = self.truncated = 0
+
+    def update(self, batch: dict[str, Any]) -> None:
+        """
+        Raises:
+            DataError: more than `max_fraction` of at least 100 examples were unreadable.
+        """
+        skipped = batch.pop("skipped", [])
+        self.truncated += batch.pop("truncated", 0)
+        self.seen += len(batch["input_ids"]) + len(skipped)
+        for name, reason in skipped:
+            self.report.skip(reason, name)
+            if self.report.skipped <= 10:
+                self.log(f"skipped {name}: {reason}")
+        if self.seen >= 100:
+            self.report.check(self.max_fraction, seen=self.seen)

@@ -1,0 +1,45 @@
+"""Pure loss functions on score tensors: no modules, no collectives, no device synchronisation.
+
+Every loss is a scalar that stays finite and attached to the graph when nothing is valid, and is computed in at
+least float32.
+"""
+
+from .agreement import kendall_tau
+from .contrastive import itc_loss, siglip_loss, soft_cross_entropy
+from .distillation import (
+    adr_mse,
+    cprd,
+    hard_above_mean,
+    hard_above_threshold,
+    hard_top,
+    kl,
+    listmle,
+    listnet,
+    margin_mse,
+    ranknet,
+)
+from .matching import IGNORE_INDEX, itm_accuracy, itm_loss, mlm_loss
+from .structure import cmc_loss, cmd_loss
+
+__all__ = [
+    "IGNORE_INDEX",
+    "adr_mse",
+    "cmc_loss",
+    "cmd_loss",
+    "cprd",
+    "hard_above_mean",
+    "hard_above_threshold",
+    "hard_top",
+    "itc_loss",
+    "itm_accuracy",
+    "itm_loss",
+    "kendall_tau",
+    "kl",
+    "listmle",
+    "listnet",
+    "margin_mse",
+    "mlm_loss",
+    "ranknet",
+    "siglip_loss",
+    "soft_cross_entropy",
+]

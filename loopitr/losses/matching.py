@@ -1,0 +1,51 @@
+"""Losses of the cross encoder's heads: image-text matching and masked language modelling."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .masking import at_least_float32, masked_mean
+
+IGNORE_INDEX = -100
+
+
+def itm_loss(logits: Tensor, matching: Tensor, valid: Tensor) -> Tensor:
+    """Two-way cross entropy (ALBEF, arXiv 2107.07651, eq. 4), mean over the valid pairs.
+
+    logits `[P, 2]` (0 = does not match, 1 = matches), matching and valid `[P]` bool. A slot that is not valid is
+    ignored whatever it holds; with no valid pair the loss is zero.
+    """
+    _check_pairs(logits, matching, valid)
+    logits = torch.where(valid[:, None], at_least_float32(logits), 0.0)  # [P, 2]
+    return masked_mean(F.cross_entropy(logits, matching.long(), reduction="none"), valid)
+
+
+def itm_accuracy(logits: Tensor, matching: Tensor, valid: Tensor) -> Tensor:
+    """Share of valid pairs whose larger logit is the right one (equal logits are wrong); 0 with none. No gradient."""
+    _check_pairs(logits, matching, valid)
+    log_odds = (logits[:, 1] - logits[:, 0]).detach()  # [P]
+    # an untrained head that gives equal logits must not score the prior of either class
+    correct = torch.where(matching, log_odds > 0, log_odds < 0)  # [P]
+    return masked_mean(correct.float(), valid)
+
+
+def mlm_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Masked language modelling (BERT, arXiv 1810.04805): cross entropy, mean over tokens whose label is not -100.
+
+    logits `[T, V]`, labels `[T]` int64; zero when every token is ignored, where `F.cross_entropy` gives NaN.
+    """
+    if logits.dim() != 2 or labels.shape != logits.shape[:1]:
+        raise ValueError(f"expected logits [T, V] and labels [T], got {tuple(logits.shape)} and {tuple(labels.shape)}")
+    total = F.cross_entropy(at_least_float32(logits), labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    return total / (labels != IGNORE_INDEX).sum().clamp(min=1)
+
+
+def _check_pairs(logits: Tensor, matching: Tensor, valid: Tensor) -> None:
+    pairs = logits.shape[:1]
+    if logits.dim() != 2 or logits.shape[1] != 2 or matching.shape != pairs or valid.shape != pairs:
+        shapes = tuple(logits.shape), tuple(matching.shape), tuple(valid.shape)
+        raise ValueError(f"expected logits [P, 2], matching [P] and valid [P], got {shapes}")
+    if matching.dtype != torch.bool or valid.dtype != torch.bool:
+        raise ValueError(f"expected bool matching and valid, got {matching.dtype} and {valid.dtype}")

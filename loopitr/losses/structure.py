@@ -1,0 +1,47 @@
+"""Cross-modality contrastive distillation (arXiv 2405.03355): a labelled or frozen source modality teaches another.
+
+Row i of `source` and of `target` embed two views of one thing; both are L2-normalised, and the caller cuts the
+gradient of the frozen source.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .contrastive import soft_cross_entropy
+from .masking import at_least_float32, check_positive
+
+
+def cmd_loss(
+    source: Tensor, target: Tensor, *, source_temperature: float = 0.07, target_temperature: float = 0.07
+) -> Tensor:
+    """CMD: mean over i of KL(softmax_j(a_i . a_j / t_a) || softmax_j(b_i . b_j / t_b)), a source and b target.
+
+    source `[B, D]`, target `[B, E]` (widths may differ): the target learns which items of the batch are alike.
+    """
+    _check_paired(source, target)
+    check_positive("source_temperature", source_temperature)
+    check_positive("target_temperature", target_temperature)
+    source, target = at_least_float32(source), at_least_float32(target)
+    log_p = (source @ source.T / source_temperature).log_softmax(dim=-1)  # [B, B]
+    log_q = (target @ target.T / target_temperature).log_softmax(dim=-1)  # [B, B]
+    return (log_p.exp() * (log_p - log_q)).sum() / max(len(source), 1)
+
+
+def cmc_loss(source: Tensor, target: Tensor, *, temperature: float = 0.07) -> Tensor:
+    """CMC: InfoNCE that picks, for each target, its own source among the batch's.
+
+    -mean_i log( exp(b_i . a_i / t) / sum_j exp(b_i . a_j / t) ), source a and target b `[B, E]`.
+    """
+    _check_paired(source, target)
+    if source.shape != target.shape:
+        raise ValueError(f"expected source and target of one width, got {source.shape[1]} and {target.shape[1]}")
+    check_positive("temperature", temperature)
+    logits = at_least_float32(target) @ at_least_float32(source).T / temperature  # [B, B]
+    return soft_cross_entropy(logits, torch.eye(len(source), dtype=logits.dtype, device=logits.device))
+
+
+def _check_paired(source: Tensor, target: Tensor) -> None:
+    if source.dim() != 2 or target.dim() != 2 or len(source) != len(target):
+        raise ValueError(f"expected source [B, D] and target [B, E], got {tuple(source.shape)}, {tuple(target.shape)}")

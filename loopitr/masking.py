@@ -1,0 +1,32 @@
+"""Which tokens masked language modelling hides (BERT, arXiv 1810.04805)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenMasking:
+    """`(input_ids, attention_mask) -> (changed ids, labels)`: 15% of the real, non-special tokens are to be predicted;
+    of these 80% become the mask token, 10% a random one, 10% stay."""
+
+    mask_token_id: int
+    vocab_size: int
+    special_ids: tuple[int, ...]
+    probability: float = 0.15
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        special = torch.isin(input_ids, torch.tensor(self.special_ids, device=input_ids.device))
+        draw = torch.rand(input_ids.shape, device=input_ids.device)  # [B, L]
+        chosen = (draw < self.probability) & ~special & attention_mask.bool()
+        labels = input_ids.where(chosen, IGNORE_INDEX)
+        kind = draw / self.probability  # uniform in 0..1 among the chosen
+        words = torch.randint_like(input_ids, self.vocab_size)
+        changed = torch.where(chosen & (kind < 0.8), self.mask_token_id, input_ids)
+        changed = torch.where(chosen & (kind >= 0.8) & (kind < 0.9), words, changed)
+        return changed, labels

@@ -1,0 +1,129 @@
+"""Hard negatives from a similarity matrix: pure, without gradient, without device synchronisation.
+
+All functions take `similarity [Q, C]`, `positives [Q, C]` (bool, by identity) and `k`, and return `Mined`. A row gets
+`k` distinct negatives, or all it has: the slots that are left are masked, never filled with a wrong pair. NaN counts
+as the lowest similarity.
+
+`groups [C]` (int, optional) marks candidates that are one thing twice, such as a caption that occurs twice in the
+batch: a row gets at most one of a group, and none of a group that holds one of its positives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Mined:
+    """Candidates per query: indices `[Q, K]` int64 (0 in masked slots) and valid `[Q, K]` bool."""
+
+    indices: Tensor
+    valid: Tensor
+
+
+@torch.no_grad()
+def mine_topk(similarity: Tensor, positives: Tensor, k: int, *, groups: Tensor | None = None) -> Mined:
+    """The `k` most similar negatives, hardest first."""
+    _check(similarity, positives, k, groups)
+    scores, negatives = _rankable(similarity, positives, groups)
+    return _take_best(scores, negatives, k)
+
+
+@torch.no_grad()
+def mine_sample(
+    similarity: Tensor,
+    positives: Tensor,
+    k: int,
+    *,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+    groups: Tensor | None = None,
+) -> Mined:
+    """`k` negatives drawn without replacement from softmax(similarity / temperature) (ALBEF, arXiv 2107.07651).
+
+    By Gumbel top-k (arXiv 1903.06059), which unlike `torch.multinomial` has no row that sums to zero or has too few
+    non-zero entries. `generator` is on similarity's device.
+    """
+    _check(similarity, positives, k, groups)
+    if not temperature > 0:
+        raise ValueError(f"expected temperature > 0, got {temperature}")
+    scores, negatives = _rankable(similarity / temperature, positives, groups)
+    noise = torch.empty_like(scores).exponential_(generator=generator).clamp_(min=torch.finfo(scores.dtype).tiny)
+    return _take_best(torch.where(negatives, scores - noise.log(), scores), negatives, k)
+
+
+@torch.no_grad()
+def mine_stratified(
+    similarity: Tensor,
+    positives: Tensor,
+    k: int,
+    *,
+    pool: int = 32,
+    generator: torch.Generator | None = None,
+    groups: Tensor | None = None,
+) -> Mined:
+    """One negative from each of `k` strata of the row's `pool` most similar negatives, hardest stratum first.
+
+    The strata are consecutive parts of the ranking, of equal size up to one; the one taken is random within. A row
+    with fewer negatives than `pool` is split as far as it goes. `pool == k` is `mine_topk`.
+    """
+    _check(similarity, positives, k, groups)
+    if pool < k:
+        raise ValueError(f"expected pool >= k, got pool {pool} and k {k}")
+    ranked = _take_best(*_rankable(similarity, positives, groups), pool)
+    size = ranked.valid.sum(-1, keepdim=True)  # [Q, 1]
+    strata = size.clamp(max=k)  # [Q, 1] fewer than k when the row has fewer negatives
+    slot = torch.arange(k, device=similarity.device)[None]  # [1, K]
+    start = slot * size // strata.clamp(min=1)  # [Q, K]
+    width = (slot + 1) * size // strata.clamp(min=1) - start  # [Q, K]
+    draw = torch.rand(start.shape, generator=generator, device=start.device)  # [Q, K]
+    position = start + (draw * width).long()  # [Q, K]
+    valid = slot < strata  # [Q, K]
+    indices = ranked.indices.gather(-1, position.where(valid, 0))  # [Q, K]
+    return Mined(indices=indices.where(valid, 0), valid=valid)
+
+
+def _check(similarity: Tensor, positives: Tensor, k: int, groups: Tensor | None) -> None:
+    if similarity.dim() != 2 or similarity.shape != positives.shape:
+        shapes = tuple(similarity.shape), tuple(positives.shape)
+        raise ValueError(f"expected similarity and positives of one shape [Q, C], got {shapes[0]} and {shapes[1]}")
+    if positives.dtype != torch.bool:
+        raise ValueError(f"expected positives to be a bool mask, got {positives.dtype}")
+    if groups is not None and groups.shape != similarity.shape[1:]:
+        raise ValueError(f"expected groups [{similarity.shape[1]}], got {tuple(groups.shape)}")
+    if k < 1:
+        raise ValueError(f"expected k >= 1, got {k}")
+
+
+def _rankable(similarity: Tensor, positives: Tensor, groups: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scores `[Q, C]`, finite for the negatives that may be mined and -inf elsewhere, and the mask of these."""
+    if similarity.dtype in (torch.float16, torch.bfloat16):
+        similarity = similarity.float()  # Gumbel noise needs the resolution
+    # finite, so that even the worst negative ranks before a positive; half the range leaves room for the noise
+    limit = torch.finfo(similarity.dtype).max / 2
+    scores = similarity.nan_to_num(nan=-limit).clamp(-limit, limit)
+    negatives = ~positives
+    if groups is not None:
+        # positives sort first, so that they are what is kept of their group
+        negatives = negatives & _first_of_group(scores.masked_fill(positives, torch.inf), groups)
+    return scores.masked_fill(~negatives, -torch.inf), negatives
+
+
+def _first_of_group(scores: Tensor, groups: Tensor) -> Tensor:
+    """Mask `[Q, C]` of the best-scored candidate of each group in each row, by two sorts instead of a C x C compare."""
+    order = scores.argsort(dim=-1, descending=True, stable=True)  # [Q, C]
+    sorted_groups, by_group = groups[order].sort(dim=-1, stable=True)  # [Q, C] each group together, best first
+    first = torch.ones_like(sorted_groups, dtype=torch.bool)
+    first[:, 1:] = sorted_groups[:, 1:] != sorted_groups[:, :-1]
+    return torch.zeros_like(first).scatter(-1, order.gather(-1, by_group), first)
+
+
+def _take_best(scores: Tensor, negatives: Tensor, k: int) -> Mined:
+    indices = scores.topk(min(k, scores.shape[1]), dim=-1).indices  # [Q, min(K, C)]
+    valid = negatives.gather(-1, indices)
+    missing = (0, k - indices.shape[1])
+    return Mined(indices=F.pad(indices.where(valid, 0), missing), valid=F.pad(valid, missing))  # [Q, K]

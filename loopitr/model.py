@@ -1,0 +1,349 @@
+"""`LoopITRModel`: one network that is a dual encoder and a cross encoder; `DualEncoder`: the part that ships alone.
+
+No losses and no collectives live here: see `objective.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from loopitr.backbones import TextBackbone, VisionBackbone
+from loopitr.config import DualEncoderConfig, LoopITRConfig
+from loopitr.fusion import FusionEncoder, KeysValues
+from loopitr.heads import MLMHead
+
+MAX_LOGIT_SCALE = 100.0
+PARTS = ("vision", "text", "dual_head", "fusion")
+
+
+@dataclass
+class DualOutput(ModelOutput):
+    """`image_embeds [B, E]`, `text_embeds [T, E]` (unit length), `logits_per_image [B, T]` and its transpose."""
+
+    image_embeds: Tensor | None = None
+    text_embeds: Tensor | None = None
+    logits_per_image: Tensor | None = None
+    logits_per_text: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ImageState:
+    """Encoded images: `embeds [B, E]`, `tokens [B, N, D]` and, once projected, the fusion layers' keys and values."""
+
+    embeds: Tensor
+    tokens: Tensor
+    keys_values: KeysValues | None = None
+
+
+@dataclass(frozen=True)
+class TextState:
+    """Encoded texts: `embeds [T, E]`, `tokens [T, L, D]` that fusion starts from, `mask [T, L]` of real tokens."""
+
+    embeds: Tensor
+    tokens: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """`logits [P, 2]` of the ITM head (no match, match); `score [P]`: match score, the log-odds of a match."""
+
+    logits: Tensor
+    score: Tensor
+
+
+class _Loading:
+    """`from_pretrained` with this package's promises: safetensors only, all weights there, buffers whole."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """Load a folder or hub id.
+
+        Raises:
+            ValueError: the folder holds a model of another kind, or weights are missing or left over.
+            OSError: no such folder or hub id, or no safetensors in it.
+        """
+        path = str(pretrained_model_name_or_path)
+        if os.path.isdir(path) and not os.path.isfile(os.path.join(path, kwargs.get("subfolder", ""), "config.json")):
+            raise OSError(f"{path} holds no model: it has no config.json")
+        known = {k: v for k, v in kwargs.items() if k in ("revision", "token", "cache_dir", "subfolder", "local_files_only")}
+        found, _ = PreTrainedConfig.get_config_dict(path, **known)
+        wanted = cls.config_class.model_type  # type: ignore[attr-defined]
+        if found.get("model_type") != wanted:
+            raise ValueError(f"{path} holds a {found.get('model_type')!r} model, {cls.__name__} loads {wanted!r}")
+        report = kwargs.pop("output_loading_info", False)
+        kwargs["use_safetensors"] = True
+        model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        for what in ("missing_keys", "unexpected_keys"):
+            if info[what]:
+                raise ValueError(f"{path}: {what.replace('_', ' ')} {sorted(info[what])[:5]} ({len(info[what])} in all)")
+        dual = model if isinstance(model, DualEncoder) else model.dual
+        dual.vision.restore_buffers(model.config)
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.device.type == "cpu":  # a map of the file is unaligned (other last bits) and dies with the file
+                tensor.data = tensor.data.clone()
+        return (model, info) if report else model
+
+
+class DualEncoder(_Loading, PreTrainedModel):
+    """Image and text backbones with a projection each: `embeds` whose dot product is the similarity."""
+
+    config_class = DualEncoderConfig
+    base_model_prefix = "dual"
+    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+
+    def __init__(self, config: DualEncoderConfig) -> None:
+        super().__init__(config)
+        self.vision = VisionBackbone(config)
+        self.text = TextBackbone(config)
+        self.vision_projection = nn.Linear(self.vision.pooled_width, config.embed_dim)
+        self.text_projection = nn.Linear(self.text.width, config.embed_dim)
+        self.logit_scale = nn.Parameter(torch.tensor(1.0 / config.initial_temperature).log())
+        self.post_init()
+
+    @property
+    def scale(self) -> Tensor:
+        """1 / temperature, clamped to at most 100."""
+        return self.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)
+
+    def embed_image_tokens(self, tokens: Tensor) -> Tensor:
+        """Image tokens `[B, N, D]` -> embeds `[B, E]`, unit length."""
+        return F.normalize(self.vision_projection(self.vision.pool(tokens)), dim=-1)
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        """`[B, 3, S, S]` -> embeds `[B, E]`, unit length."""
+        return self.embed_image_tokens(self.vision(pixel_values))
+
+    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """`[T, L]` -> embeds `[T, E]`, unit length."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        output = self.text(input_ids, mask)
+        return F.normalize(self.text_projection(self.text.pool(output, mask)), dim=-1)
+
+    def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> DualOutput:
+        """Similarities of all images with all texts; no loss."""
+        image_embeds = self.get_image_features(pixel_values)
+        text_embeds = self.get_text_features(input_ids, attention_mask)
+        logits = self.scale * image_embeds @ text_embeds.T  # [B, T]
+        return DualOutput(
+            image_embeds=image_embeds, text_embeds=text_embeds, logits_per_image=logits, logits_per_text=logits.T
+        )
+
+    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
+        self.vision.model.set_grad_checkpointing(enable)
+        for module in self.text.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = enable
+                module._gradient_checkpointing_func = kwargs.get("gradient_checkpointing_func")
+
+
+class LoopITRModel(_Loading, PreTrainedModel):
+    """A dual encoder (`.dual`) and a fusion head that scores pairs from the same backbones' tokens."""
+
+    config_class = LoopITRConfig
+    base_model_prefix = "loopitr"
+    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+
+    def __init__(self, config: LoopITRConfig) -> None:
+        super().__init__(config)
+        self.dual = DualEncoder(config.dual_config())
+        vision, text = self.dual.vision, self.dual.text
+        if config.fusion["image_positions"] is None:
+            config.fusion["image_positions"] = vision.is_map  # a CNN's tokens do not say where they are
+        self._inner_layer: int | None = None
+        if config.fusion["style"] == "shared":
+            self._inner_layer = len(text.layers) - config.fusion["num_layers"]
+            if self._inner_layer < 0:
+                raise ValueError(
+                    f"fusion.num_layers {config.fusion['num_layers']} is more than the text backbone's {len(text.layers)}"
+                )
+            config.fusion["num_heads"] = text.model.config.num_attention_heads
+        self.fusion = FusionEncoder(
+            config, width=text.width, image_width=vision.width, num_image_tokens=vision.num_tokens
+        )
+        self.itm_head = nn.Linear(text.width, 2)
+        self.mlm_head = MLMHead(text.model.get_input_embeddings(), text.model.config) if config.mlm_head else None
+        self._frozen: set[str] = set()
+        self.post_init()
+
+    # Encoding
+
+    def encode_images(self, pixel_values: Tensor) -> ImageState:
+        """`[B, 3, S, S]` -> embeds and tokens, one run of the backbone."""
+        return self.image_state(self.dual.vision(pixel_values))
+
+    def image_state(self, tokens: Tensor) -> ImageState:
+        """The state of images whose backbone tokens `[B, N, D]` are already computed (a cache)."""
+        return ImageState(embeds=self.dual.embed_image_tokens(tokens), tokens=tokens)
+
+    def encode_texts(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> TextState:
+        """`[T, L]` -> embeds and tokens, one run of the backbone."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        output = self.dual.text(input_ids, mask, inner_layer=self._inner_layer)
+        embeds = F.normalize(self.dual.text_projection(self.dual.text.pool(output, mask)), dim=-1)
+        tokens = output.tokens if output.inner is None else output.inner
+        return TextState(embeds=embeds, tokens=tokens, mask=mask.bool())
+
+    def project_images(self, state: ImageState) -> ImageState:
+        """The same state with every fusion layer's keys and values: do this once for images that meet many texts."""
+        return state if state.keys_values is not None else replace(state, keys_values=self.fusion.project(state.tokens))
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        """`[B, 3, S, S]` -> embeds `[B, E]`, unit length."""
+        return self.dual.get_image_features(pixel_values)
+
+    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """`[T, L]` -> embeds `[T, E]`, unit length."""
+        return self.dual.get_text_features(input_ids, attention_mask)
+
+    def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> DualOutput:
+        """The dual head's similarities of all images with all texts; pairs are scored by `score_pairs`."""
+        return self.dual(pixel_values, input_ids, attention_mask)
+
+    # Scoring
+
+    def score_pairs(
+        self, image_state: ImageState, text_state: TextState, pairs: Tensor, *, block_size: int | None = None
+    ) -> PairScores:
+        """Match scores of any pairs, in any order, repeats allowed (and scored once).
+
+        Args:
+            pairs: `[P, 2]` int64 of (image index, text index).
+            block_size: score at most so many pairs at a time, which bounds the memory; None: all at once.
+
+        Raises:
+            ValueError: `pairs` of another shape, or an index that no image or text has.
+        """
+        if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.is_floating_point():
+            raise ValueError(f"pairs must be int64 [P, 2], got {pairs.dtype} {list(pairs.shape)}")
+        device = image_state.tokens.device
+        unique, inverse = torch.unique(pairs.cpu(), dim=0, return_inverse=True)  # sorted by image, then text
+        self._check_indices(unique, len(image_state.tokens), len(text_state.tokens))
+        image_state, unique = self._used_images(image_state, unique)
+        blocks = unique.split(block_size or max(1, len(unique)))
+        logits = [self._score_block(image_state, text_state, block) for block in blocks if len(block)]
+        if not logits:
+            logits = [image_state.tokens.new_zeros(0, 2)]
+        scored = torch.cat(logits).index_select(0, inverse.to(device))  # [P, 2]
+        return PairScores(logits=scored, score=scored[:, 1] - scored[:, 0])
+
+    def fused_tokens(self, image_state: ImageState, text_state: TextState, pairs: Tensor) -> Tensor:
+        """All fused tokens `[R, D]` of unique, sorted `pairs`, without padding, pair by pair (for the MLM head)."""
+        image_state = self.project_images(image_state)
+        return self._fuse(image_state, text_state, pairs.cpu(), first_only=False)
+
+    def _score_block(self, image_state: ImageState, text_state: TextState, pairs: Tensor) -> Tensor:
+        texts, local = torch.unique(pairs[:, 1], return_inverse=True)
+        if len(texts) < len(text_state.tokens):  # the first self-attention runs over every text it is given
+            index = texts.to(text_state.tokens.device)
+            text_state = TextState(text_state.embeds, text_state.tokens[index], text_state.mask[index])
+            pairs = torch.stack([pairs[:, 0], local], 1)
+        # ITM logits in float32: their difference is a teacher and a ranking score.
+        return self.itm_head(self._fuse(image_state, text_state, pairs, first_only=True)).float()  # [P, 2]
+
+    def _fuse(self, image_state: ImageState, text_state: TextState, pairs: Tensor, *, first_only: bool) -> Tensor:
+        lengths = text_state.mask.sum(1).cpu()
+        if int(lengths.min()) < 1:
+            raise ValueError(f"text {int(lengths.argmin())} has no token: its attention_mask is all zero")
+        assert image_state.keys_values is not None
+        shared = None if self._inner_layer is None else self.dual.text.layers[self._inner_layer :]
+        packed = text_state.tokens[text_state.mask]  # [sum(lengths), D]
+        return self.fusion(
+            packed, lengths, image_state.keys_values, pairs, shared_layers=shared, first_only=first_only
+        )
+
+    def _used_images(self, state: ImageState, pairs: Tensor) -> tuple[ImageState, Tensor]:
+        """Project keys and values, of the images in `pairs` only, if the state does not carry them yet."""
+        if state.keys_values is not None:
+            return state, pairs
+        used, local = torch.unique(pairs[:, 0], return_inverse=True)
+        tokens = state.tokens if len(used) == len(state.tokens) else state.tokens[used.to(state.tokens.device)]
+        projected = replace(state, tokens=tokens, keys_values=self.fusion.project(tokens))
+        return projected, torch.stack([local, pairs[:, 1]], 1)
+
+    @staticmethod
+    def _check_indices(pairs: Tensor, images: int, texts: int) -> None:
+        for column, count, kind in ((0, images, "image"), (1, texts, "text")):
+            if len(pairs) and not 0 <= int(pairs[:, column].min()) <= int(pairs[:, column].max()) < count:
+                raise ValueError(f"pairs name {kind} {int(pairs[:, column].max())}, but there are {count} {kind}s")
+
+    # Parts
+
+    def dual_encoder(self) -> DualEncoder:
+        """The dual head alone; it shares this model's weights."""
+        return self.dual
+
+    def parts(self) -> dict[str, list[nn.Module | nn.Parameter]]:
+        """Modules and parameters by part: what `freeze` and the optimiser's groups name."""
+        dual = self.dual
+        fusion: list[nn.Module | nn.Parameter] = [self.fusion, self.itm_head]
+        if self.mlm_head is not None:
+            fusion.append(self.mlm_head)
+        return {
+            "vision": [dual.vision],
+            "text": [dual.text],
+            "dual_head": [dual.vision_projection, dual.text_projection, dual.logit_scale],
+            "fusion": fusion,
+        }
+
+    def freeze(self, names: Iterable[str]) -> None:
+        """Stop training whole parts (`vision`, `text`, `dual_head`, `fusion`); their modules stay in eval mode."""
+        parts = self.parts()
+        for name in names:
+            if name not in parts:
+                raise ValueError(f"cannot freeze {name!r}; parts: {', '.join(parts)}")
+            self._frozen.add(name)
+            for item in parts[name]:
+                item.requires_grad_(False)
+        self.train(self.training)
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        return frozenset(self._frozen)
+
+    def train(self, mode: bool = True) -> LoopITRModel:
+        super().train(mode)
+        for name in getattr(self, "_frozen", ()):
+            for item in self.parts()[name]:
+                if isinstance(item, nn.Module):
+                    item.eval()  # no dropout, and batch statistics stay as they are
+        return self
+
+    def resize_images(self, image_size: int) -> None:
+        """Take images of another size: positional embeddings are interpolated."""
+        before = self.dual.vision.num_tokens
+        self.dual.vision.resize(image_size)
+        self.config.vision["image_size"] = self.dual.config.vision["image_size"] = image_size
+        positions = self.fusion.image_positions
+        if positions is not None and self.dual.vision.num_tokens != before:
+            prefix = self.dual.vision.num_prefix_tokens
+            old, new = round((before - prefix) ** 0.5), round((self.dual.vision.num_tokens - prefix) ** 0.5)
+            grid = positions[:, prefix:].transpose(1, 2).unflatten(-1, (old, old))
+            grid = F.interpolate(grid.float(), size=(new, new), mode="bicubic", antialias=True).to(positions.dtype)
+            resized = torch.cat([positions[:, :prefix], grid.flatten(2).transpose(1, 2)], 1)  # [1, N, Dv]
+            self.fusion.image_positions = nn.Parameter(resized.detach().contiguous())
+        self.freeze(tuple(self._frozen))  # parameters made anew
+
+    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
+        self.dual._set_gradient_checkpointing(enable, **kwargs)
+        self.fusion.gradient_checkpointing = enable
+
+
+def register() -> None:
+    """Make `AutoConfig` and `AutoModel` know this package's models."""
+    for config, model in ((LoopITRConfig, LoopITRModel), (DualEncoderConfig, DualEncoder)):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, model, exist_ok=True)

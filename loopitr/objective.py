@@ -1,0 +1,368 @@
+"""One training step as one module: encode, gather, mine, score, named losses (LoopITR, arXiv 2203.05465).
+
+The dual head's similarities choose each query's hard negatives (`mining.py`); the fusion head scores the positive and
+the negatives, which is its own loss (ITM) and, detached, the teacher of the dual's similarities of the same candidates
+(distillation; of partial rankings: CPRD, arXiv 2407.07479). So the two heads make each other better in one step, with
+each backbone run once.
+
+Every loss is computed from scores gathered over ranks: see `distributed.py` for why that is the gradient of one
+process on the concatenated batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from loopitr import losses
+from loopitr.distributed import all_gather, all_gather_padded, all_sum, rank, world_size
+from loopitr.masking import TokenMasking
+from loopitr.mining import Mined, mine_sample, mine_stratified, mine_topk
+
+if TYPE_CHECKING:
+    from loopitr.model import ImageState, LoopITRModel, TextState
+
+
+@dataclass
+class ObjectiveOptions:
+    """Weights and choices of the step. A term of weight 0 is not computed."""
+
+    itc: float = 1.0
+    """Weight of the contrastive loss of the dual head."""
+    itm: float = 1.0
+    """Weight of the matching loss of the fusion head."""
+    distillation: float = 1.0
+    """Weight of the distillation of the fusion head's scores into the dual head."""
+    mlm: float = 0.0
+    """Weight of masked language modelling on the fused tokens (needs a model with an mlm_head)."""
+    num_negatives: int = 4
+    """K, hard negatives per image and per text."""
+    mining: Literal["topk", "sample", "stratified"] = "topk"
+    """How they are chosen from the dual's similarities."""
+    mining_pool: int = 32
+    """`stratified`: how deep in the ranking to look."""
+    mine_across_ranks: bool = False
+    """Mine in the batch of all ranks (tokens are gathered) instead of the local one."""
+    distillation_loss: Literal["kl", "cprd", "margin_mse", "ranknet", "listnet", "listmle", "adr_mse"] = "cprd"
+    """What the teacher's scores teach: their softmax (kl), the partial ranking of the negatives (cprd), ..."""
+    teacher_temperature: float = 1.0
+    """`kl`: temperature of the teacher's softmax."""
+    hard_rule: Literal["threshold", "mean", "top"] = "mean"
+    """`cprd`: which negatives count as hard: match probability above a constant, above the mean, the first m."""
+    hard_threshold: float = 0.5
+    """`hard_rule: threshold`: the match probability."""
+    hard_top: int = 2
+    """`hard_rule: top`: m."""
+
+    def __post_init__(self) -> None:
+        for name in ("itc", "itm", "distillation", "mlm"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"objective.{name} must be a weight >= 0, got {getattr(self, name)}")
+        if self.num_negatives < 1:
+            raise ValueError(f"objective.num_negatives must be at least 1, got {self.num_negatives}")
+        if self.distillation_loss not in DISTILLATION:
+            raise ValueError(f"unknown distillation_loss {self.distillation_loss!r}; known: {', '.join(DISTILLATION)}")
+        if self.mining not in ("topk", "sample", "stratified"):
+            raise ValueError(f"unknown mining {self.mining!r}; known: topk, sample, stratified")
+        if self.hard_rule not in ("threshold", "mean", "top"):
+            raise ValueError(f"unknown hard_rule {self.hard_rule!r}; known: threshold, mean, top")
+
+    @property
+    def scores_pairs(self) -> bool:
+        return self.itm > 0 or self.distillation > 0
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """`loss`: weighted sum, what to differentiate. `terms`: each loss by name, unweighted. `metrics`: for the log."""
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    metrics: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """One direction's queries and what each is compared with, its positive first.
+
+    `indices [B, 1 + K]` into the batch mined from, `valid [B, 1 + K]`, `student [B, 1 + K]` similarity / temperature.
+    """
+
+    indices: Tensor
+    valid: Tensor
+    student: Tensor
+
+
+class LoopObjective(nn.Module):
+    """The step's losses for a model; the model's parameters are this module's, so DDP or FSDP wrap one thing."""
+
+    def __init__(
+        self, model: LoopITRModel, options: ObjectiveOptions | None = None, *, token_masking: TokenMasking | None = None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.options = options or ObjectiveOptions()
+        self.token_masking = token_masking
+        if self.options.mlm > 0 and (model.mlm_head is None or token_masking is None):
+            raise ValueError("objective.mlm needs a model with an mlm_head and a tokenizer with a mask token")
+
+    def forward(
+        self,
+        *,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        identities: Tensor,
+        caption_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        image_tokens: Tensor | None = None,
+        distillation_scale: float = 1.0,
+    ) -> StepOutput:
+        """Losses of one batch of `B` image-caption pairs.
+
+        Args:
+            input_ids, attention_mask: `[B, L]`.
+            identities: `[B]` int64: rows with the same number show the same image.
+            caption_ids: `[B]` int64: rows with the same number carry the same caption.
+            pixel_values: `[B, 3, S, S]`, or instead `image_tokens [B, N, D]` of a frozen backbone.
+            distillation_scale: factor on the weight of the distillation (its warm-up).
+        """
+        options, model = self.options, self.model
+        if pixel_values is not None:
+            image_state = model.encode_images(pixel_values)
+        elif image_tokens is not None:
+            image_state = model.image_state(image_tokens)
+        else:
+            raise ValueError("a batch needs pixel_values or image_tokens")
+        text_state, masked = self._encode_texts(input_ids, attention_mask)
+
+        similarity = self._similarities(image_state.embeds, text_state.embeds)
+        positives = self._positives(identities, caption_ids)
+        terms: dict[str, Tensor] = {}
+        metrics = {"temperature": 1 / model.dual.scale.detach()}
+        if options.itc > 0:
+            terms["itc"] = losses.itc_loss(
+                similarity.per_image, similarity.per_text, positives.per_image, positives.per_text
+            )
+        if options.mlm > 0:  # used twice; otherwise `score_pairs` projects what it needs
+            image_state = model.project_images(image_state)
+        if options.scores_pairs:
+            self._matching(image_state, text_state, similarity, positives, identities, caption_ids, terms, metrics)
+        if masked is not None:
+            terms["mlm"] = self._mlm(image_state, masked)
+        weights = {name: getattr(options, name) for name in terms}
+        if "distillation" in weights:
+            weights["distillation"] *= distillation_scale
+        zero = similarity.per_image.sum() * 0  # a loss even when every weight is zero
+        return StepOutput(sum((weights[name] * terms[name] for name in terms), zero), terms, metrics)
+
+    # 1. Encode
+
+    def _encode_texts(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[TextState, MaskedTexts | None]:
+        """Captions and, for MLM, their masked copies in the same run of the backbone."""
+        if self.options.mlm == 0 or self.token_masking is None:
+            return self.model.encode_texts(input_ids, attention_mask), None
+        changed, labels = self.token_masking(input_ids, attention_mask)
+        both = self.model.encode_texts(torch.cat([input_ids, changed]), attention_mask.repeat(2, 1))
+        size = len(input_ids)
+        state = type(both)(both.embeds[:size], both.tokens[:size], both.mask[:size])
+        return state, MaskedTexts(type(both)(both.embeds[size:], both.tokens[size:], both.mask[size:]), labels)
+
+    # 2. Gather
+
+    def _similarities(self, image_embeds: Tensor, text_embeds: Tensor) -> Similarities:
+        """Local queries against the candidates of all ranks, divided by the temperature."""
+        with torch.autocast(image_embeds.device.type, enabled=False):  # bf16 would tie close candidates
+            image_embeds, text_embeds, scale = image_embeds.float(), text_embeds.float(), self.model.dual.scale.float()
+            return Similarities(
+                per_image=scale * image_embeds @ all_gather(text_embeds, gradient=True).T,  # [B, R B]
+                per_text=scale * text_embeds @ all_gather(image_embeds, gradient=True).T,  # [B, R B]
+            )
+
+    def _positives(self, identities: Tensor, caption_ids: Tensor) -> Positives:
+        """Text j is a positive of image i if some row of any rank shows i's image with j's caption."""
+        all_identities, all_captions = all_gather(identities), all_gather(caption_ids)
+        same_image = (all_identities[:, None] == all_identities).float()  # [G, G]
+        same_caption = (all_captions[:, None] == all_captions).float()  # [G, G]
+        matches = same_image @ same_caption > 0  # [G images, G texts]
+        local = slice(rank() * len(identities), (rank() + 1) * len(identities))
+        return Positives(per_image=matches[local], per_text=matches.T[local])
+
+    # 3. - 6. Mine, score, teach
+
+    def _matching(
+        self,
+        image_state: ImageState,
+        text_state: TextState,
+        similarity: Similarities,
+        positives: Positives,
+        identities: Tensor,
+        caption_ids: Tensor,
+        terms: dict[str, Tensor],
+        metrics: dict[str, Tensor],
+    ) -> None:
+        options = self.options
+        size = len(identities)
+        start = rank() * size
+        columns = slice(None)
+        if options.mine_across_ranks:
+            image_state, text_state = self._gather_states(image_state, text_state)
+        else:  # the batch mined from is this rank's
+            columns = slice(start, start + size)
+            start = 0
+        own = torch.arange(start, start + size, device=identities.device)  # [B] each query's own partner
+        all_identities, all_captions = all_gather(identities)[columns], all_gather(caption_ids)[columns]
+        to_text = self._candidates(similarity.per_image[:, columns], positives.per_image[:, columns], own, all_captions)
+        to_image = self._candidates(similarity.per_text[:, columns], positives.per_text[:, columns], own, all_identities)
+
+        queries = own[:, None].expand_as(to_text.indices)
+        image_side = torch.stack([queries, to_text.indices], -1)  # [B, 1 + K, 2]
+        text_side = torch.stack([to_image.indices, queries], -1)  # [B, 1 + K, 2]
+        pairs = torch.stack([image_side, text_side])  # [2, B, 1 + K, 2]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and options.itm > 0):
+            logits = self.model.score_pairs(image_state, text_state, pairs.flatten(0, 2)).logits
+        logits = _gather_queries(logits.unflatten(0, pairs.shape[:3]))  # [2, R B, 1 + K, 2]
+        valid = _gather_queries(torch.stack([to_text.valid, to_image.valid]))  # [2, R B, 1 + K]
+        student = _gather_queries(torch.stack([to_text.student, to_image.student]))  # [2, R B, 1 + K]
+
+        counted = valid.clone()
+        counted[1, :, 0] = False  # the positives are the same pairs in both directions
+        matching = torch.zeros_like(valid)
+        matching[..., 0] = True
+        flat = logits.flatten(0, 2), matching.flatten(), counted.flatten()
+        metrics["itm_accuracy"] = losses.itm_accuracy(*flat)
+        if options.itm > 0:
+            terms["itm"] = losses.itm_loss(*flat)
+
+        teacher = (logits[..., 1] - logits[..., 0]).detach()  # [2, R B, 1 + K] match scores
+        negatives = [x.flatten(0, 1)[:, 1:] for x in (student.detach(), teacher, valid)]
+        metrics["rank_agreement"] = losses.kendall_tau(*negatives)
+        if options.distillation > 0:
+            distil = DISTILLATION[options.distillation_loss]
+            taught = [distil(student[side], teacher[side], valid[side], options) for side in (0, 1)]
+            terms["distillation"] = (taught[0].loss + taught[1].loss) / 2
+            metrics["valid_length"] = (taught[0].valid_length + taught[1].valid_length) / 2
+
+    def _candidates(self, similarity: Tensor, positives: Tensor, own: Tensor, groups: Tensor) -> Candidates:
+        mined = self._mine(similarity.detach(), positives, groups)
+        # A masked slot repeats the positive pair, which costs nothing: repeated pairs are scored once.
+        negatives = torch.where(mined.valid, mined.indices, own[:, None])
+        indices = torch.cat([own[:, None], negatives], 1)  # [B, 1 + K]
+        valid = torch.cat([torch.ones_like(mined.valid[:, :1]), mined.valid], 1)  # [B, 1 + K]
+        return Candidates(indices, valid, similarity.gather(1, indices))
+
+    def _mine(self, similarity: Tensor, positives: Tensor, groups: Tensor) -> Mined:
+        options = self.options
+        if options.mining == "topk":
+            return mine_topk(similarity, positives, options.num_negatives, groups=groups)
+        if options.mining == "sample":
+            return mine_sample(similarity, positives, options.num_negatives, groups=groups)
+        pool = max(options.mining_pool, options.num_negatives)
+        return mine_stratified(similarity, positives, options.num_negatives, pool=pool, groups=groups)
+
+    def _gather_states(self, images: ImageState, texts: TextState) -> tuple[ImageState, TextState]:
+        if world_size() == 1:
+            return images, texts
+        tokens = all_gather_padded(texts.tokens, gradient=True)
+        mask = all_gather_padded(texts.mask.long()).bool()
+        # Keys and values are projected after the gather, of the images in this rank's pairs only.
+        gathered = type(images)(embeds=all_gather(images.embeds), tokens=all_gather(images.tokens, gradient=True))
+        return gathered, type(texts)(all_gather(texts.embeds), tokens, mask)
+
+    # 7. MLM
+
+    def _mlm(self, images: ImageState, masked: MaskedTexts) -> Tensor:
+        pairs = torch.arange(len(masked.labels)).repeat(2, 1).T  # [B, 2] each caption with its own image
+        fused = self.model.fused_tokens(images, masked.state, pairs)  # [tokens, D]
+        labels = masked.labels[masked.state.mask]  # [tokens]
+        chosen = labels != losses.IGNORE_INDEX
+        head = self.model.mlm_head
+        assert head is not None
+        words = self.model.dual.text.model.get_input_embeddings().weight
+        logits = head(fused[chosen], words)  # [chosen, V]
+        # Ranks hold different numbers of masked tokens: weigh so that the average over ranks is the mean over tokens.
+        count = chosen.sum()
+        return losses.mlm_loss(logits, labels[chosen]) * count * world_size() / all_sum(count).clamp(min=1)
+
+
+@dataclass(frozen=True)
+class Similarities:
+    """Similarity / temperature: images against all texts `[B, R B]`, texts against all images `[B, R B]`."""
+
+    per_image: Tensor
+    per_text: Tensor
+
+
+@dataclass(frozen=True)
+class Positives:
+    """Masks that go with `Similarities`: images against all texts, texts against all images, `[B, R B]` bool each."""
+
+    per_image: Tensor
+    per_text: Tensor
+
+
+@dataclass(frozen=True)
+class MaskedTexts:
+    """The masked captions' state and, at masked tokens, the original ids: `labels [B, L]`, -100 elsewhere."""
+
+    state: TextState
+    labels: Tensor
+
+
+def _gather_queries(x: Tensor) -> Tensor:
+    """`[2, B, ...]` -> `[2, R B, ...]`, with gradient."""
+    return all_gather(x.transpose(0, 1), gradient=True).transpose(0, 1)
+
+
+@dataclass(frozen=True)
+class Taught:
+    """A distillation loss and the mean number of candidates per query that it ranked."""
+
+    loss: Tensor
+    valid_length: Tensor
+
+
+Distil = Callable[[Tensor, Tensor, Tensor, ObjectiveOptions], Taught]  # student, teacher, valid [Q, 1 + K]
+
+
+def _kl(student: Tensor, teacher: Tensor, valid: Tensor, options: ObjectiveOptions) -> Taught:
+    loss = losses.kl(student, teacher, valid, teacher_temperature=options.teacher_temperature)
+    return Taught(loss, _mean_length(valid))
+
+
+def _cprd(student: Tensor, teacher: Tensor, valid: Tensor, options: ObjectiveOptions) -> Taught:
+    student, teacher, valid = student[:, 1:], teacher[:, 1:], valid[:, 1:]  # a ranking of the negatives alone
+    if options.hard_rule == "threshold":
+        hard = losses.hard_above_threshold(teacher, valid, probability=options.hard_threshold)
+    elif options.hard_rule == "mean":
+        hard = losses.hard_above_mean(teacher, valid)
+    else:
+        hard = losses.hard_top(teacher, valid, options.hard_top)
+    return Taught(losses.cprd(student, teacher, valid, hard), _mean_length(hard))
+
+
+def _whole_list(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Distil:
+    """A loss on all candidates, the positive included."""
+
+    def distil(student: Tensor, teacher: Tensor, valid: Tensor, options: ObjectiveOptions) -> Taught:
+        return Taught(loss(student, teacher, valid), _mean_length(valid))
+
+    return distil
+
+
+def _mean_length(mask: Tensor) -> Tensor:
+    return mask.sum(1).float().mean()
+
+
+DISTILLATION: dict[str, Distil] = {
+    "kl": _kl,
+    "cprd": _cprd,
+    "margin_mse": _whole_list(losses.margin_mse),
+    "ranknet": _whole_list(losses.ranknet),
+    "listnet": _whole_list(losses.listnet),
+    "listmle": _whole_list(losses.listmle),
+    "adr_mse": _whole_list(losses.adr_mse),
+}

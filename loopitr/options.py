@@ -1,0 +1,87 @@
+"""The option tree of `recipes/pretrain.py`; the same tree is written into the run folder as `config.yaml`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from loopitr.building import ModelOptions
+from loopitr.data.sources import DataOptions
+from loopitr.objective import ObjectiveOptions
+
+
+@dataclass
+class TrainOptions:
+    """The run."""
+
+    output_dir: str = "runs/pretrain"
+    """Where the model, metrics, curves and checkpoints go. An older run there is moved aside, never overwritten."""
+    epochs: int = 10
+    """Passes over the training images (or captions)."""
+    max_steps: int | None = None
+    """Stop after so many optimiser steps; needed with streaming data, whose length is unknown."""
+    batch_size: int = 64
+    """Image-caption pairs per process and step; negatives come from this batch."""
+    accumulation: int = 1
+    """Batches per optimiser step (negatives are not shared between them)."""
+    backbone_lr: float = 5e-5
+    """Peak learning rate of the two backbones."""
+    lr: float = 5e-4
+    """Peak learning rate of the projections, the temperature and the fusion head."""
+    weight_decay: float = 0.02
+    """AdamW's, on matrices only."""
+    warmup: float = 0.1
+    """Part of the steps over which the learning rate rises."""
+    clip: float = 1.0
+    """Gradient norm is clipped to this."""
+    distillation_warmup: float = 0.1
+    """Part of the steps over which the distillation's weight rises from 0."""
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """Autocast; unset: what `accelerate launch` says."""
+    seed: int = 0
+    """Of weights, order, augmentation, dropout."""
+    gradient_checkpointing: bool = False
+    """Trade time for memory."""
+    checkpoint_every: int = 500
+    """Optimiser steps between checkpoints; 0: none."""
+    keep_checkpoints: int = 2
+    """Older ones are deleted."""
+    log_every: int = 10
+    """Optimiser steps between log lines."""
+    tracker: str = "auto"
+    """accelerate tracker: tensorboard, wandb, ...; auto: tensorboard if installed; none."""
+
+
+@dataclass
+class ValidationOptions:
+    """Recall on held-out data; the best model by mean R@1 is the one that is kept."""
+
+    every_epochs: int = 1
+    """0: only at the end."""
+    every_steps: int = 0
+    """Optimiser steps between validations; 0: by epochs."""
+    rerank: int = 16
+    """Candidates per query for the fusion head; 0: dual only."""
+    max_images: int | None = None
+    """Validate on the first so many images, for speed."""
+    batch_size: int = 64
+    """Images encoded at a time."""
+    final_split: str | None = None
+    """Split of the final table; unset: the validation split (`scenes`: its test split)."""
+    final_rerank: int = 32
+    """Candidates per query in the final table."""
+    select: Literal["auto", "dual", "match", "match_plus_similarity"] = "auto"
+    """Whose mean R@1 chooses the best model; auto: match_plus_similarity where pairs are scored, else dual."""
+
+
+@dataclass
+class PretrainOptions:
+    """Everything a run is made of."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
+    train: TrainOptions = field(default_factory=TrainOptions)
+    validation: ValidationOptions = field(default_factory=ValidationOptions)
+    resume: bool = False
+    """Continue from the newest checkpoint in train.output_dir."""

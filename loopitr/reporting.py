@@ -1,0 +1,64 @@
+"""What a run leaves behind: history, `metrics.json`, a Markdown table, a PNG of the curves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+HISTORY = "history.jsonl"
+
+
+class History:
+    """One JSON line per logged step, in the run folder; a resumed run drops what lies after its checkpoint."""
+
+    def __init__(self, folder: Path, *, resume_step: int | None = None) -> None:
+        self.path = folder / HISTORY
+        rows = read_history(folder) if resume_step is not None else []
+        self.rows = [row for row in rows if row["step"] <= (resume_step or 0)]
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        row = {"step": step, **values}
+        self.rows.append(row)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """The history's rows; a last line that a killed process left incomplete is ignored."""
+    path = folder / HISTORY
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Complete or not at all: a reader never sees half a file."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.replace(path)
+
+
+def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
+    """Losses over steps on the left, recall on the right."""
+    from matplotlib.figure import Figure  # no global state, no display
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axes, prefix, title, label in (
+        (left, "loss/", "training losses", "loss"),
+        (right, "val/", "validation mean R@1", "percent"),
+    ):
+        for name in sorted({key for row in rows for key in row if key.startswith(prefix)}):
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            axes.plot(*zip(*points), label=name.removeprefix(prefix), marker="." if len(points) < 50 else "")
+        axes.set(title=title, xlabel="step", ylabel=label)
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,161 @@
+"""Karpathy JSON, ALBEF lists and tables: what they read, what they skip, what they refuse."""
+
+import csv
+import json
+
+import pytest
+
+from loopitr.data import DataError, LoadReport, load_albef, load_karpathy, load_table
+
+
+def entry(index, split, captions, **more):
+    return {"filename": f"{index}.png", "split": split, "imgid": index, "sentences": [{"raw": c} for c in captions],
+            **more}
+
+
+def write(path, content):
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def karpathy(tmp_path, entries):
+    return write(tmp_path / "data.json", {"images": entries, "dataset": "x"})
+
+
+def test_karpathy_reads_a_split(tmp_path, image_dir):
+    path = karpathy(tmp_path, [entry(0, "train", ["a cat", "two  cats "]), entry(1, "val", ["a dog"]),
+                               entry(2, "restval", ["a cow"])])
+    report = LoadReport()
+    train = load_karpathy(path, image_dir, "train", report)
+    assert [r.captions for r in train] == [("a cat", "two cats"), ("a cow",)]
+    assert [r.identity for r in train] == [0, 2] and train[0].image == image_dir / "0.png" and train[0].name == "0.png"
+    assert (report.images, report.captions, report.skipped) == (2, 3, 0)
+    assert [r.identity for r in load_karpathy(path, image_dir, "val", report)] == [1]
+    assert [r.identity for r in load_karpathy(path, image_dir, "restval", report)] == [2]
+
+
+def test_karpathy_counts_empty_captions_and_names_them(tmp_path, image_dir):
+    path = karpathy(tmp_path, [entry(0, "val", ["a cat", "  ", ""]), entry(1, "val", [" "]), entry(2, "val", [])])
+    report = LoadReport()
+    assert [r.captions for r in load_karpathy(path, image_dir, "val", report)] == [("a cat",)]
+    assert report.counts == {"empty caption": 3, "no captions": 2}
+    assert "1.png" in report.summary() and "2.png" in report.summary()
+
+
+def test_karpathy_image_listed_twice_is_one_record(tmp_path, image_dir):
+    path = karpathy(tmp_path, [entry(0, "val", ["a"]), entry(1, "val", ["b"]), entry(0, "val", ["c"])])
+    records = load_karpathy(path, image_dir, "val", LoadReport())
+    assert [(r.name, r.captions, r.identity) for r in records] == [("0.png", ("a", "c"), 0), ("1.png", ("b",), 1)]
+
+
+def test_karpathy_identities_differ_when_ids_do_not(tmp_path, image_dir):
+    path = karpathy(tmp_path, [entry(0, "val", ["a"]), entry(1, "val", ["b"], imgid=0)])
+    assert len({r.identity for r in load_karpathy(path, image_dir, "val", LoadReport())}) == 2
+
+
+def test_karpathy_filepath_nested_or_flat(tmp_path, image_dir):
+    path = karpathy(tmp_path, [entry(0, "val", ["a"], filepath="val2014")])
+    assert load_karpathy(path, image_dir, "val", LoadReport())[0].image == image_dir / "0.png"
+    (image_dir / "val2014").mkdir()
+    (image_dir / "0.png").rename(image_dir / "val2014" / "0.png")
+    assert load_karpathy(path, image_dir, "val", LoadReport())[0].image == image_dir / "val2014" / "0.png"
+
+
+def test_karpathy_refuses(tmp_path, image_dir):
+    def fails(match, path, images=image_dir, split="val"):
+        with pytest.raises(DataError, match=match) as caught:
+            load_karpathy(path, images, split, LoadReport())
+        assert "\n" not in str(caught.value)
+
+    good = karpathy(tmp_path, [entry(0, "val", ["a"]), entry(1, "dev", ["b"]), entry(2, "dev", [" "])])
+    fails("nowhere.json: No such file", tmp_path / "nowhere.json")
+    fails("not valid JSON", write(tmp_path / "broken.json", '{"images": ['))
+    fails("data.albef", write(tmp_path / "list.json", []))
+    fails("no list 'images'", write(tmp_path / "dict.json", {"x": 1}))
+    fails(r"images\[0\] needs 'filename'", write(tmp_path / "bare.json", {"images": [{"split": "val"}]}))
+    fails("no such image folder", good, images=tmp_path / "nowhere")
+    fails("no split 'test'; it has dev, val", good, split="test")
+    fails("none of its first 1 images exists; tried .*tmp", good, images=tmp_path)
+    fails("no image with a caption in split 'x'", write(tmp_path / "e.json", {"images": [entry(0, "x", [" "])]}),
+          split="x")
+
+
+def test_albef_groups_by_image_and_never_splits_strings(tmp_path, image_dir):
+    path = write(tmp_path / "a.json", [
+        {"image": "0.png", "caption": "a cat", "image_id": "coco_7"},
+        {"image": "1.png", "caption": ["a dog", "", "two dogs"], "image_id": "coco_8"},
+        {"image": "0.png", "caption": "one cat", "image_id": "coco_7"},
+        {"image": "2.png", "caption": "the same cat", "image_id": "coco_7"},
+    ])
+    report = LoadReport()
+    records = load_albef(path, image_dir, report)
+    assert [r.captions for r in records] == [("a cat", "one cat"), ("a dog", "two dogs"), ("the same cat",)]
+    assert records[0].identity == records[2].identity != records[1].identity
+    assert report.counts == {"empty caption": 1}
+
+
+def test_albef_refuses(tmp_path, image_dir):
+    for content, match in [({"images": []}, "data.karpathy"), ([{"image": "0.png"}], "item 0 needs"),
+                           ([{"image": "0.png", "caption": 5}], "must be text or a list"),
+                           ([{"image": "0.png", "caption": [5]}], "must be text, got int"),
+                           ([{"image": "0.png", "caption": ""}], "no image with a caption"),
+                           ([{"image": "x.png", "caption": "a"}], "tried")]:
+        with pytest.raises(DataError, match=match):
+            load_albef(write(tmp_path / "a.json", content), image_dir, LoadReport())
+
+
+def table(path, rows, header=("image", "caption", "split")):
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+        writer.writerows([header, *rows])
+    return path
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv"])
+def test_table_groups_rows(tmp_path, image_dir, name):
+    path = table(tmp_path / name, [("0.png", "a cat, asleep", "train"), ("1.png", '["a dog", "[sic] dogs"]', "train"),
+                                   ("0.png", "[one] cat", "train"), ("2.png", "a cow", "val"), ("3.png", " ", "train"),
+                                   ("", "lost", "train")])
+    report = LoadReport()
+    records = load_table(path, image_dir, report, split="train")
+    assert [(r.name, r.captions) for r in records] == [("0.png", ("a cat, asleep", "[one] cat")),
+                                                       ("1.png", ("a dog", "[sic] dogs"))]
+    assert report.counts == {"no image path": 1, "empty caption": 1, "no captions": 1}
+    assert len(load_table(path, image_dir, LoadReport())) == 3
+
+
+def test_jsonl_with_own_columns_and_relative_paths(tmp_path, image_dir):
+    path = write(image_dir / "t.jsonl", '{"file": "0.png", "text": ["a", "b"]}\n\n{"file": "1.png", "text": "cc"}\n')
+    records = load_table(path, None, LoadReport(), image_column="file", caption_column="text")
+    assert [r.captions for r in records] == [("a", "b"), ("cc",)] and records[0].image == image_dir / "0.png"
+
+
+def test_table_refuses(tmp_path, image_dir):
+    def fails(match, path, **options):
+        with pytest.raises(DataError, match=match) as caught:
+            load_table(path, image_dir, LoadReport(), **options)
+        assert "\n" not in str(caught.value)
+
+    good = table(tmp_path / "t.csv", [("0.png", "a", "train")])
+    fails("no column 'text'; it has image, caption, split", good, caption_column="text")
+    fails("no column 'path'", good, image_column="path")
+    fails("no split 'val' in column 'split'; it has train", good, split="val")
+    fails("no column 'fold'", good, split="train", split_column="fold")
+    fails("No such file", tmp_path / "none.csv")
+    fails("a table ends in", write(tmp_path / "t.xlsx", "x"))
+    fails("row 1 has more cells", write(tmp_path / "u.csv", "image,caption\n0.png,a cat, asleep\n"))
+    fails("line 2 is not valid JSON", write(tmp_path / "b.jsonl", '{"image": "0.png", "caption": "a"}\n{\n'))
+    fails("line 1 is not a JSON object", write(tmp_path / "c.jsonl", "[1]\n"))
+    (tmp_path / "latin.csv").write_bytes("image,caption\n0.png,caf\xe9\n".encode("latin-1"))
+    fails("not UTF-8", tmp_path / "latin.csv")
+
+
+def test_report_check_and_summary():
+    report = LoadReport(captions=18)
+    for index in range(7):
+        report.skip("empty caption", f"{index}.jpg")
+    assert "7 x empty caption (0.jpg, 1.jpg, 2.jpg, 3.jpg, 4.jpg, ...)" in report.summary()
+    report.check(0.28)
+    with pytest.raises(DataError, match="7 of 25 .*allowed fraction 0.2"):
+        report.check(0.2)
+    report.check(0.2, seen=100)

@@ -1,0 +1,122 @@
+"""decode_image: every mode becomes the RGB it should, and everything broken is named."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile
+
+from loopitr.data import DataError, UnreadableImage, decode_image
+
+
+def encode(image, format="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def noise(size=(32, 24)):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def pixel(image, at=(0, 0)):
+    assert image.mode == "RGB"
+    return image.getpixel(at)
+
+
+def test_path_bytes_and_pil_agree(tmp_path):
+    image = noise()
+    image.save(tmp_path / "x.png")
+    for form in (tmp_path / "x.png", str(tmp_path / "x.png"), encode(image), image):
+        assert np.array_equal(np.asarray(decode_image(form)), np.asarray(image))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparency_is_put_on_white(mode):
+    image = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    image.putpixel((1, 1), (10, 10, 10, 255))
+    image.putpixel((2, 2), (0, 0, 0, 128))
+    decoded = decode_image(encode(image.convert(mode)))
+    assert pixel(decoded) == (255, 255, 255)
+    assert pixel(decoded, (1, 1)) == (10, 10, 10)
+    assert pixel(decoded, (2, 2)) == pytest.approx((127, 127, 127), abs=1)
+
+
+def test_palette_with_and_without_transparency():
+    image = Image.new("P", (4, 4), 0)
+    image.putpalette([200, 0, 0, 0, 0, 200])
+    image.putpixel((1, 1), 1)
+    assert pixel(decode_image(encode(image))) == (200, 0, 0)
+    transparent = decode_image(encode(image, transparency=0))
+    assert pixel(transparent) == (255, 255, 255) and pixel(transparent, (1, 1)) == (0, 0, 200)
+
+
+@pytest.mark.parametrize("mode, value, expected", [("L", 90, 90), ("1", 1, 255)])
+def test_greyscale(mode, value, expected):
+    assert pixel(decode_image(encode(Image.new(mode, (4, 4), value)))) == (expected,) * 3
+
+
+@pytest.mark.parametrize("value, expected", [(0, 0), (65535, 255), (32896, 128), (300, 1)])
+def test_sixteen_bits_are_scaled_not_clipped(value, expected):
+    image = Image.fromarray(np.full((4, 4), value, dtype=np.uint16))
+    assert pixel(decode_image(encode(image))) == (expected,) * 3
+
+
+def test_float_image_in_unit_range():
+    assert pixel(decode_image(Image.fromarray(np.full((4, 4), 0.5, dtype=np.float32)))) == (128,) * 3
+
+
+def test_cmyk_jpeg():
+    red = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+    assert pixel(decode_image(encode(red, "JPEG", quality=95))) == pytest.approx((254, 0, 0), abs=6)
+
+
+def test_exif_orientation_is_applied():
+    image = Image.new("RGB", (40, 20), (255, 255, 255))
+    image.paste((200, 0, 0), (0, 0, 20, 20))  # left half red
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn clockwise to view: left becomes top
+    decoded = decode_image(encode(image, "JPEG", exif=exif, quality=95))
+    assert decoded.size == (20, 40)
+    assert pixel(decoded, (10, 5))[1] < 50 and pixel(decoded, (10, 35))[1] > 200
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_truncated_raises_with_the_name(tmp_path, format):
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    data = encode(noise((64, 64)), format)
+    (tmp_path / "half.img").write_bytes(data[: len(data) // 2])
+    with pytest.raises(UnreadableImage, match="half.img.*truncated"):
+        decode_image(tmp_path / "half.img")
+
+
+@pytest.mark.parametrize("data, reason", [(b"", "empty file"), (b"hello", "not a known image format")])
+def test_no_image_at_all(tmp_path, data, reason):
+    (tmp_path / "x.jpg").write_bytes(data)
+    for image in (data, tmp_path / "x.jpg"):
+        with pytest.raises(UnreadableImage, match=reason) as caught:
+            decode_image(image, "row 7")
+        assert (caught.value.name, caught.value.reason) == ("row 7", reason)
+
+
+def test_missing_file_folder_and_zero_size(tmp_path):
+    with pytest.raises(UnreadableImage, match="nowhere.jpg.*no such file"):
+        decode_image(tmp_path / "nowhere.jpg")
+    with pytest.raises(UnreadableImage, match="directory"):
+        decode_image(tmp_path)
+    with pytest.raises(UnreadableImage, match="zero size 0x5"):
+        decode_image(Image.new("RGB", (0, 5)))
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("limit", [600, 300])  # Pillow only warns up to twice its limit
+def test_decompression_bomb(monkeypatch, limit):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(UnreadableImage, match="too many pixels"):
+        decode_image(encode(noise()))
+
+
+def test_error_is_one_line():
+    with pytest.raises(DataError) as caught:
+        decode_image(b"x", "a.jpg")
+    assert str(caught.value) == "a.jpg: unreadable image (not a known image format)"

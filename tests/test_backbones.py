@@ -1,0 +1,271 @@
+"""Image and text backbones: layouts, poolings, sizes, and errors that name what is wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import BERT, CNN, VIT, images, plain_score, ragged_texts, tiny_model
+
+from loopitr import DualEncoderConfig, LoopITRModel
+from loopitr.backbones import TextBackbone, VisionBackbone, vision_data
+
+SWIN: dict[str, Any] = {
+    "name": "swin_tiny_patch4_window7_224",
+    "image_size": 32,
+    "kwargs": {"embed_dim": 8, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4},
+}
+NO_CLASS_TOKEN: dict[str, Any] = {**VIT, "kwargs": {**VIT["kwargs"], "class_token": False, "global_pool": "avg"}}
+CLIP_RESNET: dict[str, Any] = {"name": "resnet50_clip", "image_size": 64, "kwargs": {"width_factor": 0.125}}
+VISION = {"vit": VIT, "no_class_token": NO_CLASS_TOKEN, "cnn": CNN, "swin": SWIN}
+
+TEXT: dict[str, dict[str, Any]] = {
+    "bert": BERT,
+    "roberta": {**BERT, "model_type": "roberta", "pad_token_id": 0},
+    "electra": {**BERT, "model_type": "electra", "embedding_size": 16},
+    "distilbert": {
+        "model_type": "distilbert",
+        "vocab_size": 60,
+        "dim": 32,
+        "n_layers": 2,
+        "n_heads": 4,
+        "hidden_dim": 48,
+        "max_position_embeddings": 24,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+    },
+    "modernbert": {
+        "model_type": "modernbert",
+        "vocab_size": 60,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "max_position_embeddings": 24,
+        **{f"{name}_token_id": 0 for name in ("pad", "bos", "eos", "cls", "sep")},
+    },
+}
+OTHER_LAYERS: dict[str, dict[str, Any]] = {  # encoders with an `intermediate`, but not BERT's attention
+    "mpnet": {**BERT, "model_type": "mpnet", "pad_token_id": 0},
+    "deberta-v2": {**BERT, "model_type": "deberta-v2"},
+}
+
+
+def vision_backbone(vision: dict[str, Any], pooling: str = "backbone") -> VisionBackbone:
+    torch.manual_seed(0)
+    return VisionBackbone(DualEncoderConfig(vision=vision, text=BERT, vision_pooling=pooling)).eval()
+
+
+def text_backbone(text: dict[str, Any], pooling: str = "mean") -> TextBackbone:
+    torch.manual_seed(0)
+    return TextBackbone(DualEncoderConfig(text=text, text_pooling=pooling)).eval()
+
+
+# Images
+
+
+@pytest.mark.parametrize("name", VISION)
+@torch.no_grad()
+def test_tokens_are_timms_features_row_by_row(name):
+    backbone = vision_backbone(VISION[name])
+    x = images(2, backbone.image_size)
+    features, tokens = backbone.model.forward_features(x), backbone(x)
+    assert tokens.shape == (2, backbone.num_tokens, backbone.width)
+    if name == "cnn":
+        features = features.permute(0, 2, 3, 1)
+    if features.ndim == 4:
+        height, width = features.shape[1:3]
+        expected = torch.stack([features[:, i, j] for i in range(height) for j in range(width)], 1)
+    else:
+        expected = features
+    assert torch.equal(tokens, expected)
+    assert backbone.num_prefix_tokens == (1 if name == "vit" else 0)
+
+
+@pytest.mark.parametrize("name", [*VISION, "clip_resnet"])
+@torch.no_grad()
+def test_pooling_stored_tokens_is_timms_own_forward(name):
+    """`clip_resnet`: its attention pooling has positions, so that the map must come back in its own shape."""
+    backbone = vision_backbone({**VISION, "clip_resnet": CLIP_RESNET}[name])
+    x = images(2, backbone.image_size)
+    pooled = backbone.pool(backbone(x).clone())
+    torch.testing.assert_close(pooled, backbone.model(x), atol=1e-6, rtol=1e-5)
+    assert pooled.shape == (2, backbone.pooled_width)
+
+
+@torch.no_grad()
+def test_first_and_mean_pooling():
+    tokens = torch.randn(2, 17, 32)
+    assert torch.equal(vision_backbone(VIT, "first").pool(tokens), tokens[:, 0])
+    assert torch.equal(vision_backbone(VIT, "mean").pool(tokens), tokens[:, 1:].mean(1))  # not the class token
+    assert torch.equal(vision_backbone(NO_CLASS_TOKEN, "mean").pool(tokens), tokens.mean(1))
+
+
+@pytest.mark.parametrize("name", ["cnn", "swin", "no_class_token"])
+def test_first_pooling_needs_a_class_token(name):
+    with pytest.raises(ValueError, match=f"needs a class token, which '{VISION[name]['name']}' has not"):
+        vision_backbone(VISION[name], "first")
+
+
+def test_a_wrong_name_patch_or_picture_is_named():
+    with pytest.raises(ValueError, match="timm has no model 'vit_tinny_patch16_224'; similar: "):
+        vision_backbone({**VIT, "name": "vit_tinny_patch16_224"})
+    with pytest.raises(ValueError, match="image size 36 is not a multiple of the patch size 8"):
+        vision_backbone({**VIT, "image_size": 36})
+    backbone = vision_backbone(VIT)
+    for wrong in (images(2, 40), torch.zeros(2, 1, 32, 32), torch.zeros(3, 32, 32)):
+        with pytest.raises(ValueError, match=r"pixel_values must be \[B, 3, 32, 32\], got"):
+            backbone(wrong)
+
+
+@pytest.mark.parametrize("name", VISION)
+@torch.no_grad()
+def test_resize_to_the_same_size_changes_nothing(name):
+    backbone = vision_backbone(VISION[name])
+    x, before = images(2, backbone.image_size), {k: v.clone() for k, v in backbone.state_dict().items()}
+    tokens = backbone(x)
+    backbone.resize(backbone.image_size)
+    assert torch.equal(backbone(x), tokens)
+    assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
+
+
+@pytest.mark.parametrize("name, tokens", [("vit", 65), ("no_class_token", 64), ("cnn", 16)])
+@torch.no_grad()
+def test_resize_to_another_size(name, tokens):
+    backbone = vision_backbone(VISION[name])
+    size = backbone.image_size * 2
+    backbone.resize(size)
+    got = backbone(images(2, size))
+    assert got.shape == (2, tokens, backbone.width) and backbone.num_tokens == tokens
+    assert backbone.pool(got).shape == (2, backbone.pooled_width)
+
+
+def test_positions_are_interpolated():
+    """A linear ramp stays a linear ramp away from the border, and the class token's position stays."""
+    backbone = vision_backbone(VIT)
+    position = backbone.model.pos_embed
+    with torch.no_grad():
+        position.zero_()
+        position[:, 0] = 7.0
+        position[0, 1:, 0] = torch.arange(4.0).repeat_interleave(4)  # grows downwards
+    backbone.resize(64)
+    grid = backbone.model.pos_embed[0, 1:, 0].reshape(8, 8)
+    assert torch.equal(backbone.model.pos_embed[0, 0], position[0, 0])
+    torch.testing.assert_close(grid, grid[:, :1].expand(8, 8), atol=1e-5, rtol=0)
+    torch.testing.assert_close(grid[3:5, 0], torch.tensor([1.25, 1.75]), atol=0.05, rtol=0)
+    with pytest.raises(ValueError, match="image size 60 is not a multiple of the patch size 8"):
+        backbone.resize(60)
+    assert backbone.image_size == 64
+
+
+def test_resize_keeps_the_dtype():
+    backbone = vision_backbone(VIT).double()
+    backbone.resize(64)
+    assert backbone(images(1, 64).double()).dtype == torch.float64
+
+
+def test_a_backbone_whose_windows_would_change_is_refused():
+    with pytest.raises(ValueError, match="SwinTransformer cannot change its image size from 32 to 64"):
+        vision_backbone(SWIN).resize(64)
+
+
+def test_how_a_backbone_wants_its_pixels():
+    data = vision_data("vit_small_patch16_224")
+    assert data.mean == (0.5, 0.5, 0.5) and data.std == (0.5, 0.5, 0.5) and data.interpolation == "bicubic"
+    assert vision_data("resnet10t").mean != data.mean
+
+
+# Texts
+
+
+@pytest.mark.parametrize("name", TEXT)
+@torch.no_grad()
+def test_text_poolings_ignore_the_padding(name):
+    ids, mask = ragged_texts(3)
+    longer = [torch.nn.functional.pad(x, (0, 5)) for x in (ids, mask)]
+    for pooling in ("first", "mean"):
+        backbone = text_backbone(TEXT[name], pooling)
+        output = backbone(ids, mask)
+        for row in range(3):
+            real = output.tokens[row, : mask[row].sum()]
+            expected = real[0] if pooling == "first" else real.mean(0)
+            torch.testing.assert_close(backbone.pool(output, mask)[row], expected, atol=1e-5, rtol=1e-4)
+        padded = backbone.pool(backbone(*longer), longer[1])
+        torch.testing.assert_close(padded, backbone.pool(output, mask), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_the_backbones_own_pooling():
+    ids, mask = ragged_texts(3)
+    backbone = text_backbone(BERT, "backbone")
+    output = backbone(ids, mask)
+    expected = torch.tanh(backbone.model.pooler.dense(output.tokens[:, 0]))
+    torch.testing.assert_close(backbone.pool(output, mask), expected)
+    assert text_backbone(BERT, "mean").model.pooler is None  # nothing would train it
+    without = text_backbone(TEXT["distilbert"], "backbone")
+    with pytest.raises(ValueError, match="DistilBertModel has no pooling of its own; use 'first' or 'mean'"):
+        without.pool(without(ids, mask), mask)
+
+
+@pytest.mark.parametrize("name, longest", [("bert", 24), ("roberta", 23), ("distilbert", 24)])
+def test_a_caption_longer_than_the_backbone_takes(name, longest):
+    """RoBERTa's positions start after its padding index, here 0."""
+    backbone = text_backbone(TEXT[name])
+    ids = torch.full((1, longest + 1), 7)
+    backbone(ids[:, :-1], torch.ones(1, longest, dtype=torch.int64))
+    with pytest.raises(ValueError, match=f"captions of {longest + 1} tokens are longer than .* takes .{longest}."):
+        backbone(ids, torch.ones_like(ids))
+
+
+@torch.no_grad()
+def test_inner_tokens_are_the_input_of_that_layer():
+    ids, mask = ragged_texts(3)
+    for name in ("bert", "roberta"):
+        backbone = text_backbone(TEXT[name])
+        seen: list[torch.Tensor] = []
+        for layer in backbone.layers:
+            layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+        for index in (0, 1):
+            seen.clear()
+            inner = backbone(ids, mask, inner_layer=index).inner
+            assert inner is not None and torch.equal(inner, seen[index])
+
+
+@pytest.mark.parametrize("style", ["late", "shared"])
+@pytest.mark.parametrize("name", [n for n in TEXT])
+@torch.no_grad()
+def test_pairs_score_on_every_text_backbone(name, style):
+    if style == "shared" and name in ("distilbert", "modernbert"):
+        with pytest.raises(ValueError, match="fusion.style 'shared' needs BERT-type layers, which .*BertModel has not"):
+            tiny_model(style=style, text=TEXT[name])
+        return
+    model = tiny_model(style=style, layers=1, text=TEXT[name]).eval()
+    image_state, text_state = model.encode_images(images(2)), model.encode_texts(*ragged_texts(3))
+    pairs = torch.tensor([[0, 1], [1, 2], [1, 0]])
+    expected = plain_score(model, image_state.tokens, text_state, pairs)
+    torch.testing.assert_close(model.score_pairs(image_state, text_state, pairs).logits, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", OTHER_LAYERS)
+def test_shared_fusion_refuses_attention_that_is_not_berts(name):
+    with pytest.raises(ValueError, match="fusion.style 'shared' needs BERT-type layers"):
+        tiny_model(style="shared", text=OTHER_LAYERS[name])
+
+
+def test_more_shared_layers_than_the_backbone_has():
+    with pytest.raises(ValueError, match="fusion.num_layers 3 is more than the text backbone's 2"):
+        tiny_model(style="shared", layers=3)
+
+
+def test_unknown_text_model_is_named():
+    with pytest.raises(ValueError, match="barth"):
+        text_backbone({"model_type": "barth"})
+
+
+def test_building_a_model_leaves_timms_initialisation_alone():
+    """A ResNet zeroes the last norm of each block; transformers' initialisation would fill it with ones."""
+    torch.manual_seed(0)
+    model = LoopITRModel(tiny_model(CNN).config)
+    last_norms = [v for k, v in model.dual.vision.model.named_parameters() if "layer" in k and k.endswith("bn2.weight")]
+    assert last_norms and all(not value.any() for value in last_norms)

@@ -1,0 +1,124 @@
+"""The fusion encoder against a plain per-pair forward, values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import CNN, VIT, images, plain_score, ragged_texts, tiny_model
+
+from loopitr import TextState
+
+
+def _states(model, count_images, count_texts):
+    size = model.dual.vision.image_size
+    image_state = model.encode_images(images(count_images, size))
+    return image_state, model.encode_texts(*ragged_texts(count_texts))
+
+
+@pytest.mark.parametrize("style", ["late", "shared"])
+@pytest.mark.parametrize("vision", [VIT, CNN], ids=["vit", "cnn"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_score_pairs_is_the_plain_forward(style, vision, layers):
+    model = tiny_model(vision, style, layers).double().eval()
+    torch.set_default_dtype(torch.float64)
+    try:
+        image_state, text_state = _states(model, 4, 5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    # Shuffled, with repeats; image 2 and text 1 in no pair.
+    pairs = torch.tensor([[3, 4], [0, 0], [3, 0], [1, 2], [0, 0], [3, 3], [0, 4], [3, 4]])
+    expected = plain_score(model, image_state.tokens, text_state, pairs)
+    got = model.score_pairs(image_state, text_state, pairs)
+    torch.testing.assert_close(got.logits.double(), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(got.score, got.logits[:, 1] - got.logits[:, 0])
+
+
+@pytest.mark.parametrize("style", ["late", "shared"])
+@pytest.mark.parametrize("count", [8, 64])  # 64: several length buckets
+def test_gradients_are_the_plain_ones(style, count):
+    model = tiny_model(VIT, style).train()
+    pairs = torch.randint(0, 6, (count, 2), generator=torch.Generator().manual_seed(3))
+    weights = torch.randn(count, 2, generator=torch.Generator().manual_seed(4))
+    gradients = []
+    for fast in (True, False):
+        model.zero_grad()
+        image_state, text_state = _states(model, 6, 6)
+        if fast:
+            logits = model.score_pairs(image_state, text_state, pairs).logits
+        else:
+            logits = plain_score(model, image_state.tokens, text_state, pairs)
+        (logits * weights).sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, expected in gradients[1].items():
+        torch.testing.assert_close(gradients[0][name], expected, atol=2e-5, rtol=1e-4, msg=lambda m: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("style", ["late", "shared"])
+def test_many_pairs_of_uneven_sizes(style):
+    """Enough pairs for several buckets by text and by image, in blocks and at once."""
+    model = tiny_model(VIT, style).eval()
+    image_state = model.encode_images(images(24))
+    text_state = model.encode_texts(*ragged_texts(40, longest=20))
+    generator = torch.Generator().manual_seed(5)
+    hub = torch.stack([torch.zeros(30, dtype=torch.int64), torch.arange(30)], 1)  # one image with most of the pairs
+    rest = torch.stack([torch.randint(1, 24, (60,), generator=generator), torch.randint(0, 40, (60,), generator=generator)], 1)
+    pairs = torch.cat([hub, rest])[torch.randperm(90, generator=generator)]
+    expected = plain_score(model, image_state.tokens, text_state, pairs)
+    for block_size in (None, 7, 1):
+        got = model.score_pairs(image_state, text_state, pairs, block_size=block_size).logits
+        torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+    projected = model.project_images(image_state)
+    torch.testing.assert_close(model.score_pairs(projected, text_state, pairs).logits, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("style", ["late", "shared"])
+def test_padding_changes_nothing(style):
+    model = tiny_model(VIT, style).eval()
+    ids, mask = ragged_texts(3)
+    pad = torch.zeros(3, 6, dtype=torch.int64)
+    image_state = model.encode_images(images(2))
+    pairs = torch.cartesian_prod(torch.arange(2), torch.arange(3))
+    short, long = model.encode_texts(ids, mask), model.encode_texts(torch.cat([ids, pad], 1), torch.cat([mask, pad], 1))
+    torch.testing.assert_close(short.embeds, long.embeds, atol=1e-5, rtol=1e-4)
+    a, b = (model.score_pairs(image_state, state, pairs).logits for state in (short, long))
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_one_projection_per_image_and_one_score_per_pair():
+    model = tiny_model().eval()
+    image_state, text_state = _states(model, 4, 5)
+    seen = []
+    model.fusion.cross[0].key.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[0]))
+    rows = []
+    model.itm_head.register_forward_hook(lambda module, args, out: rows.append(args[0].shape[0]))
+    model.score_pairs(image_state, text_state, torch.tensor([[1, 0], [1, 1], [1, 0], [3, 1], [1, 2]]))
+    assert seen == [2] and rows == [4]
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    results = []
+    for enable in (False, True):
+        model = tiny_model(VIT, "late").train()
+        if enable:
+            model.activation_checkpointing_enable()
+            assert model.fusion.gradient_checkpointing and model.dual.vision.model.grad_checkpointing
+        image_state, text_state = _states(model, 3, 3)
+        model.score_pairs(image_state, text_state, torch.cartesian_prod(torch.arange(3), torch.arange(3))).score.sum().backward()
+        results.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(results[0]) == len(results[1])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_bad_pairs_are_named():
+    model = tiny_model().eval()
+    image_state, text_state = _states(model, 2, 3)
+    with pytest.raises(ValueError, match="text 3, but there are 3"):
+        model.score_pairs(image_state, text_state, torch.tensor([[0, 3]]))
+    with pytest.raises(ValueError, match="int64"):
+        model.score_pairs(image_state, text_state, torch.zeros(3))
+    empty = TextState(text_state.embeds, text_state.tokens, torch.zeros_like(text_state.mask))
+    with pytest.raises(ValueError, match="has no token"):
+        model.score_pairs(image_state, empty, torch.tensor([[0, 0]]))
+    assert model.score_pairs(image_state, text_state, torch.zeros(0, 2, dtype=torch.int64)).score.shape == (0,)

@@ -1,0 +1,220 @@
+"""What may import what (read from the source, nothing is imported), and two more rules that hold for every module."""
+
+import ast
+import graphlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Unit of `loopitr` (a module, or a folder with all that is in it unless listed by itself) -> the units that it may
+# import. Every unit may import from within itself; `__init__.py` of the package may import all, nobody imports it.
+ALLOWED: dict[str, set[str]] = {
+    "config": set(),
+    "losses": set(),
+    "mining": set(),
+    "distributed": set(),
+    "masking": set(),
+    "packing": set(),
+    "heads": set(),
+    "evaluation.ranking": set(),
+    "data": set(),
+    "backbones": {"config"},
+    "fusion": {"config", "packing"},
+    "processing": {"config"},
+    "pretrained": {"config", "backbones"},
+    "model": {"config", "backbones", "fusion", "heads"},
+    "objective": {"losses", "masking", "mining", "distributed"},
+    "evaluation": {"evaluation.ranking", "config", "model", "processing", "data", "distributed"},
+    "options": {"config", "data", "losses", "mining", "objective"},
+    "checkpoints": {"config", "model", "processing", "distributed", "options"},
+    "training": {
+        *("config", "model", "processing", "pretrained", "options", "objective"),
+        *("data", "evaluation", "distributed", "checkpoints"),
+    },
+}
+
+PICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+
+
+def runtime_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """`ast.walk` without what stands under `if TYPE_CHECKING:`."""
+    if isinstance(node, ast.If):
+        test = node.test
+        if "TYPE_CHECKING" in (getattr(test, "id", None), getattr(test, "attr", None)):
+            for child in node.orelse:
+                yield from runtime_nodes(child)
+            return
+    yield node
+    for child in ast.iter_child_nodes(node):
+        yield from runtime_nodes(child)
+
+
+def imports(source: str, module: str, *, is_package: bool = False) -> Iterator[tuple[int, str]]:
+    """(line, absolute dotted name) of everything that `module` imports; `from a import b` gives `a.b`."""
+    package = module.split(".") if is_package else module.split(".")[:-1]
+    for node in runtime_nodes(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            parent = ".".join([*base, *([node.module] if node.module else [])])
+            yield from ((node.lineno, f"{parent}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            name = getattr(node.func, "attr", getattr(node.func, "id", None))
+            if name in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+                yield node.lineno, node.args[0].value
+
+
+def unit_of(name: str, units: dict[str, set[str]]) -> str | None:
+    """The longest listed unit that `loopitr.<...>` lies in; None for the package itself or what is not listed."""
+    parts = name.split(".")[1:]
+    prefixes = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+    return next((prefix for prefix in prefixes if prefix in units), None)
+
+
+def direction_faults(source: str, module: str, allowed: dict[str, set[str]], *, is_package: bool = False) -> list[str]:
+    own = unit_of(module, allowed)
+    faults = []
+    for line, name in imports(source, module, is_package=is_package):
+        if name.split(".")[0] != "loopitr" or module == "loopitr":
+            continue
+        unit = unit_of(name, allowed)
+        if unit is None:
+            faults.append(f"{module}:{line} imports {name}: the package itself, or a module not listed in ALLOWED")
+        elif unit != own and unit not in allowed.get(own or "", set()):
+            faults.append(f"{module}:{line} imports {name}: {own} may not import {unit}")
+    return faults
+
+
+def recipe_faults(source: str, module: str, recipes: set[str]) -> list[str]:
+    """Imports of a recipe, as `recipes.x` or, as a script's neighbour, as `x`."""
+    found = ((line, name) for line, name in imports(source, module) if name.split(".")[0] in {"recipes", *recipes})
+    return [f"{module}:{line} imports the recipe {name}" for line, name in found]
+
+
+def pickle_faults(source: str, module: str) -> list[str]:
+    faults = []
+    for line, name in imports(source, module):
+        if name.split(".")[0] in PICKLERS or name == "torch.load":
+            faults.append(f"{module}:{line} imports {name}")
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        given = {keyword.arg: getattr(keyword.value, "value", None) for keyword in node.keywords}
+        is_torch_load = ast.unparse(node.func) == "torch.load"
+        if given.get("weights_only", not is_torch_load) is not True:
+            faults.append(f"{module}:{node.lineno} loads without weights_only=True")
+        if given.get("allow_pickle", False) is not False:
+            faults.append(f"{module}:{node.lineno} allows pickle")
+    return faults
+
+
+def work_faults(source: str, module: str) -> list[str]:
+    """Loops, `with` blocks and bare calls, other than registrations, at the top level of a module."""
+    faults = []
+    for node in ast.parse(source).body:
+        call = node.value if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) else None
+        registers = call is not None and getattr(call.func, "attr", "").startswith("register")
+        if isinstance(node, (ast.For, ast.While, ast.With)) or (call is not None and not registers):
+            faults.append(f"{module}:{node.lineno} works at import time: {ast.unparse(node).splitlines()[0]}")
+    return faults
+
+
+def sources(folder: str) -> dict[str, Path]:
+    files = sorted((ROOT / folder).rglob("*.py"))
+    return {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
+
+
+PACKAGE, RECIPES, TESTS = sources("loopitr"), sources("recipes"), sources("tests")
+RECIPE_STEMS = {file.stem for file in RECIPES.values()}
+
+
+@pytest.mark.parametrize("module", PACKAGE)
+def test_import_direction(module):
+    file = PACKAGE[module]
+    assert module == "loopitr" or unit_of(module, ALLOWED), f"list {module} in ALLOWED: what may it import?"
+    assert not direction_faults(file.read_text(), module, ALLOWED, is_package=file.name == "__init__.py")
+
+
+def test_the_table_has_no_cycle_and_no_row_without_a_module():
+    assert set().union(*ALLOWED.values()) <= set(ALLOWED)
+    list(graphlib.TopologicalSorter(ALLOWED).static_order())
+    assert [unit for unit in ALLOWED if f"loopitr.{unit}" not in PACKAGE] == []
+
+
+@pytest.mark.parametrize("module", [*PACKAGE, *RECIPES, *TESTS])
+def test_nobody_imports_a_recipe(module):
+    file = (PACKAGE | RECIPES | TESTS)[module]
+    assert not recipe_faults(file.read_text(), module, RECIPE_STEMS)
+
+
+@pytest.mark.parametrize("module", [*PACKAGE, *RECIPES])
+def test_nothing_is_loaded_with_pickle(module):
+    assert not pickle_faults((PACKAGE | RECIPES)[module].read_text(), module)
+
+
+@pytest.mark.parametrize("module", PACKAGE)
+def test_no_work_at_import_time(module):
+    assert not work_faults(PACKAGE[module].read_text(), module)
+
+
+@pytest.mark.parametrize(
+    ("source", "module"),
+    [
+        ("from loopitr.model import LoopITRModel", "loopitr.losses.contrastive"),
+        ("from loopitr import model", "loopitr.mining"),
+        ("import loopitr.model as m", "loopitr.mining"),
+        ("from . import model", "loopitr.mining"),
+        ("from .model import LoopITRModel", "loopitr.objective"),
+        ("from ..config import LoopITRConfig", "loopitr.losses.contrastive"),
+        ("from .retrieval import rank", "loopitr.evaluation.ranking"),
+        ("from loopitr import LoopITRModel", "loopitr.training"),
+        ("def late():\n    from loopitr.training import train", "loopitr.model"),
+        ("import importlib\nimportlib.import_module('loopitr.training')", "loopitr.model"),
+        ("if TYPE_CHECKING:\n    pass\nelse:\n    from loopitr.model import LoopITRModel", "loopitr.objective"),
+        ("from loopitr.config import LoopITRConfig", "loopitr.brand_new"),
+    ],
+)
+def test_the_checker_flags_a_bad_import(source, module):
+    faults = direction_faults(source, module, ALLOWED)
+    assert len(faults) == 1 and faults[0].startswith(f"{module}:")
+
+
+@pytest.mark.parametrize(
+    ("source", "module", "is_package"),
+    [
+        ("import torch\nfrom torch import nn", "loopitr.mining", False),
+        ("from .contrastive import contrastive_loss", "loopitr.losses", True),
+        ("from .contrastive import contrastive_loss", "loopitr.losses.matching", False),
+        ("from ..config import LoopITRConfig\nfrom .. import model", "loopitr.evaluation.retrieval", False),
+        ("from .ranking import recall", "loopitr.evaluation.retrieval", False),
+        ("if TYPE_CHECKING:\n    from loopitr.model import LoopITRModel", "loopitr.objective", False),
+        ("if typing.TYPE_CHECKING:\n    from .model import LoopITRModel", "loopitr.objective", False),
+        ("from .training import train", "loopitr", True),
+    ],
+)
+def test_the_checker_passes_a_good_import(source, module, is_package):
+    assert direction_faults(source, module, ALLOWED, is_package=is_package) == []
+
+
+def test_the_checker_flags_recipes_pickles_and_work():
+    for source in ("import recipes.pretrain", "from recipes import pretrain", "import pretrain", "from . import other"):
+        assert len(recipe_faults(source, "recipes.evaluate", {"pretrain"})) == 1, source
+    assert recipe_faults("from loopitr import LoopITRModel", "recipes.evaluate", {"pretrain"}) == []
+    for source in (
+        "import pickle",
+        "from pickle import loads",
+        "from torch import load",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "torch.load(path, weights_only=flag)",
+        "np.load(path, allow_pickle=True)",
+    ):
+        assert len(pickle_faults(source, "loopitr.x")) == 1, source
+    assert pickle_faults("torch.load(path, weights_only=True)\nnp.load(path, allow_pickle=False)", "loopitr.x") == []
+    for source in ("for name in names:\n    load(name)", "download()", "with open(path) as f:\n    text = f.read()"):
+        assert len(work_faults(source, "loopitr.x")) == 1, source
+    assert work_faults('"""doc"""\nimport torch\nAutoModel.register(Config, Model)\nX = {}', "loopitr.x") == []

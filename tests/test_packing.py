@@ -1,0 +1,99 @@
+"""Packed index arithmetic against loops over pairs and tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loopitr.packing import MAX_BUCKETS, SMALL, lay_out, segments
+
+LENGTHS = {
+    "one": [3],
+    "equal": [4] * 40,
+    "few": [5, 1, 9, 2],
+    "many": torch.randint(1, 30, (50,), generator=torch.Generator().manual_seed(0)).tolist(),
+    "one_long": [2] * 30 + [100] + [3] * 9,
+    "sorted": list(range(1, 33)),
+    "just_enough": [1] * (SMALL - 1) + [7],
+}
+
+
+def padding(lengths: torch.Tensor) -> int:
+    return sum(bucket.rows.numel() for bucket in segments(lengths).buckets) - int(lengths.sum())
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_every_row_is_in_one_bucket_under_its_segment(name):
+    lengths = torch.tensor(LENGTHS[name])
+    starts = (lengths.cumsum(0) - lengths).tolist()
+    result = segments(lengths)
+    assert len(result.buckets) <= MAX_BUCKETS
+    members = torch.cat([bucket.members for bucket in result.buckets])
+    assert sorted(members.tolist()) == list(range(len(lengths)))
+    for bucket in result.buckets:
+        for segment, rows, place in zip(bucket.members.tolist(), bucket.rows.tolist(), range(len(bucket.rows))):
+            count = LENGTHS[name][segment]
+            assert rows[:count] == list(range(starts[segment], starts[segment] + count))
+            assert set(rows[count:]) <= set(rows[:count])  # padding points at a real row of the same segment
+            if bucket.mask is None:
+                assert len(rows) == count
+            else:
+                assert bucket.mask[place].tolist() == [True] * count + [False] * (len(rows) - count)
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_scatter_undoes_the_cut(name):
+    lengths = torch.tensor(LENGTHS[name])
+    table = torch.randn(int(lengths.sum()), 3)
+    result = segments(lengths)
+    cut = [table[bucket.rows] for bucket in result.buckets]
+    for bucket, piece in zip(result.buckets, cut):
+        if bucket.mask is not None:
+            piece[~bucket.mask] = torch.nan  # what stands in the padding is never read
+    assert torch.equal(result.scatter(cut), table)
+
+
+@pytest.mark.parametrize("name", ["many", "one_long", "sorted"])
+def test_buckets_save_padding(name):
+    lengths = torch.tensor(LENGTHS[name])
+    single = int(lengths.max()) * len(lengths) - int(lengths.sum())
+    assert len(segments(lengths).buckets) > 1
+    assert padding(lengths) < 0.6 * single
+
+
+def test_one_bucket_stays_in_the_tables_order():
+    """Fusion relies on it: with one bucket, keys and values are not selected."""
+    for name in ("one", "equal", "few"):
+        (bucket,) = segments(torch.tensor(LENGTHS[name])).buckets
+        assert bucket.members.tolist() == list(range(len(LENGTHS[name])))
+        assert segments(torch.tensor(LENGTHS[name])).order is None
+
+
+@pytest.mark.parametrize("count", [1, 6, 60])
+def test_lay_out_against_loops(count):
+    generator = torch.Generator().manual_seed(count)
+    lengths = torch.randint(1, 9, (12,), generator=generator)
+    every = torch.cartesian_prod(torch.tensor([0, 2, 3, 7, 8, 9]), torch.arange(12))
+    pairs = every[torch.randperm(len(every), generator=generator)[:count].sort().values]
+
+    source, firsts, by_text, by_image, first_by_image = [], [], [], {}, {}
+    for position, (image, text) in enumerate(pairs.tolist()):
+        start = int(lengths[:text].sum())
+        rows = range(len(source), len(source) + int(lengths[text]))
+        source += range(start, start + int(lengths[text]))
+        firsts.append(rows[0])
+        by_text.append(list(rows))
+        by_image.setdefault(image, []).extend(rows)
+        first_by_image.setdefault(image, []).append(position)
+
+    layout = lay_out(pairs, lengths, torch.device("cpu"))
+    assert layout.source.tolist() == source and layout.firsts.tolist() == firsts
+    assert layout.used.tolist() == list(by_image)
+    expected = {"texts": by_text, "images": list(by_image.values()), "image_firsts": list(first_by_image.values())}
+    for name, wanted in expected.items():
+        got: dict[int, list[int]] = {}
+        for bucket in getattr(layout, name).buckets:
+            for place, segment in enumerate(bucket.members.tolist()):
+                rows = bucket.rows[place] if bucket.mask is None else bucket.rows[place][bucket.mask[place]]
+                got[segment] = rows.tolist()
+        assert [got[segment] for segment in range(len(wanted))] == wanted, name
