@@ -36,14 +36,14 @@ class VisionBackbone(nn.Module):
         vision = config.vision
         self.image_size: int = vision["image_size"]
         self.pooling = config.vision_pooling
-        self.model = _create_timm(vision["name"], self.image_size, vision["kwargs"])
+        self.model: Any = _create_timm(vision["name"], self.image_size, vision["kwargs"])
         # HF's weight init must leave timm's own initialisation alone.
         for module in self.model.modules():
-            module._is_hf_initialized = True  # type: ignore[assignment]
+            module._is_hf_initialized = True
         self.num_prefix_tokens: int = getattr(self.model, "num_prefix_tokens", 0)
         self._inspect()
         if self.pooling == "first" and self.num_prefix_tokens == 0:
-            raise ValueError(f"vision_pooling 'first' needs a class token, which {vision['name']!r} has not; use 'mean'")
+            raise ValueError(f"vision_pooling 'first' needs a class token; {vision['name']!r} has none, use 'mean'")
 
     def _inspect(self) -> None:
         """Read token count, layout and widths off one dry run: timm's attributes do not give them for every model."""
@@ -93,12 +93,17 @@ class VisionBackbone(nn.Module):
         # A Swin would scale its windows, and no longer be the model that its name and arguments describe.
         windows = set_size is not None and "window_size" in inspect.signature(set_size).parameters
         if windows or (set_size is None and not self.is_map):
-            raise ValueError(f"{type(self.model).__name__} cannot change its image size from {self.image_size} to {image_size}")
+            change = f"from {self.image_size} to {image_size}"
+            raise ValueError(f"{type(self.model).__name__} cannot change its image size {change}")
         if set_size is not None:
             _check_patch(self.model, image_size)
             set_size(img_size=(image_size, image_size))
         self.image_size = image_size
         self._inspect()
+
+    def set_gradient_checkpointing(self, enable: bool) -> None:
+        """Trade time for memory in the backbone's blocks."""
+        self.model.set_grad_checkpointing(enable)
 
     def restore_buffers(self, config: DualEncoderConfig) -> None:
         """Recompute buffers that no checkpoint holds: transformers leaves them unset after loading."""
@@ -220,5 +225,5 @@ class TextBackbone(nn.Module):
         """The encoder layers of a BERT-type backbone, for `shared` fusion."""
         layers = getattr(getattr(self.model, "encoder", None), "layer", None)
         if layers is None or not all(_is_bert_layer(layer) for layer in layers):
-            raise ValueError(f"fusion.style 'shared' needs BERT-type layers, which {type(self.model).__name__} has not")
+            raise ValueError(f"fusion.style 'shared' needs BERT-type layers; {type(self.model).__name__} has none")
         return list(layers)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import timm
 import torch
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from loopitr.backbones import vision_data
@@ -144,15 +146,15 @@ def _from_backbones(options: ModelOptions, vocabulary: list[str] | None) -> tupl
     vision, text = options.vision, options.text
     text_config, tokenizer, source = _text_parts(text, vocabulary)
     depth = text_config["num_hidden_layers"]
-    kept = text.num_layers or depth
-    if kept > depth:
+    kept = depth if text.num_layers is None else text.num_layers
+    if not 1 <= kept <= depth:
         raise ValueError(f"model.text.num_layers is {kept}, but {text.name} has {depth} layers")
     text_config["num_hidden_layers"] = kept
     fusion = asdict(options.fusion)
     init = fusion.pop("init")
     if init == "text_upper_layers":
         if options.fusion.style != "late" or not text.pretrained or options.fusion.num_layers > depth:
-            raise ValueError("fusion.init 'text_upper_layers' needs style 'late' and a pretrained text of enough layers")
+            raise ValueError("fusion.init 'text_upper_layers' needs style 'late' and a pretrained text with the layers")
         fusion["num_heads"] = text_config["num_attention_heads"]
         fusion["intermediate_size"] = text_config["intermediate_size"]
     config = LoopITRConfig(
@@ -166,6 +168,7 @@ def _from_backbones(options: ModelOptions, vocabulary: list[str] | None) -> tupl
         mlm_head=options.mlm_head,
     )
     model = LoopITRModel(config)
+    tokenizer.model_max_length = min(text.max_length, tokenizer.model_max_length, model.dual.text.max_length)
     if vision.pretrained or vision.checkpoint:
         _load_vision(model, vision)
     if text.pretrained:
@@ -191,7 +194,6 @@ def _text_parts(
             config = AutoConfig.from_pretrained(source, **text.kwargs)
             tokenizer = AutoTokenizer.from_pretrained(source)
         config = getattr(config, "text_config", config)
-        tokenizer.model_max_length = min(text.max_length, tokenizer.model_max_length)
         if tokenizer.pad_token is None:
             raise ValueError(f"the tokenizer of {text.name} has no padding token")
     described = {**config.to_diff_dict(), "model_type": config.model_type}
@@ -217,9 +219,23 @@ def _load_vision(model: LoopITRModel, vision: VisionOptions) -> None:
 
         if isinstance(backbone, VisionTransformer):
             weights = checkpoint_filter_fn(weights, backbone)  # resamples the positional embedding
-    missing, unexpected = backbone.load_state_dict(weights, strict=False)
-    if missing or unexpected:
-        raise ValueError(f"weights of {vision.name} do not fit: missing {missing[:3]}, left over {unexpected[:3]}")
+    left_over = [name for name in weights if name not in backbone.state_dict()]
+    if left_over:
+        raise ValueError(f"weights of {vision.name} do not fit: left over {left_over[:3]} ({len(left_over)} in all)")
+    _load(backbone, weights, vision.checkpoint or vision.name)
+
+
+def _load(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Every tensor of `module` out of `weights`, which may hold more."""
+    own = module.state_dict()
+    known = {name: value for name, value in weights.items() if name in own}
+    for name, value in known.items():
+        if value.shape != own[name].shape:
+            shapes = f"{list(value.shape)}, wanted {list(own[name].shape)}"
+            raise ValueError(f"weights of {source} do not fit: {name} is {shapes}")
+    missing = module.load_state_dict(known, strict=False).missing_keys  # old files lack batch counts, which is fine
+    if missing:
+        raise ValueError(f"weights of {source} do not fit: missing {missing[:3]} ({len(missing)} in all)")
 
 
 def _load_text(model: LoopITRModel, source: str, kept: int, depth: int, init: str) -> None:
@@ -227,11 +243,7 @@ def _load_text(model: LoopITRModel, source: str, kept: int, depth: int, init: st
         full = AutoModel.from_pretrained(source, dtype=torch.float32)
     full = getattr(full, "text_model", full)
     own = model.dual.text.model
-    weights = full.state_dict()
-    missing = [name for name in own.state_dict() if name not in weights]
-    if missing:
-        raise ValueError(f"weights of {source} lack {missing[0]} ({len(missing)} in all)")
-    own.load_state_dict({name: weights[name] for name in own.state_dict()})
+    _load(own, full.state_dict(), source)
     if init != "text_upper_layers":
         return
     assert model.fusion.text is not None

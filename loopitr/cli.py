@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -16,14 +17,19 @@ USAGE_ERROR = 2
 def parse(options: type[Options], arguments: Sequence[str] | None = None, *, description: str | None = None) -> Options:
     """Dotted options (`--train.lr 1e-4`) over YAML files (`--config`) over the dataclass's defaults.
 
-    `--print_config` shows the tree, `--help` the meaning of each option; an unknown option ends the program.
+    `--print_config` shows the tree, `--help` the meaning of each option.
+
+    Raises:
+        ValueError: an unknown option, a value of the wrong type, a required option that is missing.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(description=description)
+    parser = ArgumentParser(description=description, exit_on_error=False)  # usage would be 30 lines of options
     parser.add_argument("--config", action="config", help="YAML file of options")
     parser.add_class_arguments(options, as_group=False)
-    flags = [a + "=true" if a == "--resume" else a for a in (sys.argv[1:] if arguments is None else arguments)]
-    namespace = parser.parse_args(flags)
+    try:
+        namespace = parser.parse_args(_flags(sys.argv[1:] if arguments is None else arguments))
+    except ArgumentError as error:
+        raise ValueError(f"{error} (--help shows all options)") from error
     namespace.pop("config", None)
     instantiated: Any = parser.instantiate_classes(namespace)
     return options(**vars(instantiated))
@@ -39,5 +45,18 @@ def run(main: Callable[[], None]) -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("LOOPITR_DEBUG"):
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(USAGE_ERROR)
+
+
+def _flags(arguments: Sequence[str]) -> list[str]:
+    """`--resume` alone means true."""
+    following = [*arguments[1:], ""]
+    return [a + "=true" if a == "--resume" and b not in ("true", "false") else a for a, b in zip(arguments, following)]
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error).strip()
+    if text.startswith("Caught ") and "DataLoader worker" in text:  # torch puts the worker's traceback into the text
+        text = text.splitlines()[-1].partition(": ")[2] or text
+    return " ".join(text.split()) or type(error).__name__

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,7 @@ from transformers.activations import ACT2FN
 
 from loopitr.config import LoopITRConfig
 from loopitr.packing import PairLayout, Segments, lay_out, move, segments
-
-KeysValues = list[tuple[Tensor, Tensor]]  # per layer: keys and values [B, H, N, D / H]
+from loopitr.states import KeysValues
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class BertParts:
     num_heads: int
 
     @classmethod
-    def of(cls, layer: nn.Module) -> BertParts:
+    def of(cls, layer: Any) -> BertParts:
         """The parts of a transformers BERT-type layer (BertLayer, RobertaLayer, ...)."""
         attention, output = layer.attention, layer.output
         return cls(
@@ -159,8 +159,9 @@ class FusionEncoder(nn.Module):
         count = options["num_layers"]
         self.attention_dropout: float = options["attention_dropout"]
         self.cross = nn.ModuleList(CrossAttention(width, image_width, options) for _ in range(count))
-        own = options["style"] == "late"
-        self.text = nn.ModuleList(TextLayer(width, options) for _ in range(count)) if own else None
+        self.text: nn.ModuleList | None = None
+        if options["style"] == "late":
+            self.text = nn.ModuleList(TextLayer(width, options) for _ in range(count))
         self.image_positions: nn.Parameter | None = None
         if options["image_positions"]:
             self.image_positions = nn.Parameter(torch.empty(1, num_image_tokens, image_width).normal_(std=0.02))
@@ -203,10 +204,11 @@ class FusionEncoder(nn.Module):
         hidden = _self_attention(layers[0], packed, texts, None, dropout).index_select(0, rows)  # [R or P, D]
         for index, parts in enumerate(layers):
             last = first_only and index == len(layers) - 1
+            arguments = (index, parts, hidden, keys_values[index], layout, last)
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                hidden = checkpoint(self._layer, index, parts, hidden, keys_values[index], layout, last, use_reentrant=False)
+                hidden = checkpoint(self._layer, *arguments, use_reentrant=False)
             else:
-                hidden = self._layer(index, parts, hidden, keys_values[index], layout, last)
+                hidden = self._layer(*arguments)
         return hidden
 
     def _layer(

@@ -5,103 +5,30 @@ No losses and no collectives live here: see `objective.py`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers import AutoConfig, AutoModel
 
 from loopitr.backbones import TextBackbone, VisionBackbone
 from loopitr.config import DualEncoderConfig, LoopITRConfig
-from loopitr.fusion import FusionEncoder, KeysValues
+from loopitr.fusion import FusionEncoder
 from loopitr.heads import MLMHead
+from loopitr.saving import LoopITRPreTrainedModel
+from loopitr.states import DualOutput, ImageState, PairScores, TextState
 
 MAX_LOGIT_SCALE = 100.0
-PARTS = ("vision", "text", "dual_head", "fusion")
 
 
-@dataclass
-class DualOutput(ModelOutput):
-    """`image_embeds [B, E]`, `text_embeds [T, E]` (unit length), `logits_per_image [B, T]` and its transpose."""
-
-    image_embeds: Tensor | None = None
-    text_embeds: Tensor | None = None
-    logits_per_image: Tensor | None = None
-    logits_per_text: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class ImageState:
-    """Encoded images: `embeds [B, E]`, `tokens [B, N, D]` and, once projected, the fusion layers' keys and values."""
-
-    embeds: Tensor
-    tokens: Tensor
-    keys_values: KeysValues | None = None
-
-
-@dataclass(frozen=True)
-class TextState:
-    """Encoded texts: `embeds [T, E]`, `tokens [T, L, D]` that fusion starts from, `mask [T, L]` of real tokens."""
-
-    embeds: Tensor
-    tokens: Tensor
-    mask: Tensor
-
-
-@dataclass(frozen=True)
-class PairScores:
-    """`logits [P, 2]` of the ITM head (no match, match); `score [P]`: match score, the log-odds of a match."""
-
-    logits: Tensor
-    score: Tensor
-
-
-class _Loading:
-    """`from_pretrained` with this package's promises: safetensors only, all weights there, buffers whole."""
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        """Load a folder or hub id.
-
-        Raises:
-            ValueError: the folder holds a model of another kind, or weights are missing or left over.
-            OSError: no such folder or hub id, or no safetensors in it.
-        """
-        path = str(pretrained_model_name_or_path)
-        if os.path.isdir(path) and not os.path.isfile(os.path.join(path, kwargs.get("subfolder", ""), "config.json")):
-            raise OSError(f"{path} holds no model: it has no config.json")
-        known = {k: v for k, v in kwargs.items() if k in ("revision", "token", "cache_dir", "subfolder", "local_files_only")}
-        found, _ = PreTrainedConfig.get_config_dict(path, **known)
-        wanted = cls.config_class.model_type  # type: ignore[attr-defined]
-        if found.get("model_type") != wanted:
-            raise ValueError(f"{path} holds a {found.get('model_type')!r} model, {cls.__name__} loads {wanted!r}")
-        report = kwargs.pop("output_loading_info", False)
-        kwargs["use_safetensors"] = True
-        model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
-        for what in ("missing_keys", "unexpected_keys"):
-            if info[what]:
-                raise ValueError(f"{path}: {what.replace('_', ' ')} {sorted(info[what])[:5]} ({len(info[what])} in all)")
-        dual = model if isinstance(model, DualEncoder) else model.dual
-        dual.vision.restore_buffers(model.config)
-        for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.device.type == "cpu":  # a map of the file is unaligned (other last bits) and dies with the file
-                tensor.data = tensor.data.clone()
-        return (model, info) if report else model
-
-
-class DualEncoder(_Loading, PreTrainedModel):
+class DualEncoder(LoopITRPreTrainedModel):
     """Image and text backbones with a projection each: `embeds` whose dot product is the similarity."""
 
     config_class = DualEncoderConfig
     base_model_prefix = "dual"
-    main_input_name = "pixel_values"
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
 
     def __init__(self, config: DualEncoderConfig) -> None:
         super().__init__(config)
@@ -140,22 +67,16 @@ class DualEncoder(_Loading, PreTrainedModel):
             image_embeds=image_embeds, text_embeds=text_embeds, logits_per_image=logits, logits_per_text=logits.T
         )
 
-    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
-        self.vision.model.set_grad_checkpointing(enable)
-        for module in self.text.modules():
-            if hasattr(module, "gradient_checkpointing"):
-                module.gradient_checkpointing = enable
-                module._gradient_checkpointing_func = kwargs.get("gradient_checkpointing_func")
+    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
+        self.vision.set_gradient_checkpointing(enable)
+        self.text.model._set_gradient_checkpointing(enable, *args, **kwargs)
 
 
-class LoopITRModel(_Loading, PreTrainedModel):
+class LoopITRModel(LoopITRPreTrainedModel):
     """A dual encoder (`.dual`) and a fusion head that scores pairs from the same backbones' tokens."""
 
     config_class = LoopITRConfig
     base_model_prefix = "loopitr"
-    main_input_name = "pixel_values"
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
 
     def __init__(self, config: LoopITRConfig) -> None:
         super().__init__(config)
@@ -167,9 +88,8 @@ class LoopITRModel(_Loading, PreTrainedModel):
         if config.fusion["style"] == "shared":
             self._inner_layer = len(text.layers) - config.fusion["num_layers"]
             if self._inner_layer < 0:
-                raise ValueError(
-                    f"fusion.num_layers {config.fusion['num_layers']} is more than the text backbone's {len(text.layers)}"
-                )
+                count = config.fusion["num_layers"]
+                raise ValueError(f"fusion.num_layers {count} is more than the text backbone's {len(text.layers)}")
             config.fusion["num_heads"] = text.model.config.num_attention_heads
         self.fusion = FusionEncoder(
             config, width=text.width, image_width=vision.width, num_image_tokens=vision.num_tokens
@@ -186,7 +106,8 @@ class LoopITRModel(_Loading, PreTrainedModel):
         return self.image_state(self.dual.vision(pixel_values))
 
     def image_state(self, tokens: Tensor) -> ImageState:
-        """The state of images whose backbone tokens `[B, N, D]` are already computed (a cache)."""
+        """The state of images whose backbone tokens `[B, N, D]` are already computed (a cache, of any precision)."""
+        tokens = tokens.to(self.dual.vision_projection.weight.dtype)
         return ImageState(embeds=self.dual.embed_image_tokens(tokens), tokens=tokens)
 
     def encode_texts(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> TextState:
@@ -199,7 +120,9 @@ class LoopITRModel(_Loading, PreTrainedModel):
 
     def project_images(self, state: ImageState) -> ImageState:
         """The same state with every fusion layer's keys and values: do this once for images that meet many texts."""
-        return state if state.keys_values is not None else replace(state, keys_values=self.fusion.project(state.tokens))
+        if state.keys_values is not None:
+            return state
+        return replace(state, keys_values=self.fusion.project(state.tokens))
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
         """`[B, 3, S, S]` -> embeds `[B, E]`, unit length."""
@@ -337,8 +260,8 @@ class LoopITRModel(_Loading, PreTrainedModel):
             self.fusion.image_positions = nn.Parameter(resized.detach().contiguous())
         self.freeze(tuple(self._frozen))  # parameters made anew
 
-    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
-        self.dual._set_gradient_checkpointing(enable, **kwargs)
+    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
+        self.dual._set_gradient_checkpointing(enable, *args, **kwargs)
         self.fusion.gradient_checkpointing = enable
 
 

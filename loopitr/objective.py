@@ -24,7 +24,8 @@ from loopitr.masking import TokenMasking
 from loopitr.mining import Mined, mine_sample, mine_stratified, mine_topk
 
 if TYPE_CHECKING:
-    from loopitr.model import ImageState, LoopITRModel, TextState
+    from loopitr.model import LoopITRModel
+    from loopitr.states import ImageState, TextState
 
 
 @dataclass
@@ -213,10 +214,11 @@ class LoopObjective(nn.Module):
         else:  # the batch mined from is this rank's
             columns = slice(start, start + size)
             start = 0
-        own = torch.arange(start, start + size, device=identities.device)  # [B] each query's own partner
+        own = torch.arange(start, start + size, device=identities.device)  # [B] each query's partner
         all_identities, all_captions = all_gather(identities)[columns], all_gather(caption_ids)[columns]
-        to_text = self._candidates(similarity.per_image[:, columns], positives.per_image[:, columns], own, all_captions)
-        to_image = self._candidates(similarity.per_text[:, columns], positives.per_text[:, columns], own, all_identities)
+        per_image, per_text = similarity.per_image[:, columns], similarity.per_text[:, columns]  # [B, C]
+        to_text = self._candidates(per_image, positives.per_image[:, columns], own, all_captions)
+        to_image = self._candidates(per_text, positives.per_text[:, columns], own, all_identities)
 
         queries = own[:, None].expand_as(to_text.indices)
         image_side = torch.stack([queries, to_text.indices], -1)  # [B, 1 + K, 2]

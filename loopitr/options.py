@@ -51,6 +51,17 @@ class TrainOptions:
     tracker: str = "auto"
     """accelerate tracker: tensorboard, wandb, ...; auto: tensorboard if installed; none."""
 
+    def __post_init__(self) -> None:
+        _at_least(self, "train", 1, "batch_size", "accumulation", "keep_checkpoints", "log_every", "max_steps")
+        _at_least(self, "train", 0, "epochs", "backbone_lr", "lr", "weight_decay", "checkpoint_every")
+        if not 0 <= self.warmup <= 1 or not 0 <= self.distillation_warmup <= 1:
+            raise ValueError(
+                "train.warmup and train.distillation_warmup are parts of the steps, from 0 to 1, "
+                f"got {self.warmup} and {self.distillation_warmup}"
+            )
+        if not self.clip > 0:
+            raise ValueError(f"train.clip must be above 0, got {self.clip}")
+
 
 @dataclass
 class ValidationOptions:
@@ -73,6 +84,12 @@ class ValidationOptions:
     select: Literal["auto", "dual", "match", "match_plus_similarity"] = "auto"
     """Whose mean R@1 chooses the best model; auto: match_plus_similarity where pairs are scored, else dual."""
 
+    def __post_init__(self) -> None:
+        _at_least(self, "validation", 0, "every_epochs", "every_steps", "rerank", "final_rerank")
+        _at_least(self, "validation", 1, "batch_size", "max_images")
+        if self.rerank == 0 and self.select not in ("auto", "dual"):
+            raise ValueError(f"validation.select {self.select!r} needs validation.rerank above 0")
+
 
 @dataclass
 class PretrainOptions:
@@ -85,3 +102,14 @@ class PretrainOptions:
     validation: ValidationOptions = field(default_factory=ValidationOptions)
     resume: bool = False
     """Continue from the newest checkpoint in train.output_dir."""
+
+    def __post_init__(self) -> None:
+        if not self.objective.scores_pairs and self.validation.select not in ("auto", "dual"):
+            raise ValueError(f"validation.select {self.validation.select!r} needs objective.itm or distillation above 0")
+
+
+def _at_least(options: object, group: str, least: int, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not value >= least:
+            raise ValueError(f"{group}.{name} must be at least {least}, got {value}")

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoProcessor, CLIPImageProcessor, PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
+from transformers import (
+    AutoProcessor,
+    CLIPImageProcessor,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+)
 from transformers.image_utils import PILImageResampling
 
 from loopitr.config import DualEncoderConfig, LoopITRConfig

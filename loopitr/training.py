@@ -284,6 +284,8 @@ class _Run:
         self.optimizer.zero_grad()  # of batches that did not fill an accumulated step
         progress.epoch, progress.batch = progress.epoch + 1, 0
         every = options.validation.every_epochs
+        if self.loader.sampler is None:
+            return  # ranks reach the end of their streams at different steps: nothing that they do together
         if every and progress.epoch % every == 0 and progress.step < self.total_steps:
             self._validate()
 

@@ -1,26 +1,103 @@
-"""Results as Markdown."""
+"""What a retrieval evaluation found, as JSON and as Markdown."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+from loopitr.data import LoadReport
+
+from .ranking import Ranking
+
+HEADS = {"dual": "dual", "match": "match", "match_plus_similarity": "match + similarity"}  # and their row names
+KS = (1, 5, 10)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalResult:
+    """Recalls of each head, and what they cost.
+
+    `rankings` has `dual` and, where `k > 0`, `match` and `match_plus_similarity`. `seconds`: encode, rank, rerank,
+    total. `num_pairs`: pairs scored by the fusion head, each once. `skipped`: what was searched and what was left out.
+    `truncated`: captions longer than the text backbone takes, of which only the beginning counted.
+    """
+
+    num_images: int
+    num_captions: int
+    k: int
+    rankings: dict[str, Ranking]
+    num_pairs: int
+    seconds: dict[str, float]
+    skipped: LoadReport
+    truncated: int
+
+    @property
+    def pairs_per_second(self) -> float | None:
+        return self.num_pairs / max(self.seconds["rerank"], 1e-9) if self.k else None
+
+    @property
+    def ceiling(self) -> dict[str, float] | None:
+        """Percent of queries with a right answer among their `k` candidates: the most that reranking can reach."""
+        return self.rankings["match"].ceiling() if self.k else None
+
+    def mean_r1(self) -> dict[str, float]:
+        """Mean of both directions' R@1 in percent, by head."""
+        return {name: ranking.metrics()["mean_r1"] for name, ranking in self.rankings.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """What `metrics.json` holds; recalls in percent. With `k = 0`, all that needs the fusion head is None."""
+        return {
+            "num_images": self.num_images,
+            "num_captions": self.num_captions,
+            "k": self.k,
+            **{name: _head(self.rankings.get(name)) for name in HEADS},
+            "ceiling": self.ceiling,
+            "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
+            "pairs_per_second": self.pairs_per_second,
+            "num_pairs": self.num_pairs,
+            "skipped": dict(self.skipped.counts),
+            "truncated_captions": self.truncated,
+        }
+
+    def table(self) -> str:
+        """Markdown: recalls of each head, then size, ceiling, speed and time."""
+        lines = [recall_table({HEADS[name]: ranking for name, ranking in self.rankings.items()}), ""]
+        lines.append(f"- gallery: {self.skipped.summary()}")
+        if self.ceiling is not None:
+            ceiling = f"i2t {self.ceiling['i2t']:.1f}, t2i {self.ceiling['t2i']:.1f}"
+            lines.append(f"- ceiling of reranking {self.k} candidates: {ceiling}")
+            lines.append(f"- pairs/s: {self.pairs_per_second:.0f} ({self.num_pairs} pairs)")
+        lines.append("- seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items()))
+        if self.truncated:
+            lines.append(f"- captions cut to the text backbone's length: {self.truncated}")
+        return "\n".join(lines)
+
+
+def _head(ranking: Ranking | None) -> dict[str, Any] | None:
+    if ranking is None:
+        return None
+    # JSON has no infinity: None where more than half of the queries miss their candidates
+    median = {side: rank if math.isfinite(rank) else None for side, rank in ranking.median_rank().items()}
+    return {**ranking.metrics(KS), "mean_recall": ranking.mean_recall(KS), "median_rank": median}
+
+
+def recall_table(rankings: Mapping[str, Ranking]) -> str:
+    """One row per name: recalls in percent, both directions side by side."""
+    header = ["", *(f"i2t R@{k}" for k in KS), *(f"t2i R@{k}" for k in KS), "mean R@1"]
+    rows = []
+    for name, ranking in rankings.items():
+        metrics = ranking.metrics(KS)
+        values = [*metrics["i2t"].values(), *metrics["t2i"].values(), metrics["mean_r1"]]
+        rows.append([name, *(f"{value:.1f}" for value in values)])
+    return markdown_table(header, rows)
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns are aligned in plain text too: names on the left, figures on the right."""
-    cells = [list(header), *(list(row) for row in rows)]
+    """Columns are aligned in plain text too: names on the left, figures on the right."""
+    cells = [header, *rows]
     widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(header))]
     lines = [[x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(row, widths))] for row in cells]
     rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
     return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])
-
-
-def recall_table(heads: Mapping[str, Mapping[str, Any]]) -> str:
-    """Row name -> recalls (`Ranking.metrics()`), in percent, both directions side by side."""
-    ks = (1, 5, 10)
-    header = ["", *(f"i2t R@{k}" for k in ks), *(f"t2i R@{k}" for k in ks), "mean R@1"]
-    rows = []
-    for name, recalls in heads.items():
-        values = [recalls[direction][f"r{k}"] for direction in ("i2t", "t2i") for k in ks]
-        rows.append([name, *(f"{value:.1f}" for value in [*values, recalls["mean_r1"]])])
-    return markdown_table(header, rows)

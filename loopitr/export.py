@@ -1,0 +1,95 @@
+"""The dual head leaves the network: a folder that `DualEncoder.from_pretrained` and `AutoProcessor` load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from loopitr.model import DualEncoder, LoopITRModel
+from loopitr.processing import LoopITRProcessor
+from loopitr.saved import load_saved
+
+CARD = """\
+---
+library_name: loopitr
+tags:
+- loopitr
+- image-text-retrieval
+- dual-encoder
+- feature-extraction
+---
+
+# Image-text dual encoder
+
+The dual head of a `loopitr` model: embeds images ({vision}, {image_size} px) and
+captions ({text}) into {embed_dim} dimensions, unit length; their dot product is the similarity. {parameters:.1f}M
+parameters; the fusion head that it was trained with is not in here.
+
+```python
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+
+from loopitr import DualEncoder
+
+model = DualEncoder.from_pretrained("PATH")
+processor = AutoProcessor.from_pretrained("PATH")
+inputs = processor(images=[Image.open("photo.jpg")], text=["a dog on a beach"])
+with torch.inference_mode():
+    images = model.get_image_features(inputs["pixel_values"])
+    texts = model.get_text_features(inputs["input_ids"], inputs["attention_mask"])
+similarity = images @ texts.T
+```
+"""
+
+
+def export_dual(
+    model: LoopITRModel | str | Path, output: str | Path, *, processor: LoopITRProcessor | None = None
+) -> DualEncoder:
+    """Write the dual encoder of a model, or of a run folder or hub id, with processor and model card.
+
+    Args:
+        processor: needed where `model` is not a path.
+
+    Raises:
+        ValueError: no fusion model there, no processor, or `output` holds a model of another kind.
+        OSError: no such model, or `output` cannot be written.
+    """
+    folder = Path(output)
+    _check_output(folder)
+    if isinstance(model, LoopITRModel):
+        loop, source = model, "the model"
+    else:
+        saved = load_saved(model)
+        if not isinstance(saved.model, LoopITRModel):
+            raise ValueError(f"{model} is a dual encoder already")
+        loop, processor, source = saved.model, processor or saved.processor, str(model)
+    if processor is None:
+        raise ValueError(f"{source} needs its processor to be exported with it, got None")
+    dual = loop.dual_encoder()
+    dual.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    (folder / "README.md").write_text(_card(dual), encoding="utf-8")
+    return dual
+
+
+def _check_output(folder: Path) -> None:
+    """Refuse to write over what is not an earlier export, the run itself above all."""
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is not a folder")
+    config = folder / "config.json"
+    if config.is_file():
+        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+        if kind != DualEncoder.config_class.model_type:
+            raise ValueError(f"{folder} holds a {kind!r} model, which an export would overwrite; choose another folder")
+
+
+def _card(dual: DualEncoder) -> str:
+    config = dual.config
+    return CARD.format(
+        vision=config.vision["name"],
+        image_size=config.vision["image_size"],
+        text=config.text["model_type"],
+        embed_dim=config.embed_dim,
+        parameters=sum(parameter.numel() for parameter in dual.parameters()) / 1e6,
+    )

@@ -1,0 +1,67 @@
+"""Saved models: which folder, which class, with its processor."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedConfig
+
+from loopitr.model import DualEncoder, LoopITRModel
+from loopitr.processing import LoopITRProcessor
+
+INSIDE_A_RUN = (".", "best", "model")
+CLASSES: dict[str, type[LoopITRModel] | type[DualEncoder]] = {
+    model.config_class.model_type: model for model in (LoopITRModel, DualEncoder)
+}
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A model in eval mode and its processor; `source` is the folder or hub id they came from."""
+
+    model: LoopITRModel | DualEncoder
+    processor: LoopITRProcessor
+    source: str
+
+
+def model_source(path: str | Path) -> str:
+    """The folder that holds the model of a run folder (itself, `best/` or `model/`); a hub id stays as it is.
+
+    Raises:
+        OSError: no such folder, or no model in it.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        for name in INSIDE_A_RUN:
+            if (folder / name / "config.json").is_file():
+                return str(folder / name)
+        raise OSError(f"{path} holds no model: there is no config.json in it, nor in its best/ or model/")
+    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)) or folder.parent.is_dir():
+        raise OSError(f"{path} is not a model folder" if folder.exists() else f"no model folder {path}")
+    return str(path)
+
+
+def load_saved(path: str | Path, *, dtype: torch.dtype | None = None) -> Saved:
+    """Load a run, an exported dual encoder, or a hub id.
+
+    Args:
+        dtype: of the weights; None: as saved.
+
+    Raises:
+        OSError: nothing there, or damaged weights.
+        ValueError: a model of another kind.
+    """
+    source = model_source(path)
+    found, _ = PreTrainedConfig.get_config_dict(source)
+    kind = found.get("model_type")
+    if kind not in CLASSES:
+        raise ValueError(f"{path} holds a {kind!r} model, wanted {' or '.join(map(repr, CLASSES))}")
+    try:
+        model = CLASSES[kind].from_pretrained(source, dtype="auto" if dtype is None else dtype)
+    except SafetensorError as error:
+        raise OSError(f"{path}: its weights are damaged ({error})") from error
+    return Saved(model.eval(), LoopITRProcessor.from_pretrained(source), source)

@@ -1,0 +1,50 @@
+"""`from_pretrained` with this package's promises: safetensors only, every weight there, buffers whole."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from loopitr.backbones import VisionBackbone
+
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
+
+
+class LoopITRPreTrainedModel(PreTrainedModel):
+    """Base of both models: loading that fails loudly, and what transformers needs to know of them."""
+
+    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a folder or hub id.
+
+        Raises:
+            ValueError: the folder holds a model of another kind, or weights are missing or left over.
+            OSError: no such folder or hub id, or no safetensors in it.
+        """
+        path = str(pretrained_model_name_or_path)
+        if os.path.isdir(path) and not os.path.isfile(os.path.join(path, kwargs.get("subfolder", ""), "config.json")):
+            raise OSError(f"{path} holds no model: it has no config.json")
+        where = {name: value for name, value in kwargs.items() if name in HUB_ARGUMENTS}
+        found, _ = PreTrainedConfig.get_config_dict(path, **where)
+        wanted = cls.config_class.model_type
+        if found.get("model_type") != wanted:
+            raise ValueError(f"{path} holds a {found.get('model_type')!r} model, {cls.__name__} loads {wanted!r}")
+        report = kwargs.pop("output_loading_info", False)
+        kwargs["use_safetensors"] = True
+        model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        for what in ("missing_keys", "unexpected_keys"):
+            if info[what]:
+                raise ValueError(f"{path}: {what.replace('_', ' ')} {sorted(info[what])[:5]} ({len(info[what])} in all)")
+        for module in model.modules():
+            if isinstance(module, VisionBackbone):
+                module.restore_buffers(model.config)
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.device.type == "cpu":  # a map of the file is unaligned (other last bits) and dies with the file
+                tensor.data = tensor.data.clone()
+        return (model, info) if report else model

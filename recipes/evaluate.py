@@ -1,0 +1,120 @@
+"""python recipes/evaluate.py --model RUN --data.karpathy FILE.json --data.images DIR --data.split test --rerank 64
+
+Recall@1/5/10 in both directions, by the dual head alone and with its best candidates reranked. RUN is a run folder, an
+exported dual encoder (with `--rerank 0`) or a hub id. Without a data source: the built-in scenes' test split.
+`--output metrics.json` keeps the figures; `--help` shows every option.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from loopitr.building import token_cache_key
+from loopitr.cli import parse, run
+from loopitr.data import DataError, DataOptions, HubStream, LoadReport, Record, TokenCache, load_records
+from loopitr.evaluation import evaluate_retrieval, evaluation_transform
+from loopitr.model import LoopITRModel
+from loopitr.reporting import write_json
+from loopitr.saved import Saved, load_saved
+
+
+@dataclass
+class EvaluateOptions:
+    """What is measured, on what."""
+
+    model: str
+    """Run folder, exported dual encoder, or hub id."""
+    data: DataOptions = field(default_factory=lambda: DataOptions(split="test"))
+    rerank: int = 64
+    """Candidates per query for the fusion head; 0: dual only."""
+    captions_per_image: int | None = None
+    """Use each image's first so many captions (COCO and Flickr: 5); unset: all."""
+    max_images: int | None = None
+    """Only the first so many images."""
+    batch_size: int = 64
+    """Images or captions encoded at a time."""
+    image_block: int = 32
+    """Images whose tokens are held at a time while reranking."""
+    pair_block: int = 1024
+    """Pairs scored at a time."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast."""
+    device: str | None = None
+    """cpu, cuda, cuda:1, ...; unset: a GPU if there is one."""
+    output: str | None = None
+    """JSON file for the figures."""
+
+
+def main() -> None:
+    options = parse(EvaluateOptions, description=__doc__)
+    if options.data.split == "train":
+        print("warning: these are figures on the training split; they say nothing about new data", file=sys.stderr)
+    device = _device(options.device)
+    report = LoadReport()
+    records = _records(options.data, report)
+    print(f"{options.data.split}: {report.summary()}")
+    saved = load_saved(options.model, dtype=torch.float32)
+    saved.model.to(device)  # type: ignore[arg-type]
+    tokens = _tokens(options.data, saved, records, device)
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=options.precision == "bf16"):
+        result = evaluate_retrieval(
+            saved.model,
+            saved.processor,
+            records,
+            rerank=options.rerank,
+            batch_size=options.batch_size,
+            num_workers=options.data.num_workers,
+            image_block=options.image_block,
+            pair_block=options.pair_block,
+            tokens=tokens,
+            captions_per_image=options.captions_per_image,
+            max_images=options.max_images,
+            max_skipped_fraction=options.data.max_skipped_fraction,
+        )
+    print(f"\n{result.table()}\n")
+    if options.output is not None:
+        path = Path(options.output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, result.to_json())
+        print(f"written to {path}")
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch's word for a device that it does not know or have
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _records(options: DataOptions, report: LoadReport) -> list[Record]:
+    records = load_records(options, options.split, report)
+    if not isinstance(records, HubStream):
+        return records  # type: ignore[return-value]
+    if options.limit is None:
+        raise DataError("a stream is read into memory to be evaluated: give data.limit, or data.streaming false")
+    return list(records)
+
+
+def _tokens(options: DataOptions, saved: Saved, records: list[Record], device: torch.device) -> TokenCache | None:
+    if options.cache_tokens is None or not isinstance(saved.model, LoopITRModel):
+        return None  # a dual encoder alone looks at every image once
+    return TokenCache.open_or_build(
+        options.cache_tokens,
+        key=token_cache_key(saved.model, saved.processor),
+        records=records,
+        transform=evaluation_transform(saved.processor),
+        encode=saved.model.dual.vision,
+        num_workers=options.num_workers,
+        device=device,
+    )
+
+
+if __name__ == "__main__":
+    run(main)

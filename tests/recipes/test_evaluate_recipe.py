@@ -1,0 +1,132 @@
+"""recipes/evaluate.py and recipes/export_dual.py as their users start them, on a small Karpathy file."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import tiny_model
+from tiny_gallery import captions, jpeg, tiny_processor
+
+ROOT = Path(__file__).resolve().parents[2]
+IMAGES, CAPTIONS = 8, 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """`run/` a saved model, `images/` with one broken JPEG, `data.json` whose split "test" has all of them."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    tiny_model().save_pretrained(folder / "run")
+    tiny_processor().save_pretrained(folder / "run")
+    (folder / "images").mkdir()
+    entries = []
+    for i in range(IMAGES + 1):
+        data = jpeg(i)
+        (folder / "images" / f"{i}.jpg").write_bytes(data if i < IMAGES else data[:200])
+        sentences = [{"raw": caption} for caption in captions(i, CAPTIONS)]
+        entries.append({"filename": f"{i}.jpg", "imgid": i, "split": "test", "sentences": sentences})
+    entries.append({"filename": "0.jpg", "imgid": 99, "split": "train", "sentences": [{"raw": "a red circle"}]})
+    (folder / "data.json").write_text(json.dumps({"images": entries}))
+    return folder
+
+
+def launch(recipe, *arguments):
+    """In a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(ROOT / "recipes" / recipe), *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def call(monkeypatch, capsys, recipe, *arguments):
+    """In this process: (exit status, standard error)."""
+    monkeypatch.setattr(sys, "argv", [recipe, *map(str, arguments)])
+    try:
+        runpy.run_path(str(ROOT / "recipes" / recipe), run_name="__main__")
+        status = 0
+    except SystemExit as stop:
+        status = stop.code
+    return status, capsys.readouterr().err
+
+
+def data(folder, *more):
+    return ["--data.karpathy", folder / "data.json", "--data.images", folder / "images", "--device", "cpu", *more]
+
+
+def test_the_command_of_the_readme(folder, tmp_path):
+    output = tmp_path / "new" / "metrics.json"
+    given = data(folder, "--data.split", "test", "--data.max_skipped_fraction", 0.2, "--rerank", 4, "--output", output)
+    done = launch("evaluate.py", "--model", folder / "run", *given)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(output.read_text())
+    assert (found["num_images"], found["num_captions"], found["k"]) == (IMAGES, IMAGES * CAPTIONS, 4)
+    for head in ("dual", "match", "match_plus_similarity"):
+        recalls = [found[head][side][f"r{k}"] for side in ("i2t", "t2i") for k in (1, 5, 10)]
+        assert all(0 <= value <= 100 for value in recalls)
+        row = next(line for line in done.stdout.splitlines() if line.startswith(f"| {head.replace('_plus_', ' + ')} "))
+        assert [float(cell) for cell in row.split("|")[2:-2]] == pytest.approx(recalls, abs=0.051)
+    assert found["dual"]["i2t"]["r10"] > 0 and found["ceiling"]["t2i"] > 0 and found["pairs_per_second"] > 0
+    assert set(found["seconds"]) == {"encode", "rank", "rerank", "total"}
+    assert sum(found["skipped"].values()) == 1 and "8.jpg" in done.stdout
+    assert "encode images" in done.stderr and "rerank" in done.stderr  # progress
+
+
+def test_export_then_evaluate_gives_the_duals_figures(folder, tmp_path, monkeypatch, capsys):
+    given = data(folder, "--data.max_skipped_fraction", 0.2, "--data.num_workers", 0)
+    assert call(monkeypatch, capsys, "export_dual.py", "--model", folder / "run", "--output", tmp_path / "dual")[0] == 0
+    figures = []
+    for model, rerank in ((folder / "run", 4), (tmp_path / "dual", 0)):
+        output = tmp_path / f"{rerank}.json"
+        arguments = ["--model", model, *given, "--rerank", rerank, "--output", output]
+        assert call(monkeypatch, capsys, "evaluate.py", *arguments)[0] == 0
+        figures.append(json.loads(output.read_text())["dual"])
+    assert figures[0] == figures[1]
+
+
+def test_the_training_split_is_warned_about(folder, monkeypatch, capsys):
+    given = data(folder, "--data.split", "train", "--data.num_workers", 0, "--rerank", 0)
+    status, errors = call(monkeypatch, capsys, "evaluate.py", "--model", folder / "run", *given)
+    assert status == 0 and "warning: these are figures on the training split" in errors
+
+
+def test_cached_tokens_and_bf16(folder, tmp_path, monkeypatch, capsys):
+    cache = ["--data.cache_tokens", tmp_path / "tokens", "--data.max_skipped_fraction", 0.2, "--data.num_workers", 0]
+    given = data(folder, *cache, "--precision", "bf16", "--rerank", 2, "--output", tmp_path / "metrics.json")
+    for _ in range(2):
+        assert call(monkeypatch, capsys, "evaluate.py", "--model", folder / "run", *given)[0] == 0
+    assert len(list((tmp_path / "tokens").iterdir())) == 1
+    assert json.loads((tmp_path / "metrics.json").read_text())["num_images"] == IMAGES
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (["--model", "/nowhere/at/all"], "no model folder /nowhere/at/all"),
+        (["--model", "{folder}/images"], "images holds no model"),
+        (["--data.split", "dev"], "no split 'dev'; it has test, train"),
+        (["--data.karpathy", "/nowhere.json"], "/nowhere.json"),
+        (["--data.images", "/nowhere"], "/nowhere"),
+        (["--rerank", "-3"], "rerank must be at least 0, got -3"),
+        (["--rerank", "many"], "many"),
+        (["--reranking", "3"], "--reranking"),
+        (["--precision", "fp8"], "fp8"),
+        (["--device", "toaster"], "toaster"),
+        (["--rerank", "2"], "1 of 9 images cannot be used"),
+    ],
+)
+def test_a_wrong_option_is_one_line(folder, monkeypatch, capsys, change, named):
+    monkeypatch.delenv("LOOPITR_DEBUG", raising=False)
+    given = ["--model", folder / "run", *data(folder, "--data.num_workers", 0), *change]
+    status, errors = call(monkeypatch, capsys, "evaluate.py", *(str(a).format(folder=folder) for a in given))
+    told = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert status == 2 and len(told) == 1 and named in told[0]
+    assert "Traceback" not in errors and "usage:" not in errors
+
+
+def test_no_traceback_from_a_real_process(folder):
+    done = launch("export_dual.py", "--model", folder / "run", "--output", folder / "run")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert [line for line in done.stderr.splitlines() if "error" in line] == [done.stderr.splitlines()[-1]]
+    assert "holds a 'loopitr' model" in done.stderr
