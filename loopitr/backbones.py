@@ -38,6 +38,7 @@ class VisionBackbone(nn.Module):
         self.pooling = config.vision_pooling
         self.model: Any = _create_timm(vision["name"], self.image_size, vision["kwargs"])
         # HF's weight init must leave timm's own initialisation alone.
+        module: Any
         for module in self.model.modules():
             module._is_hf_initialized = True
         self.num_prefix_tokens: int = getattr(self.model, "num_prefix_tokens", 0)
@@ -165,9 +166,11 @@ def _max_length(model: nn.Module) -> int:
 
 def _is_bert_layer(layer: nn.Module) -> bool:
     attention = getattr(getattr(layer, "attention", None), "self", None)
-    # more than these, as in ConvBERT and DeBERTa, is another kind of attention
-    plain = isinstance(attention, nn.Module) and {n for n, _ in attention.named_children()} - {"dropout"} == QUERY_KEY_VALUE
-    return plain and hasattr(layer, "intermediate") and hasattr(getattr(layer, "output", None), "LayerNorm")
+    if not isinstance(attention, nn.Module):
+        return False
+    parts = {name for name, _ in attention.named_children()} - {"dropout"}
+    # More than these, as in ConvBERT and DeBERTa, is another kind of attention.
+    return parts == QUERY_KEY_VALUE and hasattr(layer, "intermediate") and hasattr(layer.output, "LayerNorm")
 
 
 @dataclass

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import timm
@@ -20,6 +22,13 @@ from loopitr.masking import TokenMasking
 from loopitr.model import LoopITRModel
 from loopitr.pretrained import hub_access, text_source, vision_weights
 from loopitr.processing import LoopITRProcessor, image_processor, word_tokenizer
+from loopitr.saved import load_saved, model_source
+
+
+DESCRIBED = (  # written out although they may be the defaults of the config's class: the fusion head may copy them
+    *("num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_size"),
+    *("hidden_act", "layer_norm_eps"),
+)
 
 
 @dataclass
@@ -110,8 +119,7 @@ def build_model(options: ModelOptions, *, vocabulary: list[str] | None = None) -
         ValueError, OSError: an unknown name or option, or weights that cannot be found; one line says which.
     """
     if options.init is not None:
-        model = LoopITRModel.from_pretrained(options.init, dtype=torch.float32)
-        processor = LoopITRProcessor.from_pretrained(options.init)
+        model, processor = _from_saved(options.init)
         if options.image_size is not None and options.image_size != model.config.vision["image_size"]:
             model.resize_images(options.image_size)
             size = {"height": options.image_size, "width": options.image_size}
@@ -142,6 +150,15 @@ def token_cache_key(model: LoopITRModel, processor: LoopITRProcessor) -> str:
     return digest.hexdigest()
 
 
+def _from_saved(path: str) -> tuple[LoopITRModel, LoopITRProcessor]:
+    source = model_source(path)
+    with nullcontext() if Path(source).is_dir() else hub_access(source):
+        saved = load_saved(source, dtype=torch.float32)
+    if not isinstance(saved.model, LoopITRModel):
+        raise ValueError(f"model.init {path} holds a dual encoder alone; training needs one with its fusion head")
+    return saved.model, saved.processor
+
+
 def _from_backbones(options: ModelOptions, vocabulary: list[str] | None) -> tuple[LoopITRModel, LoopITRProcessor]:
     vision, text = options.vision, options.text
     text_config, tokenizer, source = _text_parts(text, vocabulary)
@@ -156,7 +173,9 @@ def _from_backbones(options: ModelOptions, vocabulary: list[str] | None) -> tupl
         if options.fusion.style != "late" or not text.pretrained or options.fusion.num_layers > depth:
             raise ValueError("fusion.init 'text_upper_layers' needs style 'late' and a pretrained text with the layers")
         fusion["num_heads"] = text_config["num_attention_heads"]
-        fusion["intermediate_size"] = text_config["intermediate_size"]
+        for name in ("intermediate_size", "hidden_act", "layer_norm_eps"):
+            if name in text_config:
+                fusion[name] = text_config[name]
     config = LoopITRConfig(
         vision={"name": vision.name, "image_size": vision.image_size, "kwargs": vision.kwargs},
         text=text_config,
@@ -167,7 +186,12 @@ def _from_backbones(options: ModelOptions, vocabulary: list[str] | None) -> tupl
         fusion=fusion,
         mlm_head=options.mlm_head,
     )
-    model = LoopITRModel(config)
+    try:
+        model = LoopITRModel(config)
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise ValueError(f"model.vision.kwargs do not fit {vision.name}: {error}") from error
     tokenizer.model_max_length = min(text.max_length, tokenizer.model_max_length, model.dual.text.max_length)
     if vision.pretrained or vision.checkpoint:
         _load_vision(model, vision)
@@ -196,8 +220,11 @@ def _text_parts(
         config = getattr(config, "text_config", config)
         if tokenizer.pad_token is None:
             raise ValueError(f"the tokenizer of {text.name} has no padding token")
+    unknown = [name for name in text.kwargs if not hasattr(type(config)(), name)]
+    if unknown:  # transformers would keep it and go on
+        raise ValueError(f"model.text.kwargs: a {config.model_type} config has no {unknown[0]!r}")
     described = {**config.to_diff_dict(), "model_type": config.model_type}
-    for name in ("num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_size"):
+    for name in DESCRIBED:
         if hasattr(config, name):
             described[name] = getattr(config, name)
     for name in ("architectures", "transformers_version", "_name_or_path", "dtype"):
@@ -212,8 +239,11 @@ def _load_vision(model: LoopITRModel, vision: VisionOptions) -> None:
         arguments = {"num_classes": 0, **vision.kwargs}
         if not model.dual.vision.is_map:
             arguments["img_size"] = vision.image_size
-        with hub_access(vision.name):
-            weights = timm.create_model(vision.name, pretrained=True, **arguments).state_dict()
+        try:
+            with hub_access(vision.name):
+                weights = timm.create_model(vision.name, pretrained=True, **arguments).state_dict()
+        except RuntimeError as error:  # of a model that nobody has trained, or whose shapes the kwargs change
+            raise ValueError(f"no pretrained weights for {vision.name} as described: {error}") from error
     elif not model.dual.vision.is_map:
         from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
@@ -240,16 +270,20 @@ def _load(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None
 
 def _load_text(model: LoopITRModel, source: str, kept: int, depth: int, init: str) -> None:
     with hub_access(source):
-        full = AutoModel.from_pretrained(source, dtype=torch.float32)
+        full, info = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
     full = getattr(full, "text_model", full)
-    own = model.dual.text.model
-    _load(own, full.state_dict(), source)
+    made_up = {name.removeprefix("text_model.") for name in info["missing_keys"]}  # transformers drew them at random
+    weights = {name: value for name, value in full.state_dict().items() if name not in made_up}
+    _load(model.dual.text.model, weights, source)
     if init != "text_upper_layers":
         return
     assert model.fusion.text is not None
+    layers = getattr(getattr(full, "encoder", None), "layer", None)
+    if layers is None or not hasattr(layers[0], "intermediate"):
+        raise ValueError(f"fusion.init 'text_upper_layers' needs BERT-type layers; {type(full).__name__} has none")
     count = len(model.fusion.text)
     first = min(kept, depth - count)  # the layers cut off, or else the last ones
-    for layer, upper in zip(model.fusion.text, full.encoder.layer[first : first + count], strict=True):
+    for layer, upper in zip(model.fusion.text, layers[first : first + count], strict=True):
         theirs = BertParts.of(upper)
         for name in BertParts.__dataclass_fields__:
             part = getattr(layer, name)

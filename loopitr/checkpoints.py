@@ -15,14 +15,17 @@ STATE_FILE = "progress.json"
 
 @dataclass
 class Progress:
-    """Where a run stands: optimiser `step`, `epoch`, batches done in it, best validation so far, skip counts."""
+    """Where a run stands: optimiser `step`, `epoch`, batches done in it, best validation so far, rows of its history,
+    what was skipped (counts by reason) and how many captions were cut."""
 
     step: int = 0
     epoch: int = 0
     batch: int = 0
     best: float | None = None
     best_step: int | None = None
-    counts: dict[str, int] = field(default_factory=dict)
+    rows: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    truncated: int = 0
 
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, *, keep: int) -> Path:
@@ -44,11 +47,19 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, 
 
 
 def load_checkpoint(accelerator: Accelerator, folder: Path) -> Progress | None:
-    """Restore the newest complete checkpoint into what `accelerator` has prepared; None when there is none."""
+    """Restore the newest complete checkpoint into what `accelerator` has prepared; None when there is none.
+
+    Raises:
+        ValueError: it is of another model or optimiser.
+    """
     found = _all(folder)
     if not found:
         return None
-    accelerator.load_state(str(found[-1]))
+    try:
+        accelerator.load_state(str(found[-1]))
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{found[-1]} does not fit this run's model: {reason}") from error
     state: dict[str, Any] = json.loads((found[-1] / STATE_FILE).read_text())
     return Progress(**state)
 

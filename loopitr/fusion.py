@@ -171,7 +171,7 @@ class FusionEncoder(nn.Module):
         """Image tokens `[B, N, Dv]` -> every layer's keys and values."""
         if self.image_positions is not None:
             tokens = tokens + self.image_positions.to(tokens.dtype)
-        return [layer.project(tokens) for layer in self.cross]
+        return [layer.project(tokens) for layer in self.cross if isinstance(layer, CrossAttention)]
 
     def forward(
         self,
@@ -226,4 +226,4 @@ class FusionEncoder(nn.Module):
     def _own_parts(self) -> list[BertParts]:
         if self.text is None:
             raise ValueError("fusion.style 'shared' needs the text backbone's layers")
-        return [layer.parts() for layer in self.text]  # type: ignore[operator]
+        return [layer.parts() for layer in self.text if isinstance(layer, TextLayer)]

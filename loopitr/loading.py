@@ -46,6 +46,7 @@ class EpochLoader:
         num_ranks: int,
         num_workers: int,
         pin_memory: bool,
+        group: int = 1,
     ) -> None:
         self.dataset = dataset
         common: dict[str, Any] = {
@@ -61,7 +62,10 @@ class EpochLoader:
             self.loader = DataLoader(dataset, batch_size=batch_size, drop_last=True, **common)
         else:
             self.sampler = ShardedBatchSampler(
-                EpochSampler(len(dataset), seed=seed), batch_size=batch_size, rank=rank, num_ranks=num_ranks
+                EpochSampler(len(dataset), seed=seed, group=group),
+                batch_size=batch_size,
+                rank=rank,
+                num_ranks=num_ranks,
             )
             self.loader = DataLoader(
                 dataset, batch_sampler=self.sampler, persistent_workers=num_workers > 0, **common

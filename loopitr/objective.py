@@ -11,70 +11,21 @@ process on the concatenated batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from loopitr import losses
+from loopitr.choices import DISTILLATION, MINING, ObjectiveOptions
 from loopitr.distributed import all_gather, all_gather_padded, all_sum, rank, world_size
 from loopitr.masking import TokenMasking
-from loopitr.mining import Mined, mine_sample, mine_stratified, mine_topk
+from loopitr.mining import Mined
 
 if TYPE_CHECKING:
     from loopitr.model import LoopITRModel
     from loopitr.states import ImageState, TextState
-
-
-@dataclass
-class ObjectiveOptions:
-    """Weights and choices of the step. A term of weight 0 is not computed."""
-
-    itc: float = 1.0
-    """Weight of the contrastive loss of the dual head."""
-    itm: float = 1.0
-    """Weight of the matching loss of the fusion head."""
-    distillation: float = 1.0
-    """Weight of the distillation of the fusion head's scores into the dual head."""
-    mlm: float = 0.0
-    """Weight of masked language modelling on the fused tokens (needs a model with an mlm_head)."""
-    num_negatives: int = 4
-    """K, hard negatives per image and per text."""
-    mining: Literal["topk", "sample", "stratified"] = "topk"
-    """How they are chosen from the dual's similarities."""
-    mining_pool: int = 32
-    """`stratified`: how deep in the ranking to look."""
-    mine_across_ranks: bool = False
-    """Mine in the batch of all ranks (tokens are gathered) instead of the local one."""
-    distillation_loss: Literal["kl", "cprd", "margin_mse", "ranknet", "listnet", "listmle", "adr_mse"] = "cprd"
-    """What the teacher's scores teach: their softmax (kl), the partial ranking of the negatives (cprd), ..."""
-    teacher_temperature: float = 1.0
-    """`kl`: temperature of the teacher's softmax."""
-    hard_rule: Literal["threshold", "mean", "top"] = "mean"
-    """`cprd`: which negatives count as hard: match probability above a constant, above the mean, the first m."""
-    hard_threshold: float = 0.5
-    """`hard_rule: threshold`: the match probability."""
-    hard_top: int = 2
-    """`hard_rule: top`: m."""
-
-    def __post_init__(self) -> None:
-        for name in ("itc", "itm", "distillation", "mlm"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"objective.{name} must be a weight >= 0, got {getattr(self, name)}")
-        if self.num_negatives < 1:
-            raise ValueError(f"objective.num_negatives must be at least 1, got {self.num_negatives}")
-        if self.distillation_loss not in DISTILLATION:
-            raise ValueError(f"unknown distillation_loss {self.distillation_loss!r}; known: {', '.join(DISTILLATION)}")
-        if self.mining not in ("topk", "sample", "stratified"):
-            raise ValueError(f"unknown mining {self.mining!r}; known: topk, sample, stratified")
-        if self.hard_rule not in ("threshold", "mean", "top"):
-            raise ValueError(f"unknown hard_rule {self.hard_rule!r}; known: threshold, mean, top")
-
-    @property
-    def scores_pairs(self) -> bool:
-        return self.itm > 0 or self.distillation > 0
 
 
 @dataclass(frozen=True)
@@ -257,13 +208,7 @@ class LoopObjective(nn.Module):
         return Candidates(indices, valid, similarity.gather(1, indices))
 
     def _mine(self, similarity: Tensor, positives: Tensor, groups: Tensor) -> Mined:
-        options = self.options
-        if options.mining == "topk":
-            return mine_topk(similarity, positives, options.num_negatives, groups=groups)
-        if options.mining == "sample":
-            return mine_sample(similarity, positives, options.num_negatives, groups=groups)
-        pool = max(options.mining_pool, options.num_negatives)
-        return mine_stratified(similarity, positives, options.num_negatives, pool=pool, groups=groups)
+        return MINING[self.options.mining](similarity, positives, groups, self.options)
 
     def _gather_states(self, images: ImageState, texts: TextState) -> tuple[ImageState, TextState]:
         if world_size() == 1:
@@ -317,54 +262,3 @@ class MaskedTexts:
 def _gather_queries(x: Tensor) -> Tensor:
     """`[2, B, ...]` -> `[2, R B, ...]`, with gradient."""
     return all_gather(x.transpose(0, 1), gradient=True).transpose(0, 1)
-
-
-@dataclass(frozen=True)
-class Taught:
-    """A distillation loss and the mean number of candidates per query that it ranked."""
-
-    loss: Tensor
-    valid_length: Tensor
-
-
-Distil = Callable[[Tensor, Tensor, Tensor, ObjectiveOptions], Taught]  # student, teacher, valid [Q, 1 + K]
-
-
-def _kl(student: Tensor, teacher: Tensor, valid: Tensor, options: ObjectiveOptions) -> Taught:
-    loss = losses.kl(student, teacher, valid, teacher_temperature=options.teacher_temperature)
-    return Taught(loss, _mean_length(valid))
-
-
-def _cprd(student: Tensor, teacher: Tensor, valid: Tensor, options: ObjectiveOptions) -> Taught:
-    student, teacher, valid = student[:, 1:], teacher[:, 1:], valid[:, 1:]  # a ranking of the negatives alone
-    if options.hard_rule == "threshold":
-        hard = losses.hard_above_threshold(teacher, valid, probability=options.hard_threshold)
-    elif options.hard_rule == "mean":
-        hard = losses.hard_above_mean(teacher, valid)
-    else:
-        hard = losses.hard_top(teacher, valid, options.hard_top)
-    return Taught(losses.cprd(student, teacher, valid, hard), _mean_length(hard))
-
-
-def _whole_list(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Distil:
-    """A loss on all candidates, the positive included."""
-
-    def distil(student: Tensor, teacher: Tensor, valid: Tensor, options: ObjectiveOptions) -> Taught:
-        return Taught(loss(student, teacher, valid), _mean_length(valid))
-
-    return distil
-
-
-def _mean_length(mask: Tensor) -> Tensor:
-    return mask.sum(1).float().mean()
-
-
-DISTILLATION: dict[str, Distil] = {
-    "kl": _kl,
-    "cprd": _cprd,
-    "margin_mse": _whole_list(losses.margin_mse),
-    "ranknet": _whole_list(losses.ranknet),
-    "listnet": _whole_list(losses.listnet),
-    "listmle": _whole_list(losses.listmle),
-    "adr_mse": _whole_list(losses.adr_mse),
-}

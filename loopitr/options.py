@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from loopitr.building import ModelOptions
+from loopitr.choices import ObjectiveOptions
 from loopitr.data.sources import DataOptions
-from loopitr.objective import ObjectiveOptions
 
 
 @dataclass
@@ -105,7 +105,7 @@ class PretrainOptions:
 
     def __post_init__(self) -> None:
         if not self.objective.scores_pairs and self.validation.select not in ("auto", "dual"):
-            raise ValueError(f"validation.select {self.validation.select!r} needs objective.itm or distillation above 0")
+            raise ValueError(f"validation.select {self.validation.select!r} needs objective.itm or .distillation")
 
 
 def _at_least(options: object, group: str, least: int, *names: str) -> None:

@@ -12,10 +12,10 @@ HISTORY = "history.jsonl"
 class History:
     """One JSON line per logged step, in the run folder; a resumed run drops what lies after its checkpoint."""
 
-    def __init__(self, folder: Path, *, resume_step: int | None = None) -> None:
+    def __init__(self, folder: Path, *, keep: int = 0) -> None:
+        """`keep`: how many rows of an earlier history stay."""
         self.path = folder / HISTORY
-        rows = read_history(folder) if resume_step is not None else []
-        self.rows = [row for row in rows if row["step"] <= (resume_step or 0)]
+        self.rows = read_history(folder)[:keep]
         self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
     def add(self, step: int, values: dict[str, float]) -> None:

@@ -32,15 +32,18 @@ class LoopITRPreTrainedModel(PreTrainedModel):
             raise OSError(f"{path} holds no model: it has no config.json")
         where = {name: value for name, value in kwargs.items() if name in HUB_ARGUMENTS}
         found, _ = PreTrainedConfig.get_config_dict(path, **where)
+        assert cls.config_class is not None
         wanted = cls.config_class.model_type
         if found.get("model_type") != wanted:
             raise ValueError(f"{path} holds a {found.get('model_type')!r} model, {cls.__name__} loads {wanted!r}")
         report = kwargs.pop("output_loading_info", False)
         kwargs["use_safetensors"] = True
-        model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        model, info = loaded
         for what in ("missing_keys", "unexpected_keys"):
             if info[what]:
-                raise ValueError(f"{path}: {what.replace('_', ' ')} {sorted(info[what])[:5]} ({len(info[what])} in all)")
+                keys = sorted(info[what])
+                raise ValueError(f"{path}: {what.replace('_', ' ')} {keys[:5]} ({len(keys)} in all)")
         for module in model.modules():
             if isinstance(module, VisionBackbone):
                 module.restore_buffers(model.config)

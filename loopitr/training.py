@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import timedelta
@@ -15,8 +16,8 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import DistributedDataParallelKwargs, send_to_device, set_seed
-from torch import nn
+from accelerate.utils import DistributedDataParallelKwargs, gather_object, send_to_device, set_seed
+from timm.layers import convert_sync_batchnorm
 from tqdm.auto import tqdm
 
 from loopitr.building import build_model, token_cache_key, token_masking
@@ -70,12 +71,15 @@ class _Run:
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             ],
         )
+        if train.tracker not in ("auto", "none") and not self.accelerator.log_with:
+            raise ValueError(f"train.tracker {train.tracker} is not installed")
         self.log = self.accelerator.print
-        self._prepare_folder()
         set_seed(train.seed)
         self.model, self.processor = self._build()
         self.train_records = self._records(options.data.split)
         self.val_records = self._held_out(options.data.val_split)
+        self.final_split, self.final_records = self._final()
+        self._prepare_folder()  # not before: a mistyped path must not move a good run aside
         self.caches: dict[int, TokenCache] = {}
         self.loader = self._loader()
         self._prepare()
@@ -83,6 +87,7 @@ class _Run:
     # Set-up
 
     def _prepare_folder(self) -> None:
+        self.accelerator.wait_for_everyone()  # to have read model.init, which may lie there
         if self.accelerator.is_main_process:
             if not self.options.resume:
                 aside = move_aside(self.folder)
@@ -98,9 +103,12 @@ class _Run:
         scenes = options.model.init is None and options.model.text.name == "scenes"
         model, processor = build_model(options.model, vocabulary=scene_vocabulary() if scenes else None)
         objective = options.objective
-        if not objective.scores_pairs and not objective.mlm:
-            model.freeze(["fusion"])  # DDP demands that every trained parameter is used
-        elif model.mlm_head is not None and not objective.mlm:
+        # DDP demands that every trained parameter is used
+        if not objective.itm and not objective.mlm:
+            model.freeze(["fusion"])
+        if not objective.itm:
+            model.itm_head.requires_grad_(False)
+        if model.mlm_head is not None and not objective.mlm:
             model.mlm_head.requires_grad_(False)
         if options.train.gradient_checkpointing:
             model.activation_checkpointing_enable()
@@ -108,17 +116,23 @@ class _Run:
             raise ValueError("data.cache_tokens needs a frozen image backbone: model.freeze must name vision")
         return model, processor
 
-    def _records(self, split: str) -> Sequence[Record] | HubStream:
+    def _records(self, split: str, **changes: Any) -> Sequence[Record] | HubStream:
         report = LoadReport()
-        records = load_records(self.options.data, split, report)
+        records = load_records(dataclasses.replace(self.options.data, **changes), split, report)
         self.log(f"{split}: {report.summary()}" if not isinstance(records, HubStream) else f"{split}: streaming")
         return records
 
     def _held_out(self, split: str) -> Sequence[Record]:
-        records = self._records(split)
-        if isinstance(records, HubStream):
-            raise ValueError("validation needs data of known length; data.streaming streams the training split only")
+        records = self._records(split, streaming=False)  # it is read many times, and ranked as a whole
+        assert not isinstance(records, HubStream)
         return records
+
+    def _final(self) -> tuple[str, Sequence[Record]]:
+        """Split of the final table, read before the training so that a wrong name shows at once."""
+        data = self.options.data
+        scenes = all(getattr(data, source) is None for source in SOURCES)
+        split = self.options.validation.final_split or ("test" if scenes else data.val_split)
+        return split, self.val_records if split == data.val_split else self._held_out(split)
 
     def _tokens(self, records: Sequence[Record]) -> TokenCache | None:
         """Image tokens of a frozen backbone, computed once by the main process."""
@@ -176,6 +190,7 @@ class _Run:
             num_ranks=self.accelerator.num_processes,
             num_workers=data.num_workers,
             pin_memory=self.accelerator.device.type == "cuda",
+            group=data.group,
         )
         if not isinstance(dataset, StreamDataset) and len(loader) < train.accumulation:
             raise ValueError(
@@ -190,16 +205,15 @@ class _Run:
             self.total_steps = train.max_steps
         else:
             self.total_steps = train.epochs * (len(self.loader) // train.accumulation)
-        model: nn.Module = self.model
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # batch statistics of all ranks, as of one
+            # Batch statistics of all ranks, as of one; torch's own conversion drops timm's fused activations.
+            convert_sync_batchnorm(self.model)
         groups = parameter_groups(
             self.model, backbone_lr=train.backbone_lr, lr=train.lr, weight_decay=train.weight_decay
         )
         if not groups:
             raise ValueError("nothing to train: model.freeze names every part")
-        fused = accelerator.device.type == "cuda"
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=fused)
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
         objective = LoopObjective(
             self.model, self.options.objective, token_masking=token_masking(self.processor)
         )
@@ -226,10 +240,10 @@ class _Run:
             self.log(f"resuming from {where}")
         self.progress = progress or Progress()
         if accelerator.is_main_process:
-            self.history = History(self.folder, resume_step=self.progress.step if progress else None)
+            self.history = History(self.folder, keep=self.progress.rows)
         if accelerator.log_with:
             accelerator.init_trackers("logs")
-        self.skips = SkipCounter(max_fraction=options.data.max_skipped_fraction, log=self.log)
+        self.skips = SkipCounter(max_fraction=options.data.max_skipped_fraction, log=print)  # of every rank
         started = time.perf_counter()
         with tqdm(
             total=self.total_steps,
@@ -240,8 +254,7 @@ class _Run:
         ) as bar:
             while self.progress.step < self.total_steps:
                 self._epoch(bar)
-        if self.progress.best_step != self.progress.step:
-            self._validate()
+        self._validate()
         seconds = time.perf_counter() - started
         metrics = self._finish(seconds)
         accelerator.end_training()
@@ -263,7 +276,7 @@ class _Run:
             progress.batch += 1
             counted += 1
             for name, value in self._named(output).items():
-                sums[name] = sums.get(name, 0) + value.detach()
+                sums[name] = sums[name] + value.detach() if name in sums else value.detach()
             if not last:
                 continue
             micro = 0
@@ -273,7 +286,7 @@ class _Run:
                 self._log(bar, {name: float(value) / counted for name, value in sums.items()})
                 sums, counted = {}, 0
             every = options.validation.every_steps
-            if every and progress.step % every == 0:
+            if every and progress.step % every == 0 and progress.step < self.total_steps:
                 self._validate()
             if options.train.checkpoint_every and progress.step % options.train.checkpoint_every == 0:
                 self._checkpoint()
@@ -318,7 +331,7 @@ class _Run:
         return {"loss/total": output.loss, **terms, **{f"train/{k}": v for k, v in output.metrics.items()}}
 
     def _log(self, bar: tqdm, values: dict[str, float]) -> None:
-        values["train/lr"] = self.scheduler.get_last_lr()[-1]
+        values["train/lr"] = float(self.scheduler.get_last_lr()[-1])
         values["train/skipped"] = float(self.skips.report.skipped)
         values["train/truncated"] = float(self.skips.truncated)
         shown = {name.removeprefix("loss/"): f"{v:.3f}" for name, v in values.items() if name.startswith("loss/")}
@@ -343,6 +356,7 @@ class _Run:
             batch_size=validation.batch_size,
             num_workers=self.options.data.num_workers,
             max_images=None if final else validation.max_images,
+            max_skipped_fraction=self.options.data.max_skipped_fraction,
             tokens=self._tokens(records),
         )
 
@@ -364,17 +378,27 @@ class _Run:
         self.objective.train()
 
     def _checkpoint(self) -> None:
+        progress = dataclasses.replace(self.progress)
+        progress.skipped, progress.truncated = self._lost()
+        if self.accelerator.is_main_process:
+            progress.rows = len(self.history.rows)
         save_checkpoint(
-            self.accelerator, self.folder / "checkpoints", self.progress, keep=self.options.train.keep_checkpoints
+            self.accelerator, self.folder / "checkpoints", progress, keep=self.options.train.keep_checkpoints
         )
+
+    def _lost(self) -> tuple[dict[str, int], int]:
+        """What was skipped, and how many captions were cut, on all ranks since the very start of the run."""
+        skipped, truncated = Counter(self.progress.skipped), self.progress.truncated
+        for counts, cut in gather_object([(self.skips.report.counts, self.skips.truncated)]):
+            skipped.update(counts)
+            truncated += cut
+        return dict(skipped), truncated
 
     def _finish(self, seconds: float) -> dict[str, Any]:
         """Evaluate the best model on the final split and write the results."""
-        data = self.options.data
-        scenes = all(getattr(data, source) is None for source in SOURCES)
-        split = self.options.validation.final_split or ("test" if scenes else data.val_split)
-        records = self.val_records if split == data.val_split else self._held_out(split)
+        split, records = self.final_split, self.final_records
         self._tokens(records)
+        skipped, truncated = self._lost()
         metrics: dict[str, Any] = {}
         if self.accelerator.is_main_process:
             model = LoopITRModel.from_pretrained(self.folder).to(self.accelerator.device)
@@ -387,8 +411,8 @@ class _Run:
                     "steps": self.progress.step,
                     "best_step": self.progress.best_step,
                     "best_val_mean_r1": self.progress.best,
-                    "skipped": self.skips.report.counts,
-                    "truncated_captions": self.skips.truncated,
+                    "skipped": skipped,
+                    "truncated_captions": truncated,
                 },
             }
             write_json(self.folder / "metrics.json", metrics)

@@ -29,7 +29,9 @@ BERT: dict[str, Any] = {
 }
 
 
-def tiny_config(vision: dict[str, Any] | None = None, style: str = "late", layers: int = 2, **kwargs: Any) -> LoopITRConfig:
+def tiny_config(
+    vision: dict[str, Any] | None = None, style: str = "late", layers: int = 2, **kwargs: Any
+) -> LoopITRConfig:
     kwargs = {"embed_dim": 16, "text": BERT, **kwargs}
     fusion = {"style": style, "num_layers": layers, "num_heads": 4, "intermediate_size": 48, "dropout": 0.0}
     fusion.update(kwargs.pop("fusion", {}))

@@ -104,7 +104,7 @@ def test_first_and_mean_pooling():
 
 @pytest.mark.parametrize("name", ["cnn", "swin", "no_class_token"])
 def test_first_pooling_needs_a_class_token(name):
-    with pytest.raises(ValueError, match=f"needs a class token, which '{VISION[name]['name']}' has not"):
+    with pytest.raises(ValueError, match=f"'first' needs a class token.*'{VISION[name]['name']}'"):
         vision_backbone(VISION[name], "first")
 
 
@@ -233,11 +233,11 @@ def test_inner_tokens_are_the_input_of_that_layer():
 
 
 @pytest.mark.parametrize("style", ["late", "shared"])
-@pytest.mark.parametrize("name", [n for n in TEXT])
+@pytest.mark.parametrize("name", TEXT)
 @torch.no_grad()
 def test_pairs_score_on_every_text_backbone(name, style):
     if style == "shared" and name in ("distilbert", "modernbert"):
-        with pytest.raises(ValueError, match="fusion.style 'shared' needs BERT-type layers, which .*BertModel has not"):
+        with pytest.raises(ValueError, match="fusion.style 'shared' needs BERT-type layers.* (Distil|Modern)BertModel"):
             tiny_model(style=style, text=TEXT[name])
         return
     model = tiny_model(style=style, layers=1, text=TEXT[name]).eval()

@@ -74,10 +74,11 @@ def whole_batch() -> dict[str, torch.Tensor]:
 def check_gathers(index: int) -> dict[str, torch.Tensor]:
     mine = torch.full((2, 3), float(index + 1), requires_grad=True)
     beside = torch.zeros(4, 3, requires_grad=True)
+    other = beside * 1  # made before the gather, so that its backward runs after the gather's
     weights = torch.arange(12.0).reshape(4, 3) * (index + 1)
     gathered = all_gather(mine, gradient=True)
     # The sum hands one and the same gradient tensor to both of its inputs.
-    ((gathered + beside) * weights).sum().backward()
+    ((gathered + other) * weights).sum().backward()
     ragged = torch.full((2, 2 + index), float(index + 1), requires_grad=True)
     padded = all_gather_padded(ragged, gradient=True)
     (padded * (index + 1)).sum().backward()
@@ -100,7 +101,8 @@ def check_gathers(index: int) -> dict[str, torch.Tensor]:
 def worker(index: int, folder: Path) -> None:
     torch.set_num_threads(1)
     meeting = f"file://{folder / 'meeting'}"
-    dist.init_process_group("gloo", init_method=meeting, rank=index, world_size=RANKS, timeout=timedelta(seconds=60))
+    limit = timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=meeting, rank=index, world_size=RANKS, timeout=limit)
     results: dict[str, Any] = {"gathers": check_gathers(index)}
     for name, case in CASES.items():
         objective = case.objective()
@@ -125,7 +127,8 @@ def worker(index: int, folder: Path) -> None:
 def ranks(tmp_path_factory) -> list[dict[str, Any]]:
     """What each rank got, for all cases, from one launch."""
     folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
+    search_path = os.pathsep.join(path for path in sys.path if path)
+    environment = {**os.environ, "PYTHONPATH": search_path, "OMP_NUM_THREADS": "1"}
     logs = [open(folder / f"log{index}", "w+") for index in range(RANKS)]
     processes = [
         subprocess.Popen([sys.executable, __file__, str(index), str(folder)], env=environment, stdout=log, stderr=log)
@@ -172,7 +175,8 @@ def test_two_processes_are_one_on_the_concatenated_batch(ranks, name):
         assert value > 0
         if term in ("itm", "distillation"):
             assert found[0] == found[1]
-    torch.testing.assert_close(sum(result["loss"] for result in results) / RANKS, out.loss.detach(), atol=1e-6, rtol=1e-5)
+    mean_loss = sum(result["loss"] for result in results) / RANKS
+    torch.testing.assert_close(mean_loss, out.loss.detach(), atol=1e-6, rtol=1e-5)
     for metric, value in out.metrics.items():
         for result in results:
             torch.testing.assert_close(result["metrics"][metric], value, atol=1e-6, rtol=1e-5)
@@ -192,9 +196,10 @@ def test_the_cases_would_show_a_difference():
     case = CASES["across_cprd"]
     whole, blocks = (case.objective(kind)(**whole_batch()) for kind in (LoopObjective, BlockMining))
     assert (whole.terms["itm"] - blocks.terms["itm"]).abs() > 1e-3
-    lengths = [rank_batch(index)["input_ids"].shape[1] for index in range(RANKS)]
-    assert lengths[0] != lengths[1]
-    counts = [int((EveryThirdWord()(b["input_ids"], b["attention_mask"])[1] != -100).sum()) for b in map(rank_batch, (0, 1))]
+    batches = [rank_batch(index) for index in range(RANKS)]
+    assert batches[0]["input_ids"].shape[1] != batches[1]["input_ids"].shape[1]
+    masked = [EveryThirdWord()(batch["input_ids"], batch["attention_mask"])[1] != -100 for batch in batches]
+    counts = [int(chosen.sum()) for chosen in masked]
     assert counts[0] != counts[1] and min(counts) > 0
 
 

@@ -62,7 +62,8 @@ def test_many_pairs_of_uneven_sizes(style):
     text_state = model.encode_texts(*ragged_texts(40, longest=20))
     generator = torch.Generator().manual_seed(5)
     hub = torch.stack([torch.zeros(30, dtype=torch.int64), torch.arange(30)], 1)  # one image with most of the pairs
-    rest = torch.stack([torch.randint(1, 24, (60,), generator=generator), torch.randint(0, 40, (60,), generator=generator)], 1)
+    columns = [torch.randint(low, high, (60,), generator=generator) for low, high in ((1, 24), (0, 40))]
+    rest = torch.stack(columns, 1)
     pairs = torch.cat([hub, rest])[torch.randperm(90, generator=generator)]
     expected = plain_score(model, image_state.tokens, text_state, pairs)
     for block_size in (None, 7, 1):
@@ -104,7 +105,8 @@ def test_gradient_checkpointing_gives_the_same_gradients():
             model.activation_checkpointing_enable()
             assert model.fusion.gradient_checkpointing and model.dual.vision.model.grad_checkpointing
         image_state, text_state = _states(model, 3, 3)
-        model.score_pairs(image_state, text_state, torch.cartesian_prod(torch.arange(3), torch.arange(3))).score.sum().backward()
+        pairs = torch.cartesian_prod(torch.arange(3), torch.arange(3))
+        model.score_pairs(image_state, text_state, pairs).score.sum().backward()
         results.append([p.grad for p in model.parameters() if p.grad is not None])
     assert len(results[0]) == len(results[1])
     for a, b in zip(*results, strict=True):

@@ -27,7 +27,8 @@ def assert_same_gradients(got, expected, rtol=1e-3):
     largest = max(float(g.abs().max()) for g in expected.values())
     for name in expected.keys() | got.keys():
         a, b = (grads.get(name, torch.zeros(())) for grads in (got, expected))
-        torch.testing.assert_close(a, b.expand_as(a), atol=rtol * 1e-2 * largest, rtol=rtol, msg=lambda m: f"{name}: {m}")
+        atol = rtol * 1e-2 * largest
+        torch.testing.assert_close(a, b.expand_as(a), atol=atol, rtol=rtol, msg=lambda m: f"{name}: {m}")
 
 
 @pytest.mark.parametrize(
@@ -37,7 +38,7 @@ def assert_same_gradients(got, expected, rtol=1e-3):
         ("late", 1, {"distillation_loss": "cprd", "num_negatives": 4}),
         ("shared", 2, {"distillation_loss": "cprd", "num_negatives": 3, "hard_rule": "top", "hard_top": 2}),
         ("shared", 1, {"distillation_loss": "kl", "num_negatives": 12}),  # more than there are
-        ("late", 1, {"distillation_loss": "cprd", "num_negatives": 12, "hard_rule": "threshold", "hard_threshold": 0.45}),
+        ("late", 1, {"num_negatives": 12, "hard_rule": "threshold", "hard_threshold": 0.45}),
     ],
 )
 def test_the_step_is_the_one_written_out_in_loops(style, layers, options):
@@ -277,7 +278,8 @@ def test_bfloat16_is_close_to_float32(style):
         out = step(model, **options)
     assert out.loss.dtype == torch.float32
     for name in exact.terms:
-        torch.testing.assert_close(out.terms[name], exact.terms[name], atol=0.03, rtol=0.03, msg=lambda m: f"{name}: {m}")
+        close = {"atol": 0.03, "rtol": 0.03, "msg": lambda m: f"{name}: {m}"}
+        torch.testing.assert_close(out.terms[name], exact.terms[name], **close)
     found = gradients(model, out.loss)
     assert all(torch.isfinite(g).all() for g in found.values())
     flat = [torch.cat([grads[name].flatten() for name in expected]) for grads in (found, expected)]
@@ -310,7 +312,7 @@ def test_mlm_leaves_the_other_terms_alone_and_survives_a_batch_without_masks():
 
 def test_mlm_needs_a_head_and_a_mask_token():
     for model, masking in ((tiny_model(), EveryThirdWord()), (tiny_model(mlm_head=True), None)):
-        with pytest.raises(ValueError, match="objective.mlm needs a model with an mlm_head and a tokenizer with a mask"):
+        with pytest.raises(ValueError, match="objective.mlm needs a model with an mlm_head and a tokenizer"):
             LoopObjective(model, ObjectiveOptions(mlm=1.0), token_masking=masking)
 
 

@@ -50,7 +50,8 @@ def test_the_whole_picture_becomes_a_normalised_square():
     assert values.shape == (1, 3, size, size) and values.dtype == torch.float32
     restored = values[0] * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
     # No crop: the border between the halves stays in the middle, and both outer columns are pure.
-    torch.testing.assert_close(restored[:, :, 0], torch.tensor([0.0, 1.0, 0.0])[:, None].expand(3, size), atol=0.02, rtol=0)
+    green = torch.tensor([0.0, 1.0, 0.0])[:, None].expand(3, size)
+    torch.testing.assert_close(restored[:, :, 0], green, atol=0.02, rtol=0)
     torch.testing.assert_close(restored[:, :, -1], torch.zeros(3, size), atol=0.02, rtol=0)
     assert restored[1, 0, 3] > 0.5 > restored[1, 0, 4]
 

@@ -137,10 +137,16 @@ class StreamDataset(IterableDataset[dict[str, Any]]):
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
-    """Yields `(epoch, index)`, in an order that depends on (seed, epoch) alone."""
+    """Yields `(epoch, index)`, in an order that depends on (seed, epoch) alone.
 
-    def __init__(self, size: int, *, seed: int, shuffle: bool = True) -> None:
-        self.size, self.seed, self.shuffle = size, seed, shuffle
+    Runs of `group` consecutive indices stay together, so that near misses that lie beside each other in the data meet
+    in a batch; 1 shuffles everything.
+    """
+
+    def __init__(self, size: int, *, seed: int, shuffle: bool = True, group: int = 1) -> None:
+        if group < 1:
+            raise ValueError(f"group must be at least 1, got {group}")
+        self.size, self.seed, self.shuffle, self.group = size, seed, shuffle, group
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -154,8 +160,9 @@ class EpochSampler(Sampler[tuple[int, int]]):
         order = torch.arange(self.size)
         if self.shuffle:
             generator = torch.Generator().manual_seed(stable_hash(f"{self.seed}/{epoch}"))
-            order = torch.randperm(self.size, generator=generator)
-        return ((epoch, index) for index in order.tolist())
+            blocks = torch.randperm(-(-self.size // self.group), generator=generator)
+            order = (blocks[:, None] * self.group + torch.arange(self.group)).flatten()  # the last block may be short
+        return ((epoch, index) for index in order.tolist() if index < self.size)
 
 
 def _check_captions(captions: str) -> None:

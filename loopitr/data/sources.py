@@ -8,11 +8,12 @@ from typing import Literal
 
 from .hub import HubRecords, HubStream, load_hub
 from .karpathy import load_albef, load_karpathy
-from .records import DataError, LoadReport, Record
+from .records import DataError, LazyRecords, LoadReport, Record, captions_of, identity_of, name_of, stable_hash
 from .scenes import SPLITS, SceneRecords
 from .table import load_table, table_columns
 
 SOURCES = ("karpathy", "albef", "table", "hub")
+DEFAULT_VAL_FRACTION = 0.05
 
 
 @dataclass
@@ -48,6 +49,9 @@ class DataOptions:
     """Validation file beside `albef`."""
     val_table: str | None = None
     """Validation file beside `table`, read whole; not needed where `table` has a column "split"."""
+    val_fraction: float | None = None
+    """Hold out this part of the training images for validation, by a hash of their names, instead of reading
+    `val_split`. Unset: 0.05 for tables and ALBEF lists that have no validation data, else nothing."""
     scenes_train: int = 4000
     """Images in the built-in training split."""
     scenes_val: int = 500
@@ -56,6 +60,9 @@ class DataOptions:
     """Side in pixels of built-in images."""
     captions: Literal["one", "all"] = "one"
     """Training examples per image: one caption drawn per visit, or all of them."""
+    group: int = 1
+    """Keep so many consecutive training examples together in a batch: near misses that lie beside each other in the
+    data become each other's hard negatives."""
     crop_scale_min: float = 0.5
     """Least area of a random training crop; 1 keeps the whole image."""
     flip: bool = False
@@ -83,13 +90,84 @@ def load_records(options: DataOptions, split: str, report: LoadReport) -> Sequen
         raise DataError(f"one data source is wanted, got {' and '.join(f'data.{name}' for name in given)}")
     if options.limit is not None and options.limit < 1:
         raise DataError(f"data.limit must be at least 1, got {options.limit}")
-    records = _LOADERS[given[0] if given else "scenes"](options, split, report)
+    source = given[0] if given else "scenes"
+    fraction = _held_out_fraction(options, source)
+    if fraction and split in (options.split, options.val_split):
+        return _part(options, source, fraction, report, held_out=split == options.val_split)
+    records = _LOADERS[source](options, split, report)
     if isinstance(records, HubStream):
         return records if options.limit is None else records.take(options.limit)
     report.check(options.max_skipped_fraction)
     if options.limit is None or options.limit >= len(records):
         return records
     return records.take(options.limit) if isinstance(records, (HubRecords, SceneRecords)) else records[:options.limit]
+
+
+def _held_out_fraction(options: DataOptions, source: str) -> float:
+    if options.val_fraction is not None:
+        if not 0 <= options.val_fraction < 1:
+            raise DataError(f"data.val_fraction must be in [0, 1), got {options.val_fraction}")
+        return options.val_fraction
+    if options.split == options.val_split:  # an evaluation: nothing is trained on
+        return 0.0
+    if source == "albef":
+        return 0.0 if options.val_albef else DEFAULT_VAL_FRACTION
+    if source == "table":
+        own = options.val_table or "split" in table_columns(str(options.table))
+        return 0.0 if own else DEFAULT_VAL_FRACTION
+    return 0.0
+
+
+def _part(
+    options: DataOptions, source: str, fraction: float, report: LoadReport, *, held_out: bool
+) -> Sequence[Record]:
+    """Training records without, or only, the images held out: which ones depends on their names alone."""
+    if options.streaming:
+        raise DataError("data.val_fraction needs data of known length: it cannot be used with data.streaming")
+    whole = LoadReport()
+    records = _LOADERS[source](options, options.split, whole)
+    assert not isinstance(records, HubStream)
+    whole.check(options.max_skipped_fraction)
+    if not held_out:
+        report.counts, report.names = whole.counts, whole.names
+    names = [name_of(records, index) for index in range(len(records))]
+    chosen = [i for i, name in enumerate(names) if (stable_hash(name) % 10_000 < fraction * 10_000) == held_out]
+    if not chosen:
+        what = "validation" if held_out else "training"
+        raise DataError(f"data.val_fraction {fraction} of {len(records)} images leaves none for {what}; "
+                        "give validation data or another fraction")
+    chosen = chosen[:options.limit]
+    lazy = isinstance(records, LazyRecords)
+    part: Sequence[Record] = _Subset(records, chosen) if lazy else [records[index] for index in chosen]
+    for index in range(len(part)):
+        report.add(len(captions_of(part, index)))
+    return part
+
+
+class _Subset(LazyRecords):
+    """Some of the records, which stay lazy if they are."""
+
+    def __init__(self, records: Sequence[Record], positions: list[int]) -> None:
+        self.records, self.positions = records, positions
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def read(self, index: int) -> Record:
+        return self.records[self.positions[index]]
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return captions_of(self.records, self.positions[index])
+
+    def identity(self, index: int) -> int:
+        return identity_of(self.records, self.positions[index])
+
+    def name(self, index: int) -> str:
+        return name_of(self.records, self.positions[index])
+
+    @property
+    def fingerprint(self) -> str:
+        return getattr(self.records, "fingerprint", "")
 
 
 def _load_scenes(options: DataOptions, split: str, report: LoadReport) -> Sequence[Record]:

@@ -1,4 +1,4 @@
-"""python recipes/benchmarks/step.py [--batch_size 16] [--rounds 7] [--device cuda] [--precision bf16] [--output FILE.json]
+"""python recipes/benchmarks/step.py [--batch_size 16] [--rounds 7] [--device cuda] [--precision bf16] [--output F.json]
 
 What the loop costs: one training step (forward and backward, no optimiser) of ITC only, ITC + ITM, and the loop with
 K = 4 and 8 (CPRD), on one model with random weights (ViT-S/16 at 224 px, MiniLM-like text, 6 text + 3 fusion layers by
@@ -62,7 +62,9 @@ def build(options: Options) -> LoopITRModel:
         fusion={"style": "late", "num_layers": options.fusion_layers, "num_heads": heads},
     )
     torch.manual_seed(0)
-    return LoopITRModel(config).to(options.device).train()
+    model = LoopITRModel(config).train()
+    model.to(torch.device(options.device))  # type: ignore[arg-type]
+    return model
 
 
 def batch(options: Options) -> dict[str, torch.Tensor]:

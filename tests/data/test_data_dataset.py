@@ -128,6 +128,9 @@ def test_epoch_sampler_is_a_permutation_per_epoch():
         assert {e for e, _ in keys} == {epoch} and sorted(i for _, i in keys) == list(range(50)) and len(sampler) == 50
         orders.append(keys)
     assert orders[0] == orders[2] and [i for _, i in orders[0]] != [i for _, i in orders[1]]
+    grouped = [index for _, index in EpochSampler(10, seed=1, group=4)]
+    assert sorted(grouped) == list(range(10)) and grouped != list(range(10))
+    assert all(b == a + 1 for a, b in zip(grouped, grouped[1:]) if b % 4)
     assert list(EpochSampler(3, seed=0, shuffle=False)) == [(0, 0), (0, 1), (0, 2)]
 
 

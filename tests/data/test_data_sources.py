@@ -52,7 +52,7 @@ def test_karpathy(tmp_path, image_dir):
 def test_albef_has_a_validation_file_of_its_own(tmp_path, image_dir):
     train = write(tmp_path / "a.json", [{"image": "0.png", "caption": "a"}])
     val = write(tmp_path / "b.json", [{"image": "1.png", "caption": "b"}])
-    options = {"albef": train, "images": str(image_dir)}
+    options = {"albef": train, "images": str(image_dir), "val_fraction": 0.0}
     assert load(**options)[0].captions == ("a",)
     assert load("val", val_albef=val, **options)[0].captions == ("b",)
     assert load("val", split="val", **options)[0].captions == ("a",)  # as recipes/evaluate.py asks
@@ -60,8 +60,26 @@ def test_albef_has_a_validation_file_of_its_own(tmp_path, image_dir):
     fails("no split 'test'", "test", val_albef=val, **options)
 
 
+def test_a_part_is_held_out_where_there_is_no_validation_data(tmp_path, image_dir):
+    plain = write(tmp_path / "plain.csv", "image,caption\n" + "".join(f"{i % 8}.png,c{i}\n" for i in range(16)))
+    options = {"table": plain, "images": str(image_dir), "val_fraction": 0.4}
+    report = LoadReport()
+    train, val = load(report=report, **options), load("val", **options)
+    assert {r.name for r in train} | {r.name for r in val} == {f"{i}.png" for i in range(8)}
+    assert train and val and not {r.name for r in train} & {r.name for r in val}
+    assert report.images == len(train) and report.captions == 2 * len(train)
+    assert [r.name for r in load("val", **options)] == [r.name for r in val]
+    del options["val_fraction"]  # 0.05 by itself: of eight images none, and the error says what to do
+    fails("0.05 of 8 images leaves none for validation; give validation data", "val", **options)
+    scenes = load("val", val_fraction=0.25, scenes_train=400), load(val_fraction=0.25, scenes_train=400)
+    assert len(scenes[0]) + len(scenes[1]) == 400 and 60 < len(scenes[0]) < 140
+    assert scenes[0][0].image.size == (64, 64) and scenes[0][0].captions
+    fails("val_fraction must be in", val_fraction=1.5)
+    fails("streaming", hub=str(image_dir), streaming=True, val_fraction=0.1)
+
+
 def test_table_follows_its_split_column_or_stands_whole(tmp_path, image_dir):
-    options = {"images": str(image_dir)}
+    options = {"images": str(image_dir), "val_fraction": 0.0}
     both = write(tmp_path / "both.csv", "image,caption,split\n0.png,a,train\n1.png,b,val\n")
     plain = write(tmp_path / "plain.csv", "image,caption\n2.png,c\n3.png,d\n")
     assert [r.name for r in load(table=both, **options)] == ["0.png"]

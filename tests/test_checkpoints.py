@@ -1,0 +1,130 @@
+"""Checkpoints are complete or absent, and bring everything back."""
+
+import shutil
+from dataclasses import asdict
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tiny_run import reset_accelerate
+from torch import nn
+
+from loopitr.checkpoints import STATE_FILE, Progress, load_checkpoint, move_aside, save_checkpoint
+from loopitr.optimization import warmup_cosine
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    reset_accelerate()
+    yield
+    reset_accelerate()
+
+
+class Work:
+    """A model with dropout that learns noise: every step depends on weights, moments, rate and generators."""
+
+    def __init__(self, seed=0, width=4):
+        reset_accelerate()
+        self.accelerator = Accelerator(cpu=True)
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width), nn.Dropout(0.5), nn.Linear(width, 1))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.schedule = warmup_cosine(optimizer, steps=20, warmup=5)
+        self.accelerator.register_for_checkpointing(self.schedule)
+        self.step = 0
+
+    def steps(self, count):
+        for _ in range(count):
+            loss = self.model(torch.randn(8, 3)).square().mean()
+            self.accelerator.backward(loss)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.schedule.step()
+            self.step += 1
+        return self
+
+    def save(self, folder, keep=2, **progress):
+        return save_checkpoint(self.accelerator, folder, Progress(step=self.step, **progress), keep=keep)
+
+    def state(self):
+        return {name: value.clone() for name, value in self.model.state_dict().items()}
+
+
+def test_a_loaded_checkpoint_goes_on_bit_for_bit(tmp_path):
+    expected = Work().steps(9).state()
+    Work().steps(6).save(tmp_path)
+    resumed = Work(seed=7)
+    progress = load_checkpoint(resumed.accelerator, tmp_path)
+    assert progress is not None and progress.step == 6
+    found = resumed.steps(3).state()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_progress_comes_back_whole(tmp_path):
+    progress = Progress(
+        step=3, epoch=2, batch=1, best=12.5, best_step=2, rows=9, skipped={"truncated": 2}, truncated=4
+    )
+    work = Work()
+    save_checkpoint(work.accelerator, tmp_path, progress, keep=1)
+    assert load_checkpoint(work.accelerator, tmp_path) == progress
+    assert all(value != getattr(Progress(), name) for name, value in asdict(progress).items())
+
+
+def test_the_newest_is_loaded_and_older_ones_are_deleted(tmp_path):
+    work = Work()
+    for _ in range(5):
+        work.steps(3).save(tmp_path, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000012", "step-00000015"]
+    progress = load_checkpoint(work.accelerator, tmp_path)
+    assert progress is not None and progress.step == 15
+
+
+def test_steps_are_ordered_as_numbers(tmp_path):
+    work = Work()
+    for work.step in (99_999_999, 7, 100):
+        work.save(tmp_path, keep=3)
+    shutil.rmtree(tmp_path / "step-99999999")
+    progress = load_checkpoint(work.accelerator, tmp_path)
+    assert progress is not None and progress.step == 100
+
+
+def test_a_killed_write_is_not_taken_for_a_checkpoint(tmp_path):
+    work = Work().steps(2)
+    done = work.save(tmp_path)
+    later = tmp_path / "step-00000004.partial"
+    shutil.copytree(done, later)  # killed before the rename
+    torn = tmp_path / "step-00000005"
+    shutil.copytree(done, torn)
+    (torn / STATE_FILE).unlink()  # not one of ours, or half deleted
+    progress = load_checkpoint(work.accelerator, tmp_path)
+    assert progress is not None and progress.step == 2
+    work.steps(2).save(tmp_path)  # the same step again, over the remains
+    progress = load_checkpoint(work.accelerator, tmp_path)
+    assert progress is not None and progress.step == 4
+    assert not later.exists()
+
+
+def test_no_checkpoint_is_none(tmp_path):
+    assert load_checkpoint(Work().accelerator, tmp_path / "checkpoints") is None
+
+
+def test_a_checkpoint_of_another_model_is_named_in_one_line(tmp_path):
+    Work().steps(1).save(tmp_path)
+    with pytest.raises(ValueError, match="step-00000001 does not fit this run's model") as raised:
+        load_checkpoint(Work(width=6).accelerator, tmp_path)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 400
+
+
+def test_an_earlier_run_is_moved_to_the_first_free_name(tmp_path):
+    folder = tmp_path / "run"
+    assert move_aside(folder) is None
+    folder.mkdir()
+    assert move_aside(folder) is None  # nothing in it
+    for number in (1, 2):
+        folder.mkdir(exist_ok=True)
+        (folder / "which").write_text(str(number))
+        assert move_aside(folder) == tmp_path / f"run.{number}"
+    assert [(tmp_path / f"run.{number}" / "which").read_text() for number in (1, 2)] == ["1", "2"]
+    assert not folder.exists()

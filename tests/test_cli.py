@@ -1,0 +1,198 @@
+"""Options from YAML and dotted overrides; mistakes in one line."""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny_run import OPTIONS, tiny_options, write_config
+from torch.utils.data import DataLoader
+
+from loopitr.cli import parse, run
+from loopitr.data import DataError
+from loopitr.options import PretrainOptions, TrainOptions, ValidationOptions
+
+CONFIGS = sorted((Path(__file__).resolve().parents[1] / "recipes" / "configs").glob("*.yaml"))
+
+
+def test_defaults_are_those_of_the_dataclasses():
+    assert parse(PretrainOptions, []) == PretrainOptions()
+
+
+def test_dotted_options_go_over_yaml_files_over_defaults(tmp_path):
+    config = write_config(tmp_path)
+    options = parse(
+        PretrainOptions,
+        [f"--config={config}", "--train.lr", "2e-4", "--model.freeze=[vision,text]", "--data.limit=7",
+         "--model.vision.kwargs.stem_width=4", "--objective.distillation_loss", "kl"],
+    )
+    assert options.train.lr == 2e-4 and options.train.backbone_lr == 1e-3  # 1e-3 in YAML is a text to some readers
+    assert options.model.freeze == ["vision", "text"]
+    assert options.data.limit == 7 and options.data.scenes_train == 64
+    assert options.model.vision.kwargs == {**OPTIONS["model"]["vision"]["kwargs"], "stem_width": 4}
+    assert options.objective.distillation_loss == "kl"
+    assert options.train.clip == TrainOptions().clip
+
+
+def test_a_second_file_goes_over_the_first(tmp_path):
+    config = write_config(tmp_path)
+    (tmp_path / "more.yaml").write_text("train: {epochs: 7}\n")
+    options = parse(PretrainOptions, [f"--config={config}", f"--config={tmp_path / 'more.yaml'}"])
+    assert (options.train.epochs, options.train.batch_size) == (7, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "resume"),
+    [([], False), (["--resume"], True), (["--resume", "true"], True), (["--resume=false"], False),
+     (["--resume", "--train.seed", "3"], True), (["--train.seed", "3", "--resume", "false"], False)],
+)
+def test_resume_needs_no_value(arguments, resume):
+    assert parse(PretrainOptions, arguments).resume is resume
+
+
+def test_a_written_config_is_read_back_to_the_same_options(tmp_path):
+    options = tiny_options(tmp_path, data__data_files={"train": "a-*.tar", "val": "b.tar"}, model__freeze=["vision"])
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(asdict(options), sort_keys=False))
+    assert parse(PretrainOptions, [f"--config={path}"]) == options
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_config_file_parses_and_says_something(path):
+    options = parse(PretrainOptions, [f"--config={path}"])
+    assert options != PretrainOptions()
+    assert options.train.output_dir == f"runs/{path.stem}"
+
+
+def test_there_are_config_files():
+    assert {"scenes.yaml", "flickr8k.yaml"} <= {path.name for path in CONFIGS}
+
+
+def test_print_config_is_a_config(tmp_path, capsys):
+    with pytest.raises(SystemExit) as raised:
+        parse(PretrainOptions, ["--train.epochs=3", "--print_config"])
+    assert raised.value.code == 0
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    assert parse(PretrainOptions, [f"--config={tmp_path / 'printed.yaml'}"]).train.epochs == 3
+
+
+def test_help_tells_what_options_mean(capsys):
+    with pytest.raises(SystemExit) as raised:
+        parse(PretrainOptions, ["--help"], description="Trains a model.")
+    assert raised.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Trains a model." in shown
+    assert "Peak learning rate of the two backbones" in shown
+    assert "Continue from the newest checkpoint" in shown
+
+
+WRONG = [
+    (["--train.learning_rate=1"], "--train.learning_rate"),
+    (["--nonsense"], "--nonsense"),
+    (["--train.lr=fast"], "train.lr"),
+    (["--objective.distillation_loss=klx"], "objective.distillation_loss"),
+    (["--objective.num_negatives=0"], "num_negatives must be at least 1, got 0"),
+    (["--objective.itm=-1"], "objective.itm"),
+    (["--data.captions=two"], "data.captions"),
+    (["--config=absent.yaml"], "absent.yaml"),
+    (["--train.batch_size=0"], "train.batch_size must be at least 1, got 0"),
+    (["--train.accumulation=0"], "train.accumulation"),
+    (["--train.log_every=0"], "train.log_every"),
+    (["--train.epochs=-1"], "train.epochs"),
+    (["--train.max_steps=0"], "train.max_steps"),
+    (["--train.lr=-0.1"], "train.lr must be at least 0, got -0.1"),
+    (["--train.lr=nan"], "train.lr must be at least 0, got nan"),
+    (["--train.warmup=10"], "train.warmup"),
+    (["--train.clip=0"], "train.clip must be above 0, got 0"),
+    (["--train.precision=fp8"], "train.precision"),
+    (["--validation.batch_size=0"], "validation.batch_size"),
+    (["--validation.rerank=-1"], "validation.rerank"),
+    (["--validation.select=match", "--validation.rerank=0"], "validation.select 'match' needs validation.rerank"),
+    (["--validation.select=match", "--objective.itm=0", "--objective.distillation=0"], "validation.select 'match'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "names"), WRONG, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+def test_a_wrong_option_is_one_line_that_names_it_and_exit_status_2(arguments, names, capsys, monkeypatch):
+    monkeypatch.delenv("LOOPITR_DEBUG", raising=False)
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *arguments])
+    with pytest.raises(SystemExit) as raised:
+        run(lambda: parse(PretrainOptions))
+    assert raised.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    lines = printed.err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and names in lines[0]
+
+
+def test_an_unknown_name_in_a_file_is_named(tmp_path):
+    (tmp_path / "wrong.yaml").write_text("model: {vision: {size: 3}}\n")
+    with pytest.raises(ValueError, match="size"):
+        parse(PretrainOptions, [f"--config={tmp_path / 'wrong.yaml'}"])
+
+
+def test_unset_limits_are_allowed():
+    assert TrainOptions(max_steps=None).max_steps is None
+    assert ValidationOptions(max_images=None, every_epochs=0, rerank=0).rerank == 0
+
+
+# run
+
+
+def fail(error):
+    def main():
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("wrong\n  value"), DataError("a.csv: no column 'x'"), FileNotFoundError(2, "No such file", "a")]
+)
+def test_what_a_user_can_mend_is_one_line(error, capsys, monkeypatch):
+    monkeypatch.delenv("LOOPITR_DEBUG", raising=False)
+    with pytest.raises(SystemExit) as raised:
+        run(fail(error))
+    assert raised.value.code == 2
+    assert capsys.readouterr().err == f"error: {' '.join(str(error).split())}\n"
+
+
+def test_an_error_without_words_is_named(capsys):
+    with pytest.raises(SystemExit):
+        run(fail(ValueError()))
+    assert capsys.readouterr().err == "error: ValueError\n"
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    monkeypatch.setenv("LOOPITR_DEBUG", "1")
+    with pytest.raises(ValueError, match="wrong"):
+        run(fail(ValueError("wrong")))
+
+
+def test_other_errors_keep_their_traceback(capsys):
+    with pytest.raises(KeyError):
+        run(fail(KeyError("a bug")))
+    assert capsys.readouterr().err == ""
+
+
+def test_success_is_silent(capsys):
+    run(lambda: None)
+    assert capsys.readouterr().err == ""
+
+
+class Broken(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        raise DataError(f"{index}.jpg: no such file")
+
+
+def test_an_error_of_a_dataloader_worker_is_one_line_too(capsys, monkeypatch):
+    monkeypatch.delenv("LOOPITR_DEBUG", raising=False)
+    with pytest.raises(SystemExit) as raised:
+        run(lambda: next(iter(DataLoader(Broken(), num_workers=1))))
+    assert raised.value.code == 2
+    assert capsys.readouterr().err == "error: 0.jpg: no such file\n"
