@@ -20,6 +20,9 @@ from loopitr.config import DualEncoderConfig
 QUERY_KEY_VALUE = {"query", "key", "value"}
 
 
+HEADS = ("head", "fc_norm", "attn_pool", "conv_head", "norm_head", "final_conv")  # what timm calls them
+
+
 class VisionBackbone(nn.Module):
     """Any timm model as `[B, 3, H, W] -> tokens [B, N, D] -> pooled [B, D']`.
 
@@ -42,12 +45,17 @@ class VisionBackbone(nn.Module):
         for module in self.model.modules():
             module._is_hf_initialized = True
         self.num_prefix_tokens: int = getattr(self.model, "num_prefix_tokens", 0)
-        self._inspect()
+        self._freeze_unused_head(self._inspect())
         if self.pooling == "first" and self.num_prefix_tokens == 0:
             raise ValueError(f"vision_pooling 'first' needs a class token; {vision['name']!r} has none, use 'mean'")
 
-    def _inspect(self) -> None:
-        """Read token count, layout and widths off one dry run: timm's attributes do not give them for every model."""
+    def _inspect(self) -> set[nn.Module]:
+        """Read token count, layout and widths off one dry run: timm's attributes do not give them for every model.
+
+        Returns the modules that ran.
+        """
+        ran: set[nn.Module] = set()
+        hooks = [m.register_forward_hook(lambda module, *_: ran.add(module)) for m in self.model.modules()]
         weight = next(self.model.parameters())
         blank = torch.zeros(1, 3, self.image_size, self.image_size, device=weight.device, dtype=weight.dtype)
         training = self.model.training
@@ -62,6 +70,18 @@ class VisionBackbone(nn.Module):
         with torch.no_grad():
             self.pooled_width = self.pool(tokens).shape[-1]
         self.model.train(training)
+        for hook in hooks:
+            hook.remove()
+        return ran
+
+    def _freeze_unused_head(self, ran: set[nn.Module]) -> None:
+        """A head that `first` or `mean` pooling goes past gets no gradient, and DDP wants one of every parameter."""
+        for name in HEADS:
+            head = getattr(self.model, name, None)
+            for module in head.modules() if isinstance(head, nn.Module) else ():
+                if module not in ran:
+                    for parameter in module.parameters(recurse=False):
+                        parameter.requires_grad_(False)
 
     def _flatten(self, features: Tensor) -> Tensor:
         if not self.is_map:

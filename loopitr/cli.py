@@ -31,7 +31,8 @@ def parse(options: type[Options], arguments: Sequence[str] | None = None, *, des
     except ArgumentError as error:
         raise ValueError(f"{error} (--help shows all options)") from error
     namespace.pop("config", None)
-    instantiated: Any = parser.instantiate_classes(namespace)
+    instantiate = parser.instantiate if hasattr(parser, "instantiate") else parser.instantiate_classes  # before 4.49
+    instantiated: Any = instantiate(namespace)
     return options(**vars(instantiated))
 
 
