@@ -13,12 +13,13 @@ import timm
 import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel
 
 from loopitr.config import DualEncoderConfig
 
 QUERY_KEY_VALUE = {"query", "key", "value"}
-
+BUCKETS = 4  # of captions by length
 
 HEADS = ("head", "fc_norm", "attn_pool", "conv_head", "norm_head", "final_conv")  # what timm calls them
 
@@ -223,8 +224,32 @@ class TextBackbone(nn.Module):
             raise ValueError(
                 f"captions of {input_ids.shape[1]} tokens are longer than the text backbone takes ({self.max_length})"
             )
+        if len(input_ids) < 2 * BUCKETS or torch.compiler.is_compiling():
+            return self._run(self.model.get_input_embeddings()(input_ids), attention_mask, inner_layer)
+        # Captions of 14 tokens beside one of 40: short and long ones apart, each bucket padded to its own longest.
+        positions = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
+        lengths, order = (attention_mask.bool() * positions).amax(1).sort()
+        rows = order.chunk(BUCKETS)
+        longest = torch.stack([bucket[-1] for bucket in lengths.chunk(BUCKETS)]).clamp(min=1).tolist()
+        words = self.model.get_input_embeddings()(input_ids)  # once: each look-up has a gradient as large as the table
+        parts = [
+            self._run(words[chosen, :length], attention_mask[chosen, :length], inner_layer)
+            for chosen, length in zip(rows, longest, strict=True)
+        ]
+        back = order.argsort()
+
+        def together(tensors: list[Tensor | None]) -> Tensor | None:
+            full = [F.pad(x, (0, 0, 0, input_ids.shape[1] - x.shape[1])) for x in tensors if x is not None]
+            return torch.cat(full)[back] if full else None
+
+        tokens = together([part.tokens for part in parts])
+        assert tokens is not None
+        pooled = [part.pooler_output for part in parts if part.pooler_output is not None]
+        return TextTokens(tokens, together([part.inner for part in parts]), torch.cat(pooled)[back] if pooled else None)
+
+    def _run(self, words: Tensor, attention_mask: Tensor, inner_layer: int | None) -> TextTokens:
         output = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=inner_layer is not None
+            inputs_embeds=words, attention_mask=attention_mask, output_hidden_states=inner_layer is not None
         )
         return TextTokens(
             tokens=output.last_hidden_state,
