@@ -68,8 +68,10 @@ def mine_stratified(
 ) -> Mined:
     """One negative from each of `k` strata of the row's `pool` most similar negatives, hardest stratum first.
 
-    The strata are consecutive parts of the ranking, of equal size up to one; the one taken is random within. A row
-    with fewer negatives than `pool` is split as far as it goes. `pool == k` is `mine_topk`.
+    The strata are consecutive parts of the ranking that grow geometrically (63 negatives in 4: ranks 1-2, 3-7, 8-22,
+    23-63), so that every query has near misses to tell apart at the end and easy negatives to begin with; the one
+    taken is random within. A row with fewer negatives than `pool` is split as far as it goes. `pool == k` is
+    `mine_topk`.
     """
     _check(similarity, positives, k, groups)
     if pool < k:
@@ -77,12 +79,13 @@ def mine_stratified(
     ranked = _take_best(*_rankable(similarity, positives, groups), pool)
     size = ranked.valid.sum(-1, keepdim=True)  # [Q, 1]
     strata = size.clamp(max=k)  # [Q, 1] fewer than k when the row has fewer negatives
-    slot = torch.arange(k, device=similarity.device)[None]  # [1, K]
-    start = slot * size // strata.clamp(min=1)  # [Q, K]
-    width = (slot + 1) * size // strata.clamp(min=1) - start  # [Q, K]
+    edge = torch.arange(k + 1, device=similarity.device)[None]  # [1, K + 1]
+    growth = size.double() ** (edge / strata.clamp(min=1)) + 1e-6  # [Q, K + 1] whole powers must not fall short
+    edges = growth.long().maximum(edge).where(edge > 0, 0)  # [Q, K + 1] no stratum is empty
+    start, width = edges[:, :-1], edges.diff(dim=-1)  # [Q, K]
     draw = torch.rand(start.shape, generator=generator, device=start.device)  # [Q, K]
     position = start + (draw * width).long()  # [Q, K]
-    valid = slot < strata  # [Q, K]
+    valid = edge[:, :-1] < strata  # [Q, K]
     indices = ranked.indices.gather(-1, position.where(valid, 0))  # [Q, K]
     return Mined(indices=indices.where(valid, 0), valid=valid)
 

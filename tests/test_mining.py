@@ -131,13 +131,26 @@ def test_sample_does_not_favour_a_twin():
     assert (mined.indices == 2).float().mean().item() == pytest.approx(0.5, abs=0.015)
 
 
-def test_stratified_takes_one_of_each_part_of_the_pool():
+@pytest.mark.parametrize(("pool", "strata"), [(8, [(0, 1), (2, 3), (4, 7)]), (9, [(0, 1), (2, 3), (4, 8)])])
+def test_stratified_takes_one_of_each_part_of_the_pool_and_the_parts_grow(pool, strata):
     similarity = -torch.arange(20.0).expand(2000, 20)  # candidate j has rank j
-    mined = mine_stratified(similarity, torch.zeros(2000, 20, dtype=torch.bool), 3, pool=9, generator=seeded())
-    for slot in range(3):
+    mined = mine_stratified(similarity, torch.zeros(2000, 20, dtype=torch.bool), 3, pool=pool, generator=seeded())
+    for slot, (first, last) in enumerate(strata):
         counts = torch.bincount(mined.indices[:, slot], minlength=20).tolist()
-        assert [j for j, n in enumerate(counts) if n] == list(range(3 * slot, 3 * slot + 3))
-        assert min(n for n in counts if n) > 550
+        assert [j for j, n in enumerate(counts) if n] == list(range(first, last + 1))
+        assert min(n for n in counts if n) > 0.85 * 2000 / (last + 1 - first)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 9, 63, 64, 200])
+@pytest.mark.parametrize("k", [1, 2, 4, 5, 8])
+def test_stratified_goes_down_the_whole_pool_in_order_of_hardness(size, k):
+    similarity, positives = -torch.arange(size).float().expand(3000, size), torch.zeros(3000, size, dtype=torch.bool)
+    mined = mine_stratified(similarity, positives, k, pool=max(size, k), generator=seeded())
+    kept = min(k, size)
+    assert mined.valid.sum(1).eq(kept).all()
+    chosen = mined.indices[:, :kept]
+    assert (chosen.diff(dim=1) > 0).all()
+    assert chosen[:, 0].min() == 0 and chosen[:, -1].max() == size - 1
 
 
 def test_stratified_with_a_pool_of_k_is_topk():
