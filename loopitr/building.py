@@ -24,7 +24,6 @@ from loopitr.pretrained import hub_access, text_source, vision_weights
 from loopitr.processing import LoopITRProcessor, image_processor, word_tokenizer
 from loopitr.saved import load_saved, model_source
 
-
 DESCRIBED = (  # written out although they may be the defaults of the config's class: the fusion head may copy them
     *("num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_size"),
     *("hidden_act", "layer_norm_eps"),
@@ -185,6 +184,7 @@ def _from_backbones(options: ModelOptions, vocabulary: list[str] | None) -> tupl
         initial_temperature=options.temperature,
         fusion=fusion,
         mlm_head=options.mlm_head,
+        initializer_range=text_config.get("initializer_range", 0.02),  # new layers start as the text's own did
     )
     try:
         model = LoopITRModel(config)

@@ -18,12 +18,13 @@ from .distillation import (
     margin_mse,
     ranknet,
 )
-from .matching import IGNORE_INDEX, itm_accuracy, itm_loss, mlm_loss
+from .matching import IGNORE_INDEX, balanced_itm_loss, itm_accuracy, itm_loss, mlm_loss
 from .structure import cmc_loss, cmd_loss
 
 __all__ = [
     "IGNORE_INDEX",
     "adr_mse",
+    "balanced_itm_loss",
     "cmc_loss",
     "cmd_loss",
     "cprd",

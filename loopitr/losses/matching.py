@@ -22,6 +22,18 @@ def itm_loss(logits: Tensor, matching: Tensor, valid: Tensor) -> Tensor:
     return masked_mean(F.cross_entropy(logits, matching.long(), reduction="none"), valid)
 
 
+def balanced_itm_loss(logits: Tensor, matching: Tensor, valid: Tensor) -> Tensor:
+    """Like `itm_loss`, but matching and non-matching pairs weigh one half each, however many there are of either.
+
+    With K negatives per query the plain mean is about 1 : 2K, and a head that always says no is a plateau it takes
+    long to leave. Where one kind is missing the other counts whole.
+    """
+    _check_pairs(logits, matching, valid)
+    parts = [(itm_loss(logits, matching, valid & kind), (valid & kind).any()) for kind in (matching, ~matching)]
+    present = torch.stack([there for _, there in parts]).sum().clamp(min=1)
+    return (parts[0][0] + parts[1][0]) / present
+
+
 def itm_accuracy(logits: Tensor, matching: Tensor, valid: Tensor) -> Tensor:
     """Share of valid pairs whose larger logit is the right one (equal logits are wrong); 0 with none. No gradient."""
     _check_pairs(logits, matching, valid)
