@@ -20,6 +20,8 @@ class ObjectiveOptions:
     """Weight of the contrastive loss of the dual head."""
     itm: float = 1.0
     """Weight of the matching loss of the fusion head."""
+    balance_itm: bool = True
+    """Positives and negatives weigh one half each in the matching loss; otherwise every pair weighs the same."""
     distillation: float = 1.0
     """Weight of the distillation of the fusion head's scores into the dual head."""
     mlm: float = 0.0
@@ -29,7 +31,8 @@ class ObjectiveOptions:
     mining: Literal["topk", "sample", "stratified"] = "topk"
     """How they are chosen from the dual's similarities."""
     mining_pool: int = 32
-    """`stratified`: how deep in the ranking to look."""
+    """`stratified`: how deep in the ranking to look. A new fusion head learns nothing from near misses alone: let it
+    see the whole batch."""
     mine_across_ranks: bool = False
     """Mine in the batch of all ranks (tokens are gathered) instead of the local one."""
     distillation_loss: Literal["kl", "cprd", "margin_mse", "ranknet", "listnet", "listmle", "adr_mse"] = "cprd"

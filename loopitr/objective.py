@@ -72,6 +72,7 @@ class LoopObjective(nn.Module):
         pixel_values: Tensor | None = None,
         image_tokens: Tensor | None = None,
         distillation_scale: float = 1.0,
+        with_pairs: bool = True,
     ) -> StepOutput:
         """Losses of one batch of `B` image-caption pairs.
 
@@ -81,6 +82,7 @@ class LoopObjective(nn.Module):
             caption_ids: `[B]` int64: rows with the same number carry the same caption.
             pixel_values: `[B, 3, S, S]`, or instead `image_tokens [B, N, D]` of a frozen backbone.
             distillation_scale: factor on the weight of the distillation (its warm-up).
+            with_pairs: False leaves matching and distillation out, while the dual head trains alone.
         """
         options, model = self.options, self.model
         if pixel_values is not None:
@@ -101,14 +103,17 @@ class LoopObjective(nn.Module):
             )
         if options.mlm > 0:  # used twice; otherwise `score_pairs` projects what it needs
             image_state = model.project_images(image_state)
-        if options.scores_pairs:
+        zero = similarity.per_image.sum() * 0  # a loss even when every weight is zero
+        if options.scores_pairs and with_pairs:
             self._matching(image_state, text_state, similarity, positives, identities, caption_ids, terms, metrics)
+        elif options.scores_pairs:  # DDP wants a gradient of every trained parameter
+            pair_head = (*model.fusion.parameters(), *model.itm_head.parameters())
+            zero = sum((p.sum() * 0 for p in pair_head if p.requires_grad), zero)
         if masked is not None:
             terms["mlm"] = self._mlm(image_state, masked)
         weights = {name: getattr(options, name) for name in terms}
         if "distillation" in weights:
             weights["distillation"] *= distillation_scale
-        zero = similarity.per_image.sum() * 0  # a loss even when every weight is zero
         return StepOutput(sum((weights[name] * terms[name] for name in terms), zero), terms, metrics)
 
     # 1. Encode
@@ -188,7 +193,8 @@ class LoopObjective(nn.Module):
         flat = logits.flatten(0, 2), matching.flatten(), counted.flatten()
         metrics["itm_accuracy"] = losses.itm_accuracy(*flat)
         if options.itm > 0:
-            terms["itm"] = losses.itm_loss(*flat)
+            matching_loss = losses.balanced_itm_loss if options.balance_itm else losses.itm_loss
+            terms["itm"] = matching_loss(*flat)
 
         teacher = (logits[..., 1] - logits[..., 0]).detach()  # [2, R B, 1 + K] match scores
         negatives = [x.flatten(0, 1)[:, 1:] for x in (student.detach(), teacher, valid)]

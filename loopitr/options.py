@@ -34,8 +34,11 @@ class TrainOptions:
     """Part of the steps over which the learning rate rises."""
     clip: float = 1.0
     """Gradient norm is clipped to this."""
+    fusion_start: float = 0.0
+    """Part of the steps before the fusion head joins; the dual head trains alone until then. From scratch 0.25 is a
+    good value: a fusion head learns slowly from tokens that do not mean anything yet."""
     distillation_warmup: float = 0.1
-    """Part of the steps over which the distillation's weight rises from 0."""
+    """Part of the steps over which the distillation's weight rises from 0, once the fusion head has joined."""
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Autocast; unset: what `accelerate launch` says."""
     seed: int = 0
@@ -59,6 +62,8 @@ class TrainOptions:
                 "train.warmup and train.distillation_warmup are parts of the steps, from 0 to 1, "
                 f"got {self.warmup} and {self.distillation_warmup}"
             )
+        if not 0 <= self.fusion_start < 1:
+            raise ValueError(f"train.fusion_start is a part of the steps, from 0 to below 1, got {self.fusion_start}")
         if not self.clip > 0:
             raise ValueError(f"train.clip must be above 0, got {self.clip}")
 

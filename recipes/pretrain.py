@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from loopitr.cli import parse, run
+from loopitr.launching import start_all_processes
 from loopitr.options import PretrainOptions
 from loopitr.training import train
 
@@ -25,5 +26,5 @@ def main() -> None:
     train(parse(PretrainOptions, arguments, description=__doc__))
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and not start_all_processes():
     run(main)

@@ -1,0 +1,230 @@
+"""A training run's parts, ready to go: model, data, loader, optimiser, all prepared by accelerate."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from timm.layers import convert_sync_batchnorm
+
+from loopitr.building import build_model, token_cache_key, token_masking
+from loopitr.checkpoints import move_aside
+from loopitr.data import (
+    CaptionDataset,
+    Collator,
+    HubStream,
+    LoadReport,
+    Record,
+    StreamDataset,
+    TokenCache,
+    TrainTransform,
+    load_records,
+    scene_vocabulary,
+)
+from loopitr.evaluation.retrieval import evaluation_transform
+from loopitr.loading import EpochLoader
+from loopitr.model import LoopITRModel
+from loopitr.objective import LoopObjective
+from loopitr.optimization import parameter_groups, warmup_cosine
+from loopitr.options import PretrainOptions
+from loopitr.processing import LoopITRProcessor
+
+SOURCES = ("karpathy", "albef", "table", "hub")
+
+
+class Experiment:
+    """Everything that the options describe, built and checked before the first step.
+
+    `objective` and `optimizer` are accelerate's, `model` is the bare network in them; `scheduler` steps once per
+    optimiser step, `total_steps` in all.
+
+    Raises:
+        ValueError, OSError: options that do not fit together, or data and weights that cannot be read.
+    """
+
+    def __init__(self, options: PretrainOptions) -> None:
+        self.options = options
+        train = options.train
+        self.folder = Path(train.output_dir)
+        self.accelerator = Accelerator(
+            mixed_precision={"fp32": "no", None: None}.get(train.precision, train.precision),
+            gradient_accumulation_steps=train.accumulation,
+            log_with=_tracker(train.tracker),
+            project_dir=train.output_dir,
+            kwargs_handlers=[
+                # The main process validates while the others wait: longer than the default ten minutes.
+                InitProcessGroupKwargs(timeout=timedelta(hours=4)),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            ],
+        )
+        if train.tracker not in ("auto", "none") and not self.accelerator.log_with:
+            raise ValueError(f"train.tracker {train.tracker} is not installed")
+        self.log = self.accelerator.print
+        set_seed(train.seed)
+        self.model, self.processor = self._build()
+        self.train_records = self._records(options.data.split)
+        self.val_records = self._held_out(options.data.val_split)
+        self.final_split, self.final_records = self._final()
+        self._prepare_folder()  # not before: a mistyped path must not move a good run aside
+        self.caches: dict[int, TokenCache] = {}
+        self.loader = self._loader()
+        self._prepare()
+
+    def _prepare_folder(self) -> None:
+        self.accelerator.wait_for_everyone()  # to have read model.init, which may lie there
+        if self.accelerator.is_main_process:
+            if not self.options.resume:
+                aside = move_aside(self.folder)
+                if aside is not None:
+                    self.log(f"moved the earlier run in {self.folder} to {aside}")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            described = yaml.safe_dump(dataclasses.asdict(self.options), sort_keys=False)
+            (self.folder / "config.yaml").write_text(described)
+        self.accelerator.wait_for_everyone()
+
+    def _build(self) -> tuple[LoopITRModel, LoopITRProcessor]:
+        options = self.options
+        scenes = options.model.init is None and options.model.text.name == "scenes"
+        model, processor = build_model(options.model, vocabulary=scene_vocabulary() if scenes else None)
+        objective = options.objective
+        # DDP demands that every trained parameter is used
+        if not objective.itm and not objective.mlm:
+            model.freeze(["fusion"])
+        if not objective.itm:
+            model.itm_head.requires_grad_(False)
+        if model.mlm_head is not None and not objective.mlm:
+            model.mlm_head.requires_grad_(False)
+        if options.train.gradient_checkpointing:
+            model.activation_checkpointing_enable()
+        if options.data.cache_tokens and "vision" not in model.frozen:
+            raise ValueError("data.cache_tokens needs a frozen image backbone: model.freeze must name vision")
+        return model, processor
+
+    def _records(self, split: str, **changes: Any) -> Sequence[Record] | HubStream:
+        report = LoadReport()
+        records = load_records(dataclasses.replace(self.options.data, **changes), split, report)
+        self.log(f"{split}: {report.summary()}" if not isinstance(records, HubStream) else f"{split}: streaming")
+        return records
+
+    def _held_out(self, split: str) -> Sequence[Record]:
+        records = self._records(split, streaming=False)  # it is read many times, and ranked as a whole
+        assert not isinstance(records, HubStream)
+        return records
+
+    def _final(self) -> tuple[str, Sequence[Record]]:
+        """Split of the final table, read before the training so that a wrong name shows at once."""
+        data = self.options.data
+        scenes = all(getattr(data, source) is None for source in SOURCES)
+        split = self.options.validation.final_split or ("test" if scenes else data.val_split)
+        return split, self.val_records if split == data.val_split else self._held_out(split)
+
+    def tokens(self, records: Sequence[Record]) -> TokenCache | None:
+        """Image tokens of a frozen backbone, computed once by the main process."""
+        folder = self.options.data.cache_tokens
+        if folder is None:
+            return None
+        if id(records) not in self.caches:
+            with self.accelerator.main_process_first():
+                vision = self.model.dual.vision.to(self.accelerator.device).eval()
+                self.caches[id(records)] = TokenCache.open_or_build(
+                    Path(folder),
+                    key=token_cache_key(self.model, self.processor),
+                    records=records,
+                    transform=evaluation_transform(self.processor),
+                    encode=vision,
+                    num_workers=self.options.data.num_workers,
+                    device=self.accelerator.device,
+                    progress=self.accelerator.is_main_process,
+                )
+        return self.caches[id(records)]
+
+    def _loader(self) -> EpochLoader:
+        data, train = self.options.data, self.options.train
+        processor = self.processor.image_processor
+        transform = TrainTransform(
+            image_size=self.model.config.vision["image_size"],
+            mean=processor.image_mean,
+            std=processor.image_std,
+            crop_scale=(data.crop_scale_min, 1.0),
+            flip=data.flip,
+            randaugment=data.randaugment,
+        )
+        ranks = {"num_shards": self.accelerator.num_processes, "index": self.accelerator.process_index}
+        dataset: CaptionDataset | StreamDataset
+        if isinstance(self.train_records, HubStream):
+            if train.max_steps is None:
+                raise ValueError("streaming data has no length: give train.max_steps")
+            dataset = StreamDataset(
+                self.train_records, transform=transform, captions=data.captions, seed=train.seed, **ranks
+            )
+        else:
+            dataset = CaptionDataset(
+                self.train_records,
+                transform=transform,
+                captions=data.captions,
+                seed=train.seed,
+                tokens=self.tokens(self.train_records),
+            )
+        loader = EpochLoader(
+            dataset,
+            Collator(self.processor.tokenizer, max_length=self.processor.tokenizer.model_max_length),
+            batch_size=train.batch_size,
+            seed=train.seed,
+            rank=self.accelerator.process_index,
+            num_ranks=self.accelerator.num_processes,
+            num_workers=data.num_workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+            group=data.group,
+        )
+        if not isinstance(dataset, StreamDataset) and len(loader) < train.accumulation:
+            raise ValueError(
+                f"{len(dataset)} training examples do not fill one step of {train.batch_size} x "
+                f"{self.accelerator.num_processes} processes x {train.accumulation}; lower train.batch_size"
+            )
+        return loader
+
+    def _prepare(self) -> None:
+        train, accelerator = self.options.train, self.accelerator
+        if train.max_steps is not None:
+            self.total_steps = train.max_steps
+        else:
+            self.total_steps = train.epochs * (len(self.loader) // train.accumulation)
+        if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+            # Batch statistics of all ranks, as of one; torch's own conversion drops timm's fused activations.
+            convert_sync_batchnorm(self.model)
+        groups = parameter_groups(
+            self.model, backbone_lr=train.backbone_lr, lr=train.lr, weight_decay=train.weight_decay
+        )
+        if not groups:
+            raise ValueError("nothing to train: model.freeze names every part")
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+        objective = LoopObjective(
+            self.model, self.options.objective, token_masking=token_masking(self.processor)
+        )
+        self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
+        # Not prepared: accelerate would step it once per process.
+        self.scheduler = warmup_cosine(
+            optimizer, steps=self.total_steps, warmup=max(1, int(train.warmup * self.total_steps))
+        )
+        accelerator.register_for_checkpointing(self.scheduler)
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        self.log(
+            f"{sum(p.numel() for p in self.model.parameters()) / 1e6:.1f}M parameters, {trained / 1e6:.1f}M trained; "
+            f"{self.total_steps} steps of {train.batch_size} x {accelerator.num_processes} x {train.accumulation}"
+        )
+
+
+def _tracker(name: str) -> str | None:
+    if name == "none":
+        return None
+    if name == "auto":
+        return "tensorboard" if importlib.util.find_spec("tensorboard") else None
+    return name
