@@ -91,7 +91,7 @@ class _Loop:
             self._step()
             bar.update()
             if progress.step % options.train.log_every == 0 or progress.step == self.total_steps:
-                self._log(bar, {name: float(torch.stack(values).mean()) for name, values in logged.items()})
+                self._log(bar, {name: torch.stack(values).mean() for name, values in logged.items()})
                 logged.clear()
             every = options.validation.every_steps
             if every and progress.step % every == 0 and progress.step < self.total_steps:
@@ -119,7 +119,7 @@ class _Loop:
                 **batch, distillation_scale=scale, with_pairs=self.progress.step >= self.fusion_start
             )
             if not math.isfinite(float(output.loss.detach())):
-                values = ", ".join(f"{name} {float(value):.3g}" for name, value in output.terms.items())
+                values = ", ".join(f"{name} {float(value.detach()):.3g}" for name, value in output.terms.items())
                 raise ValueError(
                     f"the loss is {float(output.loss.detach())} at step {self.progress.step + 1} ({values}); "
                     "lower the learning rate or use fp32"
@@ -140,10 +140,15 @@ class _Loop:
         terms = {f"loss/{name}": value for name, value in output.terms.items()}
         return {"loss/total": output.loss, **terms, **{f"train/{k}": v for k, v in output.metrics.items()}}
 
-    def _log(self, bar: tqdm, values: dict[str, float]) -> None:
+    def _log(self, bar: tqdm, means: dict[str, torch.Tensor]) -> None:
+        """Of all ranks: some terms are of a rank's own queries."""
+        averaged = self.accelerator.reduce(torch.stack([value.float() for value in means.values()]), "mean")
+        lost = torch.tensor([self.skips.report.skipped, self.skips.truncated], device=averaged.device)
+        skipped, truncated = self.accelerator.reduce(lost, "sum").tolist()
+        values = dict(zip(means, averaged.tolist(), strict=True))
         values["train/lr"] = float(self.experiment.scheduler.get_last_lr()[-1])
-        values["train/skipped"] = float(self.skips.report.skipped)
-        values["train/truncated"] = float(self.skips.truncated)
+        values["train/skipped"] = float(sum(self.progress.skipped.values()) + skipped)
+        values["train/truncated"] = float(self.progress.truncated + truncated)
         shown = {name.removeprefix("loss/"): f"{v:.3f}" for name, v in values.items() if name.startswith("loss/")}
         bar.set_postfix(shown)
         self._record(values)
@@ -158,12 +163,12 @@ class _Loop:
     def _evaluate(self, model: LoopITRModel, records: Sequence[Record], *, final: bool) -> RetrievalResult:
         validation = self.options.validation
         rerank = validation.final_rerank if final else validation.rerank
-        scores_pairs = self.options.objective.scores_pairs and self.progress.step >= self.fusion_start
+        started = not self.fusion_start or self.progress.step > self.fusion_start
         return evaluate_retrieval(
             model,
             self.experiment.processor,
             records,
-            rerank=rerank if scores_pairs else 0,
+            rerank=rerank if self.options.objective.scores_pairs and started else 0,
             batch_size=validation.batch_size,
             num_workers=self.options.data.num_workers,
             max_images=None if final else validation.max_images,

@@ -6,11 +6,12 @@ import math
 from typing import Any
 
 import torch
-from support import images, plain_score, ragged_texts
+from support import images, plain_score, ragged_texts, tiny_model
 from torch import Tensor, nn
 
 from loopitr import LoopITRModel, TextState
-from loopitr.objective import ObjectiveOptions
+from loopitr.masking import TokenMasking
+from loopitr.objective import LoopObjective, ObjectiveOptions, StepOutput
 
 # Image 0 is in three rows and caption 2 in two; caption 2 describes image 0 and image 2, caption 1 image 1 and image 4.
 IDENTITIES = [0, 1, 2, 0, 3, 4, 5, 0]
@@ -29,6 +30,32 @@ def step_batch(
         "identities": torch.tensor(identities),
         "caption_ids": torch.tensor(captions),
     }
+
+
+def step(
+    model: LoopITRModel | None = None,
+    batch: dict[str, Tensor] | None = None,
+    *,
+    token_masking: TokenMasking | None = None,
+    scale: float = 1.0,
+    **options: Any,
+) -> StepOutput:
+    objective = LoopObjective(model or tiny_model().train(), ObjectiveOptions(**options), token_masking=token_masking)
+    return objective(**(batch or step_batch()), distillation_scale=scale)
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(got: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-3) -> None:
+    largest = max(float(g.abs().max()) for g in expected.values())
+    for name in expected.keys() | got.keys():
+        a, b = (grads.get(name, torch.zeros(())) for grads in (got, expected))
+        atol = rtol * 1e-2 * largest
+        torch.testing.assert_close(a, b.expand_as(a), atol=atol, rtol=rtol, msg=lambda m: f"{name}: {m}")
 
 
 def is_positive(batch: dict[str, Tensor], image: int, text: int) -> bool:
@@ -59,7 +86,8 @@ def reference_step(model: LoopITRModel, batch: dict[str, Tensor], options: Objec
             own = [total - score for score, is_own in zip(row, truth, strict=True) if is_own]
             itc.append(sum(own) / len(own))
 
-    match: list[Tensor] = []  # cross entropies of the ITM head
+    match: list[Tensor] = []  # cross entropies of the ITM head at positives
+    mismatch: list[Tensor] = []  # and at negatives
     taught: list[list[Tensor]] = [[], []]
     lengths: list[list[int]] = [[], []]
     for query in range(size):
@@ -77,7 +105,8 @@ def reference_step(model: LoopITRModel, batch: dict[str, Tensor], options: Objec
             logits = torch.stack([itm_logits[i, j] for i, j in candidates])  # [1 + K, 2]
             labels = torch.tensor([1] + [0] * len(chosen))
             cross_entropies = torch.logsumexp(logits, 1) - logits[torch.arange(len(labels)), labels]
-            match += list(cross_entropies if side == 0 else cross_entropies[1:])  # the positive pair once
+            match += list(cross_entropies[: 1 - side])  # the positive pair once
+            mismatch += list(cross_entropies[1:])
             student = [similarity[i][j] for i, j in candidates]
             teacher = (logits[:, 1] - logits[:, 0]).detach().tolist()
             loss, length = _distil(student, teacher, options)
@@ -86,10 +115,16 @@ def reference_step(model: LoopITRModel, batch: dict[str, Tensor], options: Objec
                 taught[side].append(loss)
     return {
         "itc": sum(itc) / len(itc),
-        "itm": sum(match) / len(match),
+        "itm": _mean(match, mismatch, balanced=options.balance_itm),
         "distillation": sum(sum(side) / len(side) for side in taught if side) / 2,
         "valid_length": torch.tensor(sum(map(sum, lengths)) / (2 * size)),
     }
+
+
+def _mean(match: list[Tensor], mismatch: list[Tensor], *, balanced: bool) -> Tensor:
+    if balanced and match and mismatch:
+        return (sum(match) / len(match) + sum(mismatch) / len(mismatch)) / 2
+    return sum(match + mismatch) / len(match + mismatch)
 
 
 def _distil(student: list[Tensor], teacher: list[float], options: ObjectiveOptions) -> tuple[Any, int]:

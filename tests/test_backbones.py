@@ -1,4 +1,4 @@
-"""Image and text backbones: layouts, poolings, sizes, and errors that name what is wrong."""
+"""Image backbones: layouts, poolings, sizes, and errors that name what is wrong."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from support import BERT, CNN, VIT, images, plain_score, ragged_texts, tiny_model
+from support import BERT, CNN, VIT, images, tiny_model
 
 from loopitr import DualEncoderConfig, LoopITRModel
-from loopitr.backbones import TextBackbone, VisionBackbone, vision_data
+from loopitr.backbones import VisionBackbone, vision_data
 
 SWIN: dict[str, Any] = {
     "name": "swin_tiny_patch4_window7_224",
@@ -20,49 +20,10 @@ NO_CLASS_TOKEN: dict[str, Any] = {**VIT, "kwargs": {**VIT["kwargs"], "class_toke
 CLIP_RESNET: dict[str, Any] = {"name": "resnet50_clip", "image_size": 64, "kwargs": {"width_factor": 0.125}}
 VISION = {"vit": VIT, "no_class_token": NO_CLASS_TOKEN, "cnn": CNN, "swin": SWIN}
 
-TEXT: dict[str, dict[str, Any]] = {
-    "bert": BERT,
-    "roberta": {**BERT, "model_type": "roberta", "pad_token_id": 0},
-    "electra": {**BERT, "model_type": "electra", "embedding_size": 16},
-    "distilbert": {
-        "model_type": "distilbert",
-        "vocab_size": 60,
-        "dim": 32,
-        "n_layers": 2,
-        "n_heads": 4,
-        "hidden_dim": 48,
-        "max_position_embeddings": 24,
-        "dropout": 0.0,
-        "attention_dropout": 0.0,
-    },
-    "modernbert": {
-        "model_type": "modernbert",
-        "vocab_size": 60,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 48,
-        "max_position_embeddings": 24,
-        **{f"{name}_token_id": 0 for name in ("pad", "bos", "eos", "cls", "sep")},
-    },
-}
-OTHER_LAYERS: dict[str, dict[str, Any]] = {  # encoders with an `intermediate`, but not BERT's attention
-    "mpnet": {**BERT, "model_type": "mpnet", "pad_token_id": 0},
-    "deberta-v2": {**BERT, "model_type": "deberta-v2"},
-}
-
 
 def vision_backbone(vision: dict[str, Any], pooling: str = "backbone") -> VisionBackbone:
     torch.manual_seed(0)
     return VisionBackbone(DualEncoderConfig(vision=vision, text=BERT, vision_pooling=pooling)).eval()
-
-
-def text_backbone(text: dict[str, Any], pooling: str = "mean") -> TextBackbone:
-    torch.manual_seed(0)
-    return TextBackbone(DualEncoderConfig(text=text, text_pooling=pooling)).eval()
-
-
-# Images
 
 
 @pytest.mark.parametrize("name", VISION)
@@ -176,96 +137,21 @@ def test_how_a_backbone_wants_its_pixels():
     assert vision_data("resnet10t").mean != data.mean
 
 
-# Texts
-
-
-@pytest.mark.parametrize("name", TEXT)
-@torch.no_grad()
-def test_text_poolings_ignore_the_padding(name):
-    ids, mask = ragged_texts(3)
-    longer = [torch.nn.functional.pad(x, (0, 5)) for x in (ids, mask)]
-    for pooling in ("first", "mean"):
-        backbone = text_backbone(TEXT[name], pooling)
-        output = backbone(ids, mask)
-        for row in range(3):
-            real = output.tokens[row, : mask[row].sum()]
-            expected = real[0] if pooling == "first" else real.mean(0)
-            torch.testing.assert_close(backbone.pool(output, mask)[row], expected, atol=1e-5, rtol=1e-4)
-        padded = backbone.pool(backbone(*longer), longer[1])
-        torch.testing.assert_close(padded, backbone.pool(output, mask), atol=1e-5, rtol=1e-4)
-
-
-@torch.no_grad()
-def test_the_backbones_own_pooling():
-    ids, mask = ragged_texts(3)
-    backbone = text_backbone(BERT, "backbone")
-    output = backbone(ids, mask)
-    expected = torch.tanh(backbone.model.pooler.dense(output.tokens[:, 0]))
-    torch.testing.assert_close(backbone.pool(output, mask), expected)
-    assert text_backbone(BERT, "mean").model.pooler is None  # nothing would train it
-    without = text_backbone(TEXT["distilbert"], "backbone")
-    with pytest.raises(ValueError, match="DistilBertModel has no pooling of its own; use 'first' or 'mean'"):
-        without.pool(without(ids, mask), mask)
-
-
-@pytest.mark.parametrize("name, longest", [("bert", 24), ("roberta", 23), ("distilbert", 24)])
-def test_a_caption_longer_than_the_backbone_takes(name, longest):
-    """RoBERTa's positions start after its padding index, here 0."""
-    backbone = text_backbone(TEXT[name])
-    ids = torch.full((1, longest + 1), 7)
-    backbone(ids[:, :-1], torch.ones(1, longest, dtype=torch.int64))
-    with pytest.raises(ValueError, match=f"captions of {longest + 1} tokens are longer than .* takes .{longest}."):
-        backbone(ids, torch.ones_like(ids))
-
-
-@torch.no_grad()
-def test_inner_tokens_are_the_input_of_that_layer():
-    ids, mask = ragged_texts(3)
-    for name in ("bert", "roberta"):
-        backbone = text_backbone(TEXT[name])
-        seen: list[torch.Tensor] = []
-        for layer in backbone.layers:
-            layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
-        for index in (0, 1):
-            seen.clear()
-            inner = backbone(ids, mask, inner_layer=index).inner
-            assert inner is not None and torch.equal(inner, seen[index])
-
-
-@pytest.mark.parametrize("style", ["late", "shared"])
-@pytest.mark.parametrize("name", TEXT)
-@torch.no_grad()
-def test_pairs_score_on_every_text_backbone(name, style):
-    if style == "shared" and name in ("distilbert", "modernbert"):
-        with pytest.raises(ValueError, match="fusion.style 'shared' needs BERT-type layers.* (Distil|Modern)BertModel"):
-            tiny_model(style=style, text=TEXT[name])
-        return
-    model = tiny_model(style=style, layers=1, text=TEXT[name]).eval()
-    image_state, text_state = model.encode_images(images(2)), model.encode_texts(*ragged_texts(3))
-    pairs = torch.tensor([[0, 1], [1, 2], [1, 0]])
-    expected = plain_score(model, image_state.tokens, text_state, pairs)
-    torch.testing.assert_close(model.score_pairs(image_state, text_state, pairs).logits, expected, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("name", OTHER_LAYERS)
-def test_shared_fusion_refuses_attention_that_is_not_berts(name):
-    with pytest.raises(ValueError, match="fusion.style 'shared' needs BERT-type layers"):
-        tiny_model(style="shared", text=OTHER_LAYERS[name])
-
-
-def test_more_shared_layers_than_the_backbone_has():
-    with pytest.raises(ValueError, match="fusion.num_layers 3 is more than the text backbone's 2"):
-        tiny_model(style="shared", layers=3)
-
-
-def test_unknown_text_model_is_named():
-    with pytest.raises(ValueError, match="barth"):
-        text_backbone({"model_type": "barth"})
-
-
 def test_building_a_model_leaves_timms_initialisation_alone():
     """A ResNet zeroes the last norm of each block; transformers' initialisation would fill it with ones."""
     torch.manual_seed(0)
     model = LoopITRModel(tiny_model(CNN).config)
     last_norms = [v for k, v in model.dual.vision.model.named_parameters() if "layer" in k and k.endswith("bn2.weight")]
     assert last_norms and all(not value.any() for value in last_norms)
+
+
+@pytest.mark.parametrize(("name", "pooling"), [("convnext_atto", "mean"), ("mobilenetv3_small_050", "mean")])
+def test_a_head_that_pooling_goes_past_is_not_trained(name, pooling):
+    """DDP wants a gradient of every trained parameter."""
+    config = DualEncoderConfig(vision={"name": name, "image_size": 64}, vision_pooling=pooling)
+    backbone = VisionBackbone(config)
+    backbone.pool(backbone(images(2, 64))).sum().backward()
+    parameters = dict(backbone.named_parameters())
+    assert all((p.grad is not None) == p.requires_grad for p in parameters.values())
+    frozen = [name for name, p in parameters.items() if not p.requires_grad]
+    assert frozen and all("head" in name for name in frozen)

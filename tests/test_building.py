@@ -1,29 +1,17 @@
-"""Models out of options: which weights end up where, and what is said when they cannot."""
+"""Models out of options: which pretrained weights end up where."""
 
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from support import VIT, tiny_model
+from support import VIT
 from timm.layers import resample_abs_pos_embed
-from tiny_gallery import picture, tiny_processor
-from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel, RobertaConfig, RobertaModel
+from tiny_building import CNN, DEPTH, SMALL, build, save_bert, save_text, scratch, with_text, with_vit
+from transformers import RobertaConfig, RobertaModel
 
-from loopitr import DualEncoder, LoopITRModel
-from loopitr.building import (
-    FusionOptions,
-    ModelOptions,
-    TextOptions,
-    VisionOptions,
-    build_model,
-    token_cache_key,
-    token_masking,
-)
-from loopitr.data import SceneRecords, scene_vocabulary
-from loopitr.processing import word_tokenizer
+from loopitr.building import FusionOptions, TextOptions, VisionOptions, token_masking
+from loopitr.data import SceneRecords
 
-DEPTH = 4
-SMALL = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 40}
 SAME_PART = {  # name in a fusion layer -> name in a BERT layer
     "query": "attention.self.query",
     "key": "attention.self.key",
@@ -34,24 +22,11 @@ SAME_PART = {  # name in a fusion layer -> name in a BERT layer
     "feed_forward_out": "output.dense",
     "feed_forward_norm": "output.LayerNorm",
 }
-CNN = {"channels": [8, 8, 16, 16], "stem_width": 8}
-
-
-def save_text(folder, model, seed=0):
-    """A text backbone with its tokenizer; every tensor random, so that no two layers are alike."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    model.save_pretrained(folder)
-    word_tokenizer(scene_vocabulary(), max_length=1000).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
-    config = BertConfig(vocab_size=60, num_hidden_layers=DEPTH, **SMALL)
-    return save_text(tmp_path_factory.mktemp("bert"), BertModel(config, add_pooling_layer=False))
+    return save_bert(tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture(scope="module")
@@ -61,40 +36,6 @@ def vit(tmp_path_factory):
     file = tmp_path_factory.mktemp("vit") / "vit.safetensors"
     save_file(timm.create_model(VIT["name"], img_size=32, num_classes=7, **VIT["kwargs"]).state_dict(), file)
     return str(file)
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved")
-    tiny_model().save_pretrained(folder)
-    tiny_processor().save_pretrained(folder)
-    return str(folder)
-
-
-def scratch(**changes):
-    """The options of a tiny model from scratch for the built-in data."""
-    parts = {
-        "vision": VisionOptions(name="resnet10t", image_size=32, pretrained=False, kwargs=CNN),
-        "text": TextOptions(name="scenes", pretrained=False, max_length=32, kwargs={"num_hidden_layers": 2, **SMALL}),
-        "fusion": FusionOptions(num_layers=1, num_heads=4, intermediate_size=48),
-        "embed_dim": 16,
-    }
-    return ModelOptions(**{**parts, **changes})
-
-
-def with_text(name, num_layers=None, fusion=None, **changes):
-    return scratch(
-        text=TextOptions(name=name, num_layers=num_layers, **changes),
-        fusion=FusionOptions(num_layers=2, init="text_upper_layers") if fusion is None else fusion,
-    )
-
-
-def with_vit(image_size, **changes):
-    return scratch(vision=VisionOptions(name=VIT["name"], image_size=image_size, kwargs=VIT["kwargs"], **changes))
-
-
-def build(options):
-    return build_model(options, vocabulary=scene_vocabulary())
 
 
 # From scratch
@@ -128,7 +69,8 @@ def test_masking_knows_the_special_tokens():
     masking = token_masking(processor)
     tokenizer = processor.tokenizer
     assert masking.mask_token_id == tokenizer.convert_tokens_to_ids("[MASK]")
-    assert set(masking.special_ids) == {tokenizer.convert_tokens_to_ids(f"[{x}]") for x in "PAD UNK CLS SEP MASK".split()}
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    assert set(masking.special_ids) == set(tokenizer.convert_tokens_to_ids(special))
     tokenizer.mask_token = None
     assert token_masking(processor) is None
 
@@ -233,138 +175,3 @@ def test_a_wrong_checkpoint_is_refused_by_the_names_of_its_tensors(vit, tmp_path
     with pytest.raises(ValueError, match=names) as raised:
         build(with_vit(32, checkpoint=str(tmp_path / "wrong.safetensors")))
     assert "\n" not in str(raised.value)
-
-
-# From a saved model
-
-
-def test_init_is_the_saved_model(saved):
-    model, processor = build_model(ModelOptions(init=saved))
-    expected = load_file(f"{saved}/model.safetensors")
-    own = model.state_dict()
-    assert all(torch.equal(own[name], expected[name]) for name in expected)
-    assert processor(images=picture(0))["pixel_values"].shape == (1, 3, 32, 32)
-
-
-def test_init_with_another_image_size(saved, tmp_path):
-    model, processor = build_model(ModelOptions(init=saved, image_size=48, freeze=["vision"]))
-    old = load_file(f"{saved}/model.safetensors")
-    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, old[name])}
-    assert changed == {"dual.vision.model.pos_embed"}
-    pixels = processor(images=picture(0))["pixel_values"]
-    assert pixels.shape == (1, 3, 48, 48)
-    assert not model.dual.vision.model.pos_embed.requires_grad  # made anew, frozen all the same
-    model.eval()
-    model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    again, its_processor = build_model(ModelOptions(init=str(tmp_path)))
-    assert torch.equal(again.eval().get_image_features(pixels), model.get_image_features(pixels))
-    assert its_processor(images=picture(0))["pixel_values"].shape == (1, 3, 48, 48)
-
-
-def test_init_with_a_cnn_of_another_image_size_resizes_the_fusion_positions(tmp_path):
-    model, processor = build(scratch())
-    model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    resized, _ = build_model(ModelOptions(init=str(tmp_path), image_size=96))
-    state = resized.eval().encode_images(torch.zeros(1, 3, 96, 96))
-    assert resized.fusion.image_positions.shape == (1, 9, 16)
-    texts = resized.encode_texts(torch.tensor([[2, 7, 3]]))
-    assert resized.score_pairs(state, texts, torch.zeros(1, 2, dtype=torch.int64)).score.isfinite().all()
-
-
-def test_freezing_stops_exactly_the_named_parts():
-    model, _ = build(scratch(freeze=["vision", "fusion"]))
-    trained = {name.split(".")[0] + "." + name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == {"dual.text", "dual.text_projection", "dual.vision_projection", "dual.logit_scale"}
-    model.train()
-    assert not model.dual.vision.training and not model.fusion.training and model.dual.text.training
-
-
-# The key of cached tokens
-
-
-def test_cache_key_follows_the_image_backbone_and_the_transform_only(saved):
-    def key(change=None, **options):
-        model, processor = build_model(ModelOptions(init=saved, **options))
-        with torch.no_grad():
-            if change is not None:
-                change(model, processor)
-        return token_cache_key(model, processor)
-
-    first = key()
-    assert key() == first
-    assert key(lambda m, p: next(m.dual.text.parameters()).add_(1)) == first
-    assert key(lambda m, p: m.dual.vision_projection.weight.add_(1)) == first
-    others = {
-        key(lambda m, p: m.dual.vision.model.norm.bias[-1:].add_(1e-6)),
-        key(lambda m, p: setattr(p.image_processor, "image_mean", [0.4, 0.5, 0.5])),
-        key(lambda m, p: setattr(p.image_processor, "do_normalize", False)),
-        key(image_size=48),
-    }
-    assert first not in others and len(others) == 4
-
-
-def test_cache_key_survives_saving(tmp_path):
-    """A resumed or fine-tuned run must find the tokens of the run before it."""
-    model, processor = build(scratch())
-    model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    again = build_model(ModelOptions(init=str(tmp_path)))
-    assert token_cache_key(*again) == token_cache_key(model, processor)
-
-
-# What cannot be built
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (lambda f: with_text(f.bert, DEPTH + 1), rf"num_layers is {DEPTH + 1}, but .* has {DEPTH} layers"),
-        (lambda f: with_text(f.bert, 0), "num_layers is 0"),
-        (lambda f: with_text(f.bert, 2, FusionOptions(style="shared", init="text_upper_layers")), "style 'late'"),
-        (lambda f: with_text(f.bert, 2, FusionOptions(num_layers=5, init="text_upper_layers")), "text_upper_layers"),
-        (lambda f: with_text(f.bert, 2, pretrained=False), "pretrained text"),
-        (lambda f: with_text(f.bert, 2, pooling="backbone"), "missing .*pooler.dense"),
-        (lambda f: with_text(f.distilbert, 1), "BERT-type layers; DistilBertModel"),
-        (lambda f: with_text(f.bert, 2, kwargs={"hiden_size": 3}), "bert config has no 'hiden_size'"),
-        (lambda f: with_text(f.bert, 2, kwargs={"intermediate_size": 96}), "is .48, 32., wanted .96, 32."),
-        (lambda f: with_text("no/such-model"), "no/such-model.*pip install"),
-        (lambda f: with_text("./no-such-folder"), "no-such-folder"),
-        (lambda f: scratch(text=TextOptions(name="scenes")), "pretrained false"),
-        (lambda f: scratch(vision=VisionOptions(name="resnet10tt", pretrained=False)), "timm has no model .resnet10tt."),
-        (lambda f: scratch(vision=VisionOptions(name="resnet26t")), "no weights for 'resnet26t'.*pip install"),
-        (lambda f: scratch(vision=VisionOptions(name="cspresnet50d")), "no pretrained weights for cspresnet50d"),
-        (lambda f: scratch(vision=VisionOptions(name="resnet10t", pretrained=False, kwargs={"bogus": 1})), "bogus"),
-        (lambda f: with_vit(36, pretrained=False), "36 is not a multiple of the patch size 8"),
-        (lambda f: with_vit(32, checkpoint="absent.safetensors"), "absent.safetensors"),
-        (lambda f: scratch(freeze=["head"]), "cannot freeze 'head'"),
-        (lambda f: ModelOptions(init="no-such-run"), "no-such-run"),
-        (lambda f: ModelOptions(init="no/such-run"), "no/such-run"),
-        (lambda f: ModelOptions(init=f.bert), "'bert' model"),
-        (lambda f: ModelOptions(init=f.dual), "dual encoder alone"),
-        (lambda f: ModelOptions(init=f.saved, image_size=36), "36 is not a multiple of the patch size 8"),
-    ],
-)
-def test_what_cannot_be_built_is_said_in_one_line(folders, monkeypatch, options, message):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises((ValueError, OSError), match=message) as raised:
-        build(options(folders))
-    assert "\n" not in str(raised.value)
-
-
-@pytest.fixture(scope="module")
-def folders(bert, saved, tmp_path_factory):
-    class Folders:
-        pass
-
-    folders = Folders()
-    folders.bert, folders.saved = bert, saved
-    config = DistilBertConfig(vocab_size=60, n_layers=2, n_heads=4, dim=32, hidden_dim=48, max_position_embeddings=40)
-    folders.distilbert = save_text(tmp_path_factory.mktemp("distilbert"), DistilBertModel(config))
-    folders.dual = str(tmp_path_factory.mktemp("dual"))
-    dual = LoopITRModel.from_pretrained(saved).dual_encoder()
-    assert isinstance(dual, DualEncoder)
-    dual.save_pretrained(folders.dual)
-    tiny_processor().save_pretrained(folders.dual)
-    return folders

@@ -149,7 +149,8 @@ def fail(error):
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError("wrong\n  value"), DataError("a.csv: no column 'x'"), FileNotFoundError(2, "No such file", "a")]
+    "error",
+    [ValueError("wrong\n  value"), DataError("a.csv: no column 'x'"), FileNotFoundError(2, "No such file", "a")],
 )
 def test_what_a_user_can_mend_is_one_line(error, capsys, monkeypatch):
     monkeypatch.delenv("LOOPITR_DEBUG", raising=False)

@@ -31,6 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "choices": {"losses", "mining"},
     "objective": {"choices", "losses", "masking", "mining", "distributed"},
     "cli": set(),
+    "launching": set(),
     "saved": {"model", "processing"},
     "export": {"model", "processing", "saved"},
     "evaluation": {"evaluation.ranking", "config", "model", "processing", "data", "states"},
@@ -40,9 +41,12 @@ ALLOWED: dict[str, set[str]] = {
     "loading": {"data"},
     "checkpoints": set(),
     "reporting": set(),
-    "training": {
+    "experiment": {
         *("building", "checkpoints", "data", "evaluation", "loading", "model", "objective"),
-        *("optimization", "options", "processing", "reporting"),
+        *("optimization", "options", "processing"),
+    },
+    "training": {
+        *("checkpoints", "data", "evaluation", "experiment", "loading", "model", "objective", "options", "reporting"),
     },
 }
 

@@ -5,30 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from step_reference import EveryThirdWord, is_positive, reference_mlm, reference_step, step_batch
+from step_reference import (
+    EveryThirdWord,
+    assert_same_gradients,
+    gradients,
+    is_positive,
+    reference_step,
+    step,
+    step_batch,
+)
 from support import CNN, VIT, tiny_model
 
-from loopitr.masking import TokenMasking
 from loopitr.objective import DISTILLATION, LoopObjective, ObjectiveOptions
-
-
-def step(model=None, batch=None, *, token_masking=None, scale=1.0, **options):
-    objective = LoopObjective(model or tiny_model().train(), ObjectiveOptions(**options), token_masking=token_masking)
-    return objective(**(batch or step_batch()), distillation_scale=scale)
-
-
-def gradients(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same_gradients(got, expected, rtol=1e-3):
-    largest = max(float(g.abs().max()) for g in expected.values())
-    for name in expected.keys() | got.keys():
-        a, b = (grads.get(name, torch.zeros(())) for grads in (got, expected))
-        atol = rtol * 1e-2 * largest
-        torch.testing.assert_close(a, b.expand_as(a), atol=atol, rtol=rtol, msg=lambda m: f"{name}: {m}")
 
 
 @pytest.mark.parametrize(
@@ -39,6 +27,8 @@ def assert_same_gradients(got, expected, rtol=1e-3):
         ("shared", 2, {"distillation_loss": "cprd", "num_negatives": 3, "hard_rule": "top", "hard_top": 2}),
         ("shared", 1, {"distillation_loss": "kl", "num_negatives": 12}),  # more than there are
         ("late", 1, {"num_negatives": 12, "hard_rule": "threshold", "hard_threshold": 0.45}),
+        ("late", 1, {"num_negatives": 4, "balance_itm": False}),
+        ("shared", 1, {"num_negatives": 12, "balance_itm": False, "distillation_loss": "kl"}),
     ],
 )
 def test_the_step_is_the_one_written_out_in_loops(style, layers, options):
@@ -56,6 +46,17 @@ def test_the_step_is_the_one_written_out_in_loops(style, layers, options):
     total = 0.7 * expected["itc"] + 1.3 * expected["itm"] + 2.0 * expected["distillation"]
     torch.testing.assert_close(out.loss, total, atol=1e-5, rtol=1e-4)
     assert_same_gradients(gradients(model, out.loss), gradients(model, total))
+
+
+def test_a_head_that_always_says_no_pays_more_when_matching_is_balanced():
+    model = tiny_model().train()
+    with torch.no_grad():
+        model.itm_head.weight.zero_()
+        model.itm_head.bias.copy_(torch.tensor([1.0, 0.0]))  # no to everything
+    right, wrong = (F.softplus(torch.tensor(x)) for x in (-1.0, 1.0))
+    plain, balanced = (step(model, num_negatives=2, balance_itm=b).terms["itm"] for b in (False, True))
+    torch.testing.assert_close(balanced, (right + wrong) / 2)
+    torch.testing.assert_close(plain, (8 * wrong + 2 * 8 * 2 * right) / (8 + 2 * 8 * 2))
 
 
 def test_itc_is_plain_cross_entropy_when_identities_differ():
@@ -218,115 +219,3 @@ def test_metrics():
     torch.testing.assert_close(out.metrics["itm_accuracy"], torch.tensor(8 / (8 + 2 * 8 * 2)))
     assert out.metrics["rank_agreement"] == 0 and out.metrics["valid_length"] == 0  # the teacher ties all
     assert not any(value.requires_grad for value in out.metrics.values())
-
-
-# How it runs
-
-
-@pytest.mark.parametrize("style", ["late", "shared"])
-@pytest.mark.parametrize("mlm", [0.0, 1.0])
-def test_backbones_run_once(style, mlm):
-    model = tiny_model(style=style, mlm_head=bool(mlm)).train()
-    runs = []
-    watched = {
-        "vision": model.dual.vision,
-        "block": model.dual.vision.model.blocks[0],
-        "text": model.dual.text.model,
-        "layer": model.dual.text.model.encoder.layer[0],
-    }
-    for name, module in watched.items():
-        module.register_forward_hook(lambda module, args, output, name=name: runs.append(name))
-    step(model, mlm=mlm, token_masking=EveryThirdWord()).loss.backward()
-    assert sorted(runs) == sorted(watched)
-
-
-def test_image_tokens_serve_as_well_as_pixels():
-    model, batch = tiny_model().train(), step_batch()
-    with_pixels = step(model, batch)
-    pixels = batch.pop("pixel_values")
-    with_tokens = step(model, {**batch, "image_tokens": model.dual.vision(pixels)})
-    assert torch.equal(with_pixels.loss, with_tokens.loss)
-    with pytest.raises(ValueError, match="needs pixel_values or image_tokens"):
-        step(model, batch)
-
-
-@pytest.mark.parametrize("style", ["late", "shared"])
-def test_gradient_checkpointing_changes_nothing(style):
-    results = []
-    for enable in (False, True):
-        model = tiny_model(style=style).train()
-        if enable:
-            model.gradient_checkpointing_enable()
-            assert model.fusion.gradient_checkpointing and model.dual.vision.model.grad_checkpointing
-            assert model.dual.text.model.encoder.layer[0].gradient_checkpointing
-        out = step(model)
-        results.append((out.loss, gradients(model, out.loss)))
-        if enable:
-            model.gradient_checkpointing_disable()
-            assert not model.fusion.gradient_checkpointing and not model.dual.vision.model.grad_checkpointing
-    torch.testing.assert_close(results[0][0], results[1][0])
-    assert_same_gradients(results[1][1], results[0][1], rtol=1e-4)
-
-
-@pytest.mark.parametrize("style", ["late", "shared"])
-def test_bfloat16_is_close_to_float32(style):
-    model = tiny_model(style=style, mlm_head=True).train()
-    options = {"mlm": 1.0, "token_masking": EveryThirdWord(), "distillation_loss": "kl", "num_negatives": 12}
-    exact = step(model, **options)
-    expected = gradients(model, exact.loss)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = step(model, **options)
-    assert out.loss.dtype == torch.float32
-    for name in exact.terms:
-        close = {"atol": 0.03, "rtol": 0.03, "msg": lambda m: f"{name}: {m}"}
-        torch.testing.assert_close(out.terms[name], exact.terms[name], **close)
-    found = gradients(model, out.loss)
-    assert all(torch.isfinite(g).all() for g in found.values())
-    flat = [torch.cat([grads[name].flatten() for name in expected]) for grads in (found, expected)]
-    assert F.cosine_similarity(*flat, dim=0) > 0.99
-
-
-# Masked language modelling
-
-
-@pytest.mark.parametrize("style", ["late", "shared"])
-def test_mlm_is_the_one_written_out_token_by_token(style):
-    model, batch, masking = tiny_model(style=style, mlm_head=True).train(), step_batch(), EveryThirdWord()
-    out = step(model, batch, itc=0, itm=0, distillation=0, mlm=0.5, token_masking=masking)
-    expected = reference_mlm(model, batch, *masking(batch["input_ids"], batch["attention_mask"]))
-    torch.testing.assert_close(out.terms["mlm"], expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(out.loss, 0.5 * expected, atol=1e-5, rtol=1e-5)
-    assert_same_gradients(gradients(model, out.loss), gradients(model, 0.5 * expected))
-
-
-def test_mlm_leaves_the_other_terms_alone_and_survives_a_batch_without_masks():
-    model = tiny_model(mlm_head=True).train()
-    plain, masked = step(model), step(model, mlm=1.0, token_masking=EveryThirdWord())
-    for name in plain.terms:
-        torch.testing.assert_close(masked.terms[name], plain.terms[name], atol=1e-6, rtol=1e-5)
-    nothing = TokenMasking(mask_token_id=4, vocab_size=60, special_ids=(0,), probability=0.0)
-    out = step(model, mlm=1.0, token_masking=nothing)
-    assert out.terms["mlm"] == 0
-    assert all(torch.isfinite(g).all() for g in gradients(model, out.loss).values())
-
-
-def test_mlm_needs_a_head_and_a_mask_token():
-    for model, masking in ((tiny_model(), EveryThirdWord()), (tiny_model(mlm_head=True), None)):
-        with pytest.raises(ValueError, match="objective.mlm needs a model with an mlm_head and a tokenizer"):
-            LoopObjective(model, ObjectiveOptions(mlm=1.0), token_masking=masking)
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"distillation_loss": "hinge"}, "unknown distillation_loss 'hinge'; known: kl, cprd"),
-        ({"mining": "random"}, "unknown mining 'random'; known: topk, sample, stratified"),
-        ({"hard_rule": "median"}, "unknown hard_rule 'median'; known: threshold, mean, top"),
-        ({"num_negatives": 0}, "objective.num_negatives must be at least 1, got 0"),
-        ({"itc": -1.0}, "objective.itc must be a weight >= 0, got -1.0"),
-        ({"distillation": float("nan")}, "objective.distillation must be a weight >= 0, got nan"),
-    ],
-)
-def test_a_wrong_option_is_named(options, message):
-    with pytest.raises(ValueError, match=message):
-        ObjectiveOptions(**options)

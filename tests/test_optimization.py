@@ -63,7 +63,8 @@ def test_only_matrices_decay(variant):
     assert decays["dual.text.model.embeddings.word_embeddings.weight"] == 0.1
     assert decays["dual.text.model.embeddings.position_embeddings.weight"] == 0.0
     assert decays["dual.vision_projection.weight"] == 0.1
-    assert decays[{"cnn": "fusion.image_positions", "mlm": "mlm_head.bias"}.get(variant, "dual.vision.model.pos_embed")] == 0
+    undecayed = {"cnn": "fusion.image_positions", "mlm": "mlm_head.bias"}.get(variant, "dual.vision.model.pos_embed")
+    assert decays[undecayed] == 0
 
 
 def test_frozen_parts_are_in_no_group():

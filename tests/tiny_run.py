@@ -6,11 +6,17 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+from tiny_gallery import captions, jpeg
+from torch import Tensor
 
 from loopitr.cli import parse
 from loopitr.options import PretrainOptions
+from loopitr.reporting import read_history
+from loopitr.training import train
 
 OPTIONS: dict[str, Any] = {
     "model": {
@@ -55,6 +61,25 @@ OPTIONS: dict[str, Any] = {
     "validation": {"rerank": 4, "final_rerank": 8},
 }
 
+VIT: dict[str, Any] = {  # no batch statistics; as a change of `OPTIONS`
+    "model__vision": {
+        "name": "vit_tiny_patch16_224",
+        "image_size": 32,
+        "pretrained": False,
+        "pooling": "mean",
+        "kwargs": {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2},
+    }
+}
+NO_DROPOUT: dict[str, Any] = {
+    "model__text__kwargs": {
+        **OPTIONS["model"]["text"]["kwargs"],
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    },
+    "model__fusion__dropout": 0.0,
+}
+NO_AUGMENTATION: dict[str, Any] = {"data__randaugment": False, "data__crop_scale_min": 1.0}
+
 
 def write_config(folder: Path, **changes: Any) -> Path:
     """A YAML file of `OPTIONS`, with `train__epochs=2` and the like; the run goes to `folder / "run"`."""
@@ -79,3 +104,48 @@ def reset_accelerate() -> None:
     """accelerate keeps one state per process; another run in it starts anew."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+def run(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Train in this process; returns the metrics."""
+    folder.mkdir(exist_ok=True)
+    reset_accelerate()
+    try:
+        return train(tiny_options(folder, **changes))
+    finally:
+        reset_accelerate()
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "run" / "model.safetensors")
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def logged(folder: Path, name: str) -> list[Any]:
+    return [row[name] for row in read_history(folder / "run") if name in row]
+
+
+def write_table(folder: Path, splits: dict[str, range], *, broken: tuple[int, ...] = (), per_image: int = 2) -> Path:
+    """`folder/data.csv` and `folder/images/` of numbered JPEGs; those in `broken` are truncated."""
+    (folder / "images").mkdir(parents=True)
+    lines = ["image,caption,split"]
+    for split, numbers in splits.items():
+        for i in numbers:
+            data = jpeg(i)
+            (folder / "images" / f"{i}.jpg").write_bytes(data[:200] if i in broken else data)
+            lines += [f"{i}.jpg,{caption},{split}" for caption in captions(i, per_image)]
+    (folder / "data.csv").write_text("\n".join(lines) + "\n")
+    return folder / "data.csv"
+
+
+def broken_table(folder: Path) -> dict[str, Any]:
+    """Changes of `OPTIONS`: 24 training and 8 validation images, one of each broken."""
+    table = write_table(folder / "table", {"train": range(24), "val": range(24, 32)}, broken=(5, 30))
+    return {
+        "data__table": str(table),
+        "data__images": str(table.parent / "images"),
+        "data__max_skipped_fraction": 0.2,
+    }

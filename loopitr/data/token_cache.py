@@ -131,7 +131,13 @@ class _Images(Dataset[tuple[int, Tensor | None]]):
 def _build(folder: Path, records: Sequence[Record], transform: Callable[[Image.Image], Tensor], encode: Encode,
            batch_size: int, num_workers: int, device: str | torch.device,
            progress: bool) -> tuple[tuple[int, int, int], list[int]]:
-    loader = DataLoader(_Images(records, transform), batch_size=batch_size, num_workers=num_workers, collate_fn=list)
+    loader = DataLoader(
+        _Images(records, transform),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=list,
+        generator=torch.Generator(),  # the global one stays where it is: a run must not depend on a cold cache
+    )
     array: np.ndarray | None = None
     unreadable = []
     for batch in tqdm(loader, desc="image tokens", disable=not progress):

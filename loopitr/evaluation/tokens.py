@@ -124,6 +124,7 @@ class ImageTokens:
             batch_sampler=batches,
             num_workers=min(self.num_workers, len(batches)),
             collate_fn=_stack,
+            generator=torch.Generator(),  # validating must not move the generator that dropout uses
         )
 
 

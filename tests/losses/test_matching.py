@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from loopitr.losses import itm_accuracy, itm_loss, mlm_loss
+from loopitr.losses import balanced_itm_loss, itm_accuracy, itm_loss, mlm_loss
 
 
 def test_itm_closed_form():
@@ -13,26 +13,52 @@ def test_itm_closed_form():
     assert loss.item() == pytest.approx((math.log(1 + math.exp(-1)) + math.log(1 + math.e)) / 2, abs=1e-12)
 
 
+def test_balanced_itm_is_the_mean_of_the_two_kinds_means():
+    log_odds = torch.tensor([2.0, -1.0, 0.5, 0.0, 3.0], dtype=torch.float64)  # of a match
+    logits = torch.stack([torch.zeros_like(log_odds), log_odds], 1)
+    matching = torch.tensor([True, False, False, False, True])
+    loss = balanced_itm_loss(logits, matching, torch.ones(5, dtype=torch.bool))
+    positives = [math.log(1 + math.exp(-x)) for x in (2, 3)]
+    negatives = [math.log(1 + math.exp(x)) for x in (-1, 0.5, 0)]
+    assert loss.item() == pytest.approx((sum(positives) / 2 + sum(negatives) / 3) / 2, abs=1e-12)
+    # however many there are of either
+    repeated = torch.tensor([0, 1, 2, 3, 4, 1, 2, 3, 1, 2, 3])
+    again = balanced_itm_loss(logits[repeated], matching[repeated], torch.ones(11, dtype=torch.bool))
+    torch.testing.assert_close(again, loss)
+
+
+def test_balanced_itm_is_the_plain_mean_where_a_kind_is_missing_or_both_are_as_many():
+    logits, valid = torch.randn(6, 2), torch.ones(6, dtype=torch.bool)
+    half = torch.tensor([True, False, True, False, True, False])
+    for matching in (torch.ones_like(valid), torch.zeros_like(valid), half):
+        expected = F.cross_entropy(logits, matching.long())
+        torch.testing.assert_close(balanced_itm_loss(logits, matching, valid), expected)
+    only_negatives = balanced_itm_loss(logits, half, ~half)  # the other kind is there, but not valid
+    torch.testing.assert_close(only_negatives, F.cross_entropy(logits[1::2], half[1::2].long()))
+
+
+@pytest.mark.parametrize("loss", [itm_loss, balanced_itm_loss])
 @pytest.mark.parametrize("junk", [math.nan, math.inf, -math.inf])
-def test_itm_ignores_invalid_slots_whatever_they_hold(junk):
-    logits = torch.tensor([[0.3, -0.2], [junk, junk], [1.0, 2.0]], requires_grad=True)
+def test_itm_ignores_invalid_slots_whatever_they_hold(junk, loss):
+    logits = torch.tensor([[0.3, -0.2], [junk, junk], [1.0, 2.0]], requires_grad=True)  # one of each kind is valid
     matching, valid = torch.tensor([True, False, False]), torch.tensor([True, False, True])
-    loss = itm_loss(logits, matching, valid)
-    loss.backward()
-    torch.testing.assert_close(loss, F.cross_entropy(logits[valid], matching[valid].long()))
+    value = loss(logits, matching, valid)
+    value.backward()
+    torch.testing.assert_close(value, F.cross_entropy(logits[valid], matching[valid].long()))
     assert torch.equal(logits.grad[1], torch.zeros(2)) and logits.grad.isfinite().all()
     assert itm_accuracy(logits, matching, valid).item() == 0
 
 
-def test_itm_with_nothing_valid_is_zero_and_attached():
+@pytest.mark.parametrize("loss", [itm_loss, balanced_itm_loss])
+def test_itm_with_nothing_valid_is_zero_and_attached(loss):
     logits = torch.full((3, 2), math.nan, requires_grad=True)
     none = torch.zeros(3, dtype=torch.bool)
-    loss = itm_loss(logits, none, none)
-    loss.backward()
-    assert loss.item() == 0 and torch.equal(logits.grad, torch.zeros(3, 2))
+    value = loss(logits, none, none)
+    value.backward()
+    assert value.item() == 0 and torch.equal(logits.grad, torch.zeros(3, 2))
     assert itm_accuracy(logits, none, none).item() == 0
     empty = torch.zeros(0, 2, requires_grad=True)
-    itm_loss(empty, none[:0], none[:0]).backward()
+    loss(empty, none[:0], none[:0]).backward()
 
 
 def test_itm_accuracy_counts_only_valid_and_a_constant_head_scores_nothing():
@@ -56,22 +82,25 @@ def test_mlm_with_no_label_is_zero_and_attached():
 
 def test_no_value_is_read_back_from_the_device():
     logits, mask = torch.zeros(4, 2, device="meta"), torch.ones(4, dtype=torch.bool, device="meta")
-    assert itm_loss(logits, mask, mask).shape == itm_accuracy(logits, mask, mask).shape == ()
+    for of_pairs in (itm_loss, balanced_itm_loss, itm_accuracy):
+        assert of_pairs(logits, mask, mask).shape == ()
     assert mlm_loss(logits, mask.long()).shape == ()
 
 
 def test_gradcheck():
     logits = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
     matching, valid = torch.tensor([True, False, True, False]), torch.tensor([True, True, False, True])
-    assert torch.autograd.gradcheck(lambda x: itm_loss(x, matching, valid), logits)
+    for loss in (itm_loss, balanced_itm_loss):
+        assert torch.autograd.gradcheck(lambda x: loss(x, matching, valid), logits)
     assert torch.autograd.gradcheck(lambda x: mlm_loss(x, torch.tensor([1, -100, 0, 1])), logits)
 
 
 def test_wrong_shapes_are_named():
     valid = torch.ones(3, dtype=torch.bool)
-    with pytest.raises(ValueError, match=r"\(3, 3\)"):
-        itm_loss(torch.zeros(3, 3), valid, valid)
-    with pytest.raises(ValueError, match="int64"):
-        itm_loss(torch.zeros(3, 2), valid.long(), valid)
+    for loss in (itm_loss, balanced_itm_loss):
+        with pytest.raises(ValueError, match=r"\(3, 3\)"):
+            loss(torch.zeros(3, 3), valid, valid)
+        with pytest.raises(ValueError, match="int64"):
+            loss(torch.zeros(3, 2), valid.long(), valid)
     with pytest.raises(ValueError, match=r"\(2, 3, 5\)"):
         mlm_loss(torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.long))

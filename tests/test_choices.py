@@ -1,0 +1,23 @@
+"""Options of the step that are refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from loopitr.choices import ObjectiveOptions
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"distillation_loss": "hinge"}, "unknown distillation_loss 'hinge'; known: kl, cprd"),
+        ({"mining": "random"}, "unknown mining 'random'; known: topk, sample, stratified"),
+        ({"hard_rule": "median"}, "unknown hard_rule 'median'; known: threshold, mean, top"),
+        ({"num_negatives": 0}, "objective.num_negatives must be at least 1, got 0"),
+        ({"itc": -1.0}, "objective.itc must be a weight >= 0, got -1.0"),
+        ({"distillation": float("nan")}, "objective.distillation must be a weight >= 0, got nan"),
+    ],
+)
+def test_a_wrong_option_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        ObjectiveOptions(**options)

@@ -1,0 +1,62 @@
+"""A fusion head that joins late (`train.fusion_start`): what is trained, logged, validated, kept before and after."""
+
+import pytest
+import torch
+from step_reference import step_batch
+from support import tiny_model
+from tiny_run import run
+
+from loopitr import LoopITRModel
+from loopitr.objective import LoopObjective, ObjectiveOptions
+from loopitr.options import TrainOptions
+from loopitr.reporting import read_history
+
+
+def test_without_pairs_the_dual_trains_alone_and_every_parameter_has_a_gradient():
+    model = tiny_model().train()
+    alone = LoopObjective(model, ObjectiveOptions())(**step_batch(), with_pairs=False)
+    assert set(alone.terms) == {"itc"} and set(alone.metrics) == {"temperature"}
+    torch.testing.assert_close(alone.loss, alone.terms["itc"])
+    alone.loss.backward()
+    for part in (model.fusion, model.itm_head):  # DDP would wait for it for ever
+        assert all(p.grad is not None and not p.grad.any() for p in part.parameters() if p.requires_grad)
+    assert model.dual.text_projection.weight.grad.any()
+
+
+def test_a_run_starts_with_the_dual_alone(tmp_path):
+    run(tmp_path, train__epochs=2, train__fusion_start=0.5, train__distillation_warmup=0.0)
+    history = read_history(tmp_path / "run")
+    steps = [row for row in history if "loss/total" in row]
+    joined = [("loss/itm" in row, "loss/distillation" in row) for row in steps]
+    assert joined == [(False, False)] * 8 + [(True, True)] * 8
+    assert all("loss/itc" in row for row in steps)
+    first, last = (row for row in history if "val/dual" in row)
+    assert "val/match" not in first and "val/match" in last
+
+
+def test_no_model_is_kept_by_the_score_of_a_head_that_has_not_started(tmp_path):
+    metrics = run(tmp_path, train__epochs=2, train__fusion_start=0.75, validation__every_steps=4)
+    early = [row for row in read_history(tmp_path / "run") if "val/dual" in row and row["step"] <= 12]
+    assert early and not any("val/match" in row for row in early)
+    assert metrics["training"]["best_step"] == 16
+    assert LoopITRModel.from_pretrained(tmp_path / "run")
+
+
+def test_distillation_warms_up_from_there(tmp_path, monkeypatch):
+    scales = []
+    forward = LoopObjective.forward
+
+    def noting(self, **batch):
+        scales.append((batch["with_pairs"], batch["distillation_scale"]))
+        return forward(self, **batch)
+
+    monkeypatch.setattr(LoopObjective, "forward", noting)
+    run(tmp_path, train__epochs=1, train__fusion_start=0.5, train__distillation_warmup=0.25)
+    assert scales[4:] == [(True, 0.5), (True, 1.0), (True, 1.0), (True, 1.0)]
+    assert [pairs for pairs, _ in scales[:4]] == [False] * 4
+
+
+@pytest.mark.parametrize("part", [-0.1, 1.0])
+def test_the_start_is_a_part_of_the_steps(part):
+    with pytest.raises(ValueError, match="train.fusion_start is a part of the steps"):
+        TrainOptions(fusion_start=part)

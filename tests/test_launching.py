@@ -1,0 +1,41 @@
+"""When accelerate has started one process of the several it was asked for. (That they are then started: recipes/.)"""
+
+import pytest
+
+from loopitr.launching import missing_processes
+
+ALONE = {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+MODULE = ["python", "-m", "accelerate.commands.launch"]
+
+
+@pytest.mark.parametrize(
+    "parent",
+    [
+        ["/venv/bin/python", "/venv/bin/accelerate", "launch", "--cpu", "--num_processes", "3", "recipes/pretrain.py"],
+        ["/venv/bin/python", "/venv/bin/accelerate-launch", "--num_processes=3", "--cpu", "recipes/pretrain.py"],
+        [*MODULE, "--cpu", "--num-processes=3", "recipes/pretrain.py", "--train.lr", "1e-4", "--num_processes", "9"],
+        [*MODULE, "--num_machines", "1", "--num_processes", "3", "--cpu", "launch.py"],
+    ],
+)
+def test_the_count_is_that_of_the_launcher(parent):
+    assert missing_processes(ALONE, parent) == 3
+
+
+@pytest.mark.parametrize("rank", [{"WORLD_SIZE": "2"}, {"PMI_SIZE": "2"}, {"OMPI_COMM_WORLD_SIZE": "2"}])
+def test_processes_that_were_started_are_not_started_again(rank):
+    assert missing_processes({**ALONE, **rank}, [*MODULE, "--cpu", "--num_processes", "2", "pretrain.py"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "parent"),
+    [
+        ({}, ["bash"]),
+        (ALONE, ["bash"]),  # a shell that someone set up by hand
+        ({**ALONE, "ACCELERATE_USE_CPU": "False"}, [*MODULE, "--num_processes", "2", "pretrain.py"]),
+        ({"ACCELERATE_USE_CPU": "True"}, [*MODULE, "--cpu", "--num_processes", "1", "pretrain.py"]),
+        (ALONE, [*MODULE, "--cpu", "--num_machines", "2", "--num_processes", "4", "pretrain.py"]),
+        (ALONE, [*MODULE, "--cpu", "pretrain.py"]),
+    ],
+)
+def test_one_process_is_left_alone(environment, parent):
+    assert missing_processes(environment, parent) == 1

@@ -1,0 +1,111 @@
+"""The training step: how often it runs what, in which precision, and its masked language modelling."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from step_reference import EveryThirdWord, assert_same_gradients, gradients, reference_mlm, step, step_batch
+from support import tiny_model
+
+from loopitr.masking import TokenMasking
+from loopitr.objective import LoopObjective, ObjectiveOptions
+
+
+@pytest.mark.parametrize("style", ["late", "shared"])
+@pytest.mark.parametrize("mlm", [0.0, 1.0])
+def test_backbones_see_every_row_once(style, mlm):
+    """Captions may go in several buckets; for MLM their masked copies go too."""
+    model = tiny_model(style=style, mlm_head=bool(mlm)).train()
+    watched = {
+        "vision": model.dual.vision,
+        "block": model.dual.vision.model.blocks[0],
+        "text": model.dual.text.model,
+        "layer": model.dual.text.model.encoder.layer[0],
+    }
+    rows = dict.fromkeys(watched, 0)
+
+    def count(name, output):
+        rows[name] += len(output if isinstance(output, torch.Tensor) else output[0])
+
+    for name, module in watched.items():
+        module.register_forward_hook(lambda module, args, output, name=name: count(name, output))
+    step(model, mlm=mlm, token_masking=EveryThirdWord()).loss.backward()
+    captions = 16 if mlm else 8
+    assert rows == {"vision": 8, "block": 8, "text": captions, "layer": captions}
+
+
+def test_image_tokens_serve_as_well_as_pixels():
+    model, batch = tiny_model().train(), step_batch()
+    with_pixels = step(model, batch)
+    pixels = batch.pop("pixel_values")
+    with_tokens = step(model, {**batch, "image_tokens": model.dual.vision(pixels)})
+    assert torch.equal(with_pixels.loss, with_tokens.loss)
+    with pytest.raises(ValueError, match="needs pixel_values or image_tokens"):
+        step(model, batch)
+
+
+@pytest.mark.parametrize("style", ["late", "shared"])
+def test_gradient_checkpointing_changes_nothing(style):
+    results = []
+    for enable in (False, True):
+        model = tiny_model(style=style).train()
+        if enable:
+            model.gradient_checkpointing_enable()
+            assert model.fusion.gradient_checkpointing and model.dual.vision.model.grad_checkpointing
+            assert model.dual.text.model.encoder.layer[0].gradient_checkpointing
+        out = step(model)
+        results.append((out.loss, gradients(model, out.loss)))
+        if enable:
+            model.gradient_checkpointing_disable()
+            assert not model.fusion.gradient_checkpointing and not model.dual.vision.model.grad_checkpointing
+    torch.testing.assert_close(results[0][0], results[1][0])
+    assert_same_gradients(results[1][1], results[0][1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("style", ["late", "shared"])
+def test_bfloat16_is_close_to_float32(style):
+    model = tiny_model(style=style, mlm_head=True).train()
+    options = {"mlm": 1.0, "token_masking": EveryThirdWord(), "distillation_loss": "kl", "num_negatives": 12}
+    exact = step(model, **options)
+    expected = gradients(model, exact.loss)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = step(model, **options)
+    assert out.loss.dtype == torch.float32
+    for name in exact.terms:
+        close = {"atol": 0.03, "rtol": 0.03, "msg": lambda m: f"{name}: {m}"}
+        torch.testing.assert_close(out.terms[name], exact.terms[name], **close)
+    found = gradients(model, out.loss)
+    assert all(torch.isfinite(g).all() for g in found.values())
+    flat = [torch.cat([grads[name].flatten() for name in expected]) for grads in (found, expected)]
+    assert F.cosine_similarity(*flat, dim=0) > 0.99
+
+
+# Masked language modelling
+
+
+@pytest.mark.parametrize("style", ["late", "shared"])
+def test_mlm_is_the_one_written_out_token_by_token(style):
+    model, batch, masking = tiny_model(style=style, mlm_head=True).train(), step_batch(), EveryThirdWord()
+    out = step(model, batch, itc=0, itm=0, distillation=0, mlm=0.5, token_masking=masking)
+    expected = reference_mlm(model, batch, *masking(batch["input_ids"], batch["attention_mask"]))
+    torch.testing.assert_close(out.terms["mlm"], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out.loss, 0.5 * expected, atol=1e-5, rtol=1e-5)
+    assert_same_gradients(gradients(model, out.loss), gradients(model, 0.5 * expected))
+
+
+def test_mlm_leaves_the_other_terms_alone_and_survives_a_batch_without_masks():
+    model = tiny_model(mlm_head=True).train()
+    plain, masked = step(model), step(model, mlm=1.0, token_masking=EveryThirdWord())
+    for name in plain.terms:
+        torch.testing.assert_close(masked.terms[name], plain.terms[name], atol=1e-6, rtol=1e-5)
+    nothing = TokenMasking(mask_token_id=4, vocab_size=60, special_ids=(0,), probability=0.0)
+    out = step(model, mlm=1.0, token_masking=nothing)
+    assert out.terms["mlm"] == 0
+    assert all(torch.isfinite(g).all() for g in gradients(model, out.loss).values())
+
+
+def test_mlm_needs_a_head_and_a_mask_token():
+    for model, masking in ((tiny_model(), EveryThirdWord()), (tiny_model(mlm_head=True), None)):
+        with pytest.raises(ValueError, match="objective.mlm needs a model with an mlm_head and a tokenizer"):
+            LoopObjective(model, ObjectiveOptions(mlm=1.0), token_masking=masking)

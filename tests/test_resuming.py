@@ -1,0 +1,75 @@
+"""Runs that go on after an interruption, and runs that find an earlier one in their folder."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_run import broken_table, equal, logged, run, weights
+
+from loopitr import training
+from loopitr.reporting import read_history
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train__epochs": 2, "train__checkpoint_every": 3, "validation__every_steps": 4},
+        {"train__epochs": 3, "train__checkpoint_every": 2, "train__accumulation": 3, "data__captions": "all",
+         "train__batch_size": 24, "data__num_workers": 1},
+        {"train__epochs": 2, "train__checkpoint_every": 8, "objective__mining": "sample"},  # at an epoch's end
+        {"train__epochs": 2, "train__checkpoint_every": 5, "model__freeze": ["vision"], "cache": True},
+    ],
+    ids=["mid-epoch", "accumulation", "epoch end", "cached tokens"],
+)
+def test_an_interrupted_run_that_is_resumed_equals_one_that_was_not(tmp_path, monkeypatch, changes):
+    """Dropout and augmentation on; weights, history and counts to the bit."""
+    if changes.pop("cache", False):
+        changes = {**changes, "data__cache_tokens": str(tmp_path / "cache")}
+    elif "data__captions" not in changes:
+        changes = {**changes, **broken_table(tmp_path), "train__batch_size": 3}  # 8 batches, and a broken image
+    expected = run(tmp_path / "whole", **changes)
+    save, saved = training.save_checkpoint, []
+
+    def killed_after_two(*args, **kwargs):
+        saved.append(save(*args, **kwargs))
+        if len(saved) == 2:
+            raise Killed
+
+    if changes["train__checkpoint_every"] == 8:
+        saved.append(Path())  # there is only one before the last step
+    monkeypatch.setattr(training, "save_checkpoint", killed_after_two)
+    with pytest.raises(Killed):
+        run(tmp_path / "parts", **changes)
+    monkeypatch.undo()
+    found = run(tmp_path / "parts", **changes, resume=True)
+    assert not (tmp_path / "parts" / "run.1").exists()
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    assert read_history(tmp_path / "whole" / "run") == read_history(tmp_path / "parts" / "run")
+    for metrics in (expected, found):
+        for name in ("seconds", "pairs_per_second"):
+            metrics.pop(name)
+        metrics["training"].pop("seconds")
+    assert found == expected
+
+
+def test_resume_without_a_checkpoint_starts_from_scratch(tmp_path, capsys):
+    run(tmp_path, train__max_steps=1, resume=True)
+    assert "resuming from scratch: no checkpoint" in capsys.readouterr().out
+    assert logged(tmp_path, "loss/total")
+
+
+def test_an_earlier_run_is_moved_aside_but_not_by_a_mistake(tmp_path, capsys):
+    first = run(tmp_path, train__max_steps=1)
+    for mistake in ({"data__table": "absent.csv"}, {"model__init": "absent"}, {"validation__final_split": "tset"},
+                    {"data__val_split": "absent"}):
+        with pytest.raises((ValueError, OSError)):
+            run(tmp_path, **mistake)
+        assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == first
+    run(tmp_path, train__max_steps=2)
+    assert json.loads((tmp_path / "run.1" / "metrics.json").read_text()) == first
+    assert "moved the earlier run" in capsys.readouterr().out
+    assert logged(tmp_path, "loss/total") != []

@@ -1,0 +1,112 @@
+"""Ways to train, in runs of seconds: losses, frozen parts, precision, streams, broken data, fine-tuning."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_gallery import captions, jpeg
+from tiny_run import NO_DROPOUT, VIT, broken_table, equal, logged, run, weights
+
+from loopitr import LoopITRModel, LoopITRProcessor
+from loopitr.data import DataError
+from loopitr.reporting import read_history
+
+
+def changed_parts(folder):
+    """Parts of the model that differ between a run's first state and its last."""
+    parts = {"vision": "dual.vision.", "text": "dual.text.", "fusion": "fusion.", "itm": "itm_head."}
+    parts["dual_head"] = "dual.vision_projection"
+    before, after = weights(folder / "start"), weights(folder / "end")
+    return {
+        part
+        for part, prefix in parts.items()
+        if any(name.startswith(prefix) and not torch.equal(before[name], after[name]) for name in before)
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "trained"),
+    [
+        ({}, {"vision", "text", "fusion", "itm", "dual_head"}),
+        ({"objective__itm": 0, "objective__distillation": 0}, {"vision", "text", "dual_head"}),
+        ({"objective__itm": 0}, {"vision", "text", "dual_head"}),  # a teacher that stays as it is
+        ({"objective__itc": 0, "objective__distillation": 0}, {"vision", "text", "fusion", "itm"}),
+        ({"objective__mlm": 1, "model__mlm_head": True}, {"vision", "text", "fusion", "itm", "dual_head"}),
+        ({"objective__mlm": 1, "model__mlm_head": True, "objective__itm": 0, "objective__distillation": 0},
+         {"vision", "text", "fusion", "dual_head"}),
+        ({"model__mlm_head": True}, {"vision", "text", "fusion", "itm", "dual_head"}),
+        ({"model__freeze": ["vision", "text"]}, {"fusion", "itm", "dual_head"}),
+        ({"model__fusion__style": "shared"}, {"vision", "text", "fusion", "itm", "dual_head"}),
+        ({"train__precision": "bf16", **VIT}, {"vision", "text", "fusion", "itm", "dual_head"}),
+        ({"train__gradient_checkpointing": True, **VIT}, {"vision", "text", "fusion", "itm", "dual_head"}),
+        ({"data__captions": "all", "objective__mining": "sample"}, {"vision", "text", "fusion", "itm", "dual_head"}),
+        ({"train__batch_size": 3, "objective__num_negatives": 9}, {"vision", "text", "fusion", "itm", "dual_head"}),
+        ({"train__batch_size": 1, **VIT}, {"vision", "text", "fusion", "itm"}),  # no negative: ITC has nothing to say
+    ],
+    ids=lambda x: " ".join(str(k).split("__")[-1] for k in x) if isinstance(x, dict) else "",
+)
+def test_what_is_trained_is_what_the_losses_need(tmp_path, changes, trained):
+    rates = {"train__lr": 1e-2, "train__backbone_lr": 1e-2, "train__weight_decay": 0}
+    for name, steps in (("start", {"train__epochs": 0}), ("end", {"train__max_steps": 2})):
+        metrics = run(tmp_path / name, **{**rates, **changes, **steps, "validation__every_epochs": 0})
+        assert metrics["num_images"] == 16
+    losses = [value for row in read_history(tmp_path / "end" / "run") for k, value in row.items() if k[:5] == "loss/"]
+    assert losses and all(abs(value) < 1e3 for value in losses)  # finite
+    assert changed_parts(tmp_path) == trained
+    used = {"objective__itm": 1, "objective__distillation": 1, **changes}
+    assert (metrics["match"] is not None) == bool(used["objective__itm"] or used["objective__distillation"])
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path):
+    for name, checkpointing in (("a", False), ("b", True)):
+        run(tmp_path / name, train__gradient_checkpointing=checkpointing, train__max_steps=2, **NO_DROPOUT, **VIT)
+    torch.testing.assert_close(logged(tmp_path / "a", "loss/total"), logged(tmp_path / "b", "loss/total"))
+
+
+def test_streaming_trains_on_a_stream_and_validates_on_a_table(tmp_path):
+    import datasets
+
+    for split, numbers in (("train", range(16)), ("val", range(16, 24))):
+        images = [{"bytes": jpeg(i), "path": f"{i}.jpg"} for i in numbers]
+        columns = {"image": images, "caption": [list(captions(i, 2)) for i in numbers]}
+        datasets.Dataset.from_dict(columns).to_parquet(tmp_path / f"{split}.parquet")
+    stream = {
+        "data__hub": "parquet",
+        "data__data_files": {name: str(tmp_path / f"{name}.parquet") for name in ("train", "val")},
+        "data__streaming": True,
+        "train__batch_size": 4,
+    }
+    with pytest.raises(ValueError, match="train.max_steps"):
+        run(tmp_path / "unbounded", **stream)
+    metrics = run(tmp_path / "bounded", **stream, train__max_steps=6)  # one and a half epochs
+    assert (metrics["split"], metrics["num_images"], metrics["training"]["steps"]) == ("val", 8, 6)
+
+
+def test_what_cannot_be_read_is_counted_in_training_and_evaluation(tmp_path, capsys):
+    table = broken_table(tmp_path)
+    metrics = run(tmp_path, **table, train__epochs=2)
+    assert metrics["training"]["skipped"] == {"unreadable image: truncated": 2}  # the same one in each epoch
+    assert metrics["num_images"] == 7 and metrics["skipped"] == {"unreadable image: truncated": 1}
+    assert "skipped 5.jpg: unreadable image: truncated" in capsys.readouterr().out
+    with pytest.raises(DataError, match="1 of 8 images"):
+        run(tmp_path, **{**table, "data__max_skipped_fraction": 0.1})
+
+
+def test_fine_tuning_goes_on_from_the_saved_model_with_other_options(tmp_path):
+    table = broken_table(tmp_path)
+    run(tmp_path / "first", train__max_steps=2)
+    first = str(tmp_path / "first" / "run")
+    metrics = run(tmp_path / "second", **table, model__init=first, train__epochs=0)
+    assert equal(weights(tmp_path / "second"), weights(tmp_path / "first"))
+    assert metrics["split"] == "val"
+    metrics = run(tmp_path / "third", **table, model__init=first, model__image_size=64, model__freeze=["vision"])
+    tuned, processor = (kind.from_pretrained(tmp_path / "third" / "run") for kind in (LoopITRModel, LoopITRProcessor))
+    assert tuned.config.vision["image_size"] == 64 and processor.image_processor.size["height"] == 64
+    assert not equal(weights(tmp_path / "third"), weights(tmp_path / "first"))
+
+
+def test_a_run_may_start_from_the_model_in_its_own_folder(tmp_path):
+    run(tmp_path, train__max_steps=2)
+    before = weights(tmp_path)
+    run(tmp_path, model__init=str(tmp_path / "run"), train__epochs=0)
+    assert equal(weights(tmp_path), before)
+    assert equal(load_file(tmp_path / "run.1" / "model.safetensors"), before)
