@@ -31,8 +31,8 @@ class ObjectiveOptions:
     mining: Literal["topk", "sample", "stratified"] = "topk"
     """How they are chosen from the dual's similarities."""
     mining_pool: int = 32
-    """`stratified`: how deep in the ranking to look. A new fusion head learns nothing from near misses alone: let it
-    see the whole batch."""
+    """`stratified`: how deep in the ranking to look. A new fusion head starts slowly on near misses alone: let it see
+    the whole batch."""
     mine_across_ranks: bool = False
     """Mine in the batch of all ranks (tokens are gathered) instead of the local one."""
     distillation_loss: Literal["kl", "cprd", "margin_mse", "ranknet", "listnet", "listmle", "adr_mse"] = "cprd"
