@@ -22,6 +22,8 @@ class ObjectiveOptions:
     """Weight of the matching loss of the fusion head."""
     balance_itm: bool = True
     """Positives and negatives weigh one half each in the matching loss; otherwise every pair weighs the same."""
+    lce: float = 0.0
+    """Weight of ranking each positive above its own negatives by match score (localized contrastive estimation)."""
     distillation: float = 1.0
     """Weight of the distillation of the fusion head's scores into the dual head."""
     mlm: float = 0.0
@@ -47,7 +49,7 @@ class ObjectiveOptions:
     """`hard_rule: top`: m."""
 
     def __post_init__(self) -> None:
-        for name in ("itc", "itm", "distillation", "mlm"):
+        for name in ("itc", "itm", "lce", "distillation", "mlm"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"objective.{name} must be a weight >= 0, got {getattr(self, name)}")
         if self.num_negatives < 1:
@@ -57,8 +59,13 @@ class ObjectiveOptions:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
 
     @property
+    def trains_scores(self) -> bool:
+        """Whether match scores have a loss of their own, not only teach."""
+        return self.itm > 0 or self.lce > 0
+
+    @property
     def scores_pairs(self) -> bool:
-        return self.itm > 0 or self.distillation > 0
+        return self.trains_scores or self.distillation > 0
 
 
 @dataclass(frozen=True)

@@ -96,9 +96,9 @@ class Experiment:
         model, processor = build_model(options.model, vocabulary=scene_vocabulary() if scenes else None)
         objective = options.objective
         # DDP demands that every trained parameter is used
-        if not objective.itm and not objective.mlm:
+        if not objective.trains_scores and not objective.mlm:
             model.freeze(["fusion"])
-        if not objective.itm:
+        if not objective.trains_scores:
             model.itm_head.requires_grad_(False)
         if model.mlm_head is not None and not objective.mlm:
             model.mlm_head.requires_grad_(False)

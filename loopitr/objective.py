@@ -180,7 +180,7 @@ class LoopObjective(nn.Module):
         image_side = torch.stack([queries, to_text.indices], -1)  # [B, 1 + K, 2]
         text_side = torch.stack([to_image.indices, queries], -1)  # [B, 1 + K, 2]
         pairs = torch.stack([image_side, text_side])  # [2, B, 1 + K, 2]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and options.itm > 0):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and options.trains_scores):
             logits = self.model.score_pairs(image_state, text_state, pairs.flatten(0, 2)).logits
         logits = _gather_queries(logits.unflatten(0, pairs.shape[:3]))  # [2, R B, 1 + K, 2]
         valid = _gather_queries(torch.stack([to_text.valid, to_image.valid]))  # [2, R B, 1 + K]
@@ -196,7 +196,11 @@ class LoopObjective(nn.Module):
             matching_loss = losses.balanced_itm_loss if options.balance_itm else losses.itm_loss
             terms["itm"] = matching_loss(*flat)
 
-        teacher = (logits[..., 1] - logits[..., 0]).detach()  # [2, R B, 1 + K] match scores
+        scores = logits[..., 1] - logits[..., 0]  # [2, R B, 1 + K] match scores
+        if options.lce > 0:
+            terms["lce"] = losses.lce_loss(scores.flatten(0, 1), valid.flatten(0, 1))
+
+        teacher = scores.detach()  # [2, R B, 1 + K]
         negatives = [x.flatten(0, 1)[:, 1:] for x in (student.detach(), teacher, valid)]
         metrics["rank_agreement"] = losses.kendall_tau(*negatives)
         if options.distillation > 0:

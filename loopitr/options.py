@@ -110,7 +110,7 @@ class PretrainOptions:
 
     def __post_init__(self) -> None:
         if not self.objective.scores_pairs and self.validation.select not in ("auto", "dual"):
-            raise ValueError(f"validation.select {self.validation.select!r} needs objective.itm or .distillation")
+            raise ValueError(f"validation.select {self.validation.select!r} needs objective.itm, .lce or .distillation")
 
 
 def _at_least(options: object, group: str, least: int, *names: str) -> None:

@@ -88,6 +88,7 @@ def reference_step(model: LoopITRModel, batch: dict[str, Tensor], options: Objec
 
     match: list[Tensor] = []  # cross entropies of the ITM head at positives
     mismatch: list[Tensor] = []  # and at negatives
+    ranked: list[Tensor] = []  # cross entropies of the positive among a query's candidates
     taught: list[list[Tensor]] = [[], []]
     lengths: list[list[int]] = [[], []]
     for query in range(size):
@@ -107,8 +108,11 @@ def reference_step(model: LoopITRModel, batch: dict[str, Tensor], options: Objec
             cross_entropies = torch.logsumexp(logits, 1) - logits[torch.arange(len(labels)), labels]
             match += list(cross_entropies[: 1 - side])  # the positive pair once
             mismatch += list(cross_entropies[1:])
+            scores_of = logits[:, 1] - logits[:, 0]
+            if chosen:
+                ranked.append(torch.logsumexp(scores_of, 0) - scores_of[0])
             student = [similarity[i][j] for i, j in candidates]
-            teacher = (logits[:, 1] - logits[:, 0]).detach().tolist()
+            teacher = scores_of.detach().tolist()
             loss, length = _distil(student, teacher, options)
             lengths[side].append(length)
             if loss is not None:
@@ -116,6 +120,7 @@ def reference_step(model: LoopITRModel, batch: dict[str, Tensor], options: Objec
     return {
         "itc": sum(itc) / len(itc),
         "itm": _mean(match, mismatch, balanced=options.balance_itm),
+        "lce": sum(ranked) / len(ranked),
         "distillation": sum(sum(side) / len(side) for side in taught if side) / 2,
         "valid_length": torch.tensor(sum(map(sum, lengths)) / (2 * size)),
     }

@@ -32,18 +32,18 @@ from loopitr.objective import DISTILLATION, LoopObjective, ObjectiveOptions
     ],
 )
 def test_the_step_is_the_one_written_out_in_loops(style, layers, options):
-    options = ObjectiveOptions(**options, itc=0.7, itm=1.3, distillation=2.0)
+    options = ObjectiveOptions(**options, itc=0.7, itm=1.3, lce=0.6, distillation=2.0)
     model, batch = tiny_model(style=style, layers=layers).train(), step_batch()
     # Scores spread out, so that the hard rules have something to choose from.
     with torch.no_grad():
         model.itm_head.weight.mul_(30)
     out = LoopObjective(model, options)(**batch)
     expected = reference_step(model, batch, options)
-    for name in ("itc", "itm", "distillation"):
+    for name in ("itc", "itm", "lce", "distillation"):
         torch.testing.assert_close(out.terms[name], expected[name], atol=1e-5, rtol=1e-4, msg=lambda m: f"{name}: {m}")
         assert out.terms[name] > 0
     torch.testing.assert_close(out.metrics["valid_length"], expected["valid_length"])
-    total = 0.7 * expected["itc"] + 1.3 * expected["itm"] + 2.0 * expected["distillation"]
+    total = 0.7 * expected["itc"] + 1.3 * expected["itm"] + 0.6 * expected["lce"] + 2.0 * expected["distillation"]
     torch.testing.assert_close(out.loss, total, atol=1e-5, rtol=1e-4)
     assert_same_gradients(gradients(model, out.loss), gradients(model, total))
 

@@ -18,7 +18,7 @@ from .distillation import (
     margin_mse,
     ranknet,
 )
-from .matching import IGNORE_INDEX, balanced_itm_loss, itm_accuracy, itm_loss, mlm_loss
+from .matching import IGNORE_INDEX, balanced_itm_loss, itm_accuracy, itm_loss, lce_loss, mlm_loss
 from .structure import cmc_loss, cmd_loss
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "itm_loss",
     "kendall_tau",
     "kl",
+    "lce_loss",
     "listmle",
     "listnet",
     "margin_mse",

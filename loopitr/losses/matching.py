@@ -1,4 +1,4 @@
-"""Losses of the cross encoder's heads: image-text matching and masked language modelling."""
+"""Losses of the cross encoder's heads: image-text matching, ranking and masked language modelling."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .masking import at_least_float32, masked_mean
+from .masking import at_least_float32, check_same_shape, lowest, masked_mean
 
 IGNORE_INDEX = -100
 
@@ -32,6 +32,19 @@ def balanced_itm_loss(logits: Tensor, matching: Tensor, valid: Tensor) -> Tensor
     parts = [(itm_loss(logits, matching, valid & kind), (valid & kind).any()) for kind in (matching, ~matching)]
     present = torch.stack([there for _, there in parts]).sum().clamp(min=1)
     return (parts[0][0] + parts[1][0]) / present
+
+
+def lce_loss(scores: Tensor, valid: Tensor) -> Tensor:
+    """Localized contrastive estimation (arXiv 2101.08751, eq. 3): a query's positive against its own hard negatives.
+
+    Softmax cross entropy over match scores (log-odds) `[Q, 1 + K]`, the positive first; valid `[Q, 1 + K]` bool. Where
+    `itm_loss` asks for yes or no, this asks for the order that reranking uses: what all candidates of a query share
+    cancels out. Mean over the queries with a negative, zero with none.
+    """
+    check_same_shape(scores=scores, valid=valid)
+    scores = at_least_float32(scores)
+    log_shares = torch.where(valid, scores, lowest(scores)).log_softmax(dim=-1)  # [Q, 1 + K]
+    return masked_mean(-log_shares[:, 0], valid[:, 0] & valid[:, 1:].any(dim=-1))
 
 
 def itm_accuracy(logits: Tensor, matching: Tensor, valid: Tensor) -> Tensor:

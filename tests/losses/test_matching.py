@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from loopitr.losses import balanced_itm_loss, itm_accuracy, itm_loss, mlm_loss
+from loopitr.losses import balanced_itm_loss, itm_accuracy, itm_loss, lce_loss, mlm_loss
 
 
 def test_itm_closed_form():
@@ -104,3 +104,37 @@ def test_wrong_shapes_are_named():
             loss(torch.zeros(3, 2), valid.long(), valid)
     with pytest.raises(ValueError, match=r"\(2, 3, 5\)"):
         mlm_loss(torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.long))
+
+
+def test_lce_closed_form_and_what_a_query_shares_cancels():
+    scores = torch.tensor([[1.0, 0.0, -1.0], [0.5, 2.0, 0.0]], dtype=torch.float64)
+    valid = torch.ones(2, 3, dtype=torch.bool)
+    expected = [math.log(sum(math.exp(s - row[0]) for s in row)) for row in scores.tolist()]
+    assert lce_loss(scores, valid).item() == pytest.approx(sum(expected) / 2, abs=1e-12)
+    shared = scores + torch.tensor([[7.0], [-3.0]])
+    torch.testing.assert_close(lce_loss(shared, valid), lce_loss(scores, valid))
+    better = scores + torch.tensor([1.0, 0.0, 0.0])
+    assert lce_loss(better, valid) < lce_loss(scores, valid)
+
+
+@pytest.mark.parametrize("junk", [math.nan, math.inf, -math.inf])
+def test_lce_ignores_masked_slots_and_queries_without_a_negative(junk):
+    scores = torch.tensor([[1.0, 0.0, junk], [0.5, junk, junk], [junk, 1.0, 2.0]], requires_grad=True)
+    valid = torch.tensor([[True, True, False], [True, False, False], [False, True, True]])
+    value = lce_loss(scores, valid)
+    value.backward()
+    torch.testing.assert_close(value, torch.tensor(1.0).exp().add(1).log() - 1)
+    assert scores.grad.isfinite().all() and scores.grad[1:].abs().sum() == 0 and scores.grad[0, 2] == 0
+    nothing = lce_loss(scores, torch.zeros_like(valid))
+    nothing.backward()
+    assert nothing.item() == 0 and scores.grad.isfinite().all()
+
+
+def test_lce_gradcheck_and_what_it_refuses():
+    valid = torch.tensor([[True, True, False], [True, True, True]])
+    scores = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: lce_loss(x, valid), scores)
+    with pytest.raises(ValueError, match="one shape"):
+        lce_loss(torch.zeros(2, 3), torch.ones(2, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="bool mask"):
+        lce_loss(torch.zeros(2, 3), torch.ones(2, 3))
