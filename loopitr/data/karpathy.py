@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,19 @@ def load_albef(path: str | Path, images: str | Path | None, report: LoadReport,
         identity = ("path", entry["image"]) if image_id is None else ("id", str(image_id))
         rows.append(Row(image=entry["image"], captions=entry["caption"], identity=identity))
     return group_rows(rows, source=path, images=images, split=split, report=report)
+
+
+def join_lists(parts: list[list[Record]]) -> list[Record]:
+    """Records of several lists, as pre-training takes them: an image in two of them is one record with all captions."""
+    joined: dict[str, Record] = {}
+    numbers: dict[tuple[int, int], int] = {}  # identities are a list's own
+    for part, records in enumerate(parts):
+        for record in records:
+            first = joined.get(str(record.image))
+            identity = numbers.setdefault((part, record.identity), len(numbers)) if first is None else first.identity
+            captions = record.captions if first is None else first.captions + record.captions
+            joined[str(record.image)] = replace(record, captions=captions, identity=identity)
+    return list(joined.values())
 
 
 def _identifies(entries: list[dict[str, Any]], name: str) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .hub import HubRecords, HubStream, load_hub
-from .karpathy import load_albef, load_karpathy
+from .karpathy import join_lists, load_albef, load_karpathy
 from .records import DataError, LazyRecords, LoadReport, Record, captions_of, identity_of, name_of, stable_hash
 from .scenes import SPLITS, SceneRecords
 from .table import load_table, table_columns
@@ -23,8 +23,8 @@ class DataOptions:
 
     karpathy: str | None = None
     """Karpathy's JSON (COCO, Flickr30k, Flickr8k); needs `images`."""
-    albef: str | None = None
-    """JSON list of {"image", "caption"}; it has no splits, see `val_albef`."""
+    albef: str | list[str] | None = None
+    """JSON list of {"image", "caption"}, or several (pre-training data); they have no splits, see `val_albef`."""
     table: str | None = None
     """CSV, TSV or JSON-lines file of image paths and captions; a column "split" is followed where there is one."""
     hub: str | None = None
@@ -190,10 +190,13 @@ def _load_karpathy(options: DataOptions, split: str, report: LoadReport) -> Sequ
 
 
 def _load_albef(options: DataOptions, split: str, report: LoadReport) -> Sequence[Record]:
-    path = str(options.albef)
+    paths = [options.albef] if isinstance(options.albef, str) else list(options.albef or ())
     if split != options.split:
-        path = _validation_path(options, split, "albef")
-    return load_albef(path, options.images, report, split=split)
+        paths = [_validation_path(options, split, "albef")]
+    if not paths:
+        raise DataError("data.albef is an empty list of files")
+    parts = [load_albef(path, options.images, report, split=split) for path in paths]
+    return parts[0] if len(parts) == 1 else join_lists(parts)
 
 
 def _load_table(options: DataOptions, split: str, report: LoadReport) -> Sequence[Record]:

@@ -1,6 +1,7 @@
 """load_records: the options choose the source, and say so clearly when they cannot."""
 
 import json
+from pathlib import Path
 
 import datasets
 import jsonargparse
@@ -47,6 +48,19 @@ def test_karpathy(tmp_path, image_dir):
     assert [r.identity for r in load("val", karpathy=path, images=str(image_dir), limit=2)] == [5, 6]
     fails("needs data.images", karpathy=path)
     fails("no split 'test'; it has train, val", "test", karpathy=path, images=str(image_dir))
+
+
+def test_several_albef_lists_are_one(tmp_path, image_dir):
+    first = [{"image": "0.png", "caption": "a", "image_id": 1}, {"image": "1.png", "caption": "b", "image_id": 2}]
+    second = [{"image": "1.png", "caption": "bb", "image_id": 1}, {"image": "2.png", "caption": "c", "image_id": 2}]
+    paths = []
+    for number, rows in enumerate((first, second)):
+        paths.append(write(tmp_path / f"{number}.json", rows))
+    records = load("train", albef=paths, images=str(image_dir), val_fraction=0.0)
+    assert [(Path(str(r.image)).name, r.captions) for r in records] == [
+        ("0.png", ("a",)), ("1.png", ("b", "bb")), ("2.png", ("c",))]
+    assert len({r.identity for r in records}) == 3  # the second list's ids 1 and 2 are other images
+    fails("empty list", "train", albef=[], images=str(image_dir), val_fraction=0.0)
 
 
 def test_albef_has_a_validation_file_of_its_own(tmp_path, image_dir):
