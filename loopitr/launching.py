@@ -1,15 +1,20 @@
-"""`accelerate launch --cpu --num_processes N` on one machine.
+"""`accelerate launch` on the CPUs of one machine.
 
-accelerate leaves CPU processes to MPI: without a hostfile it starts one process and says nothing (its issue 2741). The
-recipes notice, and start the N processes with torch's launcher.
+accelerate leaves CPU processes to MPI: without a hostfile it starts one process whatever `--num_processes` says (its
+issue 2741), and gives it one thread unless told otherwise. The recipes notice, start the N processes with torch's
+launcher, and share the cores between them.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import psutil
+import torch
 
 LAUNCHERS = ("launch", "launch.py", "accelerate-launch", "accelerate.commands.launch")
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -18,12 +23,17 @@ WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD
 def start_all_processes() -> bool:
     """Start the processes that accelerate was asked for if it started this one alone, wait for them, return whether.
 
+    A process that stays alone takes all cores if accelerate limited its threads by default.
+
     Exits with the status of a process that failed.
     """
-    import psutil
-
     parent = psutil.Process().parent()
-    count = missing_processes(os.environ, parent.cmdline() if parent is not None else [])
+    words = parent.cmdline() if parent is not None else []
+    count = missing_processes(os.environ, words)
+    if parent is not None and threads_by_default(os.environ, words, _environment(parent)):
+        threads = max(1, (psutil.cpu_count(logical=False) or 1) // count)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
     if count < 2:
         return False
     from accelerate.utils.other import get_free_port
@@ -46,10 +56,34 @@ def missing_processes(environment: Mapping[str, str], parent: Sequence[str]) -> 
     # With more than one process accelerate sets the address where they are to meet.
     if not on_cpu or "MASTER_ADDR" not in environment or any(name in environment for name in WORLD_SIZES):
         return 1
+    asked = _asked(parent)
+    return asked.num_processes if asked and (asked.num_machines or 1) == 1 and asked.num_processes else 1
+
+
+def threads_by_default(
+    environment: Mapping[str, str], parent: Sequence[str], parent_environment: Mapping[str, str]
+) -> bool:
+    """Whether accelerate, as the parent, set this process's only thread without having been asked to."""
+    if environment.get("OMP_NUM_THREADS") != "1" or "OMP_NUM_THREADS" in parent_environment:
+        return False
+    if any(name in environment for name in WORLD_SIZES):  # others share the cores
+        return False
+    asked = _asked(parent)
+    return asked is not None and asked.num_cpu_threads_per_process is None
+
+
+def _environment(process: psutil.Process) -> Mapping[str, str]:
+    try:
+        return process.environ()
+    except psutil.Error:  # another user's: leave the threads as they are
+        return os.environ
+
+
+def _asked(parent: Sequence[str]) -> argparse.Namespace | None:
+    """What `accelerate launch` was told; None if the parent is something else."""
     start = next((i for i, word in enumerate(parent) if Path(word).name in LAUNCHERS), None)
     if start is None:
-        return 1
+        return None
     from accelerate.commands.launch import launch_command_parser
 
-    asked = launch_command_parser().parse_args(list(parent[start + 1 :]))
-    return asked.num_processes if (asked.num_machines or 1) == 1 and asked.num_processes else 1
+    return launch_command_parser().parse_args(list(parent[start + 1 :]))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from loopitr.launching import missing_processes
+from loopitr.launching import missing_processes, threads_by_default
 
 ALONE = {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 MODULE = ["python", "-m", "accelerate.commands.launch"]
@@ -39,3 +39,26 @@ def test_processes_that_were_started_are_not_started_again(rank):
 )
 def test_one_process_is_left_alone(environment, parent):
     assert missing_processes(environment, parent) == 1
+
+
+LAUNCHED = [*MODULE, "recipes/pretrain.py"]
+
+
+def test_one_thread_that_nobody_asked_for():
+    assert threads_by_default({"OMP_NUM_THREADS": "1"}, LAUNCHED, {})
+    assert threads_by_default({**ALONE, "OMP_NUM_THREADS": "1"}, [*MODULE, "--cpu", "--num_processes", "2", "x.py"], {})
+
+
+@pytest.mark.parametrize(
+    ("environment", "parent", "parent_environment"),
+    [
+        ({}, LAUNCHED, {}),
+        ({"OMP_NUM_THREADS": "4"}, LAUNCHED, {}),
+        ({"OMP_NUM_THREADS": "1"}, LAUNCHED, {"OMP_NUM_THREADS": "1"}),
+        ({"OMP_NUM_THREADS": "1"}, [*MODULE, "--num_cpu_threads_per_process", "1", "x.py"], {}),
+        ({"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}, LAUNCHED, {}),
+        ({"OMP_NUM_THREADS": "1"}, ["bash"], {}),
+    ],
+)
+def test_threads_that_someone_chose_stay(environment, parent, parent_environment):
+    assert not threads_by_default(environment, parent, parent_environment)
