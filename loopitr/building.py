@@ -6,106 +6,27 @@ import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from loopitr.backbones import vision_data
+from loopitr.adapters import add_lora
+from loopitr.backbones import create_timm, fit_weights, vision_data
 from loopitr.config import LoopITRConfig
 from loopitr.fusion import BertParts
 from loopitr.masking import TokenMasking
 from loopitr.model import LoopITRModel
+from loopitr.model_options import ModelOptions, TextOptions, VisionOptions
+from loopitr.pair import load_pair
 from loopitr.pretrained import hub_access, text_source, vision_weights
-from loopitr.processing import LoopITRProcessor, image_processor, word_tokenizer
+from loopitr.pretrained_text import describe_text, load_text, load_text_config, load_tokenizer
+from loopitr.processing import LoopITRProcessor, image_processor, set_image_size, word_tokenizer
 from loopitr.saved import load_saved, model_source
-
-DESCRIBED = (  # written out although they may be the defaults of the config's class: the fusion head may copy them
-    *("num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_size"),
-    *("hidden_act", "layer_norm_eps"),
-)
-
-
-@dataclass
-class VisionOptions:
-    """The image backbone."""
-
-    name: str = "tf_efficientnet_lite0"
-    """Any timm model."""
-    image_size: int = 224
-    """Pixels per side."""
-    pretrained: bool = True
-    """Start from pretrained weights (a package of the extra `backbones`, else timm's hub)."""
-    checkpoint: str | None = None
-    """Local weights in timm's names (.safetensors or .pth) instead."""
-    pooling: Literal["first", "mean", "backbone"] = "backbone"
-    """What the dual head embeds."""
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    """More arguments of timm.create_model."""
-
-
-@dataclass
-class TextOptions:
-    """The text backbone."""
-
-    name: str = "sentence-transformers/all-MiniLM-L6-v2"
-    """Any transformers encoder: a hub id, a local folder, or a name that a package of the extra `backbones` carries;
-    `scenes`: a tokenizer of the built-in vocabulary (with `pretrained: false`)."""
-    pretrained: bool = True
-    """Start from its weights; otherwise only its architecture and tokenizer are used."""
-    num_layers: int | None = None
-    """Keep only so many of its lower layers."""
-    pooling: Literal["first", "mean", "backbone"] = "mean"
-    """What the dual head embeds."""
-    max_length: int = 64
-    """Captions are cut to so many tokens (cut ones are counted)."""
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    """Changes to its transformers config."""
-
-
-@dataclass
-class FusionOptions:
-    """The fusion head."""
-
-    style: Literal["late", "shared"] = "late"
-    """Own layers on top of the text backbone (ALBEF), or its own layers run again with cross-attention (BLIP)."""
-    num_layers: int = 3
-    """Number of fusion layers."""
-    num_heads: int | None = None
-    """Attention heads; unset: width / 64, or the text backbone's where its layers are copied or shared."""
-    intermediate_size: int | None = None
-    """Feed-forward width; unset: 4 x width."""
-    dropout: float = 0.1
-    """Dropout after attention and feed-forward."""
-    init: Literal["random", "text_upper_layers"] = "random"
-    """`late`: start the fusion layers from the upper layers of the text backbone (those `text.num_layers` cuts off
-    first)."""
-
-
-@dataclass
-class ModelOptions:
-    """What is trained."""
-
-    init: str | None = None
-    """Continue from a saved model (folder or hub id); the options below are then ignored but for `freeze` and
-    `image_size`."""
-    image_size: int | None = None
-    """With `init`: take images of another size (positional embeddings are interpolated)."""
-    vision: VisionOptions = field(default_factory=VisionOptions)
-    text: TextOptions = field(default_factory=TextOptions)
-    fusion: FusionOptions = field(default_factory=FusionOptions)
-    embed_dim: int = 256
-    """E, width of the embeds."""
-    temperature: float = 0.07
-    """Initial softmax temperature of the dual head."""
-    mlm_head: bool = False
-    """Carry a masked-language-model head."""
-    freeze: list[str] = field(default_factory=list)
-    """Parts that are not trained: vision, text, dual_head, fusion."""
+from loopitr.text_backbone import bert_layers
 
 
 def build_model(options: ModelOptions, *, vocabulary: list[str] | None = None) -> tuple[LoopITRModel, LoopITRProcessor]:
@@ -117,15 +38,18 @@ def build_model(options: ModelOptions, *, vocabulary: list[str] | None = None) -
     Raises:
         ValueError, OSError: an unknown name or option, or weights that cannot be found; one line says which.
     """
-    if options.init is not None:
-        model, processor = _from_saved(options.init)
+    if options.init is not None and options.pair is not None:
+        raise ValueError(f"model.init {options.init} and model.pair {options.pair} are two starts; give one")
+    if options.init is None and options.pair is None:
+        model, processor = _from_backbones(options, vocabulary)
+    else:
+        model, processor = _from_saved(options.init) if options.init is not None else _from_pair(options)
         if options.image_size is not None and options.image_size != model.config.vision["image_size"]:
             model.resize_images(options.image_size)
-            size = {"height": options.image_size, "width": options.image_size}
-            processor.image_processor.size = processor.image_processor.crop_size = size
-    else:
-        model, processor = _from_backbones(options, vocabulary)
+            set_image_size(processor.image_processor, options.image_size)
     model.freeze(options.freeze)
+    if options.lora.vision_rank or options.lora.text_rank:
+        add_lora(model, **asdict(options.lora))
     return model, processor
 
 
@@ -158,6 +82,22 @@ def _from_saved(path: str) -> tuple[LoopITRModel, LoopITRProcessor]:
     return saved.model, saved.processor
 
 
+def _from_pair(options: ModelOptions) -> tuple[LoopITRModel, LoopITRProcessor]:
+    assert options.pair is not None
+    pair = load_pair(options.pair)
+    fusion = asdict(options.fusion)
+    if fusion.pop("init") != "random":
+        raise ValueError(f"fusion.init 'text_upper_layers' needs BERT-type layers; {options.pair} has none")
+    initializer_range = pair.described["text"].get("initializer_range", 0.02)
+    config = LoopITRConfig(
+        **pair.described, fusion=fusion, mlm_head=options.mlm_head, initializer_range=initializer_range
+    )
+    model = LoopITRModel(config)
+    model.dual.load_state_dict(pair.weights)
+    pair.tokenizer.model_max_length = min(pair.tokenizer.model_max_length, model.dual.text.max_length)
+    return model, LoopITRProcessor(pair.image_processor, pair.tokenizer)
+
+
 def _from_backbones(options: ModelOptions, vocabulary: list[str] | None) -> tuple[LoopITRModel, LoopITRProcessor]:
     vision, text = options.vision, options.text
     text_config, tokenizer, source = _text_parts(text, vocabulary)
@@ -182,6 +122,7 @@ def _from_backbones(options: ModelOptions, vocabulary: list[str] | None) -> tupl
         text_pooling=text.pooling,
         embed_dim=options.embed_dim,
         initial_temperature=options.temperature,
+        initial_logit_bias=options.logit_bias,
         fusion=fusion,
         mlm_head=options.mlm_head,
         initializer_range=text_config.get("initializer_range", 0.02),  # new layers start as the text's own did
@@ -215,40 +156,25 @@ def _text_parts(
     else:
         source = text_source(text.name)
         with hub_access(text.name):
-            config = AutoConfig.from_pretrained(source, **text.kwargs)
-            tokenizer = AutoTokenizer.from_pretrained(source)
-        config = getattr(config, "text_config", config)
-        if tokenizer.pad_token is None:
-            raise ValueError(f"the tokenizer of {text.name} has no padding token")
+            config = load_text_config(source, **text.kwargs)
+            tokenizer = load_tokenizer(source)
     unknown = [name for name in text.kwargs if not hasattr(type(config)(), name)]
     if unknown:  # transformers would keep it and go on
         raise ValueError(f"model.text.kwargs: a {config.model_type} config has no {unknown[0]!r}")
-    described = {**config.to_diff_dict(), "model_type": config.model_type}
-    for name in DESCRIBED:
-        if hasattr(config, name):
-            described[name] = getattr(config, name)
-    for name in ("architectures", "transformers_version", "_name_or_path", "dtype"):
-        described.pop(name, None)
-    return described, tokenizer, source
+    return describe_text(config, tokenizer), tokenizer, source
 
 
 def _load_vision(model: LoopITRModel, vision: VisionOptions) -> None:
     backbone = model.dual.vision.model
     weights = vision_weights(vision.name, vision.checkpoint)
     if weights is None:  # timm fetches them, and fits them to the image size
-        arguments = {"num_classes": 0, **vision.kwargs}
-        if not model.dual.vision.is_map:
-            arguments["img_size"] = vision.image_size
         try:
             with hub_access(vision.name):
-                weights = timm.create_model(vision.name, pretrained=True, **arguments).state_dict()
+                weights = create_timm(vision.name, vision.image_size, vision.kwargs, pretrained=True).state_dict()
         except RuntimeError as error:  # of a model that nobody has trained, or whose shapes the kwargs change
             raise ValueError(f"no pretrained weights for {vision.name} as described: {error}") from error
-    elif not model.dual.vision.is_map:
-        from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
-
-        if isinstance(backbone, VisionTransformer):
-            weights = checkpoint_filter_fn(weights, backbone)  # resamples the positional embedding
+    else:
+        weights = fit_weights(backbone, weights)
     left_over = [name for name in weights if name not in backbone.state_dict()]
     if left_over:
         raise ValueError(f"weights of {vision.name} do not fit: left over {left_over[:3]} ({len(left_over)} in all)")
@@ -270,17 +196,16 @@ def _load(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None
 
 def _load_text(model: LoopITRModel, source: str, kept: int, depth: int, init: str) -> None:
     with hub_access(source):
-        full, info = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-    full = getattr(full, "text_model", full)
-    made_up = {name.removeprefix("text_model.") for name in info["missing_keys"]}  # transformers drew them at random
-    weights = {name: value for name, value in full.state_dict().items() if name not in made_up}
+        text = load_text(source)
+    weights = {name: value for name, value in text.model.state_dict().items() if name not in text.made_up}
     _load(model.dual.text.model, weights, source)
     if init != "text_upper_layers":
         return
     assert model.fusion.text is not None
-    layers = getattr(getattr(full, "encoder", None), "layer", None)
-    if layers is None or not hasattr(layers[0], "intermediate"):
-        raise ValueError(f"fusion.init 'text_upper_layers' needs BERT-type layers; {type(full).__name__} has none")
+    layers = bert_layers(text.model)
+    if layers is None:
+        kind = type(text.model).__name__
+        raise ValueError(f"fusion.init 'text_upper_layers' needs BERT-type layers; {kind} has none")
     count = len(model.fusion.text)
     first = min(kept, depth - count)  # the layers cut off, or else the last ones
     for layer, upper in zip(model.fusion.text, layers[first : first + count], strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +18,8 @@ class ObjectiveOptions:
 
     itc: float = 1.0
     """Weight of the contrastive loss of the dual head."""
+    itc_loss: Literal["softmax", "sigmoid"] = "softmax"
+    """InfoNCE over a query's candidates (CLIP), or each pair by itself (SigLIP; needs a model with a logit_bias)."""
     itm: float = 1.0
     """Weight of the matching loss of the fusion head."""
     balance_itm: bool = True
@@ -54,7 +56,7 @@ class ObjectiveOptions:
                 raise ValueError(f"objective.{name} must be a weight >= 0, got {getattr(self, name)}")
         if self.num_negatives < 1:
             raise ValueError(f"objective.num_negatives must be at least 1, got {self.num_negatives}")
-        for name, known in (("distillation_loss", DISTILLATION), ("mining", MINING), ("hard_rule", HARD_RULES)):
+        for name, known in NAMED.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
 
@@ -125,4 +127,11 @@ MINING: dict[str, Callable[[Tensor, Tensor, Tensor, ObjectiveOptions], Mined]] =
     "stratified": lambda s, positives, groups, o: mine_stratified(
         s, positives, o.num_negatives, pool=max(o.mining_pool, o.num_negatives), groups=groups
     ),
+}
+
+NAMED: dict[str, Iterable[str]] = {
+    "itc_loss": ("softmax", "sigmoid"),
+    "mining": MINING,
+    "distillation_loss": DISTILLATION,
+    "hard_rule": HARD_RULES,
 }

@@ -43,7 +43,7 @@ def run(main: Callable[[], None]) -> None:
     """
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:  # the last: an extra is not installed
         if os.environ.get("LOOPITR_DEBUG"):
             raise
         print(f"error: {_one_line(error)}", file=sys.stderr)

@@ -11,7 +11,9 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 POOLINGS = ("first", "mean", "backbone")
+PROJECTIONS = ("affine", "linear", "none")
 FUSION_STYLES = ("late", "shared")
+ADAPTED = ("vision", "text")
 
 VISION_DEFAULTS: dict[str, Any] = {
     "name": "vit_small_patch16_224",
@@ -29,6 +31,13 @@ FUSION_DEFAULTS: dict[str, Any] = {
     "attention_dropout": 0.0,  # SDPA on the CPU is 2.2x slower with it
     "layer_norm_eps": 1e-12,
     "image_positions": None,  # learned positions on the image tokens; None: only where the backbone has none (a CNN)
+    "first_token_id": None,  # read in place of a text's first token when pairs are scored ([ENC] of BLIP); shared only
+}
+LORA_DEFAULTS: dict[str, Any] = {
+    "rank": 8,
+    "alpha": 16.0,  # updates are scaled by alpha / rank
+    "dropout": 0.0,
+    "modules": [],  # full names inside the backbone's model
 }
 
 
@@ -54,11 +63,18 @@ class DualEncoderConfig(PreTrainedConfig):
     """Two backbones and the dual head.
 
     Args:
-        vision: `{"name": timm name, "image_size": pixels per side, "kwargs": arguments of timm.create_model}`.
+        vision: `{"name": timm name, "image_size": pixels per side, "kwargs": arguments of timm.create_model}`; of a
+            ViT also `norm_eps`, the epsilon of its layer norms.
         text: a transformers config as a dict, `model_type` included.
         vision_pooling, text_pooling: `first` token, `mean` over real tokens, or the `backbone`'s own pooling.
         embed_dim: `E`, width of the embeds.
+        projection: of the pooled vectors to the embeds, both sides: `affine` (weight and bias), `linear` (weight alone;
+            CLIP) or `none` (the pooled vectors have width `E` already; SigLIP).
         initial_temperature: start of the learned softmax temperature (0.07, CLIP arXiv 2103.00020).
+        max_logit_scale: the most that 1 / temperature is let grow to (100, CLIP; ALBEF allows 1000).
+        initial_logit_bias: start of the learned bias that the sigmoid loss needs (-10, SigLIP arXiv 2303.15343); None:
+            the dual head has no such parameter.
+        lora: LoRA adapters by backbone (`vision`, `text`), see `LORA_DEFAULTS`; None: there are none.
     """
 
     model_type = "loopitr_dual"
@@ -71,7 +87,11 @@ class DualEncoderConfig(PreTrainedConfig):
         vision_pooling: str = "backbone",
         text_pooling: str = "mean",
         embed_dim: int = 256,
+        projection: str = "affine",
         initial_temperature: float = 0.07,
+        max_logit_scale: float = 100.0,
+        initial_logit_bias: float | None = None,
+        lora: dict[str, dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
         self.vision = _merged("vision", vision, VISION_DEFAULTS)
@@ -82,12 +102,21 @@ class DualEncoderConfig(PreTrainedConfig):
         _positive("embed_dim", embed_dim)
         _one_of("vision_pooling", vision_pooling, POOLINGS)
         _one_of("text_pooling", text_pooling, POOLINGS)
+        _one_of("projection", projection, PROJECTIONS)
         if not initial_temperature > 0:
             raise ValueError(f"initial_temperature must be above 0, got {initial_temperature!r}")
+        if not max_logit_scale > 0:
+            raise ValueError(f"max_logit_scale must be above 0, got {max_logit_scale!r}")
         self.vision_pooling = vision_pooling
         self.text_pooling = text_pooling
         self.embed_dim = embed_dim
+        self.projection = projection
         self.initial_temperature = initial_temperature
+        self.max_logit_scale = max_logit_scale
+        self.initial_logit_bias = initial_logit_bias
+        for part in lora or ():
+            _one_of("lora", part, ADAPTED)
+        self.lora = {part: _merged("lora", given, LORA_DEFAULTS) for part, given in (lora or {}).items()} or None
         super().__init__(**kwargs)
 
 
@@ -110,6 +139,8 @@ class LoopITRConfig(DualEncoderConfig):
         for name in ("num_heads", "intermediate_size"):
             if self.fusion[name] is not None:
                 _positive(f"fusion.{name}", self.fusion[name])
+        if self.fusion["first_token_id"] is not None and self.fusion["style"] != "shared":
+            raise ValueError(f"fusion.first_token_id needs fusion.style 'shared', got {self.fusion['style']!r}")
         self.mlm_head = mlm_head
         super().__init__(**kwargs)
 
@@ -121,5 +152,9 @@ class LoopITRConfig(DualEncoderConfig):
             vision_pooling=self.vision_pooling,
             text_pooling=self.text_pooling,
             embed_dim=self.embed_dim,
+            projection=self.projection,
             initial_temperature=self.initial_temperature,
+            max_logit_scale=self.max_logit_scale,
+            initial_logit_bias=self.initial_logit_bias,
+            lora=self.lora,
         )

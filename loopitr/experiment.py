@@ -33,7 +33,7 @@ from loopitr.evaluation.retrieval import evaluation_transform
 from loopitr.loading import EpochLoader
 from loopitr.model import LoopITRModel
 from loopitr.objective import LoopObjective
-from loopitr.optimization import parameter_groups, warmup_cosine
+from loopitr.optimization import parameter_groups, two_cycles, warmup_cosine
 from loopitr.options import PretrainOptions
 from loopitr.processing import LoopITRProcessor
 
@@ -104,6 +104,8 @@ class Experiment:
             model.mlm_head.requires_grad_(False)
         if options.train.gradient_checkpointing:
             model.activation_checkpointing_enable()
+        if options.data.cache_tokens and "vision" in (model.config.lora or ()):
+            raise ValueError("data.cache_tokens needs tokens that stay the same; the image backbone has LoRA adapters")
         if options.data.cache_tokens and "vision" not in model.frozen:
             raise ValueError("data.cache_tokens needs a frozen image backbone: model.freeze must name vision")
         return model, processor
@@ -201,7 +203,11 @@ class Experiment:
             # Batch statistics of all ranks, as of one; torch's own conversion drops timm's fused activations.
             convert_sync_batchnorm(self.model)
         groups = parameter_groups(
-            self.model, backbone_lr=train.backbone_lr, lr=train.lr, weight_decay=train.weight_decay
+            self.model,
+            backbone_lr=train.backbone_lr,
+            lr=train.lr,
+            weight_decay=train.weight_decay,
+            lora_lr=train.lora_lr,
         )
         if not groups:
             raise ValueError("nothing to train: model.freeze names every part")
@@ -211,9 +217,16 @@ class Experiment:
         )
         self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
         # Not prepared: accelerate would step it once per process.
-        self.scheduler = warmup_cosine(
-            optimizer, steps=self.total_steps, warmup=max(1, int(train.warmup * self.total_steps))
-        )
+        steps, alone = self.total_steps, int(train.fusion_start * self.total_steps)
+        if alone:
+            later = train.backbone_lr if train.loop_backbone_lr is None else train.loop_backbone_lr
+            scale = later / train.backbone_lr if train.backbone_lr else 1.0
+            self.scheduler = two_cycles(
+                optimizer, steps=steps, first=alone, warmup=train.warmup, backbones=scale, floor=train.min_lr
+            )
+        else:
+            warmup = max(1, int(train.warmup * steps))
+            self.scheduler = warmup_cosine(optimizer, steps=steps, warmup=warmup, floor=train.min_lr)
         accelerator.register_for_checkpointing(self.scheduler)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.log(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from loopitr.model import DualEncoder, LoopITRModel
 from loopitr.processing import LoopITRProcessor
-from loopitr.saved import load_saved
+from loopitr.saved import check_output, load_saved
 
 CARD = """\
 ---
@@ -46,7 +45,7 @@ similarity = images @ texts.T
 def export_dual(
     model: LoopITRModel | str | Path, output: str | Path, *, processor: LoopITRProcessor | None = None
 ) -> DualEncoder:
-    """Write the dual encoder of a model, or of a run folder or hub id, with processor and model card.
+    """Write the dual encoder of a model, or of a run folder or hub id, with processor and model card; LoRA merged.
 
     Args:
         processor: needed where `model` is not a path.
@@ -56,7 +55,7 @@ def export_dual(
         OSError: no such model, or `output` cannot be written.
     """
     folder = Path(output)
-    _check_output(folder)
+    check_output(folder, DualEncoder.config_class.model_type)
     if isinstance(model, LoopITRModel):
         loop, source = model, "the model"
     else:
@@ -67,21 +66,12 @@ def export_dual(
     if processor is None:
         raise ValueError(f"{source} needs its processor to be exported with it, got None")
     dual = loop.dual_encoder()
+    if dual.config.lora:
+        dual = dual.merge_lora()
     dual.save_pretrained(folder)
     processor.save_pretrained(folder)
     (folder / "README.md").write_text(_card(dual), encoding="utf-8")
     return dual
-
-
-def _check_output(folder: Path) -> None:
-    """Refuse to write over what is not an earlier export, the run itself above all."""
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is not a folder")
-    config = folder / "config.json"
-    if config.is_file():
-        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-        if kind != DualEncoder.config_class.model_type:
-            raise ValueError(f"{folder} holds a {kind!r} model, which an export would overwrite; choose another folder")
 
 
 def _card(dual: DualEncoder) -> str:

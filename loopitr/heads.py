@@ -1,4 +1,4 @@
-"""The optional masked-language-model head on fused tokens (pre-training)."""
+"""Heads: the dual head's projections, and the optional masked-language-model head on fused tokens (pre-training)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
+
+
+def projection(kind: str, width: int, embed_dim: int) -> nn.Module:
+    """Pooled `[B, width]` -> `[B, E]`: `affine`, `linear` (no bias) or `none`.
+
+    Raises:
+        ValueError: `none` where the widths differ.
+    """
+    if kind != "none":
+        return nn.Linear(width, embed_dim, bias=kind == "affine")
+    if width != embed_dim:
+        raise ValueError(f"projection 'none' needs embed_dim {width}, the pooled width, got {embed_dim}")
+    return nn.Identity()
 
 
 class MLMHead(nn.Module):

@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
-from loopitr.backbones import TextBackbone, VisionBackbone
+from loopitr.adapters import freeze_adapted, hold_statistics, inject_lora
+from loopitr.backbones import VisionBackbone
 from loopitr.config import DualEncoderConfig, LoopITRConfig
 from loopitr.fusion import FusionEncoder
-from loopitr.heads import MLMHead
+from loopitr.heads import MLMHead, projection
 from loopitr.saving import LoopITRPreTrainedModel
 from loopitr.states import DualOutput, ImageState, PairScores, TextState
-
-MAX_LOGIT_SCALE = 100.0
+from loopitr.text_backbone import TextBackbone
 
 
 class DualEncoder(LoopITRPreTrainedModel):
@@ -34,15 +34,20 @@ class DualEncoder(LoopITRPreTrainedModel):
         super().__init__(config)
         self.vision = VisionBackbone(config)
         self.text = TextBackbone(config)
-        self.vision_projection = nn.Linear(self.vision.pooled_width, config.embed_dim)
-        self.text_projection = nn.Linear(self.text.width, config.embed_dim)
+        self.vision_projection = projection(config.projection, self.vision.pooled_width, config.embed_dim)
+        self.text_projection = projection(config.projection, self.text.pooled_width, config.embed_dim)
         self.logit_scale = nn.Parameter(torch.tensor(1.0 / config.initial_temperature).log())
+        self.logit_bias: nn.Parameter | None = None
+        if config.initial_logit_bias is not None:
+            self.logit_bias = nn.Parameter(torch.tensor(float(config.initial_logit_bias)))
+        if config.lora:
+            inject_lora(self, config.lora)
         self.post_init()
 
     @property
     def scale(self) -> Tensor:
-        """1 / temperature, clamped to at most 100."""
-        return self.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)
+        """1 / temperature, clamped to at most `config.max_logit_scale`."""
+        return self.logit_scale.exp().clamp(max=self.config.max_logit_scale)
 
     def embed_image_tokens(self, tokens: Tensor) -> Tensor:
         """Image tokens `[B, N, D]` -> embeds `[B, E]`, unit length."""
@@ -63,9 +68,16 @@ class DualEncoder(LoopITRPreTrainedModel):
         image_embeds = self.get_image_features(pixel_values)
         text_embeds = self.get_text_features(input_ids, attention_mask)
         logits = self.scale * image_embeds @ text_embeds.T  # [B, T]
+        if self.logit_bias is not None:
+            logits = logits + self.logit_bias
         return DualOutput(
             image_embeds=image_embeds, text_embeds=text_embeds, logits_per_image=logits, logits_per_text=logits.T
         )
+
+    def train(self, mode: bool = True) -> DualEncoder:
+        super().train(mode)
+        hold_statistics(self)
+        return self
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         self.vision.set_gradient_checkpointing(enable)
@@ -91,6 +103,9 @@ class LoopITRModel(LoopITRPreTrainedModel):
                 count = config.fusion["num_layers"]
                 raise ValueError(f"fusion.num_layers {count} is more than the text backbone's {len(text.layers)}")
             config.fusion["num_heads"] = text.model.config.num_attention_heads
+            if config.fusion["first_token_id"] is not None and self._inner_layer > 0:
+                count = config.fusion["num_layers"]
+                raise ValueError(f"fusion.first_token_id needs all {len(text.layers)} text layers shared, got {count}")
         self.fusion = FusionEncoder(
             config, width=text.width, image_width=vision.width, num_image_tokens=vision.num_tokens
         )
@@ -107,7 +122,7 @@ class LoopITRModel(LoopITRPreTrainedModel):
 
     def image_state(self, tokens: Tensor) -> ImageState:
         """The state of images whose backbone tokens `[B, N, D]` are already computed (a cache, of any precision)."""
-        tokens = tokens.to(self.dual.vision_projection.weight.dtype)
+        tokens = tokens.to(self.itm_head.weight.dtype)
         return ImageState(embeds=self.dual.embed_image_tokens(tokens), tokens=tokens)
 
     def encode_texts(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> TextState:
@@ -116,6 +131,9 @@ class LoopITRModel(LoopITRPreTrainedModel):
         output = self.dual.text(input_ids, mask, inner_layer=self._inner_layer)
         embeds = F.normalize(self.dual.text_projection(self.dual.text.pool(output, mask)), dim=-1)
         tokens = output.tokens if output.inner is None else output.inner
+        first = self.config.fusion["first_token_id"]
+        if first is not None:
+            tokens = torch.cat([self.dual.text.embed_first(first, len(tokens)), tokens[:, 1:]], 1)  # [T, L, D]
         return TextState(embeds=embeds, tokens=tokens, mask=mask.bool())
 
     def project_images(self, state: ImageState) -> ImageState:
@@ -215,10 +233,13 @@ class LoopITRModel(LoopITRPreTrainedModel):
         fusion: list[nn.Module | nn.Parameter] = [self.fusion, self.itm_head]
         if self.mlm_head is not None:
             fusion.append(self.mlm_head)
+        dual_head: list[nn.Module | nn.Parameter] = [dual.vision_projection, dual.text_projection, dual.logit_scale]
+        if dual.logit_bias is not None:
+            dual_head.append(dual.logit_bias)
         return {
             "vision": [dual.vision],
             "text": [dual.text],
-            "dual_head": [dual.vision_projection, dual.text_projection, dual.logit_scale],
+            "dual_head": dual_head,
             "fusion": fusion,
         }
 
@@ -228,6 +249,8 @@ class LoopITRModel(LoopITRPreTrainedModel):
         for name in names:
             if name not in parts:
                 raise ValueError(f"cannot freeze {name!r}; parts: {', '.join(parts)}")
+            if name in (self.config.lora or ()):
+                raise ValueError(f"cannot freeze {name!r}: its LoRA adapters train, and its own weights stay anyway")
             self._frozen.add(name)
             for item in parts[name]:
                 item.requires_grad_(False)
@@ -259,6 +282,7 @@ class LoopITRModel(LoopITRPreTrainedModel):
             resized = torch.cat([positions[:, :prefix], grid.flatten(2).transpose(1, 2)], 1)  # [1, N, Dv]
             self.fusion.image_positions = nn.Parameter(resized.detach().contiguous())
         self.freeze(tuple(self._frozen))  # parameters made anew
+        freeze_adapted(self.dual)
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         self.dual._set_gradient_checkpointing(enable, *args, **kwargs)

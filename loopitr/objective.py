@@ -61,6 +61,8 @@ class LoopObjective(nn.Module):
         self.token_masking = token_masking
         if self.options.mlm > 0 and (model.mlm_head is None or token_masking is None):
             raise ValueError("objective.mlm needs a model with an mlm_head and a tokenizer with a mask token")
+        if self.options.itc > 0 and self.options.itc_loss == "sigmoid" and model.dual.logit_bias is None:
+            raise ValueError("objective.itc_loss 'sigmoid' needs a model with a logit_bias (model.logit_bias -10)")
 
     def forward(
         self,
@@ -98,15 +100,15 @@ class LoopObjective(nn.Module):
         terms: dict[str, Tensor] = {}
         metrics = {"temperature": 1 / model.dual.scale.detach()}
         if options.itc > 0:
-            terms["itc"] = losses.itc_loss(
-                similarity.per_image, similarity.per_text, positives.per_image, positives.per_text
-            )
+            terms["itc"] = self._contrastive(similarity, positives)
         if options.mlm > 0:  # used twice; otherwise `score_pairs` projects what it needs
             image_state = model.project_images(image_state)
         zero = similarity.per_image.sum() * 0  # a loss even when every weight is zero
+        if model.dual.logit_bias is not None:  # DDP wants a gradient of every trained parameter
+            zero = zero + model.dual.logit_bias * 0
         if options.scores_pairs and with_pairs:
             self._matching(image_state, text_state, similarity, positives, identities, caption_ids, terms, metrics)
-        elif options.scores_pairs:  # DDP wants a gradient of every trained parameter
+        elif options.scores_pairs:  # DDP again
             pair_head = (*model.fusion.parameters(), *model.itm_head.parameters())
             zero = sum((p.sum() * 0 for p in pair_head if p.requires_grad), zero)
         if masked is not None:
@@ -147,6 +149,14 @@ class LoopObjective(nn.Module):
         matches = same_image @ same_caption > 0  # [G images, G texts]
         local = slice(rank() * len(identities), (rank() + 1) * len(identities))
         return Positives(per_image=matches[local], per_text=matches.T[local])
+
+    def _contrastive(self, similarity: Similarities, positives: Positives) -> Tensor:
+        """This rank's share: its queries, whose average over ranks is the loss of the whole batch."""
+        if self.options.itc_loss == "softmax":
+            return losses.itc_loss(similarity.per_image, similarity.per_text, positives.per_image, positives.per_text)
+        bias = self.model.dual.logit_bias
+        assert bias is not None
+        return losses.siglip_loss(similarity.per_image + bias.float(), positives.per_image)
 
     # 3. - 6. Mine, score, teach
 

@@ -3,35 +3,43 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from loopitr.adapters import is_adapter
 from loopitr.model import LoopITRModel
 
 BACKBONES = ("vision", "text")
+LORA_FACTOR = 10.0  # what LoRA wants, of the rate that is best for all weights (thinkingmachines.ai/blog/lora, 2025)
 
 
-def parameter_groups(model: LoopITRModel, *, backbone_lr: float, lr: float, weight_decay: float) -> list[dict]:
-    """Up to four AdamW groups: backbones and new layers, each with and without weight decay.
+def parameter_groups(
+    model: LoopITRModel, *, backbone_lr: float, lr: float, weight_decay: float, lora_lr: float | None = None
+) -> list[dict]:
+    """AdamW's groups: backbones, their LoRA adapters and new layers, each with and without weight decay.
 
     Biases, norms, embeddings of positions and the temperature (all of one dimension, or called so) do not decay.
+
+    Args:
+        lora_lr: None: ten times `backbone_lr`.
     """
-    groups = []
-    for names, rate, label in ((BACKBONES, backbone_lr, "backbones"), (("dual_head", "fusion"), lr, "new")):
-        chosen: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-        for part in names:
-            for item in model.parts()[part]:
-                named = [("", item)] if isinstance(item, nn.Parameter) else list(item.named_parameters())
-                for name, parameter in named:
-                    if parameter.requires_grad:
-                        chosen[_decays(name, parameter)].append(parameter)
-        for decays, parameters in chosen.items():
-            if parameters:
-                decay = weight_decay if decays else 0.0
-                groups.append({"params": parameters, "lr": rate, "weight_decay": decay, "name": label})
-    return groups
+    rates = {"backbones": backbone_lr, "adapters": LORA_FACTOR * backbone_lr if lora_lr is None else lora_lr, "new": lr}
+    chosen: dict[tuple[str, bool], list[nn.Parameter]] = {(label, d): [] for label in rates for d in (True, False)}
+    for part, items in model.parts().items():
+        for item in items:
+            named = [("", item)] if isinstance(item, nn.Parameter) else list(item.named_parameters())
+            for name, parameter in named:
+                if parameter.requires_grad:
+                    label = "new" if part not in BACKBONES else "adapters" if is_adapter(name) else "backbones"
+                    chosen[label, _decays(name, parameter)].append(parameter)
+    return [
+        {"params": parameters, "lr": rates[label], "weight_decay": weight_decay if decays else 0.0, "name": label}
+        for (label, decays), parameters in chosen.items()
+        if parameters
+    ]
 
 
 def _decays(name: str, parameter: nn.Parameter) -> bool:
@@ -40,11 +48,31 @@ def _decays(name: str, parameter: nn.Parameter) -> bool:
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, *, steps: int, warmup: int, floor: float = 0.0) -> LambdaLR:
     """Linear warm-up over `warmup` steps, then a cosine down to `floor` times the rate at `steps`."""
+    return LambdaLR(optimizer, lambda step: _factor(step, steps=steps, warmup=warmup, floor=floor))
 
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
-    return LambdaLR(optimizer, factor)
+def two_cycles(
+    optimizer: torch.optim.Optimizer, *, steps: int, first: int, warmup: float, backbones: float, floor: float = 0.0
+) -> LambdaLR:
+    """A warm-up and cosine of its own for the `first` steps, another for the rest of `steps`.
+
+    Args:
+        warmup: part of each cycle over which the rate rises.
+        floor: where each cosine ends, as a part of the rate.
+        backbones: factor on the second cycle's rate of the backbones' groups (see `parameter_groups`).
+    """
+
+    def factor(step: int, scale: float) -> float:
+        start, length = (0, first) if step < first else (first, steps - first)
+        value = _factor(step - start, steps=length, warmup=max(1, int(warmup * length)), floor=floor)
+        return value if step < first else scale * value
+
+    scales = [1.0 if group["name"] == "new" else backbones for group in optimizer.param_groups]
+    return LambdaLR(optimizer, [partial(factor, scale=scale) for scale in scales])
+
+
+def _factor(step: int, *, steps: int, warmup: int, floor: float) -> float:
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))

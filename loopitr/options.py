@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from loopitr.building import ModelOptions
 from loopitr.choices import ObjectiveOptions
 from loopitr.data.sources import DataOptions
+from loopitr.model_options import ModelOptions
 
 
 @dataclass
@@ -26,17 +26,25 @@ class TrainOptions:
     """Batches per optimiser step (negatives are not shared between them)."""
     backbone_lr: float = 5e-5
     """Peak learning rate of the two backbones."""
+    lora_lr: float | None = None
+    """Peak learning rate of LoRA adapters (`model.lora`); unset: ten times `backbone_lr`."""
     lr: float = 5e-4
     """Peak learning rate of the projections, the temperature and the fusion head."""
     weight_decay: float = 0.02
     """AdamW's, on matrices only."""
     warmup: float = 0.1
     """Part of the steps over which the learning rate rises."""
+    min_lr: float = 0.0
+    """Where the learning rate ends, as a part of its peak."""
     clip: float = 1.0
     """Gradient norm is clipped to this."""
     fusion_start: float = 0.0
-    """Part of the steps before the fusion head joins; the dual head trains alone until then. From scratch 0.25 is a
-    good value: a fusion head learns slowly from tokens that do not mean anything yet."""
+    """Part of the steps before the fusion head joins; the dual head trains alone until then, to the end of a schedule
+    of its own, and the schedule starts anew. From scratch 0.4 is a good value: a fusion head learns slowly from tokens
+    that do not mean anything yet."""
+    loop_backbone_lr: float | None = None
+    """Peak learning rate of the backbones from `fusion_start` on; unset: `backbone_lr`. A tenth of it keeps the tokens
+    still that the fusion head learns to read."""
     distillation_warmup: float = 0.1
     """Part of the steps over which the distillation's weight rises from 0, once the fusion head has joined."""
     precision: Literal["fp32", "bf16", "fp16"] | None = None
@@ -56,7 +64,8 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         _at_least(self, "train", 1, "batch_size", "accumulation", "keep_checkpoints", "log_every", "max_steps")
-        _at_least(self, "train", 0, "epochs", "backbone_lr", "lr", "weight_decay", "checkpoint_every")
+        _at_least(self, "train", 0, "epochs", "backbone_lr", "loop_backbone_lr", "lora_lr", "lr", "weight_decay")
+        _at_least(self, "train", 0, "checkpoint_every")
         if not 0 <= self.warmup <= 1 or not 0 <= self.distillation_warmup <= 1:
             raise ValueError(
                 "train.warmup and train.distillation_warmup are parts of the steps, from 0 to 1, "
@@ -64,6 +73,10 @@ class TrainOptions:
             )
         if not 0 <= self.fusion_start < 1:
             raise ValueError(f"train.fusion_start is a part of the steps, from 0 to below 1, got {self.fusion_start}")
+        if self.loop_backbone_lr is not None and not self.fusion_start:
+            raise ValueError("train.loop_backbone_lr needs train.fusion_start above 0; otherwise it is backbone_lr")
+        if not 0 <= self.min_lr <= 1:
+            raise ValueError(f"train.min_lr is a part of the peak learning rate, from 0 to 1, got {self.min_lr}")
         if not self.clip > 0:
             raise ValueError(f"train.clip must be above 0, got {self.clip}")
 

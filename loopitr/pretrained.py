@@ -103,12 +103,20 @@ def text_source(name: str) -> str:
 
     A local folder, else the folder of a package that carries the model, else the hub id (inside `hub_access`).
     """
+    source = local_or_hub(name, "the text backbone")
+    if Path(source).is_dir():
+        return source
+    return str(package_text_folder(name) or TEXT_ALIASES.get(name, name))
+
+
+def local_or_hub(name: str, what: str) -> str:
+    """The local folder `name`, or the hub id as it is."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         return str(folder)
     if name.startswith(("/", "./", "../", "~")):
-        raise FileNotFoundError(f"no model folder {name!r} for the text backbone")
-    return str(package_text_folder(name) or TEXT_ALIASES.get(name, name))
+        raise FileNotFoundError(f"no model folder {name!r} for {what}")
+    return name
 
 
 @contextmanager

@@ -25,7 +25,8 @@ class LoopITRProcessor(ProcessorMixin):
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
         """Texts are padded and truncated to the tokenizer's `model_max_length` unless told otherwise."""
         if text is not None:
-            kwargs = {"padding": True, "truncation": True, "return_token_type_ids": False, **kwargs}
+            asked = {"return_token_type_ids": False, "return_attention_mask": True}  # SigLIP's tokenizers give no mask
+            kwargs = {"padding": True, "truncation": True, **asked, **kwargs}
         kwargs.setdefault("return_tensors", "pt")
         return super().__call__(images=images, text=text, **kwargs)
 
@@ -41,6 +42,14 @@ def image_processor(
     return CLIPImageProcessor(
         size=size, crop_size=size, do_center_crop=False, resample=resample, image_mean=list(mean), image_std=list(std)
     )
+
+
+def set_image_size(images: Any, image_size: int) -> None:
+    """Make an image processor give images of another size, cropped or not as before."""
+    square = {"height": image_size, "width": image_size}
+    images.size = {"shortest_edge": image_size} if images.size.get("shortest_edge") else square
+    if images.crop_size is not None:
+        images.crop_size = square
 
 
 def word_tokenizer(words: list[str], *, max_length: int) -> PreTrainedTokenizerBase:

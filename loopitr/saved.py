@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,3 +66,23 @@ def load_saved(path: str | Path, *, dtype: torch.dtype | None = None) -> Saved:
     except SafetensorError as error:
         raise OSError(f"{path}: its weights are damaged ({error})") from error
     return Saved(model.eval(), LoopITRProcessor.from_pretrained(source), source)
+
+
+def check_output(output: str | Path, kind: str) -> None:
+    """Refuse to write a model over one of another kind, a run above all.
+
+    Args:
+        kind: `model_type` of what is to be written; an earlier one of that kind may be written over.
+
+    Raises:
+        OSError: a file.
+        ValueError: a folder with a model of another kind.
+    """
+    folder = Path(output).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{output} is not a folder")
+    config = folder / "config.json"
+    if config.is_file():
+        found = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+        if found != kind:
+            raise ValueError(f"{output} holds a {found!r} model, which would be overwritten; choose another folder")

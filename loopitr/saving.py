@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from loopitr.adapters import Model, freeze_adapted, merge_lora
 from loopitr.backbones import VisionBackbone
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
@@ -18,6 +19,10 @@ class LoopITRPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+
+    def merge_lora(self: Model) -> Model:
+        """A plain copy, LoRA adapters merged into its weights: equal outputs, no need of peft."""
+        return merge_lora(self)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -47,6 +52,8 @@ class LoopITRPreTrainedModel(PreTrainedModel):
         for module in model.modules():
             if isinstance(module, VisionBackbone):
                 module.restore_buffers(model.config)
+                module.freeze_unused_head()  # transformers trains whatever it loads
+        freeze_adapted(getattr(model, "dual", model))
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.device.type == "cpu":  # a map of the file is unaligned (other last bits) and dies with the file
                 tensor.data = tensor.data.clone()

@@ -19,10 +19,13 @@ from loopitr.data import Record
 from loopitr.evaluation.retrieval import RetrievalResult, evaluate_retrieval
 from loopitr.experiment import Experiment
 from loopitr.loading import SkipCounter
+from loopitr.memory import trim_memory
 from loopitr.model import LoopITRModel
 from loopitr.objective import StepOutput
 from loopitr.options import PretrainOptions
 from loopitr.reporting import History, plot_curves, write_json
+
+TRIM_EVERY = 10  # steps; on the CPU
 
 
 def train(options: PretrainOptions) -> dict[str, Any]:
@@ -134,6 +137,8 @@ class _Loop:
         self.experiment.optimizer.zero_grad()
         self.experiment.scheduler.step()
         self.progress.step += 1
+        if self.accelerator.device.type == "cpu" and self.progress.step % TRIM_EVERY == 0:
+            trim_memory()
 
     @staticmethod
     def _named(output: StepOutput) -> dict[str, torch.Tensor]:

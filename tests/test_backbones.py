@@ -9,7 +9,7 @@ import torch
 from support import BERT, CNN, VIT, images, tiny_model
 
 from loopitr import DualEncoderConfig, LoopITRModel
-from loopitr.backbones import VisionBackbone, vision_data
+from loopitr.backbones import VisionBackbone, fit_weights, vision_data
 
 SWIN: dict[str, Any] = {
     "name": "swin_tiny_patch4_window7_224",
@@ -18,7 +18,16 @@ SWIN: dict[str, Any] = {
 }
 NO_CLASS_TOKEN: dict[str, Any] = {**VIT, "kwargs": {**VIT["kwargs"], "class_token": False, "global_pool": "avg"}}
 CLIP_RESNET: dict[str, Any] = {"name": "resnet50_clip", "image_size": 64, "kwargs": {"width_factor": 0.125}}
-VISION = {"vit": VIT, "no_class_token": NO_CLASS_TOKEN, "cnn": CNN, "swin": SWIN}
+TINY = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+TOWERS: dict[str, dict[str, Any]] = {  # of CLIP, SigLIP, SigLIP 2 and DINO, made small
+    "clip": {"name": "vit_base_patch16_clip_quickgelu_224", "image_size": 32, "kwargs": TINY},
+    "siglip": {"name": "vit_base_patch16_siglip_224", "image_size": 32, "kwargs": TINY},
+    "siglip2": {"name": "vit_so400m_patch16_siglip_256", "image_size": 32, "kwargs": TINY},
+    "dinov2": {"name": "vit_small_patch14_reg4_dinov2", "image_size": 32, "kwargs": TINY},
+    "dinov3": {"name": "vit_small_patch16_dinov3", "image_size": 32, "kwargs": TINY},
+}
+PREFIX = {"vit": 1, "clip": 1, "dinov2": 5, "dinov3": 5}  # class token and registers
+VISION = {"vit": VIT, "no_class_token": NO_CLASS_TOKEN, "cnn": CNN, "swin": SWIN, **TOWERS}
 
 
 def vision_backbone(vision: dict[str, Any], pooling: str = "backbone") -> VisionBackbone:
@@ -41,7 +50,7 @@ def test_tokens_are_timms_features_row_by_row(name):
     else:
         expected = features
     assert torch.equal(tokens, expected)
-    assert backbone.num_prefix_tokens == (1 if name == "vit" else 0)
+    assert backbone.num_prefix_tokens == PREFIX.get(name, 0)
 
 
 @pytest.mark.parametrize("name", [*VISION, "clip_resnet"])
@@ -61,9 +70,10 @@ def test_first_and_mean_pooling():
     assert torch.equal(vision_backbone(VIT, "first").pool(tokens), tokens[:, 0])
     assert torch.equal(vision_backbone(VIT, "mean").pool(tokens), tokens[:, 1:].mean(1))  # not the class token
     assert torch.equal(vision_backbone(NO_CLASS_TOKEN, "mean").pool(tokens), tokens.mean(1))
+    assert torch.equal(vision_backbone(TOWERS["dinov2"], "mean").pool(tokens), tokens[:, 5:].mean(1))  # nor registers
 
 
-@pytest.mark.parametrize("name", ["cnn", "swin", "no_class_token"])
+@pytest.mark.parametrize("name", ["cnn", "swin", "no_class_token", "siglip"])
 def test_first_pooling_needs_a_class_token(name):
     with pytest.raises(ValueError, match=f"'first' needs a class token.*'{VISION[name]['name']}'"):
         vision_backbone(VISION[name], "first")
@@ -91,7 +101,10 @@ def test_resize_to_the_same_size_changes_nothing(name):
     assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
 
 
-@pytest.mark.parametrize("name, tokens", [("vit", 65), ("no_class_token", 64), ("cnn", 16)])
+@pytest.mark.parametrize(
+    "name, tokens",
+    [("vit", 65), ("no_class_token", 64), ("cnn", 16), ("siglip", 64), ("dinov2", 69), ("dinov3", 69)],
+)
 @torch.no_grad()
 def test_resize_to_another_size(name, tokens):
     backbone = vision_backbone(VISION[name])
@@ -145,13 +158,31 @@ def test_building_a_model_leaves_timms_initialisation_alone():
     assert last_norms and all(not value.any() for value in last_norms)
 
 
-@pytest.mark.parametrize(("name", "pooling"), [("convnext_atto", "mean"), ("mobilenetv3_small_050", "mean")])
-def test_a_head_that_pooling_goes_past_is_not_trained(name, pooling):
+@pytest.mark.parametrize("name", TOWERS)
+@torch.no_grad()
+def test_a_saved_tower_comes_back_the_same(name, tmp_path):
+    model = tiny_model(TOWERS[name]).eval()
+    model.save_pretrained(tmp_path)
+    loaded = LoopITRModel.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded.get_image_features(images(2)), model.get_image_features(images(2)))
+
+
+@pytest.mark.parametrize("name", ["siglip", "dinov2", "dinov3"])
+@torch.no_grad()
+def test_a_local_file_of_another_resolution_fits(name):
+    """As resizing does it."""
+    backbone, larger = vision_backbone(TOWERS[name]), vision_backbone({**TOWERS[name], "image_size": 48})
+    larger.model.load_state_dict(fit_weights(larger.model, dict(backbone.model.state_dict())), strict=True)
+    backbone.resize(48)
+    torch.testing.assert_close(larger(images(2, 48)), backbone(images(2, 48)), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("vision", [{"name": "convnext_atto"}, {"name": "mobilenetv3_small_050"}, TOWERS["siglip"]])
+def test_a_head_that_pooling_goes_past_is_not_trained(vision):
     """DDP wants a gradient of every trained parameter."""
-    config = DualEncoderConfig(vision={"name": name, "image_size": 64}, vision_pooling=pooling)
-    backbone = VisionBackbone(config)
-    backbone.pool(backbone(images(2, 64))).sum().backward()
+    backbone = VisionBackbone(DualEncoderConfig(vision={"image_size": 64, **vision}, vision_pooling="mean"))
+    backbone.pool(backbone(images(2, backbone.image_size))).sum().backward()
     parameters = dict(backbone.named_parameters())
     assert all((p.grad is not None) == p.requires_grad for p in parameters.values())
     frozen = [name for name, p in parameters.items() if not p.requires_grad]
-    assert frozen and all("head" in name for name in frozen)
+    assert frozen and all("head" in name or "attn_pool" in name for name in frozen)

@@ -9,8 +9,9 @@ from timm.layers import resample_abs_pos_embed
 from tiny_building import CNN, DEPTH, SMALL, build, save_bert, save_text, scratch, with_text, with_vit
 from transformers import RobertaConfig, RobertaModel
 
-from loopitr.building import FusionOptions, TextOptions, VisionOptions, token_masking
+from loopitr.building import token_masking
 from loopitr.data import SceneRecords
+from loopitr.model_options import FusionOptions, TextOptions, VisionOptions
 
 SAME_PART = {  # name in a fusion layer -> name in a BERT layer
     "query": "attention.self.query",
@@ -53,6 +54,15 @@ def test_the_scenes_model_reads_scenes():
     torch.testing.assert_close(output.text_embeds.norm(dim=-1), torch.ones(len(record.captions)))
     assert model.dual.text.model.config.vocab_size == len(processor.tokenizer)
     assert 1 / model.dual.scale.item() == pytest.approx(0.07)
+    assert model.dual.logit_bias is None
+
+
+def test_the_dual_head_of_the_sigmoid_loss():
+    model, _ = build(scratch(temperature=0.1, logit_bias=-10))
+    assert 1 / model.dual.scale.item() == pytest.approx(0.1) and model.dual.logit_bias.item() == -10
+    pixels, ids = torch.randn(2, 3, 32, 32), torch.tensor([[2, 7, 3]])
+    output = model.eval()(pixels, ids)
+    torch.testing.assert_close(output.logits_per_image, 10 * output.image_embeds @ output.text_embeds.T - 10)
 
 
 def test_captions_are_cut_to_what_the_text_backbone_takes():

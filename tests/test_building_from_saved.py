@@ -10,7 +10,8 @@ from tiny_gallery import picture, tiny_processor
 from transformers import DistilBertConfig, DistilBertModel
 
 from loopitr import DualEncoder, LoopITRModel
-from loopitr.building import FusionOptions, ModelOptions, TextOptions, VisionOptions, build_model, token_cache_key
+from loopitr.building import build_model, token_cache_key
+from loopitr.model_options import FusionOptions, ModelOptions, TextOptions, VisionOptions
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from loopitr.choices import ObjectiveOptions
     "options, message",
     [
         ({"distillation_loss": "hinge"}, "unknown distillation_loss 'hinge'; known: kl, cprd"),
+        ({"itc_loss": "hinge"}, "unknown itc_loss 'hinge'; known: softmax, sigmoid"),
         ({"mining": "random"}, "unknown mining 'random'; known: topk, sample, stratified"),
         ({"hard_rule": "median"}, "unknown hard_rule 'median'; known: threshold, mean, top"),
         ({"num_negatives": 0}, "objective.num_negatives must be at least 1, got 0"),

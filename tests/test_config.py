@@ -38,10 +38,11 @@ def test_the_callers_dicts_are_copied():
 
 
 def test_dual_config_is_the_same_without_fusion():
-    config = tiny_config(vision_pooling="mean", initial_temperature=0.05)
+    changed = {"projection": "linear", "initial_temperature": 0.05, "initial_logit_bias": -10.0}
+    config = tiny_config(vision_pooling="mean", **changed)
     dual = config.dual_config()
     assert type(dual) is DualEncoderConfig and not hasattr(dual, "fusion")
-    for name in ("vision", "text", "vision_pooling", "text_pooling", "embed_dim", "initial_temperature"):
+    for name in ("vision", "text", "vision_pooling", "text_pooling", "embed_dim", *changed):
         assert getattr(dual, name) == getattr(config, name)
 
 
@@ -56,6 +57,7 @@ def test_dual_config_is_the_same_without_fusion():
         ({"embed_dim": True}, "embed_dim must be a positive integer, got True"),
         ({"vision_pooling": "max"}, "vision_pooling must be one of first, mean, backbone, got 'max'"),
         ({"text_pooling": "cls"}, "text_pooling must be one of first, mean, backbone, got 'cls'"),
+        ({"projection": "mlp"}, "projection must be one of affine, linear, none, got 'mlp'"),
         ({"initial_temperature": 0.0}, "initial_temperature must be above 0, got 0.0"),
         ({"fusion": {"layers": 2}}, "unknown fusion option 'layers'"),
         ({"fusion": {"style": "early"}}, "fusion.style must be one of late, shared, got 'early'"),

@@ -38,7 +38,8 @@ class Case:
 
     def objective(self, kind: type[LoopObjective] = LoopObjective) -> LoopObjective:
         options = ObjectiveOptions(**{"num_negatives": 3, "itc": 0.7, "itm": 1.3, "distillation": 2.0, **self.options})
-        model = tiny_model(style=self.style, mlm_head=options.mlm > 0).train()
+        bias = -1.0 if options.itc_loss == "sigmoid" else None
+        model = tiny_model(style=self.style, mlm_head=options.mlm > 0, initial_logit_bias=bias).train()
         with torch.no_grad():
             model.itm_head.weight.mul_(30)  # match scores spread out
         return kind(model, options, token_masking=EveryThirdWord())
@@ -53,6 +54,7 @@ CASES = {
     "local_distillation_only": Case("late", {"itc": 0.0, "itm": 0.0, "distillation_loss": "kl"}),
     "across_distillation_only": Case("late", {"itc": 0.0, "itm": 0.0, "mine_across_ranks": True}),
     "itc_only": Case("late", {"itm": 0.0, "distillation": 0.0}),
+    "sigmoid": Case("late", {"itc_loss": "sigmoid", "distillation_loss": "kl"}),
 }
 
 

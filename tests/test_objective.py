@@ -67,6 +67,33 @@ def test_itc_is_plain_cross_entropy_when_identities_differ():
     torch.testing.assert_close(loss, expected)
 
 
+@pytest.mark.parametrize("itc", [0.0, 1.0])
+def test_the_sigmoid_loss_is_the_one_written_out_over_pairs(itc):
+    """Every pair by itself, right or not by identity; the bias is trained, and moves no other term."""
+    model, batch = tiny_model(initial_logit_bias=-2.0).train(), step_batch()
+    out = step(model, batch, itc=itc, itc_loss="sigmoid", distillation_loss="kl")
+    found = gradients(model, out.loss)
+    assert bool(found["dual.logit_bias"]) == bool(itc)
+    plain = step(model, batch, distillation_loss="kl")
+    for name in ("itm", "distillation"):
+        assert torch.equal(out.terms[name], plain.terms[name])
+    assert gradients(model, plain.loss)["dual.logit_bias"] == 0  # DDP wants one
+    if not itc:
+        return
+    logits = model(batch["pixel_values"], batch["input_ids"], batch["attention_mask"]).logits_per_image
+    expected = 0
+    for i in range(8):
+        for j in range(8):
+            expected = expected + F.softplus(-logits[i, j] if is_positive(batch, i, j) else logits[i, j]) / 8
+    torch.testing.assert_close(out.terms["itc"], expected)
+
+
+def test_the_sigmoid_loss_needs_its_bias():
+    with pytest.raises(ValueError, match="itc_loss 'sigmoid' needs a model with a logit_bias"):
+        step(tiny_model(), itc_loss="sigmoid")
+    step(tiny_model(), itc=0, itc_loss="sigmoid")
+
+
 # Positives and negatives
 
 

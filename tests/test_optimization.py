@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import CNN, VIT, tiny_model
 
-from loopitr.optimization import parameter_groups, warmup_cosine
+from loopitr.optimization import parameter_groups, two_cycles, warmup_cosine
 
 VARIANTS = {
     "vit": {"vision": VIT},
@@ -112,3 +112,20 @@ def test_warmup_is_linear_and_then_a_cosine(steps, warmup, floor):
         optimizer.step()
         schedule.step()
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.4 * floor)
+
+
+def test_the_second_cycle_starts_anew_with_slower_backbones():
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    names = ("backbones", "new")
+    groups = [{"params": [p], "lr": 1.0, "name": name} for p, name in zip(parameters, names, strict=True)]
+    optimizer = torch.optim.SGD(groups)
+    schedule = two_cycles(optimizer, steps=30, first=10, warmup=0.2, backbones=0.1)
+    rates = []
+    for _ in range(30):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        schedule.step()
+    alone = [0.5, 1.0, *((1 + math.cos(math.pi * step / 8)) / 2 for step in range(8))]
+    loop = [0.25, 0.5, 0.75, 1.0, *((1 + math.cos(math.pi * step / 16)) / 2 for step in range(16))]
+    assert [new for _, new in rates] == pytest.approx(alone + loop)
+    assert [backbones for backbones, _ in rates] == pytest.approx(alone + [0.1 * value for value in loop])

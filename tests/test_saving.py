@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import BERT, images, ragged_texts, tiny_model
+from support import BERT, VIT, images, ragged_texts, tiny_model
 from tiny_outputs import VISION, assert_same_tensors, outputs
 from transformers import AutoConfig, AutoModel, BertConfig, BertModel
 
@@ -87,6 +87,17 @@ def test_a_subfolder_is_found(saved, tmp_path):
 def test_loading_info_is_still_to_be_had(saved):
     loaded, info = LoopITRModel.from_pretrained(saved[1], output_loading_info=True)
     assert isinstance(loaded, LoopITRModel) and not info["missing_keys"]
+
+
+def test_what_is_not_trained_is_not_after_loading_either(tmp_path):
+    """A SigLIP tower's pooling head, where the mean is taken: DDP would wait for its gradient for ever."""
+    siglip = {"name": "vit_base_patch16_siglip_224", "image_size": 32, "kwargs": VIT["kwargs"]}
+    model = tiny_model(siglip, vision_pooling="mean")
+    model.save_pretrained(tmp_path)
+    loaded = LoopITRModel.from_pretrained(tmp_path)
+    still = [{name for name, p in m.named_parameters() if not p.requires_grad} for m in (model, loaded)]
+    assert still[0] == still[1] != set()
+    assert all(name.startswith("dual.vision.model.attn_pool.") for name in still[0])
 
 
 # The dual encoder alone

@@ -11,8 +11,9 @@ from tiny_gallery import tiny_processor
 from transformers import BertConfig, BertModel
 
 from loopitr import LoopITRModel, LoopITRProcessor
-from loopitr.building import FusionOptions, ModelOptions, TextOptions, VisionOptions, build_model
+from loopitr.building import build_model
 from loopitr.data import scene_vocabulary
+from loopitr.model_options import FusionOptions, ModelOptions, TextOptions, VisionOptions
 from loopitr.processing import word_tokenizer
 
 DEPTH = 4

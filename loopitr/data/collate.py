@@ -33,7 +33,14 @@ class Collator:
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         captions = [example["caption"] for example in examples]
-        text = self.tokenizer(captions, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
+        text = self.tokenizer(
+            captions,
+            padding=True,
+            truncation=True,
+            max_length=self.max_length,
+            return_attention_mask=True,  # SigLIP's tokenizers give none by themselves
+            return_tensors="pt",
+        )
         images = "image_tokens" if "image_tokens" in examples[0] else "pixel_values"
         return {
             images: torch.stack([example[images] for example in examples]),  # [B, 3, H, W] or [B, N, D]

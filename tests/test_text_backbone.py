@@ -7,45 +7,14 @@ from typing import Any
 import pytest
 import torch
 from support import BERT, images, plain_score, ragged_texts, tiny_model
+from tiny_texts import BERT_LAYERS, TEXT, text_backbone
 
-from loopitr import DualEncoderConfig
-from loopitr.backbones import BUCKETS, TextBackbone, TextTokens
+from loopitr.text_backbone import BUCKETS, TextBackbone, TextTokens
 
-TEXT: dict[str, dict[str, Any]] = {
-    "bert": BERT,
-    "roberta": {**BERT, "model_type": "roberta", "pad_token_id": 0},
-    "electra": {**BERT, "model_type": "electra", "embedding_size": 16},
-    "distilbert": {
-        "model_type": "distilbert",
-        "vocab_size": 60,
-        "dim": 32,
-        "n_layers": 2,
-        "n_heads": 4,
-        "hidden_dim": 48,
-        "max_position_embeddings": 24,
-        "dropout": 0.0,
-        "attention_dropout": 0.0,
-    },
-    "modernbert": {
-        "model_type": "modernbert",
-        "vocab_size": 60,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 48,
-        "max_position_embeddings": 24,
-        **{f"{name}_token_id": 0 for name in ("pad", "bos", "eos", "cls", "sep")},
-    },
-}
 OTHER_LAYERS: dict[str, dict[str, Any]] = {  # encoders with an `intermediate`, but not BERT's attention
     "mpnet": {**BERT, "model_type": "mpnet", "pad_token_id": 0},
     "deberta-v2": {**BERT, "model_type": "deberta-v2"},
 }
-
-
-def text_backbone(text: dict[str, Any], pooling: str = "mean") -> TextBackbone:
-    torch.manual_seed(0)
-    return TextBackbone(DualEncoderConfig(text=text, text_pooling=pooling)).eval()
 
 
 @pytest.mark.parametrize("name", TEXT)
@@ -105,8 +74,8 @@ def test_inner_tokens_are_the_input_of_that_layer():
 @pytest.mark.parametrize("name", TEXT)
 @torch.no_grad()
 def test_pairs_score_on_every_text_backbone(name, style):
-    if style == "shared" and name in ("distilbert", "modernbert"):
-        with pytest.raises(ValueError, match="fusion.style 'shared' needs BERT-type layers.* (Distil|Modern)BertModel"):
+    if style == "shared" and name not in BERT_LAYERS:
+        with pytest.raises(ValueError, match="'shared' needs BERT-type layers; .*(Bert|Text)Model has none"):
             tiny_model(style=style, text=TEXT[name])
         return
     model = tiny_model(style=style, layers=1, text=TEXT[name]).eval()
@@ -219,9 +188,10 @@ def test_buckets_keep_the_inner_layer_and_the_backbones_own_pooling(name):
             torch.testing.assert_close(output.pooler_output[row], alone.pooler_output[0], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["bert", "clip", "siglip"])
 @torch.no_grad()
-def test_a_caption_without_a_token_leaves_the_others_alone():
-    backbone = text_backbone(BERT)
+def test_a_caption_without_a_token_leaves_the_others_alone(name):
+    backbone = text_backbone(TEXT[name])
     ids, mask = ragged_texts(12, longest=17)
     mask[5] = 0
     output = backbone(ids, mask)

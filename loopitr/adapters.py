@@ -1,0 +1,185 @@
+"""LoRA (arXiv 2106.09685) on the backbones, through peft: their weights stay, small matrices beside them learn.
+
+peft swaps layers in place, so the network keeps its classes. `config.lora` says which layers, by their full names: a
+saved folder rebuilds them, and needs the extra `lora` for it; a merged one is a plain model again.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from loopitr.model import DualEncoder, LoopITRModel
+
+INSTALL = 'pip install "loopitr[lora]"'
+BASE = ".base_layer."
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+def add_lora(
+    model: LoopITRModel,
+    *,
+    vision_rank: int = 0,
+    text_rank: int = 0,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    targets: Sequence[str] | None = None,
+) -> None:
+    """Put new adapters into a model's backbones; its outputs stay exactly as they are until the first step.
+
+    Args:
+        vision_rank, text_rank: 0: that backbone is left alone.
+        alpha: updates are scaled by alpha / rank; None: twice the rank.
+        dropout: on what an adapter reads.
+        targets: names of layers, or what they end in (`query`; `attn.proj`, for a bare `proj` is the patch embedding
+            too), linear or convolutions; None: every linear layer that the backbone runs.
+
+    Raises:
+        ValueError: there are adapters already, a backbone is frozen, or a target is no layer that can be adapted.
+        ModuleNotFoundError: no peft.
+    """
+    ranks = {part: rank for part, rank in (("vision", vision_rank), ("text", text_rank)) if rank}
+    if model.config.lora:
+        raise ValueError("the model has LoRA adapters already: go on with them, or merge them first (merge_lora)")
+    for part in ranks:
+        if part in model.frozen:
+            raise ValueError(f"{part} is frozen, so it cannot learn adapters: model.freeze must not name it")
+    layers = {part: _layers_that_run(part, getattr(model.dual, part)) for part in ranks}
+    for target in targets or ():
+        if not any(_is_called(name, target) for found in layers.values() for name in found):
+            endings = sorted({name.rpartition(".")[2] for found in layers.values() for name in found})
+            raise ValueError(f"model.lora.targets: no layer is called {target!r}; layers end in {', '.join(endings)}")
+    described = {
+        part: {
+            "rank": rank,
+            "alpha": float(2 * rank if alpha is None else alpha),
+            "dropout": dropout,
+            "modules": _chosen(part, layers[part], targets),
+        }
+        for part, rank in ranks.items()
+    }
+    inject_lora(model.dual, described)
+    model.config.lora, model.dual.config.lora = described, copy.deepcopy(described)
+    model.train(model.training)
+
+
+def inject_lora(dual: DualEncoder, described: dict[str, dict[str, Any]]) -> None:
+    """Swap the layers that `config.lora` describes."""
+    try:
+        peft = importlib.import_module("peft")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"LoRA adapters need peft: {INSTALL}", name="peft") from error
+    for part, lora in described.items():
+        backbone = getattr(dual, part)
+        config = peft.LoraConfig(
+            r=lora["rank"],
+            lora_alpha=lora["alpha"],
+            lora_dropout=lora["dropout"],
+            target_modules="|".join(map(re.escape, lora["modules"])),  # a list would match endings too
+        )
+        peft.inject_adapter_in_model(config, backbone.model)
+        module: Any
+        for name, module in backbone.named_modules():
+            if is_adapter(name):
+                module._is_hf_initialized = True  # transformers' own start would not begin at zero
+
+
+def freeze_adapted(dual: DualEncoder) -> None:
+    """In a backbone with adapters, train nothing but them."""
+    for part in dual.config.lora or ():
+        for name, parameter in getattr(dual, part).named_parameters():
+            parameter.requires_grad_(is_adapter(name))
+
+
+def hold_statistics(dual: DualEncoder) -> None:
+    """In a backbone with adapters, batch statistics are weights like the others: they stay."""
+    for part in dual.config.lora or ():
+        for module in getattr(dual, part).modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter or module of this name is part of an adapter."""
+    return ".lora_" in name
+
+
+def merge_lora(model: Model) -> Model:
+    """A plain copy with the adapters in its weights, on the same device: equal outputs, no need of peft."""
+    config = copy.deepcopy(model.config)
+    config.lora = None
+    with torch.random.fork_rng(devices=[]):  # its start is written over
+        plain: Any = type(model)(config)
+    plain.to(device=model.device, dtype=model.dtype)
+    plain.load_state_dict(_merged_weights(model))
+    return plain.train(model.training)
+
+
+@torch.no_grad()
+def _merged_weights(model: nn.Module) -> dict[str, Tensor]:
+    weights = {
+        name.replace(BASE, "."): value.detach() for name, value in model.state_dict().items() if not is_adapter(name)
+    }
+    module: Any
+    for name, module in model.named_modules():
+        if hasattr(module, "base_layer"):
+            weight = module.base_layer.weight
+            delta = module.get_delta_weight(module.active_adapters[0])
+            weights[f"{name}.weight"] = (weight.float() + delta.float()).to(weight.dtype)
+    return weights
+
+
+def _layers_that_run(part: str, backbone: Any) -> dict[str, nn.Module]:
+    """The linear layers and convolutions of a backbone that a dry run calls, by name.
+
+    Some timm models read `layer.weight` themselves, and a pooling head may be unused: adapters there get no gradient.
+    """
+    ran: set[nn.Module] = set()
+    hooks = [module.register_forward_hook(lambda m, *_: ran.add(m)) for module in backbone.modules()]
+    weight, training = next(backbone.parameters()), backbone.training
+    backbone.eval()
+    try:
+        with torch.no_grad():
+            if part == "vision":
+                blank = torch.zeros(1, 3, backbone.image_size, backbone.image_size)
+                backbone.pool(backbone(blank.to(weight)))
+            else:
+                ids = torch.zeros(1, 2, dtype=torch.long, device=weight.device)
+                backbone.pool(backbone(ids, torch.ones_like(ids)), torch.ones_like(ids))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        backbone.train(training)
+    modules = backbone.model.named_modules()
+    return {name: m for name, m in modules if m in ran and isinstance(m, (nn.Linear, nn.Conv2d))}
+
+
+def _is_called(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _chosen(part: str, layers: dict[str, nn.Module], targets: Sequence[str] | None) -> list[str]:
+    if targets is None:
+        chosen = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
+        if not chosen:
+            raise ValueError(f"model.lora.{part}_rank: no linear layer there; name convolutions in model.lora.targets")
+        return chosen
+    chosen = [name for name in layers if any(_is_called(name, target) for target in targets)]
+    if not chosen:
+        raise ValueError(f"model.lora.{part}_rank: no layer there is called {', '.join(targets)} (model.lora.targets)")
+    for name in chosen:
+        layer: Any = layers[name]
+        if isinstance(layer, nn.Conv2d) and (layer.groups > 1 or type(layer).forward is not nn.Conv2d.forward):
+            kind = f"{type(layer).__name__} of {layer.groups} groups"
+            raise ValueError(f"model.lora.targets: {name} cannot be adapted: a {kind}, wanted a Linear or plain Conv2d")
+    return chosen

@@ -1,0 +1,71 @@
+"""python -m loopitr.convert albef|blip SRC OUT [--tokenizer NAME] [--image-size S] [--vision-heads H] [--text-heads H]
+
+Writes the public checkpoint SRC (ALBEF: a .pth; BLIP: a .pth, a transformers folder or a hub id) as the folder OUT,
+which `LoopITRModel.from_pretrained` and, with a tokenizer, `LoopITRProcessor.from_pretrained` load.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import NoReturn
+
+from loopitr.cli import run
+from loopitr.convert import albef, blip
+from loopitr.convert.weights import clip_images, save_converted
+from loopitr.model import LoopITRModel
+from loopitr.saved import check_output
+
+FAMILIES = {"albef": albef.convert_albef, "blip": blip.convert_blip}
+MAX_LENGTHS = {"albef": albef.MAX_LENGTH, "blip": blip.MAX_LENGTH}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Usage errors as a `ValueError`, which `run` prints in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (--help shows all options)")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Convert one checkpoint and say what came out.
+
+    Raises:
+        ValueError, OSError: what the user can mend.
+    """
+    options = _parser().parse_args(arguments)
+    check_output(options.out, LoopITRModel.config_class.model_type)
+    model = FAMILIES[options.family](
+        options.source,
+        image_size=options.image_size,
+        vision_heads=options.vision_heads,
+        text_heads=options.text_heads,
+    )
+    save_converted(
+        model,
+        options.out,
+        tokenizer=options.tokenizer,
+        image_processor=clip_images(model),
+        max_length=MAX_LENGTHS[options.family],
+    )
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    processor = "" if options.tokenizer else "; no processor, since no --tokenizer was given"
+    print(f"{options.family} with {millions:.1f}M parameters in {options.out}{processor}")
+
+
+def _parser() -> OneLineParser:
+    parser = OneLineParser(prog="python -m loopitr.convert", description="A public checkpoint -> a LoopITR folder.")
+    families = parser.add_subparsers(dest="family", required=True, metavar="albef|blip")
+    for family in FAMILIES:
+        options = families.add_parser(family)
+        options.add_argument("source", metavar="SRC", help="the checkpoint")
+        options.add_argument("out", metavar="OUT", help="folder to write")
+        options.add_argument("--tokenizer", help="folder or hub id of the tokenizer to save along: bert-base-uncased")
+        options.add_argument("--image-size", type=int, help="pixels per side; unset: as trained")
+        options.add_argument("--vision-heads", type=int, help="attention heads of the ViT; unset: width / 64")
+        options.add_argument("--text-heads", type=int, help="attention heads of the text layers; unset: width / 64")
+    return parser
+
+
+if __name__ == "__main__":
+    run(main)

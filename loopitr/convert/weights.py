@@ -1,0 +1,184 @@
+"""What every converter does: read a checkpoint without running code from it, fit it exactly, write a folder."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer, CLIPImageProcessor, PreTrainedTokenizerBase
+
+from loopitr.model import LoopITRModel
+from loopitr.pretrained import hub_access, text_source
+from loopitr.processing import LoopITRProcessor, image_processor
+from loopitr.saved import check_output
+
+WRAPPERS = ("model", "state_dict")  # what training scripts put their weights under
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+SHOWN = 3  # keys of each kind in an error
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """The weights in a `.safetensors` or torch file, on the CPU; a top-level `model` or `state_dict` is unwrapped.
+
+    Raises:
+        OSError: no such file, or a folder.
+        ValueError: not a checkpoint, or one that holds Python objects beside its tensors.
+    """
+    file = Path(path).expanduser()
+    if file.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, wanted a checkpoint file (.pth, .pt, .bin or .safetensors)")
+    if not file.is_file():
+        raise FileNotFoundError(f"no checkpoint file {path}")
+    found: Any = _load_safetensors(file) if file.suffix == ".safetensors" else _load_torch(file)
+    while isinstance(found, Mapping):
+        inner = next((found[name] for name in WRAPPERS if isinstance(found.get(name), Mapping)), None)
+        if inner is None:
+            break
+        found = inner
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{path} holds a {type(found).__name__}, wanted a dictionary of weights")
+    weights = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
+    if not weights:
+        raise ValueError(f"{path} holds no weights, only {_some(map(str, found))}")
+    return weights
+
+
+def _load_safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(str(file))
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a whole safetensors file ({error})") from error
+
+
+def _load_torch(file: Path) -> Any:
+    try:
+        return torch.load(str(file), map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # torch raises half a dozen kinds, with advice to switch the check off
+        if re.search("unsupported (global|class)|not an allowed global", str(error), re.IGNORECASE):
+            reason = "holds Python objects beside its tensors; reading those could run code: save its weights alone"
+        else:
+            reason = "is not a checkpoint that torch can read, or not a whole one"
+        raise ValueError(f"{file} {reason}") from error
+
+
+def load_exactly(
+    module: nn.Module, weights: Mapping[str, Tensor], source: str, *, names: Mapping[str, str] | None = None
+) -> None:
+    """Every tensor of `module` out of `weights`, and nothing else in there.
+
+    Args:
+        weights: in the module's names, or in those that `names` leads to.
+        source: where they are from, for the error.
+        names: the module's name of a tensor -> its name in `weights`, where they differ.
+
+    Raises:
+        ValueError: keys that are missing, left over or of another shape, in the names of `weights`.
+    """
+    wanted = {(names or {}).get(ours, ours): ours for ours in module.state_dict()}
+    own = module.state_dict()
+    shapes = [
+        f"{name} {list(weights[name].shape)} (wanted {list(own[ours].shape)})"
+        for name, ours in wanted.items()
+        if name in weights and weights[name].shape != own[ours].shape
+    ]
+    refuse(
+        source,
+        missing=[name for name in wanted if name not in weights],
+        left_over=[name for name in weights if name not in wanted],
+        other_shape=shapes,
+    )
+    module.load_state_dict({ours: weights[name] for name, ours in wanted.items()})
+
+
+def refuse(
+    source: str, *, missing: Collection[str] = (), left_over: Collection[str] = (), other_shape: Collection[str] = ()
+) -> None:
+    """Nothing where all three are empty.
+
+    Raises:
+        ValueError: the first keys of each kind and how many there are.
+    """
+    kinds = {"missing": missing, "left over": left_over, "of another shape": other_shape}
+    faults = [f"{kind} {_some(keys)}" for kind, keys in kinds.items() if keys]
+    if faults:
+        raise ValueError(f"{source} does not fit: {'; '.join(faults)}")
+
+
+def _some(keys: Any) -> str:
+    keys = list(keys)
+    shown = ", ".join(keys[:SHOWN])
+    return shown if len(keys) <= SHOWN else f"{shown}, ... ({len(keys)} in all)"
+
+
+def resize_positions(positions: Tensor, grid: int) -> Tensor:
+    """A ViT's positions `[1, 1 + g * g, D]` -> `[1, 1 + grid * grid, D]` as ALBEF's and BLIP's `interpolate_pos_embed`.
+
+    Not `LoopITRModel.resize_images`: timm's resampling smooths, and the numbers would not be the original's.
+    """
+    side = round((positions.shape[1] - 1) ** 0.5)
+    if side == grid:
+        return positions
+    patches = positions[:, 1:].transpose(1, 2).unflatten(-1, (side, side)).float()  # [1, D, g, g]
+    patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", align_corners=False)
+    return torch.cat([positions[:, :1], patches.flatten(2).transpose(1, 2).to(positions.dtype)], 1)
+
+
+def head_count(width: int, given: int | None, option: str) -> int:
+    """Attention heads: as given, else of width 64.
+
+    Raises:
+        ValueError: a width that is no multiple of the heads, or of 64 where none are given.
+    """
+    if given is None and width % 64:
+        raise ValueError(f"weights do not tell the number of attention heads of a width {width}: give {option}")
+    count = width // 64 if given is None else given
+    if count < 1 or width % count:
+        raise ValueError(f"{option} is {count}, wanted a divisor of the width {width}")
+    return count
+
+
+def clip_images(model: LoopITRModel) -> CLIPImageProcessor:
+    """Images as ALBEF and BLIP evaluate them: the whole image, bicubic, CLIP's mean and std."""
+    size = model.config.vision["image_size"]
+    return image_processor(size, mean=CLIP_MEAN, std=CLIP_STD, interpolation="bicubic")
+
+
+def save_converted(
+    model: LoopITRModel, out: str | Path, *, tokenizer: str | None, image_processor: Any, max_length: int
+) -> None:
+    """Write what `LoopITRModel.from_pretrained` loads and, with a tokenizer, `LoopITRProcessor.from_pretrained`.
+
+    Args:
+        tokenizer: a folder, a hub id, or a name that a package of the extra `backbones` carries.
+        max_length: captions are cut to so many tokens, as the original evaluates.
+
+    Raises:
+        OSError: no such tokenizer, or `out` cannot be written.
+        ValueError: a tokenizer with more words than the model, or `out` holds a model of another kind.
+    """
+    check_output(out, LoopITRModel.config_class.model_type)
+    folder = Path(out).expanduser()
+    words = None if tokenizer is None else _tokenizer(model, tokenizer, max_length)
+    model.save_pretrained(folder)
+    if words is not None:
+        LoopITRProcessor(image_processor, words).save_pretrained(folder)
+
+
+def _tokenizer(model: LoopITRModel, name: str, max_length: int) -> PreTrainedTokenizerBase:
+    with hub_access(name):
+        tokenizer = AutoTokenizer.from_pretrained(text_source(name))
+    known = model.config.text["vocab_size"]
+    if len(tokenizer) > known:
+        raise ValueError(f"the tokenizer of {name} has {len(tokenizer)} words, but the model knows {known}")
+    tokenizer.model_max_length = min(max_length, tokenizer.model_max_length, model.dual.text.max_length)
+    return tokenizer

@@ -1,0 +1,118 @@
+"""What `build_model` is told: the `model` part of a run's options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass
+class VisionOptions:
+    """The image backbone."""
+
+    name: str = "tf_efficientnet_lite0"
+    """Any timm model."""
+    image_size: int = 224
+    """Pixels per side."""
+    pretrained: bool = True
+    """Start from pretrained weights (a package of the extra `backbones`, else timm's hub)."""
+    checkpoint: str | None = None
+    """Local weights in timm's names (.safetensors or .pth) instead."""
+    pooling: Literal["first", "mean", "backbone"] = "backbone"
+    """What the dual head embeds."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """More arguments of timm.create_model."""
+
+
+@dataclass
+class TextOptions:
+    """The text backbone."""
+
+    name: str = "sentence-transformers/all-MiniLM-L6-v2"
+    """Any transformers encoder: a hub id, a local folder, or a name that a package of the extra `backbones` carries;
+    `scenes`: a tokenizer of the built-in vocabulary (with `pretrained: false`)."""
+    pretrained: bool = True
+    """Start from its weights; otherwise only its architecture and tokenizer are used."""
+    num_layers: int | None = None
+    """Keep only so many of its lower layers."""
+    pooling: Literal["first", "mean", "backbone"] = "mean"
+    """What the dual head embeds."""
+    max_length: int = 64
+    """Captions are cut to so many tokens (cut ones are counted)."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Changes to its transformers config."""
+
+
+@dataclass
+class FusionOptions:
+    """The fusion head."""
+
+    style: Literal["late", "shared"] = "late"
+    """Own layers on top of the text backbone (ALBEF), or its own layers run again with cross-attention (BLIP)."""
+    num_layers: int = 3
+    """Number of fusion layers."""
+    num_heads: int | None = None
+    """Attention heads; unset: width / 64, or the text backbone's where its layers are copied or shared."""
+    intermediate_size: int | None = None
+    """Feed-forward width; unset: 4 x width."""
+    dropout: float = 0.1
+    """Dropout after attention and feed-forward."""
+    init: Literal["random", "text_upper_layers"] = "random"
+    """`late`: start the fusion layers from the upper layers of the text backbone (those `text.num_layers` cuts off
+    first)."""
+
+
+@dataclass
+class LoraOptions:
+    """LoRA adapters on the backbones (the extra `lora`); the dual and the fusion head train as always."""
+
+    vision_rank: int = 0
+    """Rank of the image backbone's adapters; 0: none. With them its own weights stay as they are."""
+    text_rank: int = 0
+    """The same of the text backbone."""
+    alpha: float | None = None
+    """Updates are scaled by alpha / rank; unset: twice the rank."""
+    dropout: float = 0.0
+    """On what an adapter reads."""
+    targets: list[str] | None = None
+    """Layers by name or what their names end in (attn.qkv, query, conv_pw); unset: every linear layer."""
+
+    def __post_init__(self) -> None:
+        for name in ("vision_rank", "text_rank"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"model.lora.{name} must be at least 0, got {getattr(self, name)}")
+        if self.alpha is not None and not self.alpha > 0:
+            raise ValueError(f"model.lora.alpha must be above 0, got {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.lora.dropout must be from 0 to below 1, got {self.dropout}")
+        if self.targets is not None and not self.targets:
+            raise ValueError("model.lora.targets is empty; unset means every linear layer")
+
+
+@dataclass
+class ModelOptions:
+    """What is trained."""
+
+    init: str | None = None
+    """Continue from a saved model (folder or hub id); the options below are then ignored but for `lora`, `freeze`
+    and `image_size`."""
+    pair: str | None = None
+    """Start from a CLIP or SigLIP checkpoint of transformers (folder or hub id): both towers, the dual head and the
+    processor are its own, and only `fusion`, `mlm_head`, `lora`, `freeze` and `image_size`
+    are still read."""
+    image_size: int | None = None
+    """With `init` or `pair`: take images of another size (positional embeddings are interpolated)."""
+    vision: VisionOptions = field(default_factory=VisionOptions)
+    text: TextOptions = field(default_factory=TextOptions)
+    fusion: FusionOptions = field(default_factory=FusionOptions)
+    embed_dim: int = 256
+    """E, width of the embeds."""
+    temperature: float = 0.07
+    """Initial temperature of the dual head (0.1 for the sigmoid loss)."""
+    logit_bias: float | None = None
+    """Give the dual head the learned bias that `objective.itc_loss: sigmoid` needs, with this start (SigLIP: -10)."""
+    mlm_head: bool = False
+    """Carry a masked-language-model head."""
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    freeze: list[str] = field(default_factory=list)
+    """Parts that are not trained: vision, text, dual_head, fusion."""

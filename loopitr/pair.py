@@ -1,0 +1,154 @@
+"""A matched CLIP or SigLIP checkpoint of transformers: both towers and the dual head, for `DualEncoder`.
+
+The image tower becomes a timm ViT, the text tower stays transformers', and the projections, temperature and bias are
+the dual head's, so that an untrained model's similarities are the zero-shot ones.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedTokenizerBase
+
+from loopitr.pretrained import hub_access, local_or_hub
+from loopitr.pretrained_text import describe_text, load_tokenizer
+
+TIMM_NAMES = {"clip": "vit_base_patch16_clip_224", "siglip": "vit_base_patch16_siglip_224"}  # any size by arguments
+ACTIVATIONS = {  # transformers' name -> timm's
+    "quick_gelu": "quick_gelu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+RENAMED = (  # in transformers' image towers -> in timm's
+    (r"^embeddings\.class_embedding$", "cls_token"),
+    (r"^embeddings\.position_embedding\.weight$", "pos_embed"),
+    (r"^embeddings\.patch_embedding\.", "patch_embed.proj."),
+    (r"^pre_layrnorm\.", "norm_pre."),
+    (r"^post_layernorm\.", "norm."),
+    (r"^encoder\.layers\.", "blocks."),
+    (r"\.layer_norm([12])\.", r".norm\1."),
+    (r"\.self_attn\.out_proj\.", ".attn.proj."),
+    (r"^head\.probe$", "attn_pool.latent"),
+    (r"^head\.attention\.out_proj\.", "attn_pool.proj."),
+    (r"^head\.layernorm\.", "attn_pool.norm."),
+    (r"^head\.mlp\.", "attn_pool.mlp."),
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """`described`: values of `DualEncoderConfig`. `weights`: the state dict of the `DualEncoder` of that config."""
+
+    described: dict[str, Any]
+    weights: dict[str, Tensor]
+    image_processor: Any
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load_pair(name: str) -> Pair:
+    """Read a folder or hub id.
+
+    Raises:
+        ValueError: a model of another kind, weights missing, or an image tower that timm's ViT cannot be.
+        OSError: nothing there, or no processor beside the model.
+    """
+    source = local_or_hub(name, "the pair")
+    with hub_access(name):
+        config = AutoConfig.from_pretrained(source)
+        if config.model_type not in TIMM_NAMES:
+            hint = "; of SigLIP 2 take one of fixed size, not NaFlex" if config.model_type == "siglip2" else ""
+            raise ValueError(f"model.pair {name} holds a {config.model_type!r} model, wanted 'clip' or 'siglip'{hint}")
+        tokenizer = load_tokenizer(source)
+        images = AutoImageProcessor.from_pretrained(source)
+        model, info = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(f"model.pair {name}: missing weights {missing[:3]} ({len(missing)} in all)")
+    state = model.state_dict()
+    return Pair(describe_pair(config, state, tokenizer), convert_pair(state), images, tokenizer)
+
+
+def describe_pair(
+    config: PreTrainedConfig, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """A `CLIPConfig` or `SiglipConfig` and the model's weights -> values of `DualEncoderConfig`."""
+    clip = config.model_type == "clip"
+    scale = float(state["logit_scale"].exp())
+    bias = state.get("logit_bias")
+    return {
+        "vision": _describe_vision(config.vision_config, TIMM_NAMES[config.model_type]),
+        "vision_pooling": "first" if clip else "backbone",
+        "text": describe_text(config.text_config, tokenizer),
+        "text_pooling": "backbone",
+        "embed_dim": config.projection_dim if clip else config.text_config.projection_size,
+        "projection": "linear" if clip else "none",
+        "initial_temperature": 1 / scale,
+        "initial_logit_bias": None if bias is None else float(bias),
+        "max_logit_scale": max(100.0 if clip else 1000.0, float(math.ceil(scale))),  # SigLIP's goes beyond 100
+    }
+
+
+def _describe_vision(config: PreTrainedConfig, name: str) -> dict[str, Any]:
+    if config.hidden_act not in ACTIVATIONS:
+        raise ValueError(f"activation {config.hidden_act!r} of the image tower is none of {', '.join(ACTIVATIONS)}")
+    if not getattr(config, "vision_use_head", True):
+        raise ValueError("the image tower has no pooling head (vision_use_head is false), so it embeds nothing")
+    ratio = config.intermediate_size / config.hidden_size
+    if int(config.hidden_size * ratio) != config.intermediate_size:  # timm rounds down
+        ratio = (config.intermediate_size + 0.5) / config.hidden_size
+    kwargs = {
+        "patch_size": config.patch_size,
+        "embed_dim": config.hidden_size,
+        "depth": config.num_hidden_layers,
+        "num_heads": config.num_attention_heads,
+        "mlp_ratio": ratio,
+        "act_layer": ACTIVATIONS[config.hidden_act],
+        "norm_eps": config.layer_norm_eps,
+    }
+    return {"name": name, "image_size": config.image_size, "kwargs": kwargs}
+
+
+def convert_pair(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of a `CLIPModel` or `SiglipModel` -> of the `DualEncoder` that `describe_pair` describes."""
+    towers: dict[str, dict[str, Tensor]] = {"text_model": {}, "vision_model": {}}
+    weights = {}
+    for name, value in state.items():
+        tower, _, rest = name.partition(".")
+        if tower in towers:
+            towers[tower][rest] = value
+        elif tower in ("logit_scale", "logit_bias"):
+            weights[name] = value.reshape(())
+        else:
+            weights[name.replace("visual_projection", "vision_projection")] = value
+    weights.update({f"text.model.{name}": value for name, value in towers["text_model"].items()})
+    weights.update({f"vision.model.{name}": value for name, value in _in_timm_names(towers["vision_model"]).items()})
+    return weights
+
+
+def _in_timm_names(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    ours = {}
+    for name, value in theirs.items():
+        for pattern, replacement in RENAMED:
+            name = re.sub(pattern, replacement, name)
+        if name == "cls_token":
+            ours[name] = value[None, None]  # [1, 1, D]
+        elif name == "pos_embed":
+            ours[name] = value[None]  # [1, N, D]
+        elif ".self_attn.q_proj." in name:
+            block, kind = name.split(".self_attn.q_proj.")
+            keys = [f"encoder.layers.{block.removeprefix('blocks.')}.self_attn.{part}_proj.{kind}" for part in "qkv"]
+            ours[f"{block}.attn.qkv.{kind}"] = torch.cat([theirs[key] for key in keys])  # [3 D, D] or [3 D]
+        elif name.startswith("head.attention.in_proj_"):
+            kind = name.removeprefix("head.attention.in_proj_")
+            query, *keys_values = value.chunk(3)
+            ours[f"attn_pool.q.{kind}"] = query
+            ours[f"attn_pool.kv.{kind}"] = torch.cat(keys_values)  # [2 D, D] or [2 D]
+        elif ".self_attn." not in name:  # keys and values went with their query
+            ours[name] = value
+    return ours

@@ -1,0 +1,76 @@
+"""Pretrained text encoders of transformers: what they are, their tokenizer, their weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from loopitr.text_backbone import ALWAYS_FULL
+
+DESCRIBED = (  # written out although they may be the defaults of the config's class: the fusion head may copy them
+    *("num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_size"),
+    *("hidden_act", "layer_norm_eps"),
+)
+
+
+@dataclass(frozen=True)
+class PretrainedText:
+    """A pretrained encoder and the names of those of its weights that were missing and are drawn at random."""
+
+    model: PreTrainedModel
+    made_up: set[str]
+
+
+def load_text(source: str) -> PretrainedText:
+    """The text encoder of a folder or hub id, also of one that holds a whole image-text model (CLIP, SigLIP)."""
+    model_class: Any = ALWAYS_FULL.get(AutoConfig.from_pretrained(source).model_type, AutoModel)
+    model, info = model_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+    made_up = {name.removeprefix("text_model.") for name in info["missing_keys"]}
+    return PretrainedText(getattr(model, "text_model", model), made_up)
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """
+    Raises:
+        ValueError: it cannot pad.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    if tokenizer.pad_token is None:
+        raise ValueError(f"the tokenizer of {source} has no padding token")
+    return tokenizer
+
+
+def load_text_config(source: str, **changes: Any) -> PreTrainedConfig:
+    """The config with changes; its text part, where the folder or hub id holds an image-text model."""
+    config = AutoConfig.from_pretrained(source)
+    config = getattr(config, "text_config", config)
+    return type(config).from_dict(config.to_dict(), **changes)
+
+
+def describe_text(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The config as `DualEncoderConfig.text` wants it.
+
+    SigLIP's encoders see their padding, so the config has to have the tokenizer's: SigLIP 2's checkpoints leave
+    SigLIP's id in it, and its tokenizer may pad on the left, which those weights were not trained for.
+    """
+    described = {**config.to_diff_dict(), "model_type": config.model_type}
+    for name in DESCRIBED:
+        if hasattr(config, name):
+            described[name] = getattr(config, name)
+    for name in ("architectures", "transformers_version", "_name_or_path", "dtype"):
+        described.pop(name, None)
+    if config.model_type in ALWAYS_FULL:
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            described[name] = getattr(tokenizer, name)
+        tokenizer.padding_side = "right"
+    return described

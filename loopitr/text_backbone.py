@@ -1,0 +1,180 @@
+"""transformers text encoders behind one face: token ids -> tokens -> pooled vector.
+
+The only file that knows their quirks.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Siglip2TextModel,
+    SiglipTextModel,
+)
+
+from loopitr.config import DualEncoderConfig
+
+QUERY_KEY_VALUE = {"query", "key", "value"}
+BUCKETS = 4  # of captions by length
+
+# Trained without an attention mask, always padded on the right to the full length, pooled at the last position.
+# AutoModel does not know them by themselves.
+ALWAYS_FULL: dict[str, type[PreTrainedModel]] = {
+    "siglip_text_model": SiglipTextModel,
+    "siglip2_text_model": Siglip2TextModel,
+}
+
+
+def _max_length(model: nn.Module) -> int:
+    limit = getattr(model.config, "max_position_embeddings", None) or 512
+    positions = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
+    padding = getattr(positions, "padding_idx", None)
+    return limit if padding is None else limit - padding - 1  # RoBERTa counts positions from its padding index
+
+
+def _is_bert_layer(layer: nn.Module) -> bool:
+    attention = getattr(getattr(layer, "attention", None), "self", None)
+    if not isinstance(attention, nn.Module):
+        return False
+    parts = {name for name, _ in attention.named_children()} - {"dropout"}
+    # More than these, as in ConvBERT and DeBERTa, is another kind of attention.
+    return parts == QUERY_KEY_VALUE and hasattr(layer, "intermediate") and hasattr(layer.output, "LayerNorm")
+
+
+def bert_layers(model: nn.Module) -> list[nn.Module] | None:
+    """The encoder layers of a BERT-type model; None of any other."""
+    layers = getattr(getattr(model, "encoder", None), "layer", None)
+    return list(layers) if layers is not None and all(_is_bert_layer(layer) for layer in layers) else None
+
+
+def _new_text_model(config: PreTrainedConfig) -> Any:
+    known = ALWAYS_FULL.get(config.model_type)
+    return AutoModel.from_config(config) if known is None else known(config)
+
+
+@dataclass
+class TextTokens:
+    """`tokens [T, L, D]` of the last layer; `inner [T, L, D]`: the hidden state that `shared` fusion starts from."""
+
+    tokens: Tensor
+    inner: Tensor | None
+    pooler_output: Tensor | None
+
+
+class TextBackbone(nn.Module):
+    """Any transformers encoder with a `last_hidden_state` as `[T, L] -> tokens [T, L, D] -> pooled [T, D']`.
+
+    Tokens and pooled vectors do not depend on how far the captions are padded on the right. SigLIP's encoder, which
+    looks at its padding, always gets the full length: what the caller left out or masked is filled up, and the tokens
+    that come back are the caller's own.
+    """
+
+    def __init__(self, config: DualEncoderConfig) -> None:
+        super().__init__()
+        arguments = dict(config.text)
+        text_config = AutoConfig.for_model(arguments.pop("model_type"), **arguments)
+        text_config = getattr(text_config, "text_config", text_config)
+        self.pooling = config.text_pooling
+        self.model: Any = _new_text_model(text_config)
+        self.width: int = text_config.hidden_size
+        self.pooled_width = self.width
+        self.max_length = _max_length(self.model)
+        self._always_full = text_config.model_type in ALWAYS_FULL
+        if self.pooling == "backbone":
+            self.pooled_width = self.model.head.out_features if self._always_full else self.width
+        elif self._always_full:  # parameters that no output depends on break DDP
+            self.model.head = nn.Identity()
+        elif getattr(self.model, "pooler", None) is not None:
+            self.model.pooler = None
+        # CLIP's and SigLIP's find their end in the ids.
+        self._by_ids = "inputs_embeds" not in inspect.signature(self.model.forward).parameters
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, *, inner_layer: int | None = None) -> TextTokens:
+        """Run the backbone once; `inner_layer` also keeps the input of that layer (0: the embeddings)."""
+        if input_ids.shape[1] > self.max_length:
+            raise ValueError(
+                f"captions of {input_ids.shape[1]} tokens are longer than the text backbone takes ({self.max_length})"
+            )
+        if self._by_ids:
+            return self._run_ids(input_ids, attention_mask, inner_layer)
+        if len(input_ids) < 2 * BUCKETS or torch.compiler.is_compiling():
+            return self._run(self.model.get_input_embeddings()(input_ids), attention_mask, inner_layer)
+        # Captions of 14 tokens beside one of 40: short and long ones apart, each bucket padded to its own longest.
+        positions = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
+        lengths, order = (attention_mask.bool() * positions).amax(1).sort()
+        rows = order.chunk(BUCKETS)
+        longest = torch.stack([bucket[-1] for bucket in lengths.chunk(BUCKETS)]).clamp(min=1).tolist()
+        words = self.model.get_input_embeddings()(input_ids)  # once: each look-up has a gradient as large as the table
+        parts = [
+            self._run(words[chosen, :length], attention_mask[chosen, :length], inner_layer)
+            for chosen, length in zip(rows, longest, strict=True)
+        ]
+        back = order.argsort()
+
+        def together(tensors: list[Tensor | None]) -> Tensor | None:
+            full = [F.pad(x, (0, 0, 0, input_ids.shape[1] - x.shape[1])) for x in tensors if x is not None]
+            return torch.cat(full)[back] if full else None
+
+        tokens = together([part.tokens for part in parts])
+        assert tokens is not None
+        pooled = [part.pooler_output for part in parts if part.pooler_output is not None]
+        return TextTokens(tokens, together([part.inner for part in parts]), torch.cat(pooled)[back] if pooled else None)
+
+    def _run_ids(self, input_ids: Tensor, attention_mask: Tensor, inner_layer: int | None) -> TextTokens:
+        hidden = inner_layer is not None
+        if not self._always_full:
+            return self._named(self.model(input_ids, attention_mask, output_hidden_states=hidden), inner_layer)
+        length, pad = input_ids.shape[1], self.model.config.pad_token_id
+        ids = input_ids.masked_fill(attention_mask == 0, pad)
+        ids = F.pad(ids, (0, self.max_length - length), value=pad)  # [T, full]
+        full = self._named(self.model(ids, output_hidden_states=hidden), inner_layer)
+        inner = None if full.inner is None else full.inner[:, :length]
+        return TextTokens(full.tokens[:, :length], inner, full.pooler_output)  # [T, L, D]
+
+    def _run(self, words: Tensor, attention_mask: Tensor, inner_layer: int | None) -> TextTokens:
+        output = self.model(
+            inputs_embeds=words, attention_mask=attention_mask, output_hidden_states=inner_layer is not None
+        )
+        return self._named(output, inner_layer)
+
+    @staticmethod
+    def _named(output: Any, inner_layer: int | None) -> TextTokens:
+        return TextTokens(
+            tokens=output.last_hidden_state,
+            inner=None if inner_layer is None else output.hidden_states[inner_layer],
+            pooler_output=getattr(output, "pooler_output", None),
+        )
+
+    def embed_first(self, token_id: int, count: int) -> Tensor:
+        """What layer 0 reads when `count` texts begin with this token: `[T, 1, D]`."""
+        words = self.model.get_input_embeddings()
+        ids = torch.full((count, 1), token_id, device=words.weight.device)
+        return self.model.embeddings(inputs_embeds=words(ids))  # [T, 1, D]
+
+    def pool(self, output: TextTokens, attention_mask: Tensor) -> Tensor:
+        """-> pooled `[T, D']`."""
+        if self.pooling == "backbone":
+            if output.pooler_output is None:
+                raise ValueError(f"{type(self.model).__name__} has no pooling of its own; use 'first' or 'mean'")
+            return output.pooler_output
+        if self.pooling == "first":
+            return output.tokens[:, 0]
+        mask = attention_mask.unsqueeze(-1).to(output.tokens.dtype)
+        return (output.tokens * mask).sum(1) / mask.sum(1).clamp(min=1)  # [T, D]
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The encoder layers of a BERT-type backbone, for `shared` fusion."""
+        layers = bert_layers(self.model)
+        if layers is None:
+            raise ValueError(f"fusion.style 'shared' needs BERT-type layers; {type(self.model).__name__} has none")
+        return layers
