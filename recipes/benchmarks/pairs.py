@@ -1,0 +1,223 @@
+"""python recipes/benchmarks/pairs.py [--rounds 7] [--device cuda] [--precision bf16] [--output F.json]
+
+What scoring pairs costs, ours against the plain way, from image tokens and (in style `late`) text tokens that are
+already computed, with the same weights and the same captions: 14 tokens on average, padded to 35.
+
+- one image with 32 captions, and one caption with 32 images (keys and values cached, or tokens alone), 6 + 6 layers,
+  against a forward pass per pair in one batch: tokens of the image repeated, keys and values projected for every pair;
+- the same with the weights of transformers' `BlipForImageTextRetrieval`, against its text encoder.
+
+Both sides run interleaved in one process; medians of seconds and of ratios, the largest difference between the sides'
+logits, FLOPs counted by torch.utils.flop_counter, and the part of a large matrix product's speed that is reached.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import BlipConfig, BlipForImageTextRetrieval
+
+from loopitr import LoopITRConfig, LoopITRModel
+from loopitr.cli import parse, run
+from loopitr.convert import convert_blip
+from loopitr.states import ImageState, TextState
+
+LENGTH, HEADS = 35, 12
+
+
+@dataclass
+class Options:
+    pairs: int = 32
+    width: int = 768
+    tokens: int = 197
+    """Image tokens: 197 of ViT-B/16 at 224 px, 577 at 384 px."""
+    rounds: int = 7
+    device: str = "cpu"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    output: str | None = None
+    """JSON file for the figures."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Two ways to the same logits `[P, 2]`."""
+
+    name: str
+    ours: Callable[[], Tensor]
+    plain: Callable[[], Tensor]
+
+
+def plain_late(model: LoopITRModel, image_tokens: Tensor, text_tokens: Tensor, mask: Tensor) -> Tensor:
+    """`image_tokens [P, N, Dv]`, `text_tokens [P, L, D]`, `mask [P, L]`: a padded batch, pair by pair."""
+    assert model.fusion.text is not None
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, where: Tensor | None) -> Tensor:
+        q, k, v = (x.unflatten(-1, (HEADS, -1)).transpose(1, 2) for x in (query, key, value))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=where).transpose(1, 2).flatten(2)
+
+    hidden = text_tokens
+    layer: Any
+    cross: Any
+    for layer, cross in zip(model.fusion.text, model.fusion.cross, strict=True):
+        parts = layer.parts()
+        attended = attend(parts.query(hidden), parts.key(hidden), parts.value(hidden), mask[:, None, None])
+        hidden = parts.attention_norm(parts.attention_output(attended) + hidden)
+        attended = attend(cross.query(hidden), cross.key(image_tokens), cross.value(image_tokens), None)
+        hidden = cross.norm(cross.output(attended) + hidden)
+        inner = parts.activation(parts.feed_forward_in(hidden))
+        hidden = parts.feed_forward_norm(parts.feed_forward_out(inner) + hidden)
+    return model.itm_head(hidden[:, 0])  # [P, 2]
+
+
+def cases(options: Options) -> list[Case]:
+    count, device = options.pairs, torch.device(options.device)
+    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(8, 21, (count,), generator=generator)  # 14 on average
+    mask = (torch.arange(LENGTH) < lengths[:, None]).to(device)
+    tokens = torch.randn(count, options.tokens, options.width, generator=generator).to(device, dtype)
+    words = torch.randn(count, LENGTH, options.width, generator=generator).to(device, dtype)
+    ids = torch.randint(1000, 30000, (count, LENGTH), generator=generator).to(device) * mask
+    embeds = torch.zeros(count, 1, device=device)  # what the dual head made of them plays no part
+    every, first = torch.arange(count), torch.zeros(count, dtype=torch.long)
+
+    late: Any = _late_model(options).to(device, dtype)  # type: ignore[arg-type]
+    captions, caption = TextState(embeds, words, mask), TextState(embeds[:1], words[:1], mask[:1])
+    image, images = ImageState(embeds[:1], tokens[:1]), ImageState(embeds, tokens)
+    cached = late.project_images(images)
+    one_image, one_caption = torch.stack([first, every], 1), torch.stack([every, first], 1)
+
+    def plain_one_image() -> Tensor:
+        return plain_late(late, tokens[:1].expand(count, -1, -1), words, mask)
+
+    def plain_one_caption() -> Tensor:
+        return plain_late(late, tokens, words[:1].expand(count, -1, -1), mask[:1].expand(count, -1))
+
+    blip: Any
+    shared: Any
+    blip, shared = _blip_models(options)
+    blip.to(device, dtype)
+    shared.to(device, dtype)
+
+    def plain_blip() -> Tensor:
+        hidden = blip.text_encoder(
+            input_ids=ids,
+            attention_mask=mask.long(),
+            encoder_hidden_states=tokens[:1].expand(count, -1, -1),
+            encoder_attention_mask=torch.ones(count, options.tokens, dtype=torch.long, device=device),
+        ).last_hidden_state
+        return blip.itm_head(hidden[:, 0])
+
+    def ours_blip() -> Tensor:
+        text = shared.dual.text
+        embedded = text.model.embeddings(input_ids=ids)  # what its fusion starts from
+        return shared.score_pairs(image, TextState(embeds, embedded, mask), one_image).logits
+
+    return [
+        Case(
+            f"one image, {count} captions",
+            lambda: late.score_pairs(image, captions, one_image).logits,
+            plain_one_image,
+        ),
+        Case(
+            f"one caption, {count} images, keys and values cached",
+            lambda: late.score_pairs(cached, caption, one_caption).logits,
+            plain_one_caption,
+        ),
+        Case(
+            f"one caption, {count} images, tokens cached",
+            lambda: late.score_pairs(images, caption, one_caption).logits,
+            plain_one_caption,
+        ),
+        Case(f"BLIP, one image, {count} captions", ours_blip, plain_blip),
+    ]
+
+
+def _late_model(options: Options) -> LoopITRModel:
+    """The fusion half of ALBEF; its backbones, which do not run here, are small."""
+    width = options.width
+    config = LoopITRConfig(
+        vision={"name": "vit_tiny_patch16_224", "kwargs": {"embed_dim": width, "depth": 1, "num_heads": HEADS}},
+        text={"model_type": "bert", "hidden_size": width, "num_hidden_layers": 1, "num_attention_heads": HEADS},
+        vision_pooling="first",
+        fusion={"style": "late", "num_layers": 6, "num_heads": HEADS},
+    )
+    torch.manual_seed(0)
+    return LoopITRModel(config).eval()
+
+
+def _blip_models(options: Options) -> tuple[BlipForImageTextRetrieval, LoopITRModel]:
+    sizes = {"hidden_size": options.width, "intermediate_size": 4 * options.width, "num_attention_heads": HEADS}
+    vision = {**sizes, "num_hidden_layers": 1, "image_size": 224, "patch_size": 16}  # does not run here
+    config = BlipConfig(vision_config=vision, text_config={**sizes, "encoder_hidden_size": options.width})
+    torch.manual_seed(0)
+    theirs = BlipForImageTextRetrieval(config).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        return theirs, convert_blip(folder)
+
+
+def peak(options: Options) -> float:
+    """FLOP/s of a large matrix product in this process."""
+    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    a, b = (torch.randn(2048, 2048, device=options.device).to(dtype) for _ in range(2))
+    seconds = min(_time(lambda: a @ b, options.device) for _ in range(5))
+    return 2 * 2048**3 / seconds
+
+
+def _time(call: Callable[[], Tensor], device: str) -> float:
+    started = time.perf_counter()
+    call()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+@torch.inference_mode()
+def main() -> None:
+    options = parse(Options, description=__doc__)
+    speed = peak(options)
+    print(f"{options.pairs} pairs, width {options.width}, {options.tokens} image tokens, {options.precision}, "
+          f"{options.device}, {torch.get_num_threads()} threads, matrix product {speed / 1e9:.0f} GFLOP/s")
+    print(f"{'case':<52} {'plain s':>8} {'ours s':>8} {'ratio':>6} {'FLOP ratio':>10} {'of peak':>8} {'differ by':>10}")
+    figures = {}
+    for case in cases(options):
+        flops = {}
+        for side in ("plain", "ours"):  # also the warm-up
+            with FlopCounterMode(display=False) as counter:
+                getattr(case, side)()
+            flops[side] = counter.get_total_flops()
+        difference = (case.ours().float() - case.plain().float()).abs().max().item()
+        plain, ours = [], []
+        for _ in range(options.rounds):
+            plain.append(_time(case.plain, options.device))
+            ours.append(_time(case.ours, options.device))
+        figures[case.name] = {
+            "plain_seconds": statistics.median(plain),
+            "seconds": statistics.median(ours),
+            "ratio": statistics.median(a / b for a, b in zip(plain, ours, strict=True)),
+            "plain_flops": flops["plain"],
+            "flops": flops["ours"],
+            "of_peak": flops["ours"] / statistics.median(ours) / speed,
+            "difference": difference,
+        }
+        f = figures[case.name]
+        print(f"{case.name:<52} {f['plain_seconds']:8.3f} {f['seconds']:8.3f} {f['ratio']:6.2f} "
+              f"{flops['plain'] / flops['ours']:10.2f} {f['of_peak']:8.2f} {difference:10.1e}")
+    if options.output:
+        Path(options.output).write_text(json.dumps({"options": vars(options), "figures": figures}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)
