@@ -16,14 +16,17 @@ VIT: dict[str, Any] = {
     "kwargs": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
 }
 CNN: dict[str, Any] = {"name": "resnet10t", "image_size": 64, "kwargs": {"channels": [8, 16, 24, 32], "stem_width": 8}}
-BERT: dict[str, Any] = {
-    "model_type": "bert",
+SIZES: dict[str, Any] = {
     "vocab_size": 60,
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "intermediate_size": 48,
     "max_position_embeddings": 24,
+}
+BERT: dict[str, Any] = {
+    "model_type": "bert",
+    **SIZES,
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }

@@ -5,22 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from support import BERT, ragged_texts
+from support import BERT, SIZES, ragged_texts
 
 from loopitr import DualEncoderConfig
 from loopitr.text_backbone import TextBackbone
 
-TOWER: dict[str, Any] = {
-    "vocab_size": 60,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 24,
-    "pad_token_id": 0,
-    "bos_token_id": 2,
-    "eos_token_id": 3,
-}
+TOWER: dict[str, Any] = {**SIZES, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
 TEXT: dict[str, dict[str, Any]] = {
     "bert": BERT,
     "roberta": {**BERT, "model_type": "roberta", "pad_token_id": 0},
@@ -38,12 +28,7 @@ TEXT: dict[str, dict[str, Any]] = {
     },
     "modernbert": {
         "model_type": "modernbert",
-        "vocab_size": 60,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 48,
-        "max_position_embeddings": 24,
+        **SIZES,
         **{f"{name}_token_id": 0 for name in ("pad", "bos", "eos", "cls", "sep")},
     },
     "xlm-roberta": {**BERT, "model_type": "xlm-roberta", "pad_token_id": 0},

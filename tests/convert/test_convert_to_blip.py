@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from support import BERT, CNN, VIT, images, ragged_texts, tiny_model
-from test_convert_blip import actual, assert_equal, expected, saved
+from tiny_blip import actual, assert_equal, expected, saved
 from transformers import AutoProcessor, BlipForImageTextRetrieval, BlipProcessor
 
 from loopitr import LoopITRModel, LoopITRProcessor
