@@ -6,6 +6,7 @@ The only file that knows timm's quirks; `text_backbone.py` knows those of transf
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -175,6 +176,12 @@ def fit_weights(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tenso
     if isinstance(model, VisionTransformer):
         return vision_transformer.checkpoint_filter_fn(weights, model)
     return eva.checkpoint_filter_fn(weights, model) if isinstance(model, eva.Eva) else weights  # DINOv3 is an Eva
+
+
+def mlp_ratio(inner: int, width: int) -> float:
+    """timm's argument for a feed-forward layer of `inner` units; it rounds width x ratio down."""
+    ratio = inner / width
+    return ratio if int(width * ratio) == inner else math.nextafter(ratio, math.inf)
 
 
 @dataclass(frozen=True)

@@ -217,12 +217,17 @@ class Experiment:
         )
         self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
         # Not prepared: accelerate would step it once per process.
-        steps, alone = self.total_steps, int(train.fusion_start * self.total_steps)
-        if alone:
+        steps, self.fusion_start = self.total_steps, int(train.fusion_start * self.total_steps)
+        if self.fusion_start:
             later = train.backbone_lr if train.loop_backbone_lr is None else train.loop_backbone_lr
             scale = later / train.backbone_lr if train.backbone_lr else 1.0
             self.scheduler = two_cycles(
-                optimizer, steps=steps, first=alone, warmup=train.warmup, backbones=scale, floor=train.min_lr
+                optimizer,
+                steps=steps,
+                first=self.fusion_start,
+                warmup=train.warmup,
+                backbones=scale,
+                floor=train.min_lr,
             )
         else:
             warmup = max(1, int(train.warmup * steps))

@@ -54,8 +54,7 @@ def export_dual(
         ValueError: no fusion model there, no processor, or `output` holds a model of another kind.
         OSError: no such model, or `output` cannot be written.
     """
-    folder = Path(output)
-    check_output(folder, DualEncoder.config_class.model_type)
+    folder = check_output(output, DualEncoder.config_class.model_type)
     if isinstance(model, LoopITRModel):
         loop, source = model, "the model"
     else:

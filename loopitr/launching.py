@@ -31,7 +31,7 @@ def start_all_processes() -> bool:
     words = parent.cmdline() if parent is not None else []
     count = missing_processes(os.environ, words)
     if parent is not None and threads_by_default(os.environ, words, _environment(parent)):
-        threads = max(1, (psutil.cpu_count(logical=False) or 1) // count)
+        threads = max(1, _cores() // count)
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
     if count < 2:
@@ -70,6 +70,12 @@ def threads_by_default(
         return False
     asked = _asked(parent)
     return asked is not None and asked.num_cpu_threads_per_process is None
+
+
+def _cores() -> int:
+    """Physical ones, as far as this process may use them."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else sys.maxsize
+    return min(psutil.cpu_count(logical=False) or 1, allowed)
 
 
 def _environment(process: psutil.Process) -> Mapping[str, str]:

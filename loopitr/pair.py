@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedTokenizerBase
 
+from loopitr.backbones import mlp_ratio
 from loopitr.pretrained import hub_access, local_or_hub
 from loopitr.pretrained_text import describe_text, load_tokenizer
 
@@ -99,15 +100,12 @@ def _describe_vision(config: PreTrainedConfig, name: str) -> dict[str, Any]:
         raise ValueError(f"activation {config.hidden_act!r} of the image tower is none of {', '.join(ACTIVATIONS)}")
     if not getattr(config, "vision_use_head", True):
         raise ValueError("the image tower has no pooling head (vision_use_head is false), so it embeds nothing")
-    ratio = config.intermediate_size / config.hidden_size
-    if int(config.hidden_size * ratio) != config.intermediate_size:  # timm rounds down
-        ratio = (config.intermediate_size + 0.5) / config.hidden_size
     kwargs = {
         "patch_size": config.patch_size,
         "embed_dim": config.hidden_size,
         "depth": config.num_hidden_layers,
         "num_heads": config.num_attention_heads,
-        "mlp_ratio": ratio,
+        "mlp_ratio": mlp_ratio(config.intermediate_size, config.hidden_size),
         "act_layer": ACTIVATIONS[config.hidden_act],
         "norm_eps": config.layer_norm_eps,
     }

@@ -68,8 +68,8 @@ def load_saved(path: str | Path, *, dtype: torch.dtype | None = None) -> Saved:
     return Saved(model.eval(), LoopITRProcessor.from_pretrained(source), source)
 
 
-def check_output(output: str | Path, kind: str) -> None:
-    """Refuse to write a model over one of another kind, a run above all.
+def check_output(output: str | Path, kind: str) -> Path:
+    """The folder to write to; a model of another kind, a run above all, is not written over.
 
     Args:
         kind: `model_type` of what is to be written; an earlier one of that kind may be written over.
@@ -86,3 +86,4 @@ def check_output(output: str | Path, kind: str) -> None:
         found = json.loads(config.read_text(encoding="utf-8")).get("model_type")
         if found != kind:
             raise ValueError(f"{output} holds a {found!r} model, which would be overwritten; choose another folder")
+    return folder

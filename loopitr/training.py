@@ -42,7 +42,7 @@ class _Loop:
         self.experiment = experiment
         self.options, self.accelerator, self.log = experiment.options, experiment.accelerator, experiment.log
         self.folder, self.total_steps = experiment.folder, experiment.total_steps
-        self.fusion_start = int(self.options.train.fusion_start * self.total_steps)
+        self.fusion_start = experiment.fusion_start
 
     def run(self) -> dict[str, Any]:
         accelerator, options = self.accelerator, self.options

@@ -16,7 +16,7 @@ from loopitr.options import PretrainOptions
 from loopitr.training import train
 
 SCENES = Path(__file__).parent / "configs" / "scenes.yaml"
-OWN = ("--config", "--model.init", "--data.karpathy", "--data.albef", "--data.table", "--data.hub")
+OWN = ("--config", "--model.init", "--model.pair", "--data.karpathy", "--data.albef", "--data.table", "--data.hub")
 
 
 def main() -> None:

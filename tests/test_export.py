@@ -91,6 +91,14 @@ def test_a_run_is_never_overwritten_but_an_export_may_be(tmp_path):
         export_dual(tmp_path / "run", tmp_path / "file")
 
 
+def test_the_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch):
+    saved_run(tmp_path / "run")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    export_dual(tmp_path / "run", "~/dual")
+    assert DualEncoder.from_pretrained(tmp_path / "dual") and not (tmp_path / "~").exists()
+
+
 def test_what_holds_no_such_model_is_named(tmp_path):
     with pytest.raises(OSError, match="no model folder .*nowhere"):
         load_saved(tmp_path / "nowhere")

@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "processing": {"config"},
     "pretrained": set(),
     "pretrained_text": {"text_backbone"},
-    "pair": {"pretrained", "pretrained_text"},
+    "pair": {"backbones", "pretrained", "pretrained_text"},
     "model_options": set(),
     "saving": {"adapters", "backbones"},
     "model": {"adapters", "config", "backbones", "fusion", "heads", "saving", "states", "text_backbone"},
@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "launching": set(),
     "saved": {"model", "processing"},
     "export": {"model", "processing", "saved"},
-    "convert": {"cli", "config", "model", "pretrained", "processing", "saved"},
+    "convert": {"backbones", "cli", "config", "model", "pretrained", "processing", "saved"},
     "evaluation": {"evaluation.ranking", "config", "model", "processing", "data", "states"},
     "building": {
         *("adapters", "backbones", "config", "fusion", "masking", "model", "model_options", "pair", "pretrained"),

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from loopitr.cli import run
 from loopitr.convert import albef, blip
-from loopitr.convert.weights import clip_images, save_converted
+from loopitr.convert.weights import save_converted
 from loopitr.model import LoopITRModel
 from loopitr.saved import check_output
 
@@ -45,7 +45,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model,
         options.out,
         tokenizer=options.tokenizer,
-        image_processor=clip_images(model),
         max_length=MAX_LENGTHS[options.family],
     )
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from loopitr.backbones import mlp_ratio
 from loopitr.config import LoopITRConfig
 from loopitr.convert.weights import head_count, load_exactly, read_checkpoint, refuse, resize_positions
 from loopitr.model import LoopITRModel
@@ -198,7 +199,7 @@ def _config(
         "embed_dim": sizes.vision_width,
         "depth": sizes.vision_depth,
         "num_heads": vision_heads,
-        "mlp_ratio": sizes.mlp_width / sizes.vision_width,
+        "mlp_ratio": mlp_ratio(sizes.mlp_width, sizes.vision_width),
     }
     text = {
         "model_type": "bert",

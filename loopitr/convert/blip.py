@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import BlipForImageTextRetrieval, PreTrainedConfig
 
+from loopitr.backbones import mlp_ratio
 from loopitr.config import LoopITRConfig
 from loopitr.convert.weights import head_count, load_exactly, read_checkpoint, refuse, resize_positions
 from loopitr.model import LoopITRModel
@@ -205,7 +206,7 @@ def _config(
                 "embed_dim": vision_width,
                 "depth": _count(weights, name, vision + ".blocks.{}.mlp.fc1.weight"),
                 "num_heads": head_count(vision_width, told.vision_heads, "--vision-heads"),
-                "mlp_ratio": _ratio(shape["vision_mlp"][0], vision_width),
+                "mlp_ratio": mlp_ratio(shape["vision_mlp"][0], vision_width),
                 "pre_norm": False,
                 **told.vision,
             },
@@ -247,8 +248,3 @@ def _count(weights: dict[str, Tensor], name: Callable[[str], str], ours: str) ->
     while name(ours.format(count)) in weights:
         count += 1
     return count
-
-
-def _ratio(inner: int, width: int) -> float:
-    ratio = inner / width
-    return ratio if int(width * ratio) == inner else math.nextafter(ratio, math.inf)  # timm rounds down

@@ -33,7 +33,7 @@ def to_blip(model: LoopITRModel, out: str | Path, *, processor: LoopITRProcessor
         ValueError: the first thing of the model or its processor that BLIP has no place for, or `out` holds a model of
             another kind.
     """
-    check_output(out, BlipConfig.model_type)
+    folder = check_output(out, BlipConfig.model_type)
     for name, got, wanted in _comparison(model):
         if got != wanted:
             raise ValueError(f"a BLIP model has no place for {name} {got!r}, wanted {wanted!r}")
@@ -49,9 +49,9 @@ def to_blip(model: LoopITRModel, out: str | Path, *, processor: LoopITRProcessor
     positions = "text_encoder.embeddings.position_embeddings.weight"
     weights[positions] = weights[positions] + types[0]
     load_exactly(blip, weights, f"this {type(model).__name__}")
-    blip.save_pretrained(out)
+    blip.save_pretrained(folder)
     if written is not None:
-        written.save_pretrained(out)
+        written.save_pretrained(folder)
 
 
 def _comparison(model: LoopITRModel) -> Iterator[tuple[str, Any, Any]]:

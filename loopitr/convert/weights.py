@@ -154,7 +154,7 @@ def clip_images(model: LoopITRModel) -> CLIPImageProcessor:
 
 
 def save_converted(
-    model: LoopITRModel, out: str | Path, *, tokenizer: str | None, image_processor: Any, max_length: int
+    model: LoopITRModel, out: str | Path, *, tokenizer: str | None, max_length: int
 ) -> None:
     """Write what `LoopITRModel.from_pretrained` loads and, with a tokenizer, `LoopITRProcessor.from_pretrained`.
 
@@ -166,12 +166,11 @@ def save_converted(
         OSError: no such tokenizer, or `out` cannot be written.
         ValueError: a tokenizer with more words than the model, or `out` holds a model of another kind.
     """
-    check_output(out, LoopITRModel.config_class.model_type)
-    folder = Path(out).expanduser()
+    folder = check_output(out, LoopITRModel.config_class.model_type)
     words = None if tokenizer is None else _tokenizer(model, tokenizer, max_length)
     model.save_pretrained(folder)
     if words is not None:
-        LoopITRProcessor(image_processor, words).save_pretrained(folder)
+        LoopITRProcessor(clip_images(model), words).save_pretrained(folder)
 
 
 def _tokenizer(model: LoopITRModel, name: str, max_length: int) -> PreTrainedTokenizerBase:

@@ -13,7 +13,6 @@ logits, FLOPs counted by torch.utils.flop_counter, and the part of a large matri
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
@@ -31,6 +30,7 @@ from transformers import BlipConfig, BlipForImageTextRetrieval
 from loopitr import LoopITRConfig, LoopITRModel
 from loopitr.cli import parse, run
 from loopitr.convert import convert_blip
+from loopitr.reporting import write_json
 from loopitr.states import ImageState, TextState
 
 LENGTH, HEADS = 35, 12
@@ -216,7 +216,7 @@ def main() -> None:
         print(f"{case.name:<52} {f['plain_seconds']:8.3f} {f['seconds']:8.3f} {f['ratio']:6.2f} "
               f"{flops['plain'] / flops['ours']:10.2f} {f['of_peak']:8.2f} {difference:10.1e}")
     if options.output:
-        Path(options.output).write_text(json.dumps({"options": vars(options), "figures": figures}, indent=2) + "\n")
+        write_json(Path(options.output), {"options": vars(options), "figures": figures})
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ process; medians of seconds and of ratios to ITC only. FLOPs are counted with to
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from loopitr import LoopITRConfig, LoopITRModel
 from loopitr.cli import parse, run
 from loopitr.objective import LoopObjective, ObjectiveOptions
+from loopitr.reporting import write_json
 
 VARIANTS = {
     "ITC only": ObjectiveOptions(itm=0.0, distillation=0.0),
@@ -124,7 +124,7 @@ def main() -> None:
         print(f"{name:<16} {median:8.3f} {ratio:6.2f} {flops[name] / 1e9:8.1f} {flops[name] / flops[base]:6.2f} "
               f"{flops[name] / median / 1e9:8.1f}")
     if options.output:
-        Path(options.output).write_text(json.dumps({"options": vars(options), "figures": figures}, indent=2) + "\n")
+        write_json(Path(options.output), {"options": vars(options), "figures": figures})
 
 
 if __name__ == "__main__":

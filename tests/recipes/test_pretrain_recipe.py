@@ -201,3 +201,9 @@ def test_accelerate_passes_the_error_on(tmp_path):
 def test_every_config_is_understood(config, monkeypatch, capsys):
     status, errors = call(monkeypatch, capsys, "pretrain.py", "--config", config, "--print_config")
     assert not status and not errors
+
+
+def test_a_pair_alone_is_not_trained_with_the_options_of_the_scenes():
+    shown = launch("pretrain.py", "--model.pair", "some/pair", "--print_config")
+    assert shown.returncode == 0 and "pair: some/pair" in shown.stdout
+    assert "name: scenes" not in shown.stdout and "fusion_start: 0.0" in shown.stdout
