@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
 if TYPE_CHECKING:
@@ -92,6 +91,8 @@ def inject_lora(dual: DualEncoder, described: dict[str, dict[str, Any]]) -> None
         for name, module in backbone.named_modules():
             if is_adapter(name):
                 module._is_hf_initialized = True  # transformers' own start would not begin at zero
+    if "vision" in described:
+        dual.vision.hold_statistics = True  # they are weights like the others, and stay
 
 
 def freeze_adapted(dual: DualEncoder) -> None:
@@ -99,14 +100,6 @@ def freeze_adapted(dual: DualEncoder) -> None:
     for part in dual.config.lora or ():
         for name, parameter in getattr(dual, part).named_parameters():
             parameter.requires_grad_(is_adapter(name))
-
-
-def hold_statistics(dual: DualEncoder) -> None:
-    """In a backbone with adapters, batch statistics are weights like the others: they stay."""
-    for part in dual.config.lora or ():
-        for module in getattr(dual, part).modules():
-            if isinstance(module, _BatchNorm):
-                module.eval()
 
 
 def is_adapter(name: str) -> bool:

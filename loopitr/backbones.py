@@ -17,6 +17,7 @@ from timm.data import resolve_data_config
 from timm.layers import LayerNorm
 from timm.models import VisionTransformer, eva, vision_transformer
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from loopitr.config import DualEncoderConfig
 
@@ -39,6 +40,7 @@ class VisionBackbone(nn.Module):
         vision = config.vision
         self.image_size: int = vision["image_size"]
         self.pooling = config.vision_pooling
+        self.hold_statistics = False  # of batch norm, in training mode; its scales and shifts train
         self.model: Any = create_timm(vision["name"], self.image_size, vision["kwargs"])
         # HF's weight init must leave timm's own initialisation alone.
         module: Any
@@ -124,6 +126,14 @@ class VisionBackbone(nn.Module):
             set_size(img_size=(image_size, image_size))
         self.image_size = image_size
         self._inspect()
+
+    def train(self, mode: bool = True) -> VisionBackbone:
+        super().train(mode)
+        if self.hold_statistics:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
 
     def set_gradient_checkpointing(self, enable: bool) -> None:
         """Trade time for memory in the backbone's blocks."""

@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +23,7 @@ from loopitr.pair import load_pair
 from loopitr.pretrained import hub_access, text_source, vision_weights
 from loopitr.pretrained_text import describe_text, load_text, load_text_config, load_tokenizer
 from loopitr.processing import LoopITRProcessor, image_processor, set_image_size, word_tokenizer
-from loopitr.saved import load_saved, model_source
+from loopitr.saved import load_saved
 from loopitr.text_backbone import bert_layers
 
 
@@ -47,7 +45,12 @@ def build_model(options: ModelOptions, *, vocabulary: list[str] | None = None) -
         if options.image_size is not None and options.image_size != model.config.vision["image_size"]:
             model.resize_images(options.image_size)
             set_image_size(processor.image_processor, options.image_size)
-    model.freeze(options.freeze)
+    hold = options.hold_batch_statistics
+    if hold is None:
+        vision = options.vision
+        hold = bool(options.init or options.pair or vision.pretrained or vision.checkpoint)
+    model.dual.vision.hold_statistics |= hold  # which it does with LoRA adapters
+    model.freeze(options.freeze)  # sets the mode of every module anew
     if options.lora.vision_rank or options.lora.text_rank:
         add_lora(model, **asdict(options.lora))
     return model, processor
@@ -74,9 +77,7 @@ def token_cache_key(model: LoopITRModel, processor: LoopITRProcessor) -> str:
 
 
 def _from_saved(path: str) -> tuple[LoopITRModel, LoopITRProcessor]:
-    source = model_source(path)
-    with nullcontext() if Path(source).is_dir() else hub_access(source):
-        saved = load_saved(source, dtype=torch.float32)
+    saved = load_saved(path, dtype=torch.float32)
     if not isinstance(saved.model, LoopITRModel):
         raise ValueError(f"model.init {path} holds a dual encoder alone; training needs one with its fusion head")
     return saved.model, saved.processor

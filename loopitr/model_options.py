@@ -61,6 +61,14 @@ class FusionOptions:
     """`late`: start the fusion layers from the upper layers of the text backbone (those `text.num_layers` cuts off
     first)."""
 
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "num_heads", "intermediate_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"model.fusion.{name} must be at least 1, got {value}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.fusion.dropout must be from 0 to below 1, got {self.dropout}")
+
 
 @dataclass
 class LoraOptions:
@@ -94,12 +102,11 @@ class ModelOptions:
     """What is trained."""
 
     init: str | None = None
-    """Continue from a saved model (folder or hub id); the options below are then ignored but for `lora`, `freeze`
-    and `image_size`."""
+    """Continue from a saved model (folder or hub id); the options below are then ignored but for `lora`, `freeze`,
+    `hold_batch_statistics` and `image_size`."""
     pair: str | None = None
     """Start from a CLIP or SigLIP checkpoint of transformers (folder or hub id): both towers, the dual head and the
-    processor are its own, and only `fusion`, `mlm_head`, `lora`, `freeze` and `image_size`
-    are still read."""
+    processor are its own, and only `fusion`, `mlm_head`, `lora`, `freeze` and `image_size` are still read."""
     image_size: int | None = None
     """With `init` or `pair`: take images of another size (positional embeddings are interpolated)."""
     vision: VisionOptions = field(default_factory=VisionOptions)
@@ -114,5 +121,8 @@ class ModelOptions:
     mlm_head: bool = False
     """Carry a masked-language-model head."""
     lora: LoraOptions = field(default_factory=LoraOptions)
+    hold_batch_statistics: bool | None = None
+    """Batch norm of the image backbone goes by the statistics it comes with, not by those of the batch; unset: only
+    where it comes with weights (`init`, `pair`, `pretrained`, `checkpoint`)."""
     freeze: list[str] = field(default_factory=list)
     """Parts that are not trained: vision, text, dual_head, fusion."""
