@@ -6,6 +6,7 @@ import os
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from jsonargparse import ArgumentParser, set_parsing_settings
@@ -22,14 +23,17 @@ def parse(options: type[Options], arguments: Sequence[str] | None = None, *, des
     Raises:
         ValueError: an unknown option, a value of the wrong type, a required option that is missing.
     """
+    given = sys.argv[1:] if arguments is None else arguments
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(description=description, exit_on_error=False)  # usage would be 30 lines of options
     parser.add_argument("--config", action="config", help="YAML file of options")
     parser.add_class_arguments(options, as_group=False)
     try:
-        namespace = parser.parse_args(_flags(sys.argv[1:] if arguments is None else arguments))
+        namespace = parser.parse_args(_flags(given))
     except ArgumentError as error:
         raise ValueError(f"{error} (--help shows all options)") from error
+    except UnicodeDecodeError as error:  # does not say of which file
+        raise ValueError(f"--config {_not_text(given)} is not a text file: {error}") from error
     namespace.pop("config", None)
     instantiate = parser.instantiate if hasattr(parser, "instantiate") else parser.instantiate_classes  # before 4.49
     instantiated: Any = instantiate(namespace)
@@ -54,6 +58,18 @@ def _flags(arguments: Sequence[str]) -> list[str]:
     """`--resume` alone means true."""
     following = [*arguments[1:], ""]
     return [a + "=true" if a == "--resume" and b not in ("true", "false") else a for a, b in zip(arguments, following)]
+
+
+def _not_text(arguments: Sequence[str]) -> str:
+    """The first file given as `--config FILE` or `--config=FILE` that is not text."""
+    for word, following in zip(arguments, [*arguments[1:], ""]):
+        name, _, value = word.partition("=")
+        try:
+            if name == "--config":
+                Path(value or following).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            return value or following
+    return "FILE"
 
 
 def _one_line(error: Exception) -> str:

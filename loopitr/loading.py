@@ -100,7 +100,7 @@ class SkipCounter:
     def __init__(self, *, max_fraction: float, log: Callable[[str], None]) -> None:
         self.max_fraction, self.log = max_fraction, log
         self.report = LoadReport()
-        self.seen = self.truncated = 0
+        self.batches = self.seen = self.truncated = 0
 
     def update(self, batch: dict[str, Any]) -> None:
         """
@@ -109,6 +109,7 @@ class SkipCounter:
         """
         skipped = batch.pop("skipped", [])
         self.truncated += batch.pop("truncated", 0)
+        self.batches += 1
         self.seen += len(batch["input_ids"]) + len(skipped)
         for name, reason in skipped:
             self.report.skip(reason, name)

@@ -52,6 +52,12 @@ def set_image_size(images: Any, image_size: int) -> None:
         images.crop_size = square
 
 
+def interpolation_of(images: Any) -> str:
+    """How an image processor resizes, in torchvision's words; bicubic where torchvision cannot do that to tensors."""
+    name = "bilinear" if images.resample is None else PILImageResampling(images.resample).name.lower()
+    return name if name in ("nearest", "bilinear", "bicubic") else "bicubic"
+
+
 def word_tokenizer(words: list[str], *, max_length: int) -> PreTrainedTokenizerBase:
     """A word-level tokenizer with BERT's special tokens, for data of a closed vocabulary (`scenes`)."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 
 from loopitr.model import DualEncoder, LoopITRModel
+from loopitr.pretrained import hub_access
 from loopitr.processing import LoopITRProcessor
 
 INSIDE_A_RUN = (".", "best", "model")
@@ -53,19 +55,20 @@ def load_saved(path: str | Path, *, dtype: torch.dtype | None = None) -> Saved:
         dtype: of the weights; None: as saved.
 
     Raises:
-        OSError: nothing there, or damaged weights.
+        OSError: nothing there, or damaged weights; the hub cannot be reached or does not know the id.
         ValueError: a model of another kind.
     """
     source = model_source(path)
-    found, _ = PreTrainedConfig.get_config_dict(source)
-    kind = found.get("model_type")
-    if kind not in CLASSES:
-        raise ValueError(f"{path} holds a {kind!r} model, wanted {' or '.join(map(repr, CLASSES))}")
     try:
-        model = CLASSES[kind].from_pretrained(source, dtype="auto" if dtype is None else dtype)
+        with nullcontext() if Path(source).is_dir() else hub_access(source):
+            found, _ = PreTrainedConfig.get_config_dict(source)
+            kind = found.get("model_type")
+            if kind not in CLASSES:
+                raise ValueError(f"{path} holds a {kind!r} model, wanted {' or '.join(map(repr, CLASSES))}")
+            model = CLASSES[kind].from_pretrained(source, dtype="auto" if dtype is None else dtype)
+            return Saved(model.eval(), LoopITRProcessor.from_pretrained(source), source)
     except SafetensorError as error:
         raise OSError(f"{path}: its weights are damaged ({error})") from error
-    return Saved(model.eval(), LoopITRProcessor.from_pretrained(source), source)
 
 
 def check_output(output: str | Path, kind: str) -> Path:

@@ -95,6 +95,13 @@ WRONG = [
     (["--objective.distillation_loss=klx"], "objective.distillation_loss"),
     (["--objective.num_negatives=0"], "num_negatives must be at least 1, got 0"),
     (["--objective.itm=-1"], "objective.itm"),
+    (["--objective.hard_threshold=2"], "objective.hard_threshold must be between 0 and 1, got 2"),
+    (["--objective.hard_top=0"], "objective.hard_top must be at least 1, got 0"),
+    (["--objective.teacher_temperature=0"], "objective.teacher_temperature must be above 0, got 0"),
+    (["--objective.mining_pool=-3"], "objective.mining_pool must be at least 1, got -3"),
+    (["--model.fusion.dropout=2"], "model.fusion.dropout must be from 0 to below 1, got 2"),
+    (["--model.fusion.num_layers=0"], "model.fusion.num_layers must be at least 1, got 0"),
+    (["--model.fusion.num_heads=0"], "model.fusion.num_heads must be at least 1, got 0"),
     (["--data.captions=two"], "data.captions"),
     (["--config=absent.yaml"], "absent.yaml"),
     (["--train.batch_size=0"], "train.batch_size must be at least 1, got 0"),
@@ -131,6 +138,15 @@ def test_an_unknown_name_in_a_file_is_named(tmp_path):
     (tmp_path / "wrong.yaml").write_text("model: {vision: {size: 3}}\n")
     with pytest.raises(ValueError, match="size"):
         parse(PretrainOptions, [f"--config={tmp_path / 'wrong.yaml'}"])
+
+
+@pytest.mark.parametrize("given", [["--config={}"], ["--config", "{}"]])
+def test_a_config_file_that_is_not_text_is_named(tmp_path, given):
+    (tmp_path / "text.yaml").write_text("train: {epochs: 7}\n")
+    (tmp_path / "binary.yaml").write_bytes(b"\xef\x80a: 1")
+    words = [word.format(tmp_path / f"{name}.yaml") for name in ("text", "binary") for word in given]
+    with pytest.raises(ValueError, match=f"--config {tmp_path}/binary.yaml is not a text file"):
+        parse(PretrainOptions, words)
 
 
 def test_unset_limits_are_allowed():

@@ -142,6 +142,14 @@ def test_a_stream_gives_full_batches_and_can_be_started_in_the_middle(stream):
     assert not same_batches(list(own.epoch(1)), whole)  # other crops
 
 
+def test_a_stream_decodes_jpegs_small_on_request(stream):
+    def widths(shortest):
+        dataset = StreamDataset(stream, transform=lambda image: torch.tensor(image.width), shortest=shortest)
+        return {int(example["pixel_values"]) for example in dataset}
+
+    assert widths(None) == {40} and widths(15) == {20}
+
+
 # What could not be read
 
 

@@ -1,15 +1,18 @@
 """Sources of images and captions -> records -> examples -> batches. Imports nothing else of the package."""
 
+from .cache_folder import names_digest
 from .collate import Collator, caption_id
 from .dataset import CaptionDataset, EpochSampler, StreamDataset
+from .decoded import DecodedImages
 from .hub import HubRecords, HubStream, load_hub
+from .image_cache import ImageCache
 from .images import UnreadableImage, decode_image
 from .karpathy import load_albef, load_karpathy
 from .records import DataError, LazyRecords, LoadReport, Record, captions_of, identity_of, name_of, stable_hash
 from .scenes import Scene, SceneObject, SceneRecords, relevance, scene_captions, scene_vocabulary
 from .sources import DataOptions, load_records
 from .table import load_table
-from .token_cache import TokenCache, names_digest
+from .token_cache import TokenCache
 from .transforms import TrainTransform
 
 __all__ = [
@@ -17,9 +20,11 @@ __all__ = [
     "Collator",
     "DataError",
     "DataOptions",
+    "DecodedImages",
     "EpochSampler",
     "HubRecords",
     "HubStream",
+    "ImageCache",
     "LazyRecords",
     "LoadReport",
     "Record",

@@ -9,16 +9,16 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
 from .hub import HubStream
+from .image_cache import ImageCache
 from .images import UnreadableImage, decode_image
 from .records import DataError, Record, caption_count, captions_of, identity_of, name_of, stable_hash
 from .token_cache import TokenCache
 
-Transform = Callable[[Image.Image], Tensor]
+Transform = Callable[[Any], Tensor]  # of a PIL image; with an ImageCache of uint8 [3, H, W]
 Captions = Literal["one", "all"]
 MAX_FAILURES = 50  # unreadable images in a row: by then the data, not an image, is broken
 
@@ -29,19 +29,25 @@ class CaptionDataset(Dataset[dict[str, Any]]):
     A key is `(epoch, index)`, as `EpochSampler` gives it, or a plain index of epoch 0. With captions="one" there is one
     example per image and a caption is drawn per visit; with "all" one per caption. An unreadable image is replaced by
     the next readable record, so that batches keep their size on every rank; `skipped` names it with the reason.
-    `transform` should draw from torch's generator only: this one is seeded per example.
+    `transform` should draw from torch's generator only: this one is seeded per example. `shortest` is passed on to
+    `decode_image`; with `images` nothing is decoded.
     """
 
     def __init__(self, records: Sequence[Record], *, transform: Transform | None, captions: Captions = "one",
-                 seed: int = 0, tokens: TokenCache | None = None) -> None:
+                 seed: int = 0, tokens: TokenCache | None = None, images: ImageCache | None = None,
+                 shortest: int | None = None) -> None:
         _check_captions(captions)
         if not len(records):
             raise DataError("a dataset needs at least one record, got none")
-        if tokens is not None and len(tokens) != len(records):
-            raise ValueError(f"the token cache has {len(tokens)} images, the records are {len(records)}")
+        for what, cache in (("token", tokens), ("image", images)):
+            if cache is not None and len(cache) != len(records):
+                raise ValueError(f"the {what} cache has {len(cache)} images, the records are {len(records)}")
+        if tokens is not None and images is not None:
+            raise ValueError("either tokens or images can come from a cache, got both")
         if tokens is None and transform is None:
             raise ValueError("a transform is needed where images are not read from a token cache, got None")
-        self.records, self.transform, self.captions, self.seed, self.tokens = records, transform, captions, seed, tokens
+        self.records, self.transform, self.captions, self.seed = records, transform, captions, seed
+        self.tokens, self.images, self.shortest = tokens, images, shortest
         if captions == "all":
             counts = np.array([caption_count(records, i) for i in range(len(records))])
             self._ends = counts.cumsum()  # examples up to and with each record
@@ -84,8 +90,15 @@ class CaptionDataset(Dataset[dict[str, Any]]):
                 raise UnreadableImage(name_of(self.records, index), "no cached tokens")
             return {"image_tokens": self.tokens[index]}  # [N, D]
         assert self.transform is not None
-        record = self.records[index]
-        return {"pixel_values": _transformed(self.transform, decode_image(record.image, record.name), seed)}
+        image: Any
+        if self.images is not None:
+            if index in self.images.unreadable:
+                raise UnreadableImage(name_of(self.records, index), self.images.unreadable[index])
+            image = self.images[index]
+        else:
+            record = self.records[index]
+            image = decode_image(record.image, record.name, shortest=self.shortest)
+        return {"pixel_values": _transformed(self.transform, image, seed)}
 
 
 class StreamDataset(IterableDataset[dict[str, Any]]):
@@ -96,10 +109,11 @@ class StreamDataset(IterableDataset[dict[str, Any]]):
     """
 
     def __init__(self, stream: HubStream, *, transform: Transform, captions: Captions = "one", seed: int = 0,
-                 num_shards: int = 1, index: int = 0, shuffle_buffer: int = 0) -> None:
+                 num_shards: int = 1, index: int = 0, shuffle_buffer: int = 0, shortest: int | None = None) -> None:
         _check_captions(captions)
         self.stream, self.transform, self.captions, self.seed = stream, transform, captions, seed
         self.num_shards, self.index, self.shuffle_buffer = num_shards, index, shuffle_buffer
+        self.shortest = shortest
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
 
     def set_epoch(self, epoch: int) -> None:
@@ -117,7 +131,7 @@ class StreamDataset(IterableDataset[dict[str, Any]]):
         failures: list[UnreadableImage] = []  # in a row
         for record in stream.records(lambda reason, name: skipped.append((name, reason))):
             try:
-                image = decode_image(record.image, record.name)
+                image = decode_image(record.image, record.name, shortest=self.shortest)
             except UnreadableImage as error:
                 skipped.append((error.name, f"unreadable image: {error.reason}"))
                 failures.append(error)
@@ -170,7 +184,7 @@ def _check_captions(captions: str) -> None:
         raise ValueError(f"captions must be 'one' or 'all', got {captions!r}")
 
 
-def _transformed(transform: Transform, image: Image.Image, seed: int) -> Tensor:
+def _transformed(transform: Transform, image: Any, seed: int) -> Tensor:
     with _seeded(seed):
         return transform(image)  # [3, H, W]
 

@@ -45,6 +45,8 @@ def load_hub(path: str, split: str, report: LoadReport, image_column: str | None
 def _load(path: str, split: str, name: str | None, data_files: DataFiles, streaming: bool) -> Any:
     import datasets
 
+    named = path if data_files is None else f"{path} with data_files {data_files}"
+
     def load(wanted: str | None) -> Any:
         return datasets.load_dataset(path, name=name, data_files=data_files, split=wanted, streaming=streaming)
 
@@ -58,8 +60,8 @@ def _load(path: str, split: str, name: str | None, data_files: DataFiles, stream
             except Exception:  # the first error is the one to tell
                 pass
         if splits is not None and split.split("[")[0] not in splits:
-            raise DataError(f"{path}: no split {split!r}; it has {', '.join(map(str, splits))}") from error
-        raise DataError(f"{path}: datasets cannot load it: {_one_line(error)}") from error
+            raise DataError(f"{named}: no split {split!r}; it has {', '.join(map(str, splits))}") from error
+        raise DataError(f"{named}: datasets cannot load it: {_one_line(error)}") from error
 
 
 def _one_line(error: BaseException) -> str:

@@ -23,27 +23,33 @@ class UnreadableImage(DataError):
         return f"{self.name}: unreadable image ({self.reason})"
 
 
-def decode_image(image: str | Path | bytes | Image.Image, name: str | None = None) -> Image.Image:
+def decode_image(image: str | Path | bytes | Image.Image, name: str | None = None, *,
+                 shortest: int | None = None) -> Image.Image:
     """Decode a path, encoded bytes or PIL image to RGB, EXIF orientation applied, transparency put on white.
+
+    With `shortest`, a JPEG file may come at a half, a quarter or an eighth of its size, which is faster, as long as its
+    shorter side keeps so many pixels; everything else comes as without it.
 
     Raises `UnreadableImage` for a file that is missing, empty, truncated, no image, or too large
     (`PIL.Image.MAX_IMAGE_PIXELS`, the guard against decompression bombs).
     """
+    if shortest is not None and shortest < 1:
+        raise ValueError(f"shortest must be at least 1 pixel, got {shortest}")
     if name is None:
         name = str(image) if isinstance(image, (str, Path)) else "<bytes>" if isinstance(image, bytes) else repr(image)
     try:
         if isinstance(image, Image.Image):
-            return _to_rgb(image, name)
+            return _to_rgb(image, name, None)  # the caller's own: `draft` would change it for good
         if isinstance(image, bytes):
             if not image:
                 raise UnreadableImage(name, "empty file")
             with Image.open(io.BytesIO(image)) as opened:
-                return _to_rgb(opened, name)
+                return _to_rgb(opened, name, shortest)
         path = Path(image)
         if path.is_file() and path.stat().st_size == 0:
             raise UnreadableImage(name, "empty file")
         with Image.open(path) as opened:
-            return _to_rgb(opened, name)
+            return _to_rgb(opened, name, shortest)
     except UnreadableImage:
         raise
     except Exception as error:  # decoders raise nearly anything on foreign bytes, and all of it means unreadable
@@ -62,12 +68,14 @@ def _reason(error: Exception) -> str:
     return "truncated" if "truncated" in text.lower() else text or type(error).__name__
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+def _to_rgb(image: Image.Image, name: str, shortest: int | None) -> Image.Image:
     width, height = image.size
     if not width or not height:
         raise UnreadableImage(name, f"zero size {width}x{height}")
     if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
         raise UnreadableImage(name, "too many pixels")
+    if shortest is not None:
+        image.draft(None, (shortest, shortest))  # both sides stay at least so long; no mode: colours stay as they are
     image.load()
     try:
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:

@@ -110,11 +110,12 @@ class LoadReport:
         if len(names) < self.max_names and name not in names:
             names.append(name)
 
-    def merge_skips(self, other: LoadReport, name: str) -> None:
-        """Count the skips of `other` here, all under one name."""
+    def merge_skips(self, other: LoadReport, name: str | None = None) -> None:
+        """Count the skips of `other` here, all under one name or under their own."""
         for reason, count in other.counts.items():
-            for _ in range(count):
-                self.skip(reason, name)
+            names = other.names[reason] if name is None else [name]
+            for number in range(count):
+                self.skip(reason, names[min(number, len(names) - 1)])
 
     def summary(self) -> str:
         parts = []

@@ -35,6 +35,9 @@ class DataOptions:
     """Files for `hub`, as a pattern, a list, or a pattern per split."""
     streaming: bool = False
     """Stream `hub` instead of preparing it on disk first."""
+    shuffle_buffer: int = 1000
+    """Streams: training rows held in memory at a time, by each of the `num_workers`, to be drawn in random order; 0: in
+    the order of the files."""
     images: str | None = None
     """Folder that relative image paths start from (albef, table: the folder of that file if not given)."""
     image_column: str | None = None
@@ -73,6 +76,11 @@ class DataOptions:
     """DataLoader processes per rank."""
     max_skipped_fraction: float = 0.05
     """Stop when more than this fraction of captions or images had to be skipped."""
+    scaled_decode: bool = True
+    """Decode large training JPEGs at 1/2, 1/4 or 1/8, never so small that a random crop would be enlarged."""
+    cache_images: str | None = None
+    """Folder for the training images, decoded and shrunk once to the size that random crops need; each takes width x
+    height x 3 bytes, at 224 px and the default crops 0.5 MB."""
     cache_tokens: str | None = None
     """Folder for the image tokens of a frozen image backbone, computed once."""
     limit: int | None = None
@@ -90,6 +98,8 @@ def load_records(options: DataOptions, split: str, report: LoadReport) -> Sequen
         raise DataError(f"one data source is wanted, got {' and '.join(f'data.{name}' for name in given)}")
     if options.limit is not None and options.limit < 1:
         raise DataError(f"data.limit must be at least 1, got {options.limit}")
+    if options.shuffle_buffer < 0:
+        raise DataError(f"data.shuffle_buffer must be at least 0, got {options.shuffle_buffer}")
     source = given[0] if given else "scenes"
     fraction = _held_out_fraction(options, source)
     if fraction and split in (options.split, options.val_split):

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
-import shutil
-import socket
-import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +12,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .images import UnreadableImage, decode_image
-from .records import DataError, LazyRecords, Record, name_of
+from .cache_folder import build_once, check_space, names_digest, read_images
+from .records import DataError, Record, name_of
 
 Encode = Callable[[Tensor], Tensor]  # [B, 3, H, W] -> [B, N, D]
 FP16_MAX = float(torch.finfo(torch.float16).max)
@@ -54,30 +48,19 @@ class TokenCache:
 
         `key` is the caller's digest of everything that decides the tokens but the images: backbone weights, transform.
         Images are told apart by name and path, not by pixels: delete the folder after editing images in place.
-        A build happens in a folder of its own that is renamed when complete; a killed one leaves nothing that is taken
-        for a cache, and of two concurrent builders the first to finish wins.
+        For killed and concurrent builds see `build_once`.
         """
         if not re.fullmatch(r"[\w-]{8,}", key):
             raise ValueError(f"key must be a digest of at least 8 letters, digits, '-' or '_', got {key!r}")
         digest = names_digest(records)
         target = Path(folder) / f"{key[:16]}-{digest[:8]}"
-        if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(target)
-            temporary = target.parent / f"{_prefix(target)}{os.getpid()}-{uuid.uuid4().hex[:8]}"
-            temporary.mkdir()
-            try:
-                shape, unreadable = _build(temporary, records, transform, encode, batch_size, num_workers, device,
-                                           progress)
-                meta = {"key": key, "names_digest": digest, "shape": shape, "unreadable": unreadable}
-                (temporary / "meta.json").write_text(json.dumps(meta))
-                try:
-                    temporary.rename(target)
-                except OSError:
-                    if not target.exists():  # else another process finished first, with the same tokens
-                        raise
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+
+        def build(temporary: Path) -> None:
+            shape, unreadable = _build(temporary, records, transform, encode, batch_size, num_workers, device, progress)
+            meta = {"key": key, "names_digest": digest, "shape": shape, "unreadable": unreadable}
+            (temporary / "meta.json").write_text(json.dumps(meta))
+
+        build_once(target, build)
         cache = cls(target)
         if cache.key != key or cache.names_digest != digest:
             raise DataError(f"{target}: made for another backbone, transform or set of images; delete it")
@@ -102,47 +85,15 @@ class TokenCache:
         return self._array
 
 
-def names_digest(records: Sequence[Record]) -> str:
-    """Digest of which images a sequence holds, in order, without reading any."""
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(getattr(records, "fingerprint", "").encode())
-    for index in range(len(records)):
-        digest.update(b"\0" + name_of(records, index).encode())
-        if not isinstance(records, LazyRecords) and isinstance(records[index].image, (str, Path)):
-            digest.update(b"\1" + str(records[index].image).encode())
-    return digest.hexdigest()
-
-
-class _Images(Dataset[tuple[int, Tensor | None]]):
-    def __init__(self, records: Sequence[Record], transform: Callable[[Image.Image], Tensor]) -> None:
-        self.records, self.transform = records, transform
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> tuple[int, Tensor | None]:
-        record = self.records[index]
-        try:
-            return index, self.transform(decode_image(record.image, record.name))
-        except UnreadableImage:
-            return index, None
-
-
 def _build(folder: Path, records: Sequence[Record], transform: Callable[[Image.Image], Tensor], encode: Encode,
            batch_size: int, num_workers: int, device: str | torch.device,
            progress: bool) -> tuple[tuple[int, int, int], list[int]]:
-    loader = DataLoader(
-        _Images(records, transform),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        collate_fn=list,
-        generator=torch.Generator(),  # the global one stays where it is: a run must not depend on a cold cache
-    )
+    loader = read_images(records, transform, batch_size=batch_size, num_workers=num_workers)
     array: np.ndarray | None = None
     unreadable = []
     for batch in tqdm(loader, desc="image tokens", disable=not progress):
-        good = [(index, pixels) for index, pixels in batch if pixels is not None]
-        unreadable += [index for index, pixels in batch if pixels is None]
+        good = [(index, pixels) for index, pixels in batch if isinstance(pixels, Tensor)]
+        unreadable += [index for index, pixels in batch if not isinstance(pixels, Tensor)]
         if not good:
             continue
         indices = [index for index, _ in good]
@@ -165,23 +116,6 @@ def _build(folder: Path, records: Sequence[Record], transform: Callable[[Image.I
 
 
 def _allocate(folder: Path, shape: tuple[int, int, int]) -> np.ndarray:
-    size, free = 2 * int(np.prod(shape)), shutil.disk_usage(folder).free
-    if size > free:  # writing a map beyond the disk's end kills the process without a word
-        raise DataError(f"{folder.parent}: caching tokens needs {size / 2**30:.1f} GiB, {free / 2**30:.1f} are free")
+    # writing a map beyond the disk's end kills the process without a word
+    check_space(folder, 2 * int(np.prod(shape)), "caching tokens")
     return np.lib.format.open_memmap(folder / "tokens.npy", mode="w+", dtype=np.float16, shape=shape)
-
-
-def _prefix(target: Path) -> str:
-    return f".{target.name}.building-{socket.gethostname()}-"
-
-
-def _remove_abandoned(target: Path) -> None:
-    """Delete what killed builders on this host left behind; they may be gigabytes."""
-    for folder in target.parent.glob(f"{_prefix(target)}*"):
-        pid = int(folder.name[len(_prefix(target)):].split("-")[0])
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            shutil.rmtree(folder, ignore_errors=True)
-        except PermissionError:
-            pass  # alive, and someone else's

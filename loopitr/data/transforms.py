@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,9 +10,13 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
+LEAST_RATIO = 3 / 4  # of a random crop's sides
+
 
 class TrainTransform:
-    """PIL RGB -> normalised float tensor [3, H, W] of a random crop.
+    """PIL RGB or uint8 tensor [3, H, W] -> normalised float tensor [3, size, size] of a random crop.
+
+    `shortest` is how many pixels the shorter side of an image needs so that no crop of it is enlarged.
 
     `flip` is off by default, since it makes captions that say left or right wrong. `randaugment` applies two of
     ALBEF's ten operations (arXiv 2107.07651), which leave colours alone because captions name them.
@@ -26,9 +31,13 @@ class TrainTransform:
         if interpolation not in modes:
             raise ValueError(f"interpolation must be one of {', '.join(modes)}; got {interpolation!r}")
         size = [image_size, image_size] if isinstance(image_size, int) else list(image_size)
+        # Of an image with sides m <= n, a crop's area is at least low * m * n and its ratio of sides at least 3/4, so
+        # its shorter side is at least sqrt(3/4 * low) * m; nor is it below low * m, the other being at most n.
+        self.shortest = math.ceil(max(size) / max(crop_scale[0], math.sqrt(LEAST_RATIO * crop_scale[0])))
         steps: list[torch.nn.Module] = [
             v2.PILToTensor(),  # uint8 first: tensor resizing is about twice as fast as Pillow's
-            v2.RandomResizedCrop(size, scale=crop_scale, interpolation=modes[interpolation], antialias=True),
+            v2.RandomResizedCrop(size, scale=crop_scale, ratio=(LEAST_RATIO, 1 / LEAST_RATIO),
+                                 interpolation=modes[interpolation], antialias=True),
         ]
         if flip:
             steps.append(v2.RandomHorizontalFlip())
@@ -37,7 +46,7 @@ class TrainTransform:
         steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean=list(mean), std=list(std))]
         self.steps = v2.Compose(steps)
 
-    def __call__(self, image: Image.Image) -> Tensor:
+    def __call__(self, image: Image.Image | Tensor) -> Tensor:
         return self.steps(image)  # [3, H, W]
 
 

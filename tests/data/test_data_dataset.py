@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 from transformers import BertTokenizerFast
 
 from loopitr.data import (
@@ -150,6 +151,37 @@ def test_train_transform():
     for arguments in ({"interpolation": "cubic"}, {"crop_scale": (0.0, 1.0)}):
         with pytest.raises(ValueError, match=str(next(iter(arguments)))):
             TrainTransform(16, (0.5,) * 3, (0.5,) * 3, **arguments)
+
+
+@pytest.mark.parametrize("low", [0.08, 0.3, 0.5, 0.75, 0.9, 1.0])
+def test_crops_of_an_image_of_the_shortest_side_are_never_enlarged(low):
+    transform = TrainTransform((40, 24), (0.5,) * 3, (0.5,) * 3, crop_scale=(low, 1.0))
+    crop = next(step for step in transform.steps.transforms if isinstance(step, v2.RandomResizedCrop))
+    torch.manual_seed(0)
+    least = []
+    for longer in (1.0, 1.1, 4 / 3, 1.5, 3.0):
+        image = torch.zeros(3, transform.shortest, int(longer * transform.shortest), dtype=torch.uint8)
+        chosen = [crop.make_params([image if i % 2 else image.mT]) for i in range(400)]
+        least.append(min(min(params["height"], params["width"]) for params in chosen))
+    assert 40 <= min(least) <= 46  # and the side is not far more than needed
+
+
+def test_the_transform_of_bytes_is_that_of_the_image():
+    image = Image.fromarray(torch.randint(256, (50, 60, 3), dtype=torch.uint8).numpy())
+    values = []
+    for form in (image, v2.functional.pil_to_tensor(image)):
+        torch.manual_seed(1)
+        values.append(AUGMENT(form))
+    assert torch.equal(*values)
+
+
+def test_large_jpegs_are_decoded_small_on_request():
+    buffer = io.BytesIO()
+    Image.new("RGB", (160, 120), (9, 9, 9)).save(buffer, "JPEG")
+    records = [Record(image=buffer.getvalue(), captions=("c",), identity=0, name="0.jpg")]
+    for shortest, width in ((None, 160.0), (60, 80.0)):
+        dataset = CaptionDataset(records, transform=size_transform, shortest=shortest)
+        assert dataset[0]["pixel_values"][0] == width
 
 
 def example(caption, identity=0, **more):

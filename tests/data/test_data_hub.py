@@ -188,6 +188,8 @@ def test_refuses(tmp_path, streaming):
                             **options))
     assert records[0].captions == ("a cat", "two cats")
     (tmp_path / "bad.parquet").write_bytes(b"xx")
+    fails(r"parquet with data_files /nope/\*.parquet: datasets cannot load it", "parquet", "train",
+          data_files="/nope/*.parquet", streaming=streaming)
     fails("(cannot load it|cannot read on)", "parquet", "train", data_files=str(tmp_path / "bad.parquet"),
           streaming=streaming)
 

@@ -120,3 +120,87 @@ def test_error_is_one_line():
     with pytest.raises(DataError) as caught:
         decode_image(b"x", "a.jpg")
     assert str(caught.value) == "a.jpg: unreadable image (not a known image format)"
+
+
+# Scaled decode: JPEGs only, sizes only
+
+
+def smooth(size, seed=0):
+    """A picture that survives scaling."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+
+
+def close_to_shrunk(image, whole, tolerance=3.0):
+    shrunk = np.asarray(whole.resize(image.size, Image.Resampling.BOX), dtype=float)
+    return np.abs(np.asarray(image) - shrunk).mean() < tolerance
+
+
+@pytest.mark.parametrize("size, shortest, expected", [
+    ((400, 300), 300, (400, 300)), ((400, 300), 151, (400, 300)), ((400, 300), 150, (200, 150)),
+    ((300, 400), 75, (75, 100)), ((301, 403), 37, (38, 51)), ((400, 300), 1, (50, 38)), ((400, 300), 500, (400, 300)),
+    ((800, 50), 40, (800, 50)),
+])
+def test_a_jpeg_is_decoded_small_but_not_below_shortest(tmp_path, size, shortest, expected):
+    data = encode(smooth(size), "JPEG", quality=95)
+    (tmp_path / "x.jpg").write_bytes(data)
+    whole = decode_image(data)
+    for form in (data, tmp_path / "x.jpg"):
+        image = decode_image(form, shortest=shortest)
+        assert image.mode == "RGB" and image.size == expected and close_to_shrunk(image, whole)
+        assert min(image.size) >= min(shortest, min(size))
+    assert decode_image(data, shortest=max(size)).tobytes() == whole.tobytes()
+
+
+@pytest.mark.parametrize("image, options", [
+    (smooth((160, 120)).convert("CMYK"), {}),
+    (smooth((160, 120)).convert("L"), {}),
+    (smooth((160, 120)), {"progressive": True}),
+    (smooth((160, 120)), {"subsampling": 2}),
+], ids=["CMYK", "greyscale", "progressive", "subsampled"])
+def test_colours_of_a_scaled_jpeg_are_those_of_the_whole(image, options):
+    data = encode(image, "JPEG", quality=95, **options)
+    small, whole = decode_image(data, shortest=30), decode_image(data)
+    assert small.mode == "RGB" and small.size == (40, 30) and close_to_shrunk(small, whole)
+
+
+def test_a_scaled_jpeg_is_turned_too():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(smooth((160, 120)), "JPEG", exif=exif, quality=95)
+    small = decode_image(data, shortest=60)
+    assert small.size == (60, 80) and close_to_shrunk(small, decode_image(data))
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "GIF"])
+def test_other_formats_are_decoded_whole(format):
+    transparent = smooth((160, 120)).convert("RGBA" if format != "GIF" else "P")
+    if format != "GIF":
+        transparent.putalpha(100)
+    data = encode(transparent, format)
+    assert decode_image(data, shortest=30).tobytes() == decode_image(data).tobytes()
+
+
+def test_an_open_jpeg_of_the_caller_stays_whole():
+    opened = Image.open(io.BytesIO(encode(smooth((160, 120)), "JPEG")))
+    assert decode_image(opened, shortest=30).size == (160, 120) and opened.size == (160, 120)
+
+
+@pytest.mark.parametrize("part", [0.3, 0.9])
+def test_a_truncated_jpeg_stays_unreadable_when_scaled(part):
+    data = encode(noise((160, 120)), "JPEG")
+    for shortest in (None, 15):
+        with pytest.raises(UnreadableImage, match="^x.jpg: unreadable image .truncated.$"):
+            decode_image(data[:int(len(data) * part)], "x.jpg", shortest=shortest)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_scaling_does_not_let_a_bomb_through(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 15_000)
+    with pytest.raises(UnreadableImage, match="too many pixels"):
+        decode_image(encode(smooth((160, 120)), "JPEG"), shortest=15)
+
+
+def test_shortest_must_be_a_size():
+    with pytest.raises(ValueError, match="shortest must be at least 1 pixel, got 0"):
+        decode_image(encode(noise(), "JPEG"), shortest=0)

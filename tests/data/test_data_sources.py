@@ -34,6 +34,7 @@ def test_scenes_are_the_default():
     fails("no split 'dev'; it has train, val, test", "dev")
     fails("at most 880; got 1000", "val", scenes_val=1000)
     fails("limit must be at least 1, got 0", limit=0)
+    fails("data.shuffle_buffer must be at least 0, got -1", shuffle_buffer=-1)
 
 
 def test_two_sources_are_refused():

@@ -1,0 +1,154 @@
+"""Training images, decoded and shrunk once and memory-mapped as bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from .cache_folder import build_once, check_space, names_digest, read_images
+from .records import DataError, Record, name_of
+
+
+class ImageCache:
+    """`cache[i]` is the uint8 pixels [3, H, W] of record i; `unreadable` has the reason of each record without any."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Open a finished cache. Each process maps the files on first use, so DataLoader workers may hold it."""
+        self.folder = Path(folder)
+        self._maps: tuple[np.ndarray, np.ndarray] | None = None
+        try:
+            meta = json.loads((self.folder / "meta.json").read_text())
+            self.shortest: int = meta["shortest"]
+            self.names_digest: str = meta["names_digest"]
+            self.unreadable: dict[int, str] = {int(index): reason for index, reason in meta["unreadable"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{self.folder}: not an image cache ({error}); delete it to have it built again") from error
+        index, pixels = self._mapped()
+        if index.ndim != 2 or index.shape[1] != 3 or int(index[:, 1:].prod(axis=1).sum()) * 3 != len(pixels):
+            raise DataError(f"{self.folder}: {len(pixels)} bytes of pixels do not fit the index {index.shape}; "
+                            "delete it to have it built again")
+
+    @classmethod
+    def open_or_build(cls, folder: str | Path, *, records: Sequence[Record], shortest: int, num_workers: int = 0,
+                      batch_size: int = 16, progress: bool = True) -> ImageCache:
+        """Open `folder/<shortest>px-<names digest[:16]>`, building it first if it is not there.
+
+        Images whose shorter side is above `shortest` pixels are shrunk to it, none is enlarged. Images are told apart
+        by name and path, not by pixels: delete the folder after editing images in place. For killed and concurrent
+        builds see `build_once`.
+        """
+        if shortest < 1:
+            raise ValueError(f"shortest must be at least 1 pixel, got {shortest}")
+        digest = names_digest(records)
+        target = Path(folder) / f"{shortest}px-{digest[:16]}"
+
+        def build(temporary: Path) -> None:
+            unreadable = _build(temporary, records, shortest, batch_size, num_workers, progress)
+            meta = {"shortest": shortest, "names_digest": digest, "unreadable": unreadable}
+            (temporary / "meta.json").write_text(json.dumps(meta))
+
+        build_once(target, build)
+        cache = cls(target)
+        if cache.shortest != shortest or cache.names_digest != digest or len(cache) != len(records):
+            raise DataError(f"{target}: made for another size or set of images; delete it")
+        return cache
+
+    def __len__(self) -> int:
+        return len(self._mapped()[0])
+
+    def __getitem__(self, index: int) -> Tensor:
+        places, pixels = self._mapped()
+        offset, height, width = places[index].tolist()
+        values = np.array(pixels[offset:offset + 3 * height * width])  # a copy: the map is read-only
+        # Stored as Pillow has them, [H, W, 3]: torch resizes bytes faster from a view of those than from planes.
+        return torch.from_numpy(values).view(height, width, 3).permute(2, 0, 1)  # [3, H, W]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": None}
+
+    def _mapped(self) -> tuple[np.ndarray, np.ndarray]:
+        """Index `[R, 3]` of offset, height and width (0 where unreadable), and all bytes."""
+        if self._maps is None:
+            try:
+                index = np.load(self.folder / "index.npy", mmap_mode="r", allow_pickle=False)
+                self._maps = index, np.memmap(self.folder / "pixels.bin", dtype=np.uint8, mode="r")
+            except (OSError, ValueError) as error:
+                raise DataError(f"{self.folder}: cannot map the images ({error}); delete it to have it built "
+                                "again") from error
+        return self._maps
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """All pixels of a batch in one tensor, since each tensor costs a worker's pipe a file handle."""
+
+    pixels: Tensor  # [bytes]
+    sizes: list[tuple[int, int, int]]  # index, height, width
+    failed: list[tuple[int, str]]  # index, reason
+
+
+def _pack(items: list[tuple[int, Tensor | str]]) -> _Batch:
+    good = [(index, pixels) for index, pixels in items if isinstance(pixels, Tensor)]
+    return _Batch(
+        torch.cat([torch.empty(0, dtype=torch.uint8), *(pixels.flatten() for _, pixels in good)]),
+        [(index, pixels.shape[0], pixels.shape[1]) for index, pixels in good],
+        [(index, reason) for index, reason in items if isinstance(reason, str)],
+    )
+
+
+@dataclass(frozen=True)
+class _Shrink:
+    shortest: int
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        scale = self.shortest / min(image.size)
+        if scale < 1:
+            size = (round(image.width * scale), round(image.height * scale))
+            image = image.resize(size, Image.Resampling.BICUBIC)  # antialiased
+        return torch.from_numpy(np.array(image))  # [H, W, 3]
+
+
+def _build(folder: Path, records: Sequence[Record], shortest: int, batch_size: int, num_workers: int,
+           progress: bool) -> dict[int, str]:
+    """Write index and pixels; returns the reason of each unreadable record."""
+    loader = read_images(
+        records,
+        _Shrink(shortest),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate=_pack,
+        shortest=2 * shortest,  # a JPEG decoded at twice the size or more is as sharp, once shrunk, as a whole one
+    )
+    index = np.zeros((len(records), 3), dtype=np.int64)
+    unreadable: dict[int, str] = {}
+    seen = written = 0
+    with (folder / "pixels.bin").open("wb", buffering=0) as file:  # a buffer would fail again when it is closed
+        for batch in tqdm(loader, desc="images", disable=not progress):
+            unreadable.update(batch.failed)
+            seen += len(batch.sizes) + len(batch.failed)
+            whole = (written + len(batch.pixels)) * len(records) // seen  # if the rest is like what was seen
+            check_space(folder, whole - written, "caching images")
+            for position, height, width in batch.sizes:
+                index[position] = written, height, width
+                written += 3 * height * width
+            left = batch.pixels.numpy().data
+            try:
+                while len(left):
+                    left = left[file.write(left):]
+            except OSError as error:  # another program filled the disk, or a quota is reached
+                raise DataError(f"{folder.parent}: cannot write the image cache ({error.strerror})") from error
+        os.fsync(file.fileno())
+    if not written:
+        raise DataError(f"none of {len(records)} images is readable, the first is {name_of(records, 0)}")
+    np.save(folder / "index.npy", index)
+    return unreadable
