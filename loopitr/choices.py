@@ -32,6 +32,9 @@ class ObjectiveOptions:
     """Weight of masked language modelling on the fused tokens (needs a model with an mlm_head)."""
     num_negatives: int = 4
     """K, hard negatives per image and per text."""
+    itm_negatives: int | None = None
+    """Train the matching losses on only so many of them, the first mined; the scores of the others are computed
+    without gradient and only teach. Unset: on all."""
     mining: Literal["topk", "sample", "stratified"] = "topk"
     """How they are chosen from the dual's similarities."""
     mining_pool: int = 32
@@ -54,8 +57,16 @@ class ObjectiveOptions:
         for name in ("itc", "itm", "lce", "distillation", "mlm"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"objective.{name} must be a weight >= 0, got {getattr(self, name)}")
-        if self.num_negatives < 1:
-            raise ValueError(f"objective.num_negatives must be at least 1, got {self.num_negatives}")
+        for name in ("num_negatives", "mining_pool", "hard_top"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"objective.{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.hard_threshold < 1:
+            raise ValueError(f"objective.hard_threshold must be between 0 and 1, got {self.hard_threshold}")
+        if not self.teacher_temperature > 0:
+            raise ValueError(f"objective.teacher_temperature must be above 0, got {self.teacher_temperature}")
+        if self.itm_negatives is not None and not 1 <= self.itm_negatives <= self.num_negatives:
+            limits = f"from 1 to num_negatives {self.num_negatives}"
+            raise ValueError(f"objective.itm_negatives must be {limits}, got {self.itm_negatives}")
         for name, known in NAMED.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
@@ -64,6 +75,16 @@ class ObjectiveOptions:
     def trains_scores(self) -> bool:
         """Whether match scores have a loss of their own, not only teach."""
         return self.itm > 0 or self.lce > 0
+
+    @property
+    def trained_candidates(self) -> int:
+        """How many of a query's 1 + K candidates, the positive first, the fusion head learns from."""
+        return 1 + (self.itm_negatives or self.num_negatives)
+
+    @property
+    def teaches_alone(self) -> bool:
+        """Whether the scores of the other candidates only teach."""
+        return self.trained_candidates < 1 + self.num_negatives
 
     @property
     def scores_pairs(self) -> bool:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 
 from loopitr.config import LoopITRConfig
-from loopitr.packing import PairLayout, Segments, lay_out, move, segments
+from loopitr.packing import PairLayout, Segments
 from loopitr.states import KeysValues
 
 
@@ -93,22 +93,53 @@ class CrossAttention(nn.Module):
         self.dropout = nn.Dropout(config["dropout"])
 
     def project(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Image tokens `[B, N, Dv]` -> keys, values, each `[B, H, N, D / H]`."""
-        keys = self.key(tokens).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        values = self.value(tokens).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        return keys, values
+        """Image tokens `[I, N, Dv]` -> keys, values, each `[I, H, N, D / H]`."""
+        return self._heads(self.key(tokens)), self._heads(self.value(tokens))
 
-    def forward(self, hidden: Tensor, keys: Tensor, values: Tensor, images: Segments) -> Tensor:
-        """`hidden [R, D]`, rows of one image together; `keys`, `values [I, H, N, D / H]`, one per segment."""
+    def forward(self, hidden: Tensor, image: Tensor | tuple[Tensor, Tensor], images: Segments) -> Tensor:
+        """`hidden [R, D]`, rows of one image together; `image`: one per segment, tokens or keys and values."""
         query = self.query(hidden)  # [R, D]
+        if isinstance(image, Tensor):
+            attended = self._attend_tokens(query, image, images)
+        else:
+            attended = self._attend(query, *image, images)
+        return self.norm(self.dropout(self.output(attended)) + hidden)  # [R, D]
+
+    def _attend(self, query: Tensor, keys: Tensor, values: Tensor, images: Segments) -> Tensor:
         dropout = self.attention_dropout if self.training else 0.0
         outputs = []
-        for bucket in images.buckets:
-            whole = len(images.buckets) == 1
-            k, v = (keys, values) if whole else (keys[bucket.members], values[bucket.members])
-            outputs.append(_attend(query[bucket.rows], k, v, self.num_heads, None, dropout))
-        attended = self.dropout(self.output(images.scatter(outputs)))
-        return self.norm(attended + hidden)  # [R, D]
+        for bucket, q in zip(images.buckets, images.cut(query), strict=True):
+            k, v = (x if len(images.buckets) == 1 else x[bucket.members] for x in (keys, values))
+            outputs.append(_attend(q, k, v, self.num_heads, None, dropout))
+        return images.scatter(outputs)  # [R, D]
+
+    def _attend_tokens(self, query: Tensor, tokens: Tensor, images: Segments) -> Tensor:
+        """The same from the tokens themselves `[I, N, Dv]`: the key weights are taken to the query's side, the value
+        weights to the result's. The key's bias moves all of a query's scores alike, so softmax does not see it."""
+        width = query.shape[-1] // self.num_heads
+        weight = self.key.weight.unflatten(0, (self.num_heads, width))  # [H, D / H, Dv]
+        query = (query.unflatten(-1, (self.num_heads, width)).transpose(0, 1) @ weight).transpose(0, 1)  # [R, H, Dv]
+        outputs = []
+        for bucket, q in zip(images.buckets, images.cut(query), strict=True):
+            x = tokens if len(images.buckets) == 1 else tokens[bucket.members]  # [n, N, Dv]
+            scores = q.flatten(1, 2) @ x.transpose(1, 2) * width**-0.5  # [n, M H, N]
+            outputs.append((scores.softmax(-1).to(x.dtype) @ x).unflatten(1, q.shape[1:3]))  # [n, M, H, Dv]
+        weight = self.value.weight.unflatten(0, (self.num_heads, width))
+        values = images.scatter(outputs).transpose(0, 1) @ weight.transpose(1, 2)  # [H, R, D / H]
+        values = values.transpose(0, 1).flatten(1)  # [R, D]
+        return values + (self.value.bias + 0 * self.key.bias)  # DDP wants a gradient of every trained parameter
+
+    def absorbs(self, rows: int, images: int, num_tokens: int) -> bool:
+        """Whether `rows` queries on so many images cost less through `_attend_tokens` than projecting the images."""
+        width, image_width = self.key.weight.shape
+        if self.training and self.attention_dropout:
+            return False  # it drops parts of the value's bias too
+        projected = 2 * images * num_tokens * image_width * width + 2 * rows * num_tokens * width
+        absorbed = 2 * rows * width * image_width + 2 * rows * self.num_heads * num_tokens * image_width
+        return absorbed < projected
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [I, H, N, D / H]
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, heads: int, mask: Tensor | None, dropout: float) -> Tensor:
@@ -122,15 +153,18 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, heads: int, mask: Tenso
 def _self_attention(parts: BertParts, hidden: Tensor, texts: Segments, firsts: Tensor | None, dropout: float) -> Tensor:
     """Self-attention within each text; with `firsts [P]` only the first tokens ask, and `[P, D]` comes back."""
     asking = hidden if firsts is None else hidden.index_select(0, firsts)  # [R or P, D]
-    query, key, value = parts.query(asking), parts.key(hidden), parts.value(hidden)
+    query = parts.query(asking)
+    queries = texts.cut(query) if firsts is None else [query[bucket.members].unsqueeze(1) for bucket in texts.buckets]
     outputs = []
-    for bucket in texts.buckets:
-        k = key[bucket.rows].unflatten(-1, (parts.num_heads, -1)).transpose(1, 2)  # [n, H, M, D / H]
-        v = value[bucket.rows].unflatten(-1, (parts.num_heads, -1)).transpose(1, 2)
-        q = query[bucket.rows] if firsts is None else query[bucket.members].unsqueeze(1)  # [n, M or 1, D]
-        outputs.append(_attend(q, k, v, parts.num_heads, bucket.mask, dropout))
+    for bucket, q, k, v in zip(
+        texts.buckets, queries, texts.cut(parts.key(hidden)), texts.cut(parts.value(hidden)), strict=True
+    ):
+        k, v = (x.unflatten(-1, (parts.num_heads, -1)).transpose(1, 2) for x in (k, v))  # [n, H, M, D / H]
+        outputs.append(_attend(q, k, v, parts.num_heads, bucket.mask, dropout))  # [n, M or 1, D]
     if firsts is None:
         attended = texts.scatter(outputs)  # [R, D]
+    elif len(outputs) == 1:
+        attended = outputs[0].squeeze(1)
     else:
         members = torch.cat([bucket.members for bucket in texts.buckets])
         attended = torch.cat(outputs).squeeze(1).index_select(0, torch.argsort(members))  # [P, D]
@@ -157,6 +191,7 @@ class FusionEncoder(nn.Module):
         if width % options["num_heads"]:
             raise ValueError(f"fusion width {width} is not a multiple of num_heads {options['num_heads']}")
         count = options["num_layers"]
+        self.intermediate_size: int = options["intermediate_size"]
         self.attention_dropout: float = options["attention_dropout"]
         self.cross = nn.ModuleList(CrossAttention(width, image_width, options) for _ in range(count))
         self.text: nn.ModuleList | None = None
@@ -167,18 +202,27 @@ class FusionEncoder(nn.Module):
             self.image_positions = nn.Parameter(torch.empty(1, num_image_tokens, image_width).normal_(std=0.02))
         self.gradient_checkpointing = False
 
+    def place(self, tokens: Tensor) -> Tensor:
+        """Image tokens `[B, N, Dv]` with their learned positions, where there are any: what all layers attend to."""
+        return tokens if self.image_positions is None else tokens + self.image_positions.to(tokens.dtype)
+
     def project(self, tokens: Tensor) -> KeysValues:
         """Image tokens `[B, N, Dv]` -> every layer's keys and values."""
-        if self.image_positions is not None:
-            tokens = tokens + self.image_positions.to(tokens.dtype)
-        return [layer.project(tokens) for layer in self.cross if isinstance(layer, CrossAttention)]
+        return [layer.project(self.place(tokens)) for layer in self._cross()]
+
+    def plan(self, layout: PairLayout, images: int, num_tokens: int, *, first_only: bool = True) -> list[bool]:
+        """For each layer, whether image tokens are attended to as they are (True) or projected first: the cheaper."""
+        rows = [len(layout.source)] * len(self.cross)
+        if first_only:
+            rows[-1] = len(layout.firsts)
+        return [layer.absorbs(count, images, num_tokens) for layer, count in zip(self._cross(), rows, strict=True)]
 
     def forward(
         self,
         packed: Tensor,
-        lengths: Tensor,
-        keys_values: KeysValues,
-        pairs: Tensor,
+        images: Tensor | KeysValues,
+        layout: PairLayout,
+        plan: Sequence[bool] = (),
         *,
         shared_layers: Sequence[nn.Module] | None = None,
         first_only: bool = True,
@@ -187,24 +231,26 @@ class FusionEncoder(nn.Module):
 
         Args:
             packed: `[sum(lengths), D]` text tokens, texts end to end, no padding.
-            lengths: `[T]` int64 on the CPU.
-            keys_values: per layer, `[B, H, N, D / H]` each, from `project`.
-            pairs: `[P, 2]` (image, text) int64 on the CPU, unique and sorted.
+            images: of the images in the pairs, in their order: tokens `[I, N, Dv]`, or per layer keys and values
+                `[I, H, N, D / H]` from `project`.
+            layout: of the pairs (`packing.lay_out`).
+            plan: from `plan`, if `images` are tokens.
             shared_layers: the text backbone's layers, in style `shared`.
             first_only: return the first token of each pair `[P, D]`, else all rows `[R, D]`, pair by pair.
         """
-        layout = lay_out(pairs, lengths, packed.device)
         layers: list[BertParts] = [BertParts.of(m) for m in shared_layers] if shared_layers else self._own_parts()
         # Before the first cross-attention nothing depends on the image: once per text, then copied to its pairs.
         dropout = self.attention_dropout if self.training else 0.0
-        texts = move(segments(lengths), packed.device)
         rows = layout.source
         if first_only and len(layers) == 1:
             rows = rows.index_select(0, layout.firsts)
-        hidden = _self_attention(layers[0], packed, texts, None, dropout).index_select(0, rows)  # [R or P, D]
+        hidden = _self_attention(layers[0], packed, layout.alone, None, dropout).index_select(0, rows)  # [R or P, D]
+        if isinstance(images, Tensor):
+            images = self.place(images)
         for index, parts in enumerate(layers):
             last = first_only and index == len(layers) - 1
-            arguments = (index, parts, hidden, keys_values[index], layout, last)
+            image = images if isinstance(images, Tensor) else images[index]
+            arguments = (index, parts, hidden, image, layout, last, bool(plan) and plan[index])
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
                 hidden = checkpoint(self._layer, *arguments, use_reentrant=False)
             else:
@@ -212,16 +258,25 @@ class FusionEncoder(nn.Module):
         return hidden
 
     def _layer(
-        self, index: int, parts: BertParts, hidden: Tensor, kv: tuple[Tensor, Tensor], layout: PairLayout, last: bool
+        self,
+        index: int,
+        parts: BertParts,
+        hidden: Tensor,
+        image: Tensor | tuple[Tensor, Tensor],
+        layout: PairLayout,
+        last: bool,
+        absorb: bool,
     ) -> Tensor:
         if index > 0:
             dropout = self.attention_dropout if self.training else 0.0
             hidden = _self_attention(parts, hidden, layout.texts, layout.firsts if last else None, dropout)
-        keys, values = kv
-        if len(layout.used) != len(keys):  # images in no pair
-            keys, values = keys[layout.used], values[layout.used]
-        hidden = self.cross[index](hidden, keys, values, layout.image_firsts if last else layout.images)
-        return _feed_forward(parts, hidden)
+        cross: Any = self.cross[index]
+        if isinstance(image, Tensor) and not absorb:
+            image = cross.project(image)
+        return _feed_forward(parts, cross(hidden, image, layout.image_firsts if last else layout.images))
+
+    def _cross(self) -> list[CrossAttention]:
+        return [layer for layer in self.cross if isinstance(layer, CrossAttention)]
 
     def _own_parts(self) -> list[BertParts]:
         if self.text is None:

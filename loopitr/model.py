@@ -7,20 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel
 
-from loopitr.adapters import freeze_adapted, hold_statistics, inject_lora
+from loopitr.adapters import freeze_adapted, inject_lora
 from loopitr.backbones import VisionBackbone
 from loopitr.config import DualEncoderConfig, LoopITRConfig
 from loopitr.fusion import FusionEncoder
 from loopitr.heads import MLMHead, projection
+from loopitr.packing import image_blocks, lay_out
 from loopitr.saving import LoopITRPreTrainedModel
-from loopitr.states import DualOutput, ImageState, PairScores, TextState
+from loopitr.states import DualOutput, ImageState, KeysValues, PairScores, TextState
 from loopitr.text_backbone import TextBackbone
 
 
@@ -74,14 +77,22 @@ class DualEncoder(LoopITRPreTrainedModel):
             image_embeds=image_embeds, text_embeds=text_embeds, logits_per_image=logits, logits_per_text=logits.T
         )
 
-    def train(self, mode: bool = True) -> DualEncoder:
-        super().train(mode)
-        hold_statistics(self)
-        return self
-
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         self.vision.set_gradient_checkpointing(enable)
         self.text.model._set_gradient_checkpointing(enable, *args, **kwargs)
+
+
+BLOCK_BYTES = 2**27  # of the widest activations of pairs that are scored at a time
+
+
+def _pick(x: Tensor, rows: Tensor) -> Tensor:
+    """`x[rows]` of sorted, unique `rows` on the CPU, without a copy where they follow each other."""
+    if len(rows) == len(x):
+        return x
+    first, count = int(rows[0]), len(rows)
+    if int(rows[-1]) - first + 1 == count:
+        return x[first : first + count]
+    return x[rows.to(x.device)]
 
 
 class LoopITRModel(LoopITRPreTrainedModel):
@@ -112,6 +123,7 @@ class LoopITRModel(LoopITRPreTrainedModel):
         self.itm_head = nn.Linear(text.width, 2)
         self.mlm_head = MLMHead(text.model.get_input_embeddings(), text.model.config) if config.mlm_head else None
         self._frozen: set[str] = set()
+        self._compiled = False
         self.post_init()
 
     # Encoding
@@ -163,63 +175,73 @@ class LoopITRModel(LoopITRPreTrainedModel):
 
         Args:
             pairs: `[P, 2]` int64 of (image index, text index).
-            block_size: score at most so many pairs at a time, which bounds the memory; None: all at once.
+            block_size: score at most so many pairs at a time, of whole images where possible, which bounds the memory:
+                with gradient, blocks are computed again in the backward pass. None: as many as fit into
+                `BLOCK_BYTES` of activations, and with gradient all at once.
 
         Raises:
             ValueError: `pairs` of another shape, or an index that no image or text has.
         """
         if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.is_floating_point():
             raise ValueError(f"pairs must be int64 [P, 2], got {pairs.dtype} {list(pairs.shape)}")
-        device = image_state.tokens.device
-        unique, inverse = torch.unique(pairs.cpu(), dim=0, return_inverse=True)  # sorted by image, then text
-        self._check_indices(unique, len(image_state.tokens), len(text_state.tokens))
-        image_state, unique = self._used_images(image_state, unique)
-        blocks = unique.split(block_size or max(1, len(unique)))
-        logits = [self._score_block(image_state, text_state, block) for block in blocks if len(block)]
-        if not logits:
-            logits = [image_state.tokens.new_zeros(0, 2)]
-        scored = torch.cat(logits).index_select(0, inverse.to(device))  # [P, 2]
+        unique, inverse = self._unique(pairs.cpu(), len(image_state.tokens), len(text_state.tokens))
+        if not len(unique):
+            empty = image_state.tokens.new_zeros(0, 2, dtype=torch.float32)
+            return PairScores(logits=empty, score=empty[:, 0])
+        lengths = text_state.mask.sum(1).cpu()
+        blocks = image_blocks(unique, block_size or self._block_size(lengths, unique))
+        again = block_size is not None and len(blocks) > 1 and torch.is_grad_enabled()
+        score = partial(checkpoint, self._score_block, use_reentrant=False) if again else self._score_block
+        logits = [score(image_state, text_state, lengths, block) for block in blocks]
+        scored = torch.cat(logits).index_select(0, inverse.to(logits[0].device))  # [P, 2]
         return PairScores(logits=scored, score=scored[:, 1] - scored[:, 0])
 
     def fused_tokens(self, image_state: ImageState, text_state: TextState, pairs: Tensor) -> Tensor:
         """All fused tokens `[R, D]` of unique, sorted `pairs`, without padding, pair by pair (for the MLM head)."""
-        image_state = self.project_images(image_state)
-        return self._fuse(image_state, text_state, pairs.cpu(), first_only=False)
-
-    def _score_block(self, image_state: ImageState, text_state: TextState, pairs: Tensor) -> Tensor:
-        texts, local = torch.unique(pairs[:, 1], return_inverse=True)
-        if len(texts) < len(text_state.tokens):  # the first self-attention runs over every text it is given
-            index = texts.to(text_state.tokens.device)
-            text_state = TextState(text_state.embeds, text_state.tokens[index], text_state.mask[index])
-            pairs = torch.stack([pairs[:, 0], local], 1)
-        # ITM logits in float32: their difference is a teacher and a ranking score.
-        return self.itm_head(self._fuse(image_state, text_state, pairs, first_only=True)).float()  # [P, 2]
-
-    def _fuse(self, image_state: ImageState, text_state: TextState, pairs: Tensor, *, first_only: bool) -> Tensor:
-        lengths = text_state.mask.sum(1).cpu()
-        if int(lengths.min()) < 1:
-            raise ValueError(f"text {int(lengths.argmin())} has no token: its attention_mask is all zero")
-        assert image_state.keys_values is not None
-        shared = None if self._inner_layer is None else self.dual.text.layers[self._inner_layer :]
-        packed = text_state.tokens[text_state.mask]  # [sum(lengths), D]
-        return self.fusion(
-            packed, lengths, image_state.keys_values, pairs, shared_layers=shared, first_only=first_only
-        )
-
-    def _used_images(self, state: ImageState, pairs: Tensor) -> tuple[ImageState, Tensor]:
-        """Project keys and values, of the images in `pairs` only, if the state does not carry them yet."""
-        if state.keys_values is not None:
-            return state, pairs
-        used, local = torch.unique(pairs[:, 0], return_inverse=True)
-        tokens = state.tokens if len(used) == len(state.tokens) else state.tokens[used.to(state.tokens.device)]
-        projected = replace(state, tokens=tokens, keys_values=self.fusion.project(tokens))
-        return projected, torch.stack([local, pairs[:, 1]], 1)
+        return self._fuse(image_state, text_state, text_state.mask.sum(1).cpu(), pairs.cpu(), first_only=False)
 
     @staticmethod
-    def _check_indices(pairs: Tensor, images: int, texts: int) -> None:
+    def _unique(pairs: Tensor, images: int, texts: int) -> tuple[Tensor, Tensor]:
+        """The pairs `[U, 2]` that occur, sorted by image, then text, and where each of `pairs [P, 2]` is among them."""
         for column, count, kind in ((0, images, "image"), (1, texts, "text")):
             if len(pairs) and not 0 <= int(pairs[:, column].min()) <= int(pairs[:, column].max()) < count:
                 raise ValueError(f"pairs name {kind} {int(pairs[:, column].max())}, but there are {count} {kind}s")
+        keys, inverse = torch.unique(pairs[:, 0] * texts + pairs[:, 1], return_inverse=True)  # of rows: much slower
+        return torch.stack([keys // texts, keys % texts], 1), inverse
+
+    def _block_size(self, lengths: Tensor, pairs: Tensor) -> int:
+        """Pairs at a time when nobody says: with gradient all of them, for their activations are kept anyway."""
+        if torch.is_grad_enabled() or not len(pairs):
+            return max(1, len(pairs))
+        rows = float(lengths[pairs[:, 1]].float().mean())  # per pair
+        widest = 2 * (self.dual.text.width + self.fusion.intermediate_size)  # before and after the activation
+        return max(1, int(BLOCK_BYTES / (rows * widest * self.itm_head.weight.element_size())))
+
+    def _score_block(self, images: ImageState, texts: TextState, lengths: Tensor, pairs: Tensor) -> Tensor:
+        used, local = torch.unique(pairs[:, 1], return_inverse=True)
+        if len(used) < len(lengths):  # the first self-attention runs over every text it is given
+            texts = TextState(_pick(texts.embeds, used), _pick(texts.tokens, used), _pick(texts.mask, used))
+            lengths, pairs = lengths[used], torch.stack([pairs[:, 0], local], 1)
+        # ITM logits in float32: their difference is a teacher and a ranking score.
+        return self.itm_head(self._fuse(images, texts, lengths, pairs, first_only=True)).float()  # [P, 2]
+
+    def _fuse(
+        self, images: ImageState, texts: TextState, lengths: Tensor, pairs: Tensor, *, first_only: bool
+    ) -> Tensor:
+        if len(lengths) and int(lengths.min()) < 1:
+            raise ValueError(f"text {int(lengths.argmin())} has no token: its attention_mask is all zero")
+        layout = lay_out(pairs, lengths, images.tokens.device, fixed=self._compiled)
+        used = torch.unique_consecutive(pairs[:, 0])
+        image: Tensor | KeysValues
+        plan: list[bool] = []
+        if images.keys_values is None:
+            image = _pick(images.tokens, used)
+            plan = self.fusion.plan(layout, len(used), image.shape[1], first_only=first_only)
+        else:
+            image = [(_pick(keys, used), _pick(values, used)) for keys, values in images.keys_values]
+        shared = None if self._inner_layer is None else self.dual.text.layers[self._inner_layer :]
+        packed = texts.tokens[texts.mask]  # [sum(lengths), D]
+        return self.fusion(packed, image, layout, plan, shared_layers=shared, first_only=first_only)
 
     # Parts
 
@@ -283,6 +305,18 @@ class LoopITRModel(LoopITRPreTrainedModel):
             self.fusion.image_positions = nn.Parameter(resized.detach().contiguous())
         self.freeze(tuple(self._frozen))  # parameters made anew
         freeze_adapted(self.dual)
+
+    def compile_parts(self, **options: Any) -> None:
+        """`torch.compile` both backbones and the fusion encoder in place, with its `options` (backend, mode, ...).
+
+        Lengths are dynamic: captions are padded to the batch's longest, and pairs laid out in one padded bucket.
+        """
+        with torch.no_grad():  # transformers installs hooks in its first run, which cannot be traced
+            self.encode_texts(torch.zeros(1, 2, dtype=torch.long, device=self.device))
+        self.dual.vision.compile(**options)
+        self.dual.text.compile(dynamic=True, **options)
+        self.fusion.compile(dynamic=True, **options)
+        self._compiled = True
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         self.dual._set_gradient_checkpointing(enable, *args, **kwargs)

@@ -49,16 +49,32 @@ class Candidates:
     student: Tensor
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """What the backbones make of a batch: all that the losses need of it."""
+
+    images: ImageState
+    texts: TextState
+    masked: MaskedTexts | None = None
+
+
 class LoopObjective(nn.Module):
     """The step's losses for a model; the model's parameters are this module's, so DDP or FSDP wrap one thing."""
 
     def __init__(
-        self, model: LoopITRModel, options: ObjectiveOptions | None = None, *, token_masking: TokenMasking | None = None
+        self,
+        model: LoopITRModel,
+        options: ObjectiveOptions | None = None,
+        *,
+        token_masking: TokenMasking | None = None,
+        pair_block: int | None = None,
     ) -> None:
+        """`pair_block`: pairs scored at a time (`score_pairs`); None: all."""
         super().__init__()
         self.model = model
         self.options = options or ObjectiveOptions()
         self.token_masking = token_masking
+        self.pair_block = pair_block
         if self.options.mlm > 0 and (model.mlm_head is None or token_masking is None):
             raise ValueError("objective.mlm needs a model with an mlm_head and a tokenizer with a mask token")
         if self.options.itc > 0 and self.options.itc_loss == "sigmoid" and model.dual.logit_bias is None:
@@ -86,22 +102,30 @@ class LoopObjective(nn.Module):
             distillation_scale: factor on the weight of the distillation (its warm-up).
             with_pairs: False leaves matching and distillation out, while the dual head trains alone.
         """
-        options, model = self.options, self.model
-        if pixel_values is not None:
-            image_state = model.encode_images(pixel_values)
-        elif image_tokens is not None:
-            image_state = model.image_state(image_tokens)
-        else:
-            raise ValueError("a batch needs pixel_values or image_tokens")
-        text_state, masked = self._encode_texts(input_ids, attention_mask)
+        encoded = self.encode(input_ids, attention_mask, pixel_values=pixel_values, image_tokens=image_tokens)
+        return self.compare(
+            encoded, identities, caption_ids, distillation_scale=distillation_scale, with_pairs=with_pairs
+        )
 
+    def compare(
+        self,
+        encoded: Encoded,
+        identities: Tensor,
+        caption_ids: Tensor,
+        *,
+        distillation_scale: float = 1.0,
+        with_pairs: bool = True,
+    ) -> StepOutput:
+        """The losses of encoded pairs; arguments as of `forward`."""
+        options, model = self.options, self.model
+        image_state, text_state, masked = encoded.images, encoded.texts, encoded.masked
         similarity = self._similarities(image_state.embeds, text_state.embeds)
         positives = self._positives(identities, caption_ids)
         terms: dict[str, Tensor] = {}
         metrics = {"temperature": 1 / model.dual.scale.detach()}
         if options.itc > 0:
             terms["itc"] = self._contrastive(similarity, positives)
-        if options.mlm > 0:  # used twice; otherwise `score_pairs` projects what it needs
+        if options.mlm > 0 and self.pair_block is None:  # used twice; otherwise `score_pairs` projects what it needs
             image_state = model.project_images(image_state)
         zero = similarity.per_image.sum() * 0  # a loss even when every weight is zero
         if model.dual.logit_bias is not None:  # DDP wants a gradient of every trained parameter
@@ -119,6 +143,23 @@ class LoopObjective(nn.Module):
         return StepOutput(sum((weights[name] * terms[name] for name in terms), zero), terms, metrics)
 
     # 1. Encode
+
+    def encode(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        pixel_values: Tensor | None = None,
+        image_tokens: Tensor | None = None,
+    ) -> Encoded:
+        """One run of each backbone; arguments as of `forward`."""
+        if pixel_values is not None:
+            images = self.model.encode_images(pixel_values)
+        elif image_tokens is not None:
+            images = self.model.image_state(image_tokens)
+        else:
+            raise ValueError("a batch needs pixel_values or image_tokens")
+        return Encoded(images, *self._encode_texts(input_ids, attention_mask))
 
     def _encode_texts(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[TextState, MaskedTexts | None]:
         """Captions and, for MLM, their masked copies in the same run of the backbone."""
@@ -190,17 +231,16 @@ class LoopObjective(nn.Module):
         image_side = torch.stack([queries, to_text.indices], -1)  # [B, 1 + K, 2]
         text_side = torch.stack([to_image.indices, queries], -1)  # [B, 1 + K, 2]
         pairs = torch.stack([image_side, text_side])  # [2, B, 1 + K, 2]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and options.trains_scores):
-            logits = self.model.score_pairs(image_state, text_state, pairs.flatten(0, 2)).logits
-        logits = _gather_queries(logits.unflatten(0, pairs.shape[:3]))  # [2, R B, 1 + K, 2]
+        logits = _gather_queries(self._score(image_state, text_state, pairs))  # [2, R B, 1 + K, 2]
         valid = _gather_queries(torch.stack([to_text.valid, to_image.valid]))  # [2, R B, 1 + K]
         student = _gather_queries(torch.stack([to_text.student, to_image.student]))  # [2, R B, 1 + K]
 
-        counted = valid.clone()
+        trained = options.trained_candidates
+        counted = valid[..., :trained].clone()
         counted[1, :, 0] = False  # the positives are the same pairs in both directions
-        matching = torch.zeros_like(valid)
+        matching = torch.zeros_like(counted)
         matching[..., 0] = True
-        flat = logits.flatten(0, 2), matching.flatten(), counted.flatten()
+        flat = logits[..., :trained, :].flatten(0, 2), matching.flatten(), counted.flatten()
         metrics["itm_accuracy"] = losses.itm_accuracy(*flat)
         if options.itm > 0:
             matching_loss = losses.balanced_itm_loss if options.balance_itm else losses.itm_loss
@@ -208,7 +248,7 @@ class LoopObjective(nn.Module):
 
         scores = logits[..., 1] - logits[..., 0]  # [2, R B, 1 + K] match scores
         if options.lce > 0:
-            terms["lce"] = losses.lce_loss(scores.flatten(0, 1), valid.flatten(0, 1))
+            terms["lce"] = losses.lce_loss(scores[..., :trained].flatten(0, 1), valid[..., :trained].flatten(0, 1))
 
         teacher = scores.detach()  # [2, R B, 1 + K]
         negatives = [x.flatten(0, 1)[:, 1:] for x in (student.detach(), teacher, valid)]
@@ -218,6 +258,25 @@ class LoopObjective(nn.Module):
             taught = [distil(student[side], teacher[side], valid[side], options) for side in (0, 1)]
             terms["distillation"] = (taught[0].loss + taught[1].loss) / 2
             metrics["valid_length"] = (taught[0].valid_length + taught[1].valid_length) / 2
+
+    def _score(self, images: ImageState, texts: TextState, pairs: Tensor) -> Tensor:
+        """ITM logits `[2, B, 1 + K, 2]` of `pairs [2, B, 1 + K, 2]`, without gradient where they only teach."""
+
+        def score(images: ImageState, texts: TextState, pairs: Tensor) -> Tensor:
+            scored = self.model.score_pairs(images, texts, pairs.flatten(0, 2), block_size=self.pair_block)
+            return scored.logits.unflatten(0, pairs.shape[:3])
+
+        if not self.options.trains_scores:
+            with torch.no_grad():
+                return score(images, texts, pairs)
+        if not self.options.teaches_alone:
+            return score(images, texts, pairs)
+        if self.pair_block is None:
+            images = self.model.project_images(images)  # for both
+        trained = self.options.trained_candidates
+        with torch.no_grad():
+            taught = score(images, texts, pairs[:, :, trained:])
+        return torch.cat([score(images, texts, pairs[:, :, :trained]), taught], 2)
 
     def _candidates(self, similarity: Tensor, positives: Tensor, own: Tensor, groups: Tensor) -> Candidates:
         mined = self._mine(similarity.detach(), positives, groups)

@@ -7,6 +7,7 @@ import torch
 from support import CNN, VIT, images, plain_score, ragged_texts, tiny_model
 
 from loopitr import TextState
+from loopitr.fusion import CrossAttention
 
 
 def _states(model, count_images, count_texts):
@@ -71,6 +72,44 @@ def test_many_pairs_of_uneven_sizes(style):
         torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
     projected = model.project_images(image_state)
     torch.testing.assert_close(model.score_pairs(projected, text_state, pairs).logits, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("style", ["late", "shared"])
+@pytest.mark.parametrize("vision", [VIT, CNN], ids=["vit", "cnn"])
+@pytest.mark.parametrize("absorb", [True, False])
+def test_weights_taken_to_the_captions_side_change_nothing(style, vision, absorb, monkeypatch):
+    """Key and value weights on the query's side, or images projected: one result, values and gradients."""
+    monkeypatch.setattr(CrossAttention, "absorbs", lambda *arguments: absorb)
+    model = tiny_model(vision, style).train()
+    pairs = torch.randint(0, 6, (40, 2), generator=torch.Generator().manual_seed(3))
+    weights = torch.randn(40, 2, generator=torch.Generator().manual_seed(4))
+    found = []
+    for score in (model.score_pairs, None):
+        model.zero_grad()
+        image_state, text_state = _states(model, 6, 6)
+        calls: list[int] = []
+        hook = model.fusion.cross[1].key.register_forward_hook(lambda *_: calls.append(1))
+        if score is None:
+            logits = plain_score(model, image_state.tokens, text_state, pairs)
+        else:
+            logits = score(image_state, text_state, pairs).logits
+            assert len(calls) == (0 if absorb else 1)
+        hook.remove()
+        (logits * weights).sum().backward()
+        found.append((logits, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+    torch.testing.assert_close(found[0][0], found[1][0], atol=2e-5, rtol=1e-4)
+    assert found[0][1].keys() == found[1][1].keys()
+    for name, expected in found[1][1].items():
+        torch.testing.assert_close(found[0][1][name], expected, atol=5e-5, rtol=1e-4, msg=lambda m: f"{name}: {m}")
+
+
+def test_the_cheaper_way_is_taken():
+    """Few rows per image: 12 heads over 197 tokens of width 768 pay up to 51 rows."""
+    options = {"num_heads": 12, "attention_dropout": 0.0, "layer_norm_eps": 1e-12, "dropout": 0.0}
+    cross = CrossAttention(768, 768, options)
+    assert [cross.absorbs(32 * rows, 32, 197) for rows in (1, 51, 52, 500)] == [True, True, False, False]
+    cross.attention_dropout = 0.1  # would drop parts of the value's bias
+    assert not cross.train().absorbs(32, 32, 197) and cross.eval().absorbs(32, 32, 197)
 
 
 @pytest.mark.parametrize("style", ["late", "shared"])

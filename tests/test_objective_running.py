@@ -35,6 +35,26 @@ def test_backbones_see_every_row_once(style, mlm):
     assert rows == {"vision": 8, "block": 8, "text": captions, "layer": captions}
 
 
+@pytest.mark.parametrize("style", ["late", "shared"])
+@pytest.mark.parametrize("mlm", [0.0, 1.0])
+def test_every_pair_is_scored_once_for_matching_and_teaching(style, mlm):
+    """All 8 x 8 pairs, asked for from both sides: the teacher's scores are the ITM head's, without another pass."""
+    model, batch = tiny_model(style=style, mlm_head=bool(mlm)).train(), step_batch(list(range(8)), list(range(8)))
+    scored, projected = [], [0] * len(model.fusion.cross)
+    model.itm_head.register_forward_hook(lambda module, args, output: scored.append(len(output)))
+
+    def count(index, images):
+        projected[index] += len(images)
+
+    for index, cross in enumerate(model.fusion.cross):
+        cross.key.register_forward_hook(lambda module, args, output, index=index: count(index, args[0]))
+    out = step(model, batch, num_negatives=7, mlm=mlm, token_masking=EveryThirdWord(), distillation_loss="kl")
+    out.loss.backward()
+    assert out.terms.keys() == {"itc", "itm", "distillation", *(["mlm"] if mlm else [])}
+    assert scored == [64]
+    assert max(projected) == 8  # images; a layer that takes the tokens as they are projects none
+
+
 def test_image_tokens_serve_as_well_as_pixels():
     model, batch = tiny_model().train(), step_batch()
     with_pixels = step(model, batch)
@@ -79,6 +99,30 @@ def test_bfloat16_is_close_to_float32(style):
     assert all(torch.isfinite(g).all() for g in found.values())
     flat = [torch.cat([grads[name].flatten() for name in expected]) for grads in (found, expected)]
     assert F.cosine_similarity(*flat, dim=0) > 0.99
+
+
+@pytest.mark.parametrize("style", ["late", "shared"])
+@pytest.mark.parametrize("ids", [None, list(range(8))])
+def test_negatives_that_only_teach(style, ids):
+    """The matching losses are those of fewer negatives, the distillation that of all."""
+    model, batch = tiny_model(style=style).train(), step_batch() if ids is None else step_batch(ids, ids)
+    with torch.no_grad():
+        model.itm_head.weight.mul_(30)  # match scores spread out
+    out = step(model, batch, num_negatives=4, itm_negatives=1, lce=0.5)
+    few = step(model, batch, num_negatives=1, lce=0.5, itc=0, distillation=0)
+    many = step(model, batch, num_negatives=4, itm=0)
+    for name, other in (("itm", few), ("lce", few), ("itc", many), ("distillation", many)):
+        torch.testing.assert_close(out.terms[name], other.terms[name], atol=1e-6, rtol=1e-5)
+    for name in ("valid_length", "rank_agreement"):
+        torch.testing.assert_close(out.metrics[name], many.metrics[name])
+    found, part, rest = gradients(model, out.loss), gradients(model, few.loss), gradients(model, many.loss)
+    assert_same_gradients(found, {name: part.get(name, 0) + rest.get(name, 0) for name in part.keys() | rest.keys()})
+
+
+@pytest.mark.parametrize("count", [0, 5])
+def test_negatives_to_train_on_are_some_of_those_mined(count):
+    with pytest.raises(ValueError, match=f"objective.itm_negatives must be from 1 to num_negatives 4, got {count}"):
+        ObjectiveOptions(num_negatives=4, itm_negatives=count)
 
 
 # Masked language modelling

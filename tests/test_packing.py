@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loopitr.packing import MAX_BUCKETS, SMALL, lay_out, segments
+from loopitr.packing import MAX_BUCKETS, SMALL, image_blocks, lay_out, segments
 
 LENGTHS = {
     "one": [3],
@@ -46,7 +46,7 @@ def test_scatter_undoes_the_cut(name):
     lengths = torch.tensor(LENGTHS[name])
     table = torch.randn(int(lengths.sum()), 3)
     result = segments(lengths)
-    cut = [table[bucket.rows] for bucket in result.buckets]
+    cut = result.cut(table)
     for bucket, piece in zip(result.buckets, cut):
         if bucket.mask is not None:
             piece[~bucket.mask] = torch.nan  # what stands in the padding is never read
@@ -62,11 +62,37 @@ def test_buckets_save_padding(name):
 
 
 def test_one_bucket_stays_in_the_tables_order():
-    """Fusion relies on it: with one bucket, keys and values are not selected."""
+    """Fusion relies on it: with one bucket, keys and values are not selected; nor is anything, without padding."""
     for name in ("one", "equal", "few"):
-        (bucket,) = segments(torch.tensor(LENGTHS[name])).buckets
+        result = segments(torch.tensor(LENGTHS[name]))
+        (bucket,) = result.buckets
         assert bucket.members.tolist() == list(range(len(LENGTHS[name])))
-        assert segments(torch.tensor(LENGTHS[name])).order is None
+        assert (result.back is None) == (name != "few")
+        table = torch.randn(sum(LENGTHS[name]), 3)
+        assert (result.cut(table)[0].data_ptr() == table.data_ptr()) == (name != "few")
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_fixed_segments_have_one_structure(name):
+    lengths = torch.tensor(LENGTHS[name])
+    result = segments(lengths, fixed=True)
+    (bucket,) = result.buckets
+    assert bucket.mask.sum(1).tolist() == LENGTHS[name] and result.back is not None
+    table = torch.randn(int(lengths.sum()), 3)
+    assert torch.equal(result.scatter(result.cut(table)), table)
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 100])
+def test_blocks_end_between_images_where_they_can(size):
+    counts = [2, 1, 1, 9, 3, 1]
+    images = torch.repeat_interleave(torch.tensor([0, 1, 4, 5, 6, 9]), torch.tensor(counts))
+    pairs = torch.stack([images, torch.arange(len(images))], 1)
+    blocks = image_blocks(pairs, size)
+    assert torch.equal(torch.cat(blocks), pairs) and max(map(len, blocks)) <= size
+    for before, after in zip(blocks, blocks[1:]):
+        image = int(after[0, 0])
+        if int(before[-1, 0]) == image:  # an image is cut: it has more pairs than fit
+            assert int((images == image).sum()) > size
 
 
 @pytest.mark.parametrize("count", [1, 6, 60])
@@ -88,7 +114,6 @@ def test_lay_out_against_loops(count):
 
     layout = lay_out(pairs, lengths, torch.device("cpu"))
     assert layout.source.tolist() == source and layout.firsts.tolist() == firsts
-    assert layout.used.tolist() == list(by_image)
     expected = {"texts": by_text, "images": list(by_image.values()), "image_firsts": list(first_by_image.values())}
     for name, wanted in expected.items():
         got: dict[int, list[int]] = {}

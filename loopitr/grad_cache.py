@@ -1,0 +1,135 @@
+"""GradCache (arXiv 2101.06983): the gradient of a batch of any size in the memory of a part of it.
+
+The contrastive loss needs every embed of the batch, but not every activation. So: encode the batch in chunks without
+keeping activations; compute the losses from what the backbones gave, and their gradients down to there; then encode
+each chunk again, with gradient, and go on from there. Costs one more forward pass of the backbones.
+
+Mining, matching and distillation go with it: the tokens that pairs are made of are kept like the embeds, and an
+objective with a `pair_block` scores pairs in blocks whose activations are computed again in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from loopitr.objective import Encoded, LoopObjective, StepOutput
+
+INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_tokens")  # of `LoopObjective.encode`
+
+
+def cached_backward(
+    objective: LoopObjective,
+    batch: dict[str, Tensor],
+    *,
+    chunk_size: int,
+    backward: Callable[[StepOutput], None] = lambda output: output.loss.backward(),
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    distillation_scale: float = 1.0,
+    with_pairs: bool = True,
+) -> StepOutput:
+    """A forward and backward pass: parameters get the gradients of `objective(**batch).loss`.
+
+    They are this rank's: averaging them over ranks is left to the caller (`distributed.average_gradients`). Dropout
+    is the same in both passes over a chunk.
+
+    Args:
+        batch: arguments of `LoopObjective.forward`, `[B, ...]` each.
+        chunk_size: pairs encoded at a time.
+        backward: starts the backward pass from the loss.
+        autocast: context of the forward passes.
+
+    Raises:
+        ValueError: batch norm in training mode, whose statistics would be a chunk's.
+    """
+    for name, module in objective.model.named_modules():
+        if isinstance(module, _BatchNorm) and module.training:
+            raise ValueError(
+                f"a batch in chunks needs batch statistics that stay, but {name} takes those of the batch: set "
+                "model.hold_batch_statistics, or leave train.chunk_size unset"
+            )
+    pairs = objective.options.scores_pairs and with_pairs
+    keeps_tokens = pairs or objective.options.mlm > 0
+    inputs = {name: batch[name] for name in INPUTS if name in batch}
+    starts = range(0, len(batch["input_ids"]), chunk_size)
+    chunks = [{name: value[start : start + chunk_size] for name, value in inputs.items()} for start in starts]
+    device = batch["input_ids"].device
+    states: list[tuple[Tensor, Tensor | None]] = []
+    parts: list[Encoded] = []
+    for chunk in chunks:
+        states.append(_random_state(device))
+        with torch.set_grad_enabled(not parts), autocast():  # the first one's graph shows what carries gradient
+            encoded = objective.encode(**chunk)
+        parts.append(_map(_detached, encoded if keeps_tokens else _without_tokens(encoded)))
+    leaves: Encoded = _map(_joined, *parts)
+    with autocast():
+        output = objective.compare(
+            leaves,
+            batch["identities"],
+            batch["caption_ids"],
+            distillation_scale=distillation_scale,
+            with_pairs=with_pairs,
+        )
+    backward(output)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for start, chunk, state in zip(starts, chunks, states, strict=True):
+            _set_random_state(device, state)
+            with autocast():
+                encoded = objective.encode(**chunk)
+            _backward_from(encoded, leaves, slice(start, start + chunk_size))
+    return output
+
+
+def _backward_from(encoded: Encoded, leaves: Encoded, rows: slice) -> None:
+    tensors, gradients = [], []
+
+    def collect(x: Tensor, leaf: Tensor) -> None:
+        if leaf.grad is not None:  # tokens that nothing was made of have none
+            tensors.append(x)
+            gradients.append(leaf.grad[rows])
+
+    _map(collect, encoded, leaves)
+    if tensors:
+        torch.autograd.backward(tensors, gradients)
+
+
+def _map(function: Callable[..., Any], first: Any, *others: Any) -> Any:
+    """`function` of every tensor in nested dataclasses, with those in the same places of `others`."""
+    if first is None:
+        return None
+    if isinstance(first, Tensor):
+        return function(first, *others)
+    names = [field.name for field in fields(first)]
+    parts = {name: _map(function, getattr(first, name), *(getattr(o, name) for o in others)) for name in names}
+    return replace(first, **parts)
+
+
+def _detached(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_(x.requires_grad)
+
+
+def _joined(*parts: Tensor) -> Tensor:
+    return torch.cat([part.detach() for part in parts]).requires_grad_(parts[0].requires_grad)
+
+
+def _without_tokens(encoded: Encoded) -> Encoded:
+    def cut(state: Any) -> Any:
+        return replace(state, tokens=state.tokens.new_empty(len(state.tokens), 0, state.tokens.shape[-1]))
+
+    return replace(encoded, images=cut(encoded.images), texts=cut(encoded.texts))
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_random_state(device: torch.device, state: tuple[Tensor, Tensor | None]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)

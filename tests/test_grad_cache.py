@@ -1,0 +1,150 @@
+"""Batches in chunks: the plain step's gradients, with no more than a chunk in the backbones at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from step_reference import EveryThirdWord, assert_same_gradients, gradients, step_batch
+from support import BERT, CNN, tiny_model
+
+from loopitr.grad_cache import cached_backward
+from loopitr.objective import LoopObjective, ObjectiveOptions
+
+CASES = {
+    "itc": {"itm": 0.0, "distillation": 0.0},
+    "cprd": {"num_negatives": 3, "lce": 0.5},
+    "kl_and_mlm": {"num_negatives": 3, "distillation_loss": "kl", "mlm": 1.0},
+    "one_negative": {"num_negatives": 4, "itm_negatives": 1},
+    "teacher_only": {"itm": 0.0, "distillation_loss": "kl"},
+    "sigmoid": {"itc_loss": "sigmoid", "distillation": 0.0},
+}
+
+
+def objective_of(case="cprd", *, style="late", pair_block=None, **model):
+    options = ObjectiveOptions(**CASES[case])
+    bias = -1.0 if options.itc_loss == "sigmoid" else None
+    made = tiny_model(style=style, mlm_head=options.mlm > 0, initial_logit_bias=bias, **model).train()
+    return LoopObjective(made, options, token_masking=EveryThirdWord(), pair_block=pair_block)
+
+
+def chunked_gradients(objective, **arguments):
+    objective.model.zero_grad()
+    output = cached_backward(objective, step_batch(), **arguments)
+    return output, {name: p.grad.clone() for name, p in objective.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 20])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("style", ["late", "shared"])
+def test_gradients_are_the_plain_steps(style, case, chunk_size):
+    plain = objective_of(case, style=style)
+    expected = plain(**step_batch())
+    output, found = chunked_gradients(objective_of(case, style=style, pair_block=5), chunk_size=chunk_size)
+    assert output.terms.keys() == expected.terms.keys() and output.metrics.keys() == expected.metrics.keys()
+    for name, value in expected.terms.items():
+        torch.testing.assert_close(output.terms[name], value, atol=1e-6, rtol=1e-5)
+    wanted = gradients(plain.model, expected.loss)
+    assert found.keys() == wanted.keys()
+    assert_same_gradients(found, wanted)
+
+
+def test_without_pairs_and_with_a_scaled_distillation():
+    for stage in ({"with_pairs": False}, {"distillation_scale": 0.25}):
+        objective = objective_of()
+        wanted = gradients(objective.model, objective(**step_batch(), **stage).loss)
+        _, found = chunked_gradients(objective, chunk_size=3, **stage)
+        assert_same_gradients(found, wanted)
+
+
+@pytest.mark.parametrize("frozen", [["vision"], ["text"], ["vision", "text"]])
+def test_frozen_backbones_get_none(frozen):
+    objective = objective_of()
+    objective.model.freeze(frozen)
+    wanted = gradients(objective.model, objective(**step_batch()).loss)
+    _, found = chunked_gradients(objective, chunk_size=3)
+    assert found.keys() == wanted.keys()
+    assert_same_gradients(found, wanted)
+
+
+def test_image_tokens_of_a_cache():
+    objective, batch = objective_of(), step_batch()
+    objective.model.freeze(["vision"])
+    wanted = gradients(objective.model, objective(**batch).loss)
+    batch["image_tokens"] = objective.model.dual.vision(batch.pop("pixel_values")).detach()
+    objective.model.zero_grad()
+    cached_backward(objective, batch, chunk_size=3)
+    found = {name: p.grad for name, p in objective.model.named_parameters() if p.grad is not None}
+    assert_same_gradients(found, wanted)
+
+
+def test_dropout_is_the_same_in_both_passes():
+    """With one chunk the plain step draws the same numbers; with several, a wrong replay would show in the text."""
+    text = {**BERT, "hidden_dropout_prob": 0.3}
+    objective = objective_of(text=text, fusion={"dropout": 0.2})
+    torch.manual_seed(1)
+    wanted = gradients(objective.model, objective(**step_batch()).loss)
+    after = torch.get_rng_state()
+    torch.manual_seed(1)
+    _, found = chunked_gradients(objective, chunk_size=8)
+    assert_same_gradients(found, wanted)
+    assert torch.equal(torch.get_rng_state(), after)  # the second passes do not move it
+
+    drawn: dict[int, list[torch.Tensor]] = {}
+    dropout = objective.model.dual.text.model.embeddings.dropout
+    dropout.register_forward_hook(lambda module, args, output: drawn.setdefault(len(drawn), []).append(output == 0))
+    chunked_gradients(objective, chunk_size=3)
+    masks = [drawn[index][0] for index in range(6)]
+    for first, second in zip(masks[:3], masks[3:]):
+        assert torch.equal(first, second)
+    assert not torch.equal(masks[0], masks[1])
+
+
+def test_a_chunk_at_a_time_and_no_token_that_is_not_needed(monkeypatch):
+    rows = []
+    for case, needed in (("itc", False), ("cprd", True)):
+        objective = objective_of(case)
+        objective.model.dual.vision.register_forward_hook(lambda module, args, output: rows.append(len(output)))
+        compare, seen = objective.compare, []
+        monkeypatch.setattr(objective, "compare", lambda e, *a, **k: seen.append(e) or compare(e, *a, **k))
+        chunked_gradients(objective, chunk_size=3)
+        assert rows == [3, 3, 2, 3, 3, 2]
+        rows.clear()
+        assert all(bool(state.tokens.numel()) == needed for state in (seen[0].images, seen[0].texts))
+
+
+def test_pairs_are_scored_in_blocks(monkeypatch):
+    objective = objective_of(pair_block=5)
+    score, sizes = objective.model._score_block, []
+    monkeypatch.setattr(objective.model, "_score_block", lambda *a: sizes.append(len(a[-1])) or score(*a))
+    chunked_gradients(objective, chunk_size=3)
+    forward = sizes[: len(sizes) // 2]
+    assert max(sizes) <= 5 and len(forward) > 1
+    assert sorted(sizes) == sorted(2 * forward)  # each once more in the backward pass
+
+
+def test_bfloat16():
+    objective = objective_of()
+
+    def autocast():
+        return torch.autocast("cpu", torch.bfloat16)
+
+    with autocast():
+        expected = objective(**step_batch())
+    wanted = gradients(objective.model, expected.loss)
+    output, found = chunked_gradients(objective, chunk_size=3, autocast=autocast)
+    torch.testing.assert_close(output.loss, expected.loss, atol=0.03, rtol=0.03)
+    flat = [torch.cat([grads[name].flatten().float() for name in wanted]) for grads in (found, wanted)]
+    assert torch.nn.functional.cosine_similarity(*flat, dim=0) > 0.99
+
+
+def test_batch_statistics_of_a_chunk_are_refused():
+    objective = objective_of(vision=CNN)
+    with pytest.raises(ValueError, match=r"dual.vision.model.conv1.1 takes those of the batch.*hold_batch_statistics"):
+        cached_backward(objective, step_batch(size=64), chunk_size=3)
+    objective.model.dual.vision.hold_statistics = True
+    objective.model.train()
+    wanted = gradients(objective.model, objective(**step_batch(size=64)).loss)
+    objective.model.zero_grad()
+    cached_backward(objective, step_batch(size=64), chunk_size=3)
+    found = {name: p.grad for name, p in objective.model.named_parameters() if p.grad is not None}
+    assert_same_gradients(found, wanted)
