@@ -7,11 +7,14 @@ no loss is to be multiplied by the world size.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -74,3 +77,54 @@ def all_sum(x: Tensor) -> Tensor:
     x = x.detach().clone()
     dist.all_reduce(x)
     return x
+
+
+def each_rank(work: Callable[[], T]) -> list[T]:
+    """What `work()` returned on each rank, in rank order: values that can be pickled, tensors on the CPU.
+
+    An error on any rank is raised on all of them; else the others would wait for ever for the one that failed.
+    """
+    if world_size() == 1:
+        return [work()]
+    mine, parts = _attempt(work), list[Any]([None]) * world_size()
+    dist.all_gather_object(parts, mine)
+    parts[rank()] = mine  # not its copy: the traceback is still there
+    return [_result(part) for part in parts]
+
+
+def first_rank(work: Callable[[], T]) -> T:
+    """What `work()` returned on rank 0, which alone does it, for all ranks; else as `each_rank`."""
+    if world_size() == 1:
+        return work()
+    box = [_attempt(work) if rank() == 0 else None]
+    dist.broadcast_object_list(box, src=0)
+    return _result(box[0])  # type: ignore[no-any-return]
+
+
+def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return work(), None
+    except (ValueError, OSError) as error:
+        return None, error
+    except Exception as error:  # of a class that may not come out of a pickle
+        general = RuntimeError(f"rank {rank()}: {type(error).__name__}: {error}")
+        general.__cause__ = error
+        return None, general
+
+
+def _result(part: Any) -> Any:
+    result, error = part
+    if error is not None:
+        raise error
+    return result
+
+
+def average_gradients(parameters: Iterable[Tensor]) -> None:
+    """Average `.grad` over ranks, as DDP does in a backward pass of its own; all ranks must have the same ones."""
+    if world_size() == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    waiting = [dist.all_reduce(gradient, async_op=True) for gradient in gradients]
+    for handle, gradient in zip(waiting, gradients, strict=True):
+        handle.wait()
+        gradient /= world_size()

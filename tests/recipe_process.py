@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ACCELERATE = ("-m", "accelerate.commands.launch")
+TWO_ON_CPU = (*ACCELERATE, "--cpu", "--num_processes", "2", "--main_process_port", "0")  # 0: any free one
 
 
 def environment() -> dict[str, str]:

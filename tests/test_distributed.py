@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+from rank_processes import RANKS, join, leave, start_ranks
 from step_reference import EveryThirdWord, step_batch
 from support import tiny_model
 
-from loopitr.distributed import all_gather, all_gather_padded, all_sum, rank, world_size
+from loopitr.distributed import all_gather, all_gather_padded, all_sum, average_gradients, rank, world_size
+from loopitr.grad_cache import cached_backward
 from loopitr.mining import Mined
 from loopitr.objective import LoopObjective, ObjectiveOptions
 
-RANKS, SIZE = 2, 5
-TIMEOUT = 150  # seconds until a hang is a failure
+SIZE = 5
 # Image 0 and caption 2 are on both ranks, caption 1 twice on one rank; captions of ranks differ in length.
 IDENTITIES = [0, 1, 2, 0, 3, 4, 0, 5, 6, 2]
 CAPTIONS = [0, 1, 2, 3, 1, 4, 5, 6, 2, 7]
@@ -56,6 +53,9 @@ CASES = {
     "itc_only": Case("late", {"itm": 0.0, "distillation": 0.0}),
     "sigmoid": Case("late", {"itc_loss": "sigmoid", "distillation_loss": "kl"}),
 }
+
+
+IN_CHUNKS = ("across_cprd", "local_kl", "itc_only")
 
 
 def rank_batch(index: int) -> dict[str, torch.Tensor]:
@@ -101,10 +101,7 @@ def check_gathers(index: int) -> dict[str, torch.Tensor]:
 
 
 def worker(index: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    meeting = f"file://{folder / 'meeting'}"
-    limit = timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=meeting, rank=index, world_size=RANKS, timeout=limit)
+    join(index, folder)
     results: dict[str, Any] = {"gathers": check_gathers(index)}
     for name, case in CASES.items():
         objective = case.objective()
@@ -117,9 +114,13 @@ def worker(index: int, folder: Path) -> None:
             "metrics": out.metrics,
             "gradients": {n: p.grad for n, p in objective.model.named_parameters() if p.grad is not None},
         }
-    torch.save(results, folder / f"rank{index}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+        if name in IN_CHUNKS:
+            chunked = case.objective()
+            cached_backward(chunked, rank_batch(index), chunk_size=2)
+            average_gradients(chunked.parameters())
+            found = {n: p.grad for n, p in chunked.model.named_parameters() if p.grad is not None}
+            results[name]["chunked_gradients"] = found
+    leave(index, folder, results)
 
 
 # The side of the one process
@@ -128,28 +129,7 @@ def worker(index: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict[str, Any]]:
     """What each rank got, for all cases, from one launch."""
-    folder = tmp_path_factory.mktemp("ranks")
-    search_path = os.pathsep.join(path for path in sys.path if path)
-    environment = {**os.environ, "PYTHONPATH": search_path, "OMP_NUM_THREADS": "1"}
-    logs = [open(folder / f"log{index}", "w+") for index in range(RANKS)]
-    processes = [
-        subprocess.Popen([sys.executable, __file__, str(index), str(folder)], env=environment, stdout=log, stderr=log)
-        for index, log in enumerate(logs)
-    ]
-    try:
-        codes = [process.wait(TIMEOUT) for process in processes]
-    except subprocess.TimeoutExpired:
-        codes = [None]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-        for log in logs:
-            log.close()
-    if any(codes) or None in codes:
-        text = "\n".join((folder / f"log{index}").read_text()[-3000:] for index in range(RANKS))
-        pytest.fail(f"exit codes {codes} (None: hung for {TIMEOUT} s)\n{text}")
-    return [torch.load(folder / f"rank{index}.pt", weights_only=True) for index in range(RANKS)]
+    return start_ranks(__file__, tmp_path_factory.mktemp("ranks"))
 
 
 class BlockMining(LoopObjective):
@@ -186,9 +166,10 @@ def test_two_processes_are_one_on_the_concatenated_batch(ranks, name):
     expected = {n: p.grad for n, p in objective.model.named_parameters() if p.grad is not None}
     largest = max(float(gradient.abs().max()) for gradient in expected.values())
     for result in results:
-        for key, gradient in expected.items():
-            error = float((result["gradients"][key] - gradient).abs().max())
-            assert error <= 1e-5 * max(float(gradient.abs().max()), 0.01 * largest), (key, error)
+        for kind in ("gradients", "chunked_gradients") if name in IN_CHUNKS else ("gradients",):
+            for key, gradient in expected.items():
+                error = float((result[kind][key] - gradient).abs().max())
+                assert error <= 1e-5 * max(float(gradient.abs().max()), 0.01 * largest), (kind, key, error)
         for key in result["gradients"].keys() - expected.keys():  # DDP fills in zeros
             assert not result["gradients"][key].any()
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from loopitr.data import LoadReport, Record, captions_of, identity_of, name_of
+from loopitr.data import DataError, LoadReport, Record, captions_of, identity_of, name_of
 from loopitr.processing import LoopITRProcessor
 
 Transform = Callable[[Image.Image], Tensor]
@@ -58,3 +58,23 @@ def gallery(
         captions += own
         text_identities += [image_identities[-1]] * len(own)
     return Gallery(kept, captions, torch.tensor(image_identities), torch.tensor(text_identities))
+
+
+def account(skipped: LoadReport, report: LoadReport | None, searched: Gallery, count: int, allowed: float) -> None:
+    """Say what was left out of `count` images; stop where nothing, or too little, is left.
+
+    Raises:
+        DataError: nothing is left, or more than the fraction `allowed` is not.
+    """
+    skipped.images, skipped.captions = len(searched.positions), len(searched.captions)
+    if report is not None:
+        for reason, number in skipped.counts.items():
+            names = skipped.names[reason]
+            for index in range(number):
+                report.skip(reason, names[min(index, len(names) - 1)])
+    if not searched.positions:
+        raise DataError(f"nothing to evaluate on: {count} records gave {skipped.summary()}")
+    lost = count - len(searched.positions)
+    if lost > allowed * count:
+        limit = f"more than the allowed fraction {allowed}"
+        raise DataError(f"{lost} of {count} images cannot be used, {limit}: {skipped.summary()}")

@@ -15,7 +15,8 @@ BLOCK_ELEMENTS = 2**23  # similarities at a time; masks and sorts of this size c
 
 @dataclass(frozen=True)
 class Nearest:
-    """The dual's ranking of everything, and each query's `k` best candidates with their similarities, best first.
+    """The dual's ranking of everything, and each query's `k` best candidates with their similarities, best first, all
+    on the CPU.
 
     `captions`, `caption_similarity [I, min(k, T)]`; `images`, `image_similarity [T, min(k, I)]`.
     """
@@ -77,8 +78,8 @@ def nearest(
         text_ranks += ((similarity >= best_image) & ~own).sum(0)  # [T]
     return Nearest(
         ranking=Ranking(i2t=torch.cat(image_ranks).double().cpu(), t2i=text_ranks.double().cpu()),
-        captions=torch.cat(captions),
-        caption_similarity=torch.cat(caption_similarity),
-        images=images,
-        image_similarity=image_similarity,
+        captions=torch.cat(captions).cpu(),
+        caption_similarity=torch.cat(caption_similarity).cpu(),
+        images=images.cpu(),
+        image_similarity=image_similarity.cpu(),
     )

@@ -13,16 +13,14 @@ from loopitr.model import LoopITRModel
 from .gallery import Gallery
 from .nearest import Nearest
 from .ranking import Ranking, candidate_ranks
-from .tokens import TextTokens
-
-TEXT_BLOCK = 512  # captions whose tokens are laid out side by side
+from .text_tokens import TextTokens
 
 
 def candidate_pairs(found: Nearest) -> Tensor:
-    """`[P, 2]` int64 on the CPU: the (image, caption) pairs of both directions, each once, sorted by image."""
+    """`[P, 2]` int64: the (image, caption) pairs of both directions, each once, sorted by image."""
     images, texts = len(found.captions), len(found.images)
-    by_image = _keys(torch.arange(images)[:, None], found.captions.cpu(), texts)
-    by_text = _keys(found.images.cpu(), torch.arange(texts)[:, None], texts)
+    by_image = _keys(torch.arange(images)[:, None], found.captions, texts)
+    by_text = _keys(found.images, torch.arange(texts)[:, None], texts)
     keys = torch.cat([by_image.flatten(), by_text.flatten()]).unique()  # [P], sorted
     return torch.stack([keys // texts, keys % texts], 1)
 
@@ -40,34 +38,32 @@ def score_candidates(
 
     Args:
         blocks: tokens `[b, N, D]` of consecutive images; keys and values are projected once per block.
+        pair_block: pairs scored at a time; also bounds the captions whose tokens are laid out side by side.
     """
-    scores = torch.empty(len(pairs))
     image, start = pairs[:, 0].contiguous(), 0
-    with tqdm(total=len(pairs), desc="rerank", unit="pair", disable=not progress, leave=False) as bar:
+    order: list[Tensor] = []
+    scored: list[Tensor] = []  # on the model's device: waiting for each would stop a GPU
+    with tqdm(
+        total=len(pairs), desc="rerank", unit="pair", unit_scale=True, smoothing=0, disable=not progress, leave=False
+    ) as bar:
         for tokens in blocks:
             low, high = torch.searchsorted(image, torch.tensor([start, start + len(tokens)])).tolist()
-            local, text = image[low:high] - start, pairs[low:high, 1]  # [p]
-            start += len(tokens)
             image_state = model.project_images(model.image_state(tokens))
-            for chosen, group in _text_groups(text, texts.lengths):
-                place = torch.empty(len(texts.lengths), dtype=torch.int64)
-                place[group] = torch.arange(len(group))
-                own = torch.stack([local[chosen], place[text[chosen]]], 1)  # [c, 2]
-                scored = model.score_pairs(image_state, texts.state(group), own, block_size=pair_block)
-                scores[low + chosen] = scored.score.float().cpu()
+            # A caption's pairs together, beside others of its length. Longest first: what does not fit fails at once.
+            text = pairs[low:high, 1]
+            longest_first = torch.argsort(texts.lengths[text] * len(texts.lengths) + text, descending=True)
+            for chosen in (low + longest_first).split(pair_block):
+                chosen = chosen.sort().values  # by image again
+                group, place = pairs[chosen, 1].unique(return_inverse=True)
+                own = torch.stack([image[chosen] - start, place], 1)  # [c, 2]
+                scored.append(model.score_pairs(image_state, texts.state(group), own, block_size=pair_block).score)
+                order.append(chosen)
                 bar.update(len(chosen))
+            start += len(tokens)
+    scores = torch.empty(len(pairs))
+    if scored:
+        scores[torch.cat(order)] = torch.cat(scored).float().cpu()
     return scores
-
-
-def _text_groups(text: Tensor, lengths: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Captions `text [p]` of pairs -> (which pairs, their captions) in groups of captions of similar length."""
-    used = text.unique()
-    used = used[torch.argsort(lengths[used], stable=True)]
-    place = torch.empty(len(lengths), dtype=torch.int64)
-    place[used] = torch.arange(len(used))
-    number = place[text] // TEXT_BLOCK  # [p]
-    for index, group in enumerate(used.split(TEXT_BLOCK)):
-        yield (number == index).nonzero().squeeze(1), group
 
 
 def rerank(found: Nearest, pairs: Tensor, scores: Tensor, searched: Gallery, *, scale: float) -> dict[str, Ranking]:
@@ -77,11 +73,10 @@ def rerank(found: Nearest, pairs: Tensor, scores: Tensor, searched: Gallery, *, 
     """
     images, texts = len(found.captions), len(found.images)
     keys = _keys(pairs[:, 0], pairs[:, 1], texts)
-    captions, candidates = found.captions.cpu(), found.images.cpu()
-    image_side = scores[torch.searchsorted(keys, _keys(torch.arange(images)[:, None], captions, texts))]  # [I, k]
-    text_side = scores[torch.searchsorted(keys, _keys(candidates, torch.arange(texts)[:, None], texts))]  # [T, k]
-    right_captions = searched.text_identities[captions] == searched.image_identities[:, None]  # [I, k]
-    right_images = searched.image_identities[candidates] == searched.text_identities[:, None]  # [T, k]
+    image_side = scores[torch.searchsorted(keys, _keys(torch.arange(images)[:, None], found.captions, texts))]  # [I, k]
+    text_side = scores[torch.searchsorted(keys, _keys(found.images, torch.arange(texts)[:, None], texts))]  # [T, k]
+    right_captions = searched.text_identities[found.captions] == searched.image_identities[:, None]  # [I, k]
+    right_images = searched.image_identities[found.images] == searched.text_identities[:, None]  # [T, k]
 
     def ranking(image_scores: Tensor, text_scores: Tensor) -> Ranking:
         return Ranking(
@@ -92,7 +87,7 @@ def rerank(found: Nearest, pairs: Tensor, scores: Tensor, searched: Gallery, *, 
     return {
         "match": ranking(image_side, text_side),
         "match_plus_similarity": ranking(
-            image_side + scale * found.caption_similarity.cpu(), text_side + scale * found.image_similarity.cpu()
+            image_side + scale * found.caption_similarity, text_side + scale * found.image_similarity
         ),
     }
 

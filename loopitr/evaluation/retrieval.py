@@ -5,22 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from loopitr.data import DataError, LoadReport, Record, TokenCache, name_of
+from loopitr.data import LoadReport, Record, TokenCache, name_of
+from loopitr.distributed import each_rank, first_rank, rank, world_size
 from loopitr.model import DualEncoder, LoopITRModel
 from loopitr.processing import LoopITRProcessor
 
-from .gallery import Gallery, evaluation_transform, gallery
+from .gallery import account, evaluation_transform, gallery
+from .image_tokens import ImageTokens
 from .nearest import nearest
 from .report import RetrievalResult
 from .reranking import candidate_pairs
 from .reranking import rerank as rerank_candidates
 from .reranking import score_candidates
-from .tokens import ImageTokens, TextTokens
+from .storage import TokenStorage
+from .text_tokens import TextTokens
 
 __all__ = ["RetrievalResult", "evaluate_retrieval", "evaluation_transform"]
 
@@ -37,7 +41,10 @@ def evaluate_retrieval(
     pair_block: int = 1024,
     device: str | torch.device | None = None,
     tokens: TokenCache | None = None,
+    token_storage: str = "auto",
+    token_dtype: str = "fp32",
     token_memory: int = 2**30,
+    token_folder: str | Path | None = None,
     captions_per_image: int | None = None,
     max_images: int | None = None,
     max_skipped_fraction: float = 0.05,
@@ -54,6 +61,9 @@ def evaluate_retrieval(
 
     The model runs in eval mode, under the caller's autocast, and every module comes back in the mode it had.
 
+    Under torch.distributed every rank must call this, with the same weights and arguments: each encodes its share of
+    the images and captions and scores the pairs of its images, and all return the whole result.
+
     Args:
         rerank: candidates per query; 0: dual only, which is all that a `DualEncoder` can do.
         batch_size: captions, and images up to `image_block`, encoded at a time.
@@ -61,15 +71,19 @@ def evaluate_retrieval(
         pair_block: pairs scored at a time.
         device: where to move the model first; None: where it is.
         tokens: image tokens computed earlier for these records.
-        token_memory: bytes of tokens (half captions', half images') that may be kept between encoding and reranking.
-            What does not fit is computed again block by block, so memory does not grow with the data.
+        token_storage: where tokens wait between encoding and reranking. `memory`: of the model's device; `disk`: a
+            memory-mapped file, of which only the rows in use are read; `recompute`: nowhere, the backbones run again
+            for every block; `auto`: memory if they fit into `token_memory`, else disk if there is room, else recompute.
+        token_dtype: what they wait in: fp32, fp16 or bf16.
+        token_memory: bytes (half captions', half images', of each rank) up to which `auto` takes memory.
+        token_folder: where `disk` puts its file, which is gone afterwards; None: the system's temporary folder.
         captions_per_image: use each image's first so many (COCO and Flickr evaluation: 5); None: all.
         max_images: evaluate on the first so many records.
         max_skipped_fraction: stop when more of the images than this cannot be used.
         report: is told of every image and caption left out.
 
     Raises:
-        DataError: nothing to evaluate on, or too much unreadable.
+        DataError: nothing to evaluate on, too much unreadable, or tokens that do not fit where they are to wait.
         ValueError: an option out of range, or `rerank` without a fusion head.
     """
     _at_least(0, rerank=rerank, num_workers=num_workers, token_memory=token_memory)
@@ -77,6 +91,8 @@ def evaluate_retrieval(
     _at_least(1, captions_per_image=captions_per_image, max_images=max_images)
     if rerank and not isinstance(model, LoopITRModel):
         raise ValueError(f"a {type(model).__name__} has no fusion head to rerank with: rerank must be 0, got {rerank}")
+    kept = TokenStorage(token_storage, token_dtype, token_memory // 2, token_folder)
+    storage = kept if rerank else None
     if device is not None:
         nn.Module.to(model, device)
     dual = model.dual_encoder() if isinstance(model, LoopITRModel) else model
@@ -91,32 +107,43 @@ def evaluate_retrieval(
     )
     skipped = LoadReport()
     count = len(records) if max_images is None else min(max_images, len(records))
-    memory = token_memory // 2 if rerank else 0
+    progress = progress and rank() == 0
     with _evaluating(model), torch.inference_mode():
         # An image without captions is not worth decoding, and captions of an unreadable one not worth encoding.
-        searched = gallery(records, range(count), skipped, captions_per_image=captions_per_image)
-        embeds = _embed_images(images, searched.positions, records, skipped, memory=memory, progress=progress)
-        searched = gallery(records, list(embeds), LoadReport(), captions_per_image=captions_per_image)
-        _account(skipped, report, searched, count, max_skipped_fraction)
-        image_embeds = torch.stack(list(embeds.values()))  # [I, E]
-        texts = TextTokens(model if rerank else dual, processor, searched.captions, batch_size=batch_size)
-        with tqdm(total=len(searched.captions), desc="encode captions", disable=not progress, leave=False) as bar:
-            for done in texts.embed(memory=memory):
-                bar.update(done)
+        captioned = gallery(records, range(count), skipped, captions_per_image=captions_per_image).positions
+        own_images = [captioned[index] for index in _share(len(captioned))]
+        encoded = each_rank(lambda: images.encode(own_images, storage=storage, progress=progress))
+        for position, reason in (failure for part in encoded for failure in part.failed):
+            skipped.skip(f"unreadable image: {reason}", name_of(records, position))
+        readable = [position for part in encoded for position in part.positions]
+        searched = gallery(records, readable, LoadReport(), captions_per_image=captions_per_image)
+        account(skipped, report, searched, count, max_skipped_fraction)
+        texts = TextTokens(
+            model if rerank else dual, processor, searched.captions, batch_size=batch_size, storage=storage
+        )
+        own_texts = torch.tensor(_share(len(searched.captions)), dtype=torch.int64)
+        text_parts = each_rank(lambda: texts.encode(own_texts, progress=progress))
+        texts.embeds = torch.cat(text_parts).to(clock.device)  # [T, E]
         clock.lap("encode")
-        found = nearest(
-            image_embeds,
-            texts.embeds,
-            searched.image_identities.to(image_embeds.device),
-            searched.text_identities.to(image_embeds.device),
-            k=max(1, rerank),
+        found = first_rank(  # which all ranks then go by
+            lambda: nearest(
+                torch.cat([part.embeds for part in encoded]).to(clock.device),
+                texts.embeds,
+                searched.image_identities.to(clock.device),
+                searched.text_identities.to(clock.device),
+                k=max(1, rerank),
+            )
         )
         clock.lap("rank")
         rankings, num_pairs = {"dual": found.ranking}, 0
         if rerank and isinstance(model, LoopITRModel):
             pairs = candidate_pairs(found)
-            blocks = images.blocks(searched.positions, image_block)
-            scores = score_candidates(model, blocks, texts, pairs, pair_block=pair_block, progress=progress)
+            before = sum(len(part.positions) for part in encoded[: rank()])
+            score = partial(
+                _score_own, model, images, texts, pairs, encoded[rank()].positions, before,
+                image_block=image_block, pair_block=pair_block, progress=progress,
+            )
+            scores = torch.cat(each_rank(score))  # [P]
             rankings.update(rerank_candidates(found, pairs, scores, searched, scale=float(dual.scale)))
             num_pairs = len(pairs)
         clock.lap("rerank")
@@ -132,40 +159,30 @@ def evaluate_retrieval(
     )
 
 
-def _embed_images(
+def _share(count: int) -> range:
+    """This rank's of `count` items: ranks' shares are consecutive and differ by one at most."""
+    return range(rank() * count // world_size(), (rank() + 1) * count // world_size())
+
+
+def _score_own(
+    model: LoopITRModel,
     images: ImageTokens,
+    texts: TextTokens,
+    pairs: Tensor,
     positions: list[int],
-    records: Sequence[Record],
-    skipped: LoadReport,
+    before: int,
     *,
-    memory: int,
+    image_block: int,
+    pair_block: int,
     progress: bool,
-) -> dict[int, Tensor]:
-    """Embeds `[E]` by position, of the readable images."""
-    embeds: dict[int, Tensor] = {}
-    with tqdm(total=len(positions), desc="encode images", disable=not progress, leave=False) as bar:
-        for good, batch, failed in images.embed(positions, memory=memory):
-            embeds.update(zip(good, batch))
-            for position, reason in failed:
-                skipped.skip(f"unreadable image: {reason}", name_of(records, position))
-            bar.update(len(good) + len(failed))
-    return embeds
-
-
-def _account(skipped: LoadReport, report: LoadReport | None, searched: Gallery, count: int, allowed: float) -> None:
-    """Say what was left out; stop where nothing, or too little, is left."""
-    skipped.images, skipped.captions = len(searched.positions), len(searched.captions)
-    if report is not None:
-        for reason, number in skipped.counts.items():
-            names = skipped.names[reason]
-            for index in range(number):
-                report.skip(reason, names[min(index, len(names) - 1)])
-    if not searched.positions:
-        raise DataError(f"nothing to evaluate on: {count} records gave {skipped.summary()}")
-    lost = count - len(searched.positions)
-    if lost > allowed * count:
-        limit = f"more than the allowed fraction {allowed}"
-        raise DataError(f"{lost} of {count} images cannot be used, {limit}: {skipped.summary()}")
+) -> Tensor:
+    """Match scores of those of `pairs [P, 2]` whose images are this rank's: `positions`, numbered from `before` on."""
+    ends = torch.tensor([before, before + len(positions)])
+    low, high = torch.searchsorted(pairs[:, 0].contiguous(), ends).tolist()
+    own = pairs[low:high] - torch.tensor([before, 0])  # [p, 2]
+    texts.keep(own[:, 1].unique(), progress=progress)
+    blocks = images.blocks(positions, image_block)
+    return score_candidates(model, blocks, texts, own, pair_block=pair_block, progress=progress)
 
 
 class _Clock:

@@ -9,7 +9,7 @@ from support import plain_score, tiny_model
 from tiny_gallery import captions, jpeg, picture, tiny_processor, tiny_records
 
 from loopitr.data import DataError, LoadReport, Record, TokenCache
-from loopitr.evaluation import Ranking, evaluate_retrieval, evaluation_transform, reranking
+from loopitr.evaluation import Ranking, evaluate_retrieval, evaluation_transform
 
 KEYS = {"num_images", "num_captions", "k", "dual", "match", "match_plus_similarity", "ceiling", "seconds"} | {
     "pairs_per_second"
@@ -88,13 +88,12 @@ def test_candidates_are_the_duals_and_a_missed_answer_stays_missed():
         assert result.to_json()["match"][side]["r10"] <= result.ceiling[side]
 
 
-@pytest.mark.parametrize("token_memory", [0, 2**30])
-def test_blocks_change_nothing(monkeypatch, token_memory):
+@pytest.mark.parametrize("token_storage", ["memory", "disk", "recompute"])
+def test_blocks_change_nothing(token_storage):
     model, records = tiny_model(), tiny_records()
     whole = evaluate(model, records, rerank=4)
-    monkeypatch.setattr(reranking, "TEXT_BLOCK", 4)
     sizes = {"batch_size": 2, "image_block": 4, "pair_block": 3}
-    assert_same(evaluate(model, records, rerank=4, token_memory=token_memory, **sizes).rankings, whole.rankings)
+    assert_same(evaluate(model, records, rerank=4, token_storage=token_storage, **sizes).rankings, whole.rankings)
 
 
 def test_workers_change_nothing():
@@ -103,8 +102,8 @@ def test_workers_change_nothing():
     assert_same(evaluate(model, records, rerank=2).rankings, evaluate(model, records, rerank=2, num_workers=2).rankings)
 
 
-@pytest.mark.parametrize(("token_memory", "passes"), [(0, 2), (2**30, 1)])
-def test_memory_is_bounded_by_the_blocks(monkeypatch, token_memory, passes):
+@pytest.mark.parametrize(("token_storage", "passes"), [("recompute", 2), ("disk", 1), ("memory", 1)])
+def test_memory_is_bounded_by_the_blocks(monkeypatch, token_storage, passes):
     model, records = tiny_model(), tiny_records(8, 2)
     seen = {"images": [], "projected": [], "texts": [], "captions": []}
     model.dual.vision.register_forward_pre_hook(lambda _, args: seen["images"].append(len(args[0])))
@@ -117,12 +116,12 @@ def test_memory_is_bounded_by_the_blocks(monkeypatch, token_memory, passes):
 
     monkeypatch.setattr(model.fusion, "project", lambda x: seen["projected"].append(len(x)) or project(x))
     monkeypatch.setattr(model, "score_pairs", score_pairs)
-    monkeypatch.setattr(reranking, "TEXT_BLOCK", 5)
-    evaluate(model, records, rerank=3, batch_size=4, image_block=3, token_memory=token_memory)
+    sizes = {"batch_size": 4, "image_block": 3, "pair_block": 5}
+    evaluate(model, records, rerank=3, token_storage=token_storage, **sizes)
     assert max(seen["images"]) <= 3 and sum(seen["images"]) == passes * 8
     assert seen["projected"] == [3, 3, 2]  # once per image, whatever the number of its captions
     assert max(seen["texts"]) <= 5 and max(seen["captions"]) <= 4
-    assert (sum(seen["captions"]) == 16) == (token_memory > 0)
+    assert (sum(seen["captions"]) == 16) == (passes == 1)
 
 
 def test_what_cannot_be_used_is_skipped_counted_and_named():
@@ -215,7 +214,7 @@ def test_cached_tokens_are_used_instead_of_images(tmp_path):
     expected = evaluate(model, records, rerank=4, max_skipped_fraction=0.5)
     half.remove()
     model.dual.vision.register_forward_pre_hook(lambda *_: pytest.fail("the backbone ran"))
-    found = evaluate(model, records, rerank=4, max_skipped_fraction=0.5, tokens=cache, token_memory=0)
+    found = evaluate(model, records, rerank=4, max_skipped_fraction=0.5, tokens=cache, token_storage="disk")
     assert_same(found.rankings, expected.rankings)
     assert "gone.jpg" in found.skipped.summary()
     with pytest.raises(ValueError, match="the token cache has 6 images, the records are 7"):

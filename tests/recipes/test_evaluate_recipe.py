@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from recipe_process import call, launch, told
+from recipe_process import TWO_ON_CPU, call, launch, told
 from support import tiny_model
 from tiny_gallery import captions, jpeg, tiny_processor
 
@@ -50,6 +50,23 @@ def test_the_command_of_the_readme(folder, tmp_path):
     assert "encode images" in done.stderr and "rerank" in done.stderr  # progress
 
 
+def test_two_processes_give_the_figures_of_one(folder, tmp_path, monkeypatch, capsys):
+    given = ["--model", folder / "run", *data(folder, "--data.max_skipped_fraction", 0.2, "--data.num_workers", 0)]
+    given += ["--rerank", 4, "--token_storage", "disk", "--token_dtype", "bf16", "--token_folder", tmp_path / "tokens"]
+    outputs = [tmp_path / "one.json", tmp_path / "two.json"]
+    assert call(monkeypatch, capsys, "evaluate.py", *given, "--output", outputs[0])[0] == 0
+    done = launch("evaluate.py", *given, "--output", outputs[1], launcher=TWO_ON_CPU)
+    assert done.returncode == 0, done.stderr
+    figures = [json.loads(output.read_text()) for output in outputs]
+    for found in figures:
+        del found["seconds"], found["pairs_per_second"]
+    assert figures[0] == figures[1] and figures[1]["num_images"] == IMAGES
+    assert done.stdout.count("| dual ") == done.stdout.count("written to") == 1  # one of them speaks
+    bars = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("encode images")]
+    assert all("/4 " in bar for bar in bars) and bars  # of this process's share
+    assert list((tmp_path / "tokens").iterdir()) == []
+
+
 def test_export_then_evaluate_gives_the_duals_figures(folder, tmp_path, monkeypatch, capsys):
     given = data(folder, "--data.max_skipped_fraction", 0.2, "--data.num_workers", 0)
     assert call(monkeypatch, capsys, "export_dual.py", "--model", folder / "run", "--output", tmp_path / "dual")[0] == 0
@@ -82,6 +99,7 @@ def test_cached_tokens_and_bf16(folder, tmp_path, monkeypatch, capsys):
     [
         (["--model", "/nowhere/at/all"], "no model folder /nowhere/at/all"),
         (["--model", "{folder}/images"], "images holds no model"),
+        (["--model", "some/nosuch"], "no weights for 'some/nosuch'"),
         (["--data.split", "dev"], "no split 'dev'; it has test, train"),
         (["--data.karpathy", "/nowhere.json"], "/nowhere.json"),
         (["--data.images", "/nowhere"], "/nowhere"),
@@ -90,6 +108,9 @@ def test_cached_tokens_and_bf16(folder, tmp_path, monkeypatch, capsys):
         (["--reranking", "3"], "--reranking"),
         (["--precision", "fp8"], "fp8"),
         (["--device", "toaster"], "toaster"),
+        (["--token_storage", "tape"], "tape"),
+        (["--token_dtype", "fp8"], "fp8"),
+        (["--token_folder", "{folder}/data.json", "--token_storage", "disk"], "data.json"),
         (["--rerank", "2"], "1 of 9 images cannot be used"),
     ],
 )

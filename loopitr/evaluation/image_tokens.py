@@ -1,0 +1,154 @@
+"""Image tokens of a gallery as a stream of blocks: computed once and kept, or computed again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from loopitr.data import DataError, DecodedImages, Record, TokenCache, name_of
+from loopitr.model import DualEncoder
+
+from .gallery import Transform
+from .storage import TokenStorage, TokenStore
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Decoded images, or tokens from a cache, of `positions`; `failed` holds (position, reason)."""
+
+    positions: list[int]
+    inputs: Tensor | None
+    failed: list[tuple[int, str]]
+
+
+def _stack(items: list[tuple[int, Any]]) -> _Read:
+    good = [(position, x) for position, x in items if isinstance(x, Tensor)]
+    failed = [(position, x) for position, x in items if not isinstance(x, Tensor)]
+    return _Read([p for p, _ in good], torch.stack([x for _, x in good]) if good else None, failed)
+
+
+@dataclass(frozen=True)
+class EncodedImages:
+    """`embeds [n, E]` (CPU, float32) of the images at `positions`; `failed` holds (position, reason)."""
+
+    positions: list[int]
+    embeds: Tensor
+    failed: list[tuple[int, str]]
+
+
+class ImageTokens:
+    """Tokens `[b, N, D]` of images in blocks, from a cache or from the backbone, decoded in DataLoader workers."""
+
+    def __init__(
+        self,
+        model: DualEncoder,
+        records: Sequence[Record],
+        transform: Transform,
+        *,
+        cache: TokenCache | None,
+        batch_size: int,
+        num_workers: int,
+    ) -> None:
+        if cache is not None and len(cache) < len(records):
+            raise ValueError(f"the token cache has {len(cache)} images, the records are {len(records)}")
+        self.model, self.records, self.transform, self.cache = model, records, transform, cache
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.parameter = next(model.parameters())
+        self.store: TokenStore | None = None
+        self.rows: dict[int, int] = {}  # of the store, by position
+
+    def encode(self, positions: list[int], *, storage: TokenStorage | None, progress: bool = False) -> EncodedImages:
+        """The first pass; tokens that `storage` takes are kept for `blocks`, None: they will not be asked for."""
+        if storage is not None:
+            vision, device = self.model.vision, self.parameter.device
+            shape = (len(positions), vision.num_tokens, vision.width)
+            self.store = storage.open(*shape, device=device, name=self._name, may_map=self.cache is None)
+            self.rows = {position: row for row, position in enumerate(positions)}
+        done, failed = list[int](), list[tuple[int, str]]()
+        embeds = [torch.empty(0, self.model.config.embed_dim)]
+        with tqdm(total=len(positions), desc="encode images", unit="image", disable=not progress, leave=False) as bar:
+            for read in self._read(list(_chunks(positions, self.batch_size))):
+                failed += read.failed
+                if read.inputs is not None:
+                    tokens = self._tokens(read.inputs)
+                    if self.store is not None:
+                        self.store.write(self._rows(read.positions), tokens)
+                    done += read.positions
+                    embeds.append(self.model.embed_image_tokens(tokens).float().cpu())
+                bar.update(len(read.positions) + len(read.failed))
+        return EncodedImages(done, torch.cat(embeds), failed)
+
+    def blocks(self, positions: list[int], size: int) -> Iterator[Tensor]:
+        """Tokens of at most `size` images at a time, in order: the second pass.
+
+        Raises:
+            DataError: an image that was readable in the first pass no longer is.
+        """
+        blocks = list(_chunks(positions, size))
+        if self.store is not None:
+            yield from _kept(self.store, [self._rows(block) for block in blocks], self.parameter.device)
+            return
+        parts = [list(_chunks(block, self.batch_size)) for block in blocks]
+        reads = self._read([part for block in parts for part in block])
+        for block in parts:
+            tokens = []
+            for _ in block:
+                read = next(reads)
+                if read.failed or read.inputs is None:
+                    position, reason = read.failed[0]
+                    raise DataError(f"{name_of(self.records, position)}: unreadable while being evaluated ({reason})")
+                tokens.append(self._tokens(read.inputs))
+            yield torch.cat(tokens)  # [b, N, D]
+
+    def _tokens(self, inputs: Tensor) -> Tensor:
+        inputs = inputs.to(self.parameter.device, self.parameter.dtype)
+        return inputs if self.cache is not None else self.model.vision(inputs)  # [b, N, D]
+
+    def _rows(self, positions: list[int]) -> Tensor:
+        return torch.tensor([self.rows[position] for position in positions])
+
+    def _name(self, row: int) -> str:
+        return name_of(self.records, list(self.rows)[row])
+
+    def _read(self, batches: list[list[int]]) -> Iterator[_Read]:
+        if self.cache is not None:
+            missing, cache = self.cache.unreadable, self.cache
+            for batch in batches:  # float(): autocast on the CPU cannot stack float16
+                yield _stack([(p, "no cached tokens" if p in missing else cache[p].float()) for p in batch])
+            return
+        yield from DataLoader(
+            DecodedImages(self.records, self.transform),
+            batch_sampler=batches,
+            num_workers=min(self.num_workers, len(batches)),
+            collate_fn=_stack,
+            generator=torch.Generator(),  # validating must not move the generator that dropout uses
+        )
+
+
+def _kept(store: TokenStore, blocks: list[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """`store.read` of each block; of a file, the next block is read while the caller works on this one."""
+    if not store.on_disk:
+        yield from (store.read(rows) for rows in blocks)
+        return
+
+    def read(rows: Tensor) -> Tensor:
+        tokens = store.read(rows)
+        return tokens.pin_memory() if device.type == "cuda" else tokens  # to be copied beside the GPU's work
+
+    with ThreadPoolExecutor(1) as reader:
+        coming = [reader.submit(read, rows) for rows in blocks[:1]]
+        for number in range(len(blocks)):
+            tokens = coming.pop().result()
+            coming += [reader.submit(read, rows) for rows in blocks[number + 1 : number + 2]]
+            yield tokens.to(device, non_blocking=True)
+
+
+def _chunks(items: list[int], size: int) -> Iterator[list[int]]:
+    return (items[start : start + size] for start in range(0, len(items), size))

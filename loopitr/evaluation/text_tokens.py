@@ -1,0 +1,113 @@
+"""Captions of a gallery: their embeds, and the tokens of any of them, kept or computed again."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from loopitr.model import DualEncoder, LoopITRModel
+from loopitr.processing import LoopITRProcessor
+from loopitr.states import TextState
+
+from .storage import TokenStorage, TokenStore
+
+
+class TextTokens:
+    """The embeds of captions, and the tokens of any of them on demand.
+
+    `storage` says where tokens are kept, without padding; where it has no room `state` runs the backbone again.
+    `embeds [T, E]` of all captions are to be set before `state` is asked.
+    """
+
+    def __init__(
+        self,
+        model: LoopITRModel | DualEncoder,
+        processor: LoopITRProcessor,
+        captions: list[str],
+        *,
+        batch_size: int,
+        storage: TokenStorage | None,
+    ) -> None:
+        # forked DataLoader workers would otherwise warn, each
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        self.dual = model if isinstance(model, DualEncoder) else model.dual_encoder()
+        tokenizer = processor.tokenizer
+        limit = min(tokenizer.model_max_length, self.dual.text.max_length)
+        ids = tokenizer(captions, truncation=True, max_length=limit, return_token_type_ids=False)["input_ids"]
+        full = [caption for caption, row in zip(captions, ids) if len(row) >= limit]
+        whole = tokenizer(full, verbose=False)["input_ids"] if full else []
+        self.truncated = sum(len(row) > limit for row in whole)
+        self.model, self.batch_size, self.captions = model, batch_size, captions
+        self.ids = [torch.tensor(row) for row in ids]
+        self.lengths = torch.tensor([len(row) for row in ids])
+        self.ends = torch.cumsum(self.lengths, 0)  # [T] of each caption's rows in the store
+        self.padding: int = tokenizer.pad_token_id or 0
+        self.parameter = next(model.parameters())
+        self.embeds = torch.empty(0)
+        self.storage = storage
+        self.store: TokenStore | None = None  # [sum(lengths), D]
+        self.stored = torch.zeros(len(captions), dtype=torch.bool)
+
+    def encode(self, which: Tensor, *, progress: bool = False) -> Tensor:
+        """Embeds `[n, E]` (CPU, float32) of the captions `which [n]`; their tokens are kept."""
+        if self.storage is not None and self.store is None:
+            count, width = int(self.lengths.sum()), self.dual.text.width
+            self.store = self.storage.open(count, width, device=self.parameter.device, name=self._name)
+        order = torch.argsort(self.lengths[which], stable=True)  # little padding
+        embeds = torch.empty(len(which), self.dual.config.embed_dim)
+        with tqdm(total=len(which), desc="encode captions", unit="caption", disable=not progress, leave=False) as bar:
+            for batch in order.split(self.batch_size):
+                input_ids, mask = self._padded(which[batch])
+                if isinstance(self.model, DualEncoder):
+                    embeds[batch] = self.model.get_text_features(input_ids, mask.long()).float().cpu()
+                else:
+                    state = self.model.encode_texts(input_ids, mask.long())
+                    embeds[batch] = state.embeds.float().cpu()
+                    self._keep(which[batch], state)
+                bar.update(len(batch))
+        return embeds
+
+    def keep(self, which: Tensor, *, progress: bool = False) -> None:
+        """Have the tokens of the captions `which [n]` ready, as far as tokens are kept at all."""
+        missing = which[~self.stored[which]]
+        if self.store is not None and len(missing):
+            self.encode(missing, progress=progress)
+
+    def state(self, indices: Tensor) -> TextState:
+        """The captions at `indices [n]` (on the CPU) as one padded state."""
+        device, lengths = self.parameter.device, self.lengths[indices, None]
+        offset = torch.arange(int(lengths.max()))
+        mask = (offset < lengths).to(device)  # [n, L]
+        embeds = self.embeds[indices.to(self.embeds.device)]
+        if self.store is not None:
+            rows = self.ends[indices, None] - lengths + torch.minimum(offset, lengths - 1)  # [n, L]
+            tokens = self.store.read(rows.flatten()).to(device, self.parameter.dtype)
+            return TextState(embeds, tokens.unflatten(0, rows.shape), mask)
+        assert isinstance(self.model, LoopITRModel)
+        parts: list[Tensor] = []
+        for batch in indices.split(self.batch_size):
+            input_ids, own = self._padded(batch)
+            part = self.model.encode_texts(input_ids, own.long()).tokens  # [b, l, D]
+            parts.append(torch.nn.functional.pad(part, (0, 0, 0, len(offset) - part.shape[1])))
+        return TextState(embeds, torch.cat(parts), mask)
+
+    def _padded(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        rows = [self.ids[index] for index in indices.tolist()]
+        input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.padding)  # [n, L]
+        mask = torch.arange(input_ids.shape[1]) < self.lengths[indices, None]  # [n, L]
+        return input_ids.to(self.parameter.device), mask.to(self.parameter.device)
+
+    def _keep(self, which: Tensor, state: TextState) -> None:
+        if self.store is None:
+            return
+        lengths = self.lengths[which, None]
+        offset = torch.arange(state.tokens.shape[1])
+        rows = self.ends[which, None] - lengths + offset  # [b, L]
+        self.store.write(rows[offset < lengths], state.tokens[state.mask])
+        self.stored[which] = True
+
+    def _name(self, row: int) -> str:
+        return f"caption {self.captions[int(torch.searchsorted(self.ends, row, right=True))]!r}"

@@ -1,0 +1,58 @@
+"""Two real processes (gloo) that a test file starts of itself: `python FILE RANK FOLDER` is to call `join`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+RANKS = 2
+TIMEOUT = 150  # seconds until a hang is a failure
+
+
+def join(index: int, folder: Path) -> None:
+    """Be rank `index`; the ranks meet in `folder`."""
+    torch.set_num_threads(1)
+    meeting = f"file://{folder / 'meeting'}"
+    limit = timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=meeting, rank=index, world_size=RANKS, timeout=limit)
+
+
+def leave(index: int, folder: Path, results: dict[str, Any]) -> None:
+    """Hand `results` over to the test."""
+    torch.save(results, folder / f"rank{index}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def start_ranks(file: str, folder: Path) -> list[dict[str, Any]]:
+    """What each rank of `file` handed over."""
+    search_path = os.pathsep.join(path for path in sys.path if path)
+    environment = {**os.environ, "PYTHONPATH": search_path, "OMP_NUM_THREADS": "1"}
+    logs = [open(folder / f"log{index}", "w+") for index in range(RANKS)]
+    processes = [
+        subprocess.Popen([sys.executable, file, str(index), str(folder)], env=environment, stdout=log, stderr=log)
+        for index, log in enumerate(logs)
+    ]
+    codes: list[int | None] = [None]
+    try:
+        codes = [process.wait(TIMEOUT) for process in processes]
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+        for log in logs:
+            log.close()
+    if any(codes) or None in codes:
+        text = "\n".join((folder / f"log{index}").read_text()[-3000:] for index in range(RANKS))
+        pytest.fail(f"exit codes {codes} (None: hung for {TIMEOUT} s)\n{text}")
+    return [torch.load(folder / f"rank{index}.pt", weights_only=True) for index in range(RANKS)]
