@@ -13,23 +13,21 @@ logits, FLOPs counted by torch.utils.flop_counter, and the part of a large matri
 
 from __future__ import annotations
 
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import BlipConfig, BlipForImageTextRetrieval
 
 from loopitr import LoopITRConfig, LoopITRModel
+from loopitr.benchmarking import PRECISIONS, PlainPairs, interleaved, matmul_speed
 from loopitr.cli import parse, run
 from loopitr.convert import convert_blip
+from loopitr.evaluation.report import markdown_table
 from loopitr.reporting import write_json
 from loopitr.states import ImageState, TextState
 
@@ -58,31 +56,9 @@ class Case:
     plain: Callable[[], Tensor]
 
 
-def plain_late(model: LoopITRModel, image_tokens: Tensor, text_tokens: Tensor, mask: Tensor) -> Tensor:
-    """`image_tokens [P, N, Dv]`, `text_tokens [P, L, D]`, `mask [P, L]`: a padded batch, pair by pair."""
-    assert model.fusion.text is not None
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, where: Tensor | None) -> Tensor:
-        q, k, v = (x.unflatten(-1, (HEADS, -1)).transpose(1, 2) for x in (query, key, value))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=where).transpose(1, 2).flatten(2)
-
-    hidden = text_tokens
-    layer: Any
-    cross: Any
-    for layer, cross in zip(model.fusion.text, model.fusion.cross, strict=True):
-        parts = layer.parts()
-        attended = attend(parts.query(hidden), parts.key(hidden), parts.value(hidden), mask[:, None, None])
-        hidden = parts.attention_norm(parts.attention_output(attended) + hidden)
-        attended = attend(cross.query(hidden), cross.key(image_tokens), cross.value(image_tokens), None)
-        hidden = cross.norm(cross.output(attended) + hidden)
-        inner = parts.activation(parts.feed_forward_in(hidden))
-        hidden = parts.feed_forward_norm(parts.feed_forward_out(inner) + hidden)
-    return model.itm_head(hidden[:, 0])  # [P, 2]
-
-
 def cases(options: Options) -> list[Case]:
     count, device = options.pairs, torch.device(options.device)
-    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    dtype = PRECISIONS[options.precision]
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(8, 21, (count,), generator=generator)  # 14 on average
     mask = (torch.arange(LENGTH) < lengths[:, None]).to(device)
@@ -98,11 +74,13 @@ def cases(options: Options) -> list[Case]:
     cached = late.project_images(images)
     one_image, one_caption = torch.stack([first, every], 1), torch.stack([every, first], 1)
 
+    plain = PlainPairs(late).logits
+
     def plain_one_image() -> Tensor:
-        return plain_late(late, tokens[:1].expand(count, -1, -1), words, mask)
+        return plain(tokens[:1].expand(count, -1, -1), words, mask)
 
     def plain_one_caption() -> Tensor:
-        return plain_late(late, tokens, words[:1].expand(count, -1, -1), mask[:1].expand(count, -1))
+        return plain(tokens, words[:1].expand(count, -1, -1), mask[:1].expand(count, -1))
 
     blip: Any
     shared: Any
@@ -168,53 +146,29 @@ def _blip_models(options: Options) -> tuple[BlipForImageTextRetrieval, LoopITRMo
         return theirs, convert_blip(folder)
 
 
-def peak(options: Options) -> float:
-    """FLOP/s of a large matrix product in this process."""
-    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
-    a, b = (torch.randn(2048, 2048, device=options.device).to(dtype) for _ in range(2))
-    seconds = min(_time(lambda: a @ b, options.device) for _ in range(5))
-    return 2 * 2048**3 / seconds
-
-
-def _time(call: Callable[[], Tensor], device: str) -> float:
-    started = time.perf_counter()
-    call()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
 @torch.inference_mode()
 def main() -> None:
     options = parse(Options, description=__doc__)
-    speed = peak(options)
+    speed = matmul_speed(options.device, PRECISIONS[options.precision])
     print(f"{options.pairs} pairs, width {options.width}, {options.tokens} image tokens, {options.precision}, "
           f"{options.device}, {torch.get_num_threads()} threads, matrix product {speed / 1e9:.0f} GFLOP/s")
-    print(f"{'case':<52} {'plain s':>8} {'ours s':>8} {'ratio':>6} {'FLOP ratio':>10} {'of peak':>8} {'differ by':>10}")
-    figures = {}
+    figures, rows = {}, []
     for case in cases(options):
-        flops = {}
-        for side in ("plain", "ours"):  # also the warm-up
-            with FlopCounterMode(display=False) as counter:
-                getattr(case, side)()
-            flops[side] = counter.get_total_flops()
         difference = (case.ours().float() - case.plain().float()).abs().max().item()
-        plain, ours = [], []
-        for _ in range(options.rounds):
-            plain.append(_time(case.plain, options.device))
-            ours.append(_time(case.ours, options.device))
-        figures[case.name] = {
-            "plain_seconds": statistics.median(plain),
-            "seconds": statistics.median(ours),
-            "ratio": statistics.median(a / b for a, b in zip(plain, ours, strict=True)),
-            "plain_flops": flops["plain"],
-            "flops": flops["ours"],
-            "of_peak": flops["ours"] / statistics.median(ours) / speed,
+        timed = interleaved({"plain": case.plain, "ours": case.ours}, rounds=options.rounds, device=options.device)
+        plain, ours = timed["plain"], timed["ours"]
+        figures[case.name] = f = {
+            "plain_seconds": plain.median,
+            "seconds": ours.median,
+            "ratio": plain.ratio(ours),
+            "plain_flops": plain.flops,
+            "flops": ours.flops,
+            "of_peak": ours.flops / ours.median / speed,
             "difference": difference,
         }
-        f = figures[case.name]
-        print(f"{case.name:<52} {f['plain_seconds']:8.3f} {f['seconds']:8.3f} {f['ratio']:6.2f} "
-              f"{flops['plain'] / flops['ours']:10.2f} {f['of_peak']:8.2f} {difference:10.1e}")
+        rows.append([case.name, f"{f['plain_seconds']:.3f}", f"{f['seconds']:.3f}", f"{f['ratio']:.2f}",
+                     f"{plain.flops / ours.flops:.2f}", f"{f['of_peak']:.2f}", f"{difference:.1e}"])
+    print(markdown_table(["case", "plain s", "ours s", "ratio", "FLOP ratio", "of peak", "differ by"], rows))
     if options.output:
         write_json(Path(options.output), {"options": vars(options), "figures": figures})
 

@@ -1,33 +1,39 @@
 """python recipes/benchmarks/step.py [--batch_size 16] [--rounds 7] [--device cuda] [--precision bf16] [--output F.json]
 
 What the loop costs: one training step (forward and backward, no optimiser) of ITC only, ITC + ITM, and the loop with
-K = 4 and 8 (CPRD), on one model with random weights (ViT-S/16 at 224 px, MiniLM-like text, 6 text + 3 fusion layers by
-default) and captions of 14 tokens on average in batches padded to their longest. All variants run interleaved in one
-process; medians of seconds and of ratios to ITC only. FLOPs are counted with torch.utils.flop_counter.
+K = 4 and 8 (CPRD), the latter also with ITM on one negative and the other scores without gradient, on one model with
+random weights (ViT-S/16 at 224 px, MiniLM-like text, 6 text + 3 fusion layers by default) and captions of 14 tokens on
+average in batches padded to their longest; and the loop with a padded forward pass per pair. All variants run
+interleaved in one process; medians of seconds and of ratios to ITC only, FLOPs counted by torch.utils.flop_counter, and
+the part of a large matrix product's speed that is reached.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from loopitr import LoopITRConfig, LoopITRModel
+from loopitr.benchmarking import PRECISIONS, PlainPairs, interleaved, matmul_speed
 from loopitr.cli import parse, run
+from loopitr.evaluation.report import markdown_table
 from loopitr.objective import LoopObjective, ObjectiveOptions
 from loopitr.reporting import write_json
+from loopitr.states import PairScores
 
 VARIANTS = {
     "ITC only": ObjectiveOptions(itm=0.0, distillation=0.0),
     "ITC + ITM, K=4": ObjectiveOptions(distillation=0.0, num_negatives=4),
     "loop, K=4": ObjectiveOptions(num_negatives=4),
     "loop, K=8": ObjectiveOptions(num_negatives=8),
+    "loop, K=8, ITM on one": ObjectiveOptions(num_negatives=8, itm_negatives=1),
 }
+PLAIN = ("loop, K=4", "loop, K=8")
 
 
 @dataclass
@@ -84,45 +90,34 @@ def batch(options: Options) -> dict[str, torch.Tensor]:
 def main() -> None:
     options = parse(Options, description=__doc__)
     model, inputs = build(options), batch(options)
-    objectives = {name: LoopObjective(model, variant) for name, variant in VARIANTS.items()}
-    cuda = options.device.startswith("cuda")
+    plain = PlainPairs(model)
 
-    def step(name: str) -> None:
+    def step(objective: LoopObjective, score_pairs: Callable[..., PairScores]) -> None:
         model.zero_grad()
+        model.score_pairs = score_pairs  # type: ignore[method-assign]
         with torch.autocast(options.device.split(":")[0], torch.bfloat16, enabled=options.precision == "bf16"):
-            loss = objectives[name](**inputs).loss
+            loss = objective(**inputs).loss
         loss.backward()
-        if cuda:
-            torch.cuda.synchronize()
 
-    flops = {}
-    for name in VARIANTS:  # also the warm-up
-        with FlopCounterMode(display=False) as counter:
-            step(name)
-        flops[name] = counter.get_total_flops()
-    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    for _ in range(options.rounds):
-        for name in VARIANTS:
-            started = time.perf_counter()
-            step(name)
-            seconds[name].append(time.perf_counter() - started)
-
-    base = "ITC only"
-    figures = {}
+    calls = {name: partial(step, LoopObjective(model, o), model.score_pairs) for name, o in VARIANTS.items()}
+    calls |= {f"{name}, plain": partial(step, LoopObjective(model, VARIANTS[name]), plain) for name in PLAIN}
+    timed = interleaved(calls, rounds=options.rounds, device=options.device)
+    speed = matmul_speed(options.device, PRECISIONS[options.precision])
     print(f"{options.vision} {options.image_size} px, {options.text_layers} + {options.fusion_layers} layers, "
-          f"B={options.batch_size}, {options.precision}, {options.device}, {torch.get_num_threads()} threads")
-    print(f"{'variant':<16} {'seconds':>8} {'ratio':>6} {'GFLOP':>8} {'ratio':>6} {'GFLOP/s':>8}")
-    for name in VARIANTS:
-        ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
-        median = statistics.median(seconds[name])
+          f"B={options.batch_size}, {options.precision}, {options.device}, {torch.get_num_threads()} threads, "
+          f"matrix product {speed / 1e9:.0f} GFLOP/s")
+    base, figures, rows = timed["ITC only"], {}, []
+    for name, timing in timed.items():
         figures[name] = {
-            "seconds": median,
-            "ratio": ratio,
-            "flops": flops[name],
-            "flops_ratio": flops[name] / flops[base],
+            "seconds": timing.median,
+            "ratio": timing.ratio(base),
+            "flops": timing.flops,
+            "flops_ratio": timing.flops / base.flops,
+            "of_peak": timing.flops / timing.median / speed,
         }
-        print(f"{name:<16} {median:8.3f} {ratio:6.2f} {flops[name] / 1e9:8.1f} {flops[name] / flops[base]:6.2f} "
-              f"{flops[name] / median / 1e9:8.1f}")
+        rows.append([name, f"{timing.median:.3f}", f"{timing.ratio(base):.2f}", f"{timing.flops / 1e9:.1f}",
+                     f"{timing.flops / base.flops:.2f}", f"{figures[name]['of_peak']:.2f}"])
+    print(markdown_table(["variant", "seconds", "ratio", "GFLOP", "ratio", "of peak"], rows))
     if options.output:
         write_json(Path(options.output), {"options": vars(options), "figures": figures})
 

@@ -13,6 +13,29 @@ SMALL = {
         *("--vision", "vit_tiny_patch16_224", "--image_size", "32", "--hidden_size", "64", "--text_layers", "1"),
         *("--fusion_layers", "1", "--batch_size", "6", "--rounds", "1"),
     ],
+    "encode.py": [
+        *("--vision", "vit_tiny_patch16_224", "--image_size", "32", "--hidden_size", "64", "--text_layers", "1"),
+        *("--batch_size", "3", "--rounds", "1"),
+    ],
+    "grad_cache.py": [
+        *("--vision", "vit_tiny_patch16_224", "--image_size", "32", "--hidden_size", "64", "--text_layers", "1"),
+        *("--fusion_layers", "1", "--batch_size", "6", "--chunk_size", "2", "--loop", "true"),
+    ],
+    "input.py": [
+        *("--vision", "vit_tiny_patch16_224", "--image_size", "32", "--batch_size", "2", "--batches", "1"),
+        *("--num_workers", "1", "--rounds", "1"),
+    ],
+    "evaluate.py": [
+        *("--images", "12", "--captions_per_image", "2", "--k", "4", "--part", "0.5", "--rounds", "1"),
+        *("--vision", "vit_tiny_patch16_224", "--image_size", "32", "--hidden_size", "64", "--text_layers", "1"),
+        *("--fusion_layers", "2", "--num_workers", "0", "--plain_pairs", "3"),
+    ],
+}
+OWN = {  # figures, and what is counted in each
+    "step.py": (7, {"seconds", "flops", "ratio", "of_peak"}),
+    "encode.py": (3, {"per_second", "bare_per_second", "throughput", "flops"}),
+    "grad_cache.py": (2, {"seconds", "pairs", "peak_gib"}),
+    "input.py": (7, {"seconds", "images_per_second"}),
 }
 
 
@@ -22,6 +45,12 @@ def test_figures_by_name(name, tmp_path):
     done = launch(f"benchmarks/{name}", *SMALL[name], "--output", file)
     assert done.returncode == 0, done.stderr
     figures = json.loads(file.read_text())["figures"]
-    assert len(figures) == 4 and all(case["seconds"] > 0 and case["flops"] > 0 for case in figures.values())
+    count, counted = OWN.get(name, (4, {"seconds", "flops"}))
+    assert len(figures) == count and all(case[key] > 0 for case in figures.values() for key in counted)
     assert all(case in done.stdout for case in figures)
     assert all(case.get("difference", 0.0) < 1e-5 for case in figures.values())
+
+
+def test_input_of_a_folder_needs_a_jpeg_in_it(tmp_path):
+    done = launch("benchmarks/input.py", "--images", tmp_path)
+    assert (done.returncode, done.stdout) == (2, "") and "no .jpg or .jpeg file in it" in done.stderr

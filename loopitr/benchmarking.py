@@ -1,0 +1,111 @@
+"""What recipes/benchmarks share: interleaved timing, FLOPs, the machine's speed, and the plain way to score pairs."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from loopitr.model import LoopITRModel
+from loopitr.states import ImageState, PairScores, TextState
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """`seconds` of each round and the `flops` of one call."""
+
+    seconds: list[float]
+    flops: int
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def ratio(self, other: Timing) -> float:
+        """How many times the other's seconds these are: the median over rounds."""
+        return statistics.median(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
+
+
+def interleaved(calls: Mapping[str, Callable[[], Any]], *, rounds: int, device: str) -> dict[str, Timing]:
+    """Time every call once per round, in turn, so that all meet the same machine. FLOPs are counted as a warm-up."""
+    flops = {}
+    for name, call in calls.items():
+        with FlopCounterMode(display=False) as counter:
+            call()
+        flops[name] = counter.get_total_flops()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            seconds[name].append(seconds_of(call, device))
+    return {name: Timing(seconds[name], flops[name]) for name in calls}
+
+
+def seconds_of(call: Callable[[], Any], device: str) -> float:
+    """Of one call, until the device has done it."""
+    synchronize(device)
+    started = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def matmul_speed(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product: what this machine can do at best, just now."""
+    size = 8192 if device.startswith("cuda") else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / min(seconds_of(lambda: a @ b, device) for _ in range(5))
+
+
+class PlainPairs:
+    """In place of a model's `score_pairs` (style `late`), what public code does: a padded batch in which every pair has
+    image tokens of its own, projects keys and values of its own, and computes every row of every layer."""
+
+    def __init__(self, model: LoopITRModel) -> None:
+        if model.fusion.text is None:
+            raise ValueError("the plain way is written for fusion.style 'late'")
+        self.model = model
+
+    def __call__(
+        self, images: ImageState, texts: TextState, pairs: Tensor, *, block_size: int | None = None
+    ) -> PairScores:
+        image, text = pairs.to(images.tokens.device).unbind(1)
+        logits = self.logits(images.tokens[image], texts.tokens[text], texts.mask[text]).float()
+        return PairScores(logits=logits, score=logits[:, 1] - logits[:, 0])
+
+    def logits(self, image_tokens: Tensor, text_tokens: Tensor, mask: Tensor) -> Tensor:
+        """`image_tokens [P, N, Dv]`, `text_tokens [P, L, D]`, `mask [P, L]` -> `[P, 2]`."""
+        fusion = self.model.fusion
+        assert fusion.text is not None
+        image_tokens, hidden = fusion.place(image_tokens), text_tokens
+        layer: Any
+        cross: Any
+        for layer, cross in zip(fusion.text, fusion.cross, strict=True):
+            parts = layer.parts()
+            read = parts.key(hidden), parts.value(hidden)
+            attended = _attend(parts.query(hidden), *read, parts.num_heads, mask[:, None, None])
+            hidden = parts.attention_norm(parts.dropout(parts.attention_output(attended)) + hidden)
+            read = cross.key(image_tokens), cross.value(image_tokens)
+            attended = _attend(cross.query(hidden), *read, cross.num_heads, None)
+            hidden = cross.norm(cross.dropout(cross.output(attended)) + hidden)
+            inner = parts.activation(parts.feed_forward_in(hidden))
+            hidden = parts.feed_forward_norm(parts.dropout(parts.feed_forward_out(inner)) + hidden)
+        return self.model.itm_head(hidden[:, 0])
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, heads: int, where: Tensor | None) -> Tensor:
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=where).transpose(1, 2).flatten(2)

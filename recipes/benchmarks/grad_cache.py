@@ -1,0 +1,143 @@
+"""python recipes/benchmarks/grad_cache.py [--batch_size 1024] [--chunk_size 64] [--device cuda] [--output F.json]
+
+Peak memory and time of one step (forward and backward, no optimiser): a plain one on a batch of `chunk_size`, and one
+of `batch_size` in chunks (GradCache), of ITC alone or of the loop (`--loop true`; K = 4, CPRD). Random weights,
+ViT-S/16 at 224 px and MiniLM-like text with 3 fusion layers by default. Each runs in a process of its own: on the CPU
+memory is that of the process, less what model, batch and libraries hold before the step; on a GPU what torch allocated.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from loopitr import LoopITRConfig, LoopITRModel
+from loopitr.benchmarking import seconds_of
+from loopitr.cli import parse, run
+from loopitr.evaluation.report import markdown_table
+from loopitr.grad_cache import cached_backward
+from loopitr.objective import LoopObjective, ObjectiveOptions
+from loopitr.reporting import write_json
+
+
+@dataclass
+class Options:
+    vision: str = "vit_small_patch16_224"
+    image_size: int = 224
+    hidden_size: int = 384
+    text_layers: int = 6
+    fusion_layers: int = 3
+    batch_size: int = 1024
+    chunk_size: int = 64
+    loop: bool = False
+    """Matching and distillation too."""
+    device: str = "cpu"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    only: Literal["plain", "in chunks"] | None = None
+    """Measure one side, in this process, and print its figures as JSON."""
+    output: str | None = None
+    """JSON file for the figures."""
+
+
+def build(options: Options) -> LoopObjective:
+    width, heads = options.hidden_size, max(1, options.hidden_size // 32)
+    text = {
+        "model_type": "bert",
+        "hidden_size": width,
+        "num_hidden_layers": options.text_layers,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * width,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    config = LoopITRConfig(
+        vision={"name": options.vision, "image_size": options.image_size},
+        text=text,
+        vision_pooling="first",
+        fusion={"num_layers": options.fusion_layers, "num_heads": heads},
+    )
+    torch.manual_seed(0)
+    model = LoopITRModel(config).train()
+    model.to(torch.device(options.device))  # type: ignore[arg-type]
+    weights = {} if options.loop else {"itm": 0.0, "distillation": 0.0}
+    chosen = ObjectiveOptions(num_negatives=4, **weights)  # type: ignore[arg-type]
+    return LoopObjective(model, chosen, pair_block=options.chunk_size * 9)
+
+
+def measure(options: Options, side: str) -> dict[str, float]:
+    objective, cuda = build(options), options.device.startswith("cuda")
+    size = options.chunk_size if side == "plain" else options.batch_size
+    generator = torch.Generator().manual_seed(1)
+    mask = (torch.arange(20) < torch.randint(8, 21, (size, 1), generator=generator)).long()
+    batch = {
+        "pixel_values": torch.randn(size, 3, options.image_size, options.image_size, generator=generator),
+        "input_ids": torch.randint(1000, 30000, mask.shape, generator=generator) * mask,
+        "attention_mask": mask,
+        "identities": torch.arange(size),
+        "caption_ids": torch.arange(size),
+    }
+    batch = {name: value.to(options.device) for name, value in batch.items()}
+
+    def autocast() -> torch.autocast:
+        return torch.autocast(options.device.split(":")[0], torch.bfloat16, enabled=options.precision == "bf16")
+
+    def step() -> None:
+        if side == "plain":
+            objective.pair_block = None
+            with autocast():
+                loss = objective(**batch).loss
+            loss.backward()
+        else:
+            cached_backward(objective, batch, chunk_size=options.chunk_size, autocast=autocast)
+
+    before = torch.cuda.memory_allocated() if cuda else _peak_resident()
+    seconds = seconds_of(step, options.device)
+    peak = torch.cuda.max_memory_allocated() if cuda else _peak_resident()
+    gib = 2**30
+    return {
+        "pairs": size,
+        "seconds": seconds,
+        "pairs_per_second": size / seconds,
+        "step_gib": (peak - before) / gib,
+        "inputs_gib": sum(x.numel() * x.element_size() for x in batch.values()) / gib,
+        "peak_gib": peak / gib,
+    }
+
+
+def _peak_resident() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def main() -> None:
+    options = parse(Options, description=__doc__)
+    if options.only is not None:
+        print(json.dumps(measure(options, options.only)))
+        return
+    figures = {}
+    for side in ("plain", "in chunks"):
+        command = [sys.executable, *sys.argv, "--only", side]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            sys.exit(done.returncode)
+        figures[side] = json.loads(done.stdout.splitlines()[-1])
+    for side in figures.values():
+        side["memory_ratio"] = side["step_gib"] / figures["plain"]["step_gib"]
+    print(f"{options.vision} {options.image_size} px, {'the loop, K=4' if options.loop else 'ITC only'}, "
+          f"{options.precision}, {options.device}, {torch.get_num_threads()} threads")
+    titles = {"pairs": "", "seconds": ".1f", "pairs_per_second": ".1f", "step_gib": ".2f", "memory_ratio": ".2f",
+              "inputs_gib": ".2f", "peak_gib": ".2f"}
+    rows = [[name, *(format(f[title], form) for title, form in titles.items())] for name, f in figures.items()]
+    print(markdown_table(["step", *titles], rows))
+    if options.output:
+        write_json(Path(options.output), {"options": vars(options), "figures": figures})
+
+
+if __name__ == "__main__":
+    run(main)
