@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 STATE_FILE = "progress.json"
 
@@ -16,7 +17,8 @@ STATE_FILE = "progress.json"
 @dataclass
 class Progress:
     """Where a run stands: optimiser `step`, `epoch`, batches done in it, best validation so far, rows of its history,
-    what was skipped (counts by reason) and how many captions were cut."""
+    what was skipped (counts by reason) and how many captions were cut. `places` has epoch and batch of every rank:
+    streams of different length end at different batches."""
 
     step: int = 0
     epoch: int = 0
@@ -26,6 +28,7 @@ class Progress:
     rows: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
     truncated: int = 0
+    places: list[list[int]] = field(default_factory=list)
 
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, *, keep: int) -> Path:
@@ -36,6 +39,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, 
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(partial))
+    progress = replace(progress, places=gather_object([[progress.epoch, progress.batch]]))
     if accelerator.is_main_process:
         (partial / STATE_FILE).write_text(json.dumps(asdict(progress)))
         shutil.rmtree(final, ignore_errors=True)
@@ -49,6 +53,8 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, 
 def load_checkpoint(accelerator: Accelerator, folder: Path) -> Progress | None:
     """Restore the newest complete checkpoint into what `accelerator` has prepared; None when there is none.
 
+    Every rank gets its own place in the data; if their number is another than before, all get rank 0's.
+
     Raises:
         ValueError: it is of another model or optimiser.
     """
@@ -61,7 +67,10 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> Progress | None:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{found[-1]} does not fit this run's model: {reason}") from error
     state: dict[str, Any] = json.loads((found[-1] / STATE_FILE).read_text())
-    return Progress(**state)
+    progress = Progress(**state)
+    if len(progress.places) == accelerator.num_processes:
+        progress.epoch, progress.batch = progress.places[accelerator.process_index]
+    return progress
 
 
 def _all(folder: Path) -> list[Path]:

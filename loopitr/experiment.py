@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
 from timm.layers import convert_sync_batchnorm
 
 from loopitr.building import build_model, token_cache_key, token_masking
@@ -21,6 +21,7 @@ from loopitr.data import (
     CaptionDataset,
     Collator,
     HubStream,
+    ImageCache,
     LoadReport,
     Record,
     StreamDataset,
@@ -35,7 +36,7 @@ from loopitr.model import LoopITRModel
 from loopitr.objective import LoopObjective
 from loopitr.optimization import parameter_groups, two_cycles, warmup_cosine
 from loopitr.options import PretrainOptions
-from loopitr.processing import LoopITRProcessor
+from loopitr.processing import LoopITRProcessor, interpolation_of
 
 SOURCES = ("karpathy", "albef", "table", "hub")
 
@@ -43,8 +44,8 @@ SOURCES = ("karpathy", "albef", "table", "hub")
 class Experiment:
     """Everything that the options describe, built and checked before the first step.
 
-    `objective` and `optimizer` are accelerate's, `model` is the bare network in them; `scheduler` steps once per
-    optimiser step, `total_steps` in all.
+    `objective` and `optimizer` are accelerate's, `bare_objective` and `model` what is in them; `scheduler` steps once
+    per optimiser step, `total_steps` in all.
 
     Raises:
         ValueError, OSError: options that do not fit together, or data and weights that cannot be read.
@@ -60,11 +61,14 @@ class Experiment:
             log_with=_tracker(train.tracker),
             project_dir=train.output_dir,
             kwargs_handlers=[
-                # The main process validates while the others wait: longer than the default ten minutes.
+                # Ranks wait for each other's share of a validation, and for caches: longer than the default.
                 InitProcessGroupKwargs(timeout=timedelta(hours=4)),
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             ],
         )
+        sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        if train.chunk_size is not None and sharded:  # which gather and free weights in a forward pass of their own
+            raise ValueError(f"train.chunk_size works with DDP, not with {self.accelerator.distributed_type.value}")
         if train.tracker not in ("auto", "none") and not self.accelerator.log_with:
             raise ValueError(f"train.tracker {train.tracker} is not installed")
         self.log = self.accelerator.print
@@ -104,10 +108,16 @@ class Experiment:
             model.mlm_head.requires_grad_(False)
         if options.train.gradient_checkpointing:
             model.activation_checkpointing_enable()
+        if options.train.compile:
+            model.compile_parts()
         if options.data.cache_tokens and "vision" in (model.config.lora or ()):
             raise ValueError("data.cache_tokens needs tokens that stay the same; the image backbone has LoRA adapters")
         if options.data.cache_tokens and "vision" not in model.frozen:
             raise ValueError("data.cache_tokens needs a frozen image backbone: model.freeze must name vision")
+        if options.data.cache_images and options.data.streaming:
+            raise ValueError("data.cache_images needs data of known length: it cannot be used with data.streaming")
+        if options.data.cache_images and options.data.cache_tokens:
+            raise ValueError("data.cache_images is of no use with data.cache_tokens, which reads no image in training")
         return model, processor
 
     def _records(self, split: str, **changes: Any) -> Sequence[Record] | HubStream:
@@ -148,6 +158,20 @@ class Experiment:
                 )
         return self.caches[id(records)]
 
+    def _images(self, records: Sequence[Record], shortest: int) -> ImageCache | None:
+        """Training images, decoded and shrunk once by the main process."""
+        data = self.options.data
+        if data.cache_images is None:
+            return None
+        with self.accelerator.main_process_first():
+            return ImageCache.open_or_build(
+                data.cache_images,
+                records=records,
+                shortest=shortest,
+                num_workers=data.num_workers,
+                progress=self.accelerator.is_main_process,
+            )
+
     def _loader(self) -> EpochLoader:
         data, train = self.options.data, self.options.train
         processor = self.processor.image_processor
@@ -155,17 +179,25 @@ class Experiment:
             image_size=self.model.config.vision["image_size"],
             mean=processor.image_mean,
             std=processor.image_std,
+            interpolation=interpolation_of(processor),
             crop_scale=(data.crop_scale_min, 1.0),
             flip=data.flip,
             randaugment=data.randaugment,
         )
+        shortest = transform.shortest if data.scaled_decode else None
         ranks = {"num_shards": self.accelerator.num_processes, "index": self.accelerator.process_index}
         dataset: CaptionDataset | StreamDataset
         if isinstance(self.train_records, HubStream):
             if train.max_steps is None:
                 raise ValueError("streaming data has no length: give train.max_steps")
             dataset = StreamDataset(
-                self.train_records, transform=transform, captions=data.captions, seed=train.seed, **ranks
+                self.train_records,
+                transform=transform,
+                captions=data.captions,
+                seed=train.seed,
+                shuffle_buffer=data.shuffle_buffer,
+                shortest=shortest,
+                **ranks,
             )
         else:
             dataset = CaptionDataset(
@@ -174,6 +206,8 @@ class Experiment:
                 captions=data.captions,
                 seed=train.seed,
                 tokens=self.tokens(self.train_records),
+                images=self._images(self.train_records, transform.shortest),
+                shortest=shortest,
             )
         loader = EpochLoader(
             dataset,
@@ -212,10 +246,14 @@ class Experiment:
         if not groups:
             raise ValueError("nothing to train: model.freeze names every part")
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
-        objective = LoopObjective(
-            self.model, self.options.objective, token_masking=token_masking(self.processor)
+        options = self.options.objective
+        self.bare_objective = LoopObjective(
+            self.model,
+            options,
+            token_masking=token_masking(self.processor),
+            pair_block=train.chunk_size and train.chunk_size * (1 + 2 * options.num_negatives),  # of so many queries
         )
-        self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
+        self.objective, self.optimizer = accelerator.prepare(self.bare_objective, optimizer)
         # Not prepared: accelerate would step it once per process.
         steps, self.fusion_start = self.total_steps, int(train.fusion_start * self.total_steps)
         if self.fusion_start:

@@ -40,8 +40,7 @@ def start_all_processes() -> bool:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    port = int(os.environ.get("MASTER_PORT", 0)) or get_free_port()
-    meeting = ["--master-addr=127.0.0.1", f"--master-port={port}"]
+    meeting = ["--master-addr=127.0.0.1", f"--master-port={asked_port(words) or get_free_port()}"]
     try:
         torchrun([f"--nproc-per-node={count}", *meeting, sys.argv[0], *sys.argv[1:]])
     except ChildFailedError as error:  # has said why
@@ -58,6 +57,13 @@ def missing_processes(environment: Mapping[str, str], parent: Sequence[str]) -> 
         return 1
     asked = _asked(parent)
     return asked.num_processes if asked and (asked.num_machines or 1) == 1 and asked.num_processes else 1
+
+
+def asked_port(parent: Sequence[str]) -> int:
+    """The port that the parent was told to meet at; 0: any. (MASTER_PORT holds one in any case, accelerate's default,
+    where two launches on a machine would meet each other.)"""
+    asked = _asked(parent)
+    return asked.main_process_port or 0 if asked else 0
 
 
 def threads_by_default(

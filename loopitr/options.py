@@ -22,6 +22,9 @@ class TrainOptions:
     """Stop after so many optimiser steps; needed with streaming data, whose length is unknown."""
     batch_size: int = 64
     """Image-caption pairs per process and step; negatives come from this batch."""
+    chunk_size: int | None = None
+    """Encode so many pairs at a time (GradCache): the gradient of the whole batch in less memory, for one more forward
+    pass of the backbones. Unset: all at once."""
     accumulation: int = 1
     """Batches per optimiser step (negatives are not shared between them)."""
     backbone_lr: float = 5e-5
@@ -49,6 +52,8 @@ class TrainOptions:
     """Part of the steps over which the distillation's weight rises from 0, once the fusion head has joined."""
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Autocast; unset: what `accelerate launch` says."""
+    compile: bool = False
+    """torch.compile the backbones and the fusion encoder; the first steps then take minutes."""
     seed: int = 0
     """Of weights, order, augmentation, dropout."""
     gradient_checkpointing: bool = False
@@ -63,7 +68,8 @@ class TrainOptions:
     """accelerate tracker: tensorboard, wandb, ...; auto: tensorboard if installed; none."""
 
     def __post_init__(self) -> None:
-        _at_least(self, "train", 1, "batch_size", "accumulation", "keep_checkpoints", "log_every", "max_steps")
+        _at_least(self, "train", 1, "batch_size", "chunk_size", "accumulation", "keep_checkpoints", "log_every")
+        _at_least(self, "train", 1, "max_steps")
         _at_least(self, "train", 0, "epochs", "backbone_lr", "loop_backbone_lr", "lora_lr", "lr", "weight_decay")
         _at_least(self, "train", 0, "checkpoint_every")
         if not 0 <= self.warmup <= 1 or not 0 <= self.distillation_warmup <= 1:

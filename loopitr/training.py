@@ -15,9 +15,11 @@ from accelerate.utils import gather_object, send_to_device
 from tqdm.auto import tqdm
 
 from loopitr.checkpoints import Progress, load_checkpoint, save_checkpoint
-from loopitr.data import Record
+from loopitr.data import LoadReport, Record
+from loopitr.distributed import average_gradients
 from loopitr.evaluation.retrieval import RetrievalResult, evaluate_retrieval
 from loopitr.experiment import Experiment
+from loopitr.grad_cache import cached_backward
 from loopitr.loading import SkipCounter
 from loopitr.memory import trim_memory
 from loopitr.model import LoopITRModel
@@ -56,6 +58,7 @@ class _Loop:
             self.history = History(self.folder, keep=self.progress.rows)
         if accelerator.log_with:
             accelerator.init_trackers("logs")
+        self.micro = 0  # batches of the step that is being accumulated
         self.skips = SkipCounter(max_fraction=options.data.max_skipped_fraction, log=print)  # of every rank
         started = time.perf_counter()
         with tqdm(
@@ -67,6 +70,7 @@ class _Loop:
         ) as bar:
             while self.progress.step < self.total_steps:
                 self._epoch(bar)
+                self._check_skips()
         self._validate()
         seconds = time.perf_counter() - started
         metrics = self._finish(seconds)
@@ -77,20 +81,20 @@ class _Loop:
         options, progress = self.options, self.progress
         self.experiment.objective.train()
         logged: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
-        micro = batches = 0
+        batches = 0
         for batch in self.experiment.loader.epoch(progress.epoch, start=progress.batch):
             batches += 1
             self.skips.update(batch)
             batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
-            micro += 1
-            last = micro == options.train.accumulation
+            self.micro += 1
+            last = self.micro == options.train.accumulation
             output = self._backward(batch, last=last)
             progress.batch += 1
             for name, value in self._named(output).items():
                 logged[name].append(value.detach())
             if not last:
                 continue
-            micro = 0
+            self.micro = 0
             self._step()
             bar.update()
             if progress.step % options.train.log_every == 0 or progress.step == self.total_steps:
@@ -105,11 +109,12 @@ class _Loop:
                 return
         if batches == 0 and progress.batch == 0:
             raise ValueError("the training data gave not one full batch")
-        self.experiment.optimizer.zero_grad()  # of batches that did not fill an accumulated step
         progress.epoch, progress.batch = progress.epoch + 1, 0
-        every = options.validation.every_epochs
         if self.experiment.loader.sampler is None:
-            return  # ranks reach the end of their streams at different steps: nothing that they do together
+            return  # ranks reach the end of their streams at different batches: nothing ends that they do together
+        self.micro = 0
+        self.experiment.optimizer.zero_grad()  # of batches that did not fill an accumulated step
+        every = options.validation.every_epochs
         if every and progress.epoch % every == 0 and progress.step < self.total_steps:
             self._validate()
 
@@ -117,22 +122,40 @@ class _Loop:
         train, accelerator = self.options.train, self.accelerator
         warmup = train.distillation_warmup * self.total_steps
         scale = min(1.0, (self.progress.step + 1 - self.fusion_start) / warmup) if warmup > 0 else 1.0
-        with nullcontext() if last else accelerator.no_sync(self.experiment.objective):
-            output: StepOutput = self.experiment.objective(  # autocast is inside
-                **batch, distillation_scale=scale, with_pairs=self.progress.step >= self.fusion_start
-            )
-            if not math.isfinite(float(output.loss.detach())):
-                values = ", ".join(f"{name} {float(value.detach()):.3g}" for name, value in output.terms.items())
-                raise ValueError(
-                    f"the loss is {float(output.loss.detach())} at step {self.progress.step + 1} ({values}); "
-                    "lower the learning rate or use fp32"
+        stage: dict[str, Any] = {"distillation_scale": scale, "with_pairs": self.progress.step >= self.fusion_start}
+        chunk_size = train.chunk_size
+        with nullcontext() if last and chunk_size is None else accelerator.no_sync(self.experiment.objective):
+            if chunk_size is None:
+                output = self.experiment.objective(**batch, **stage)  # autocast is inside
+                self._backward_from(output)
+            else:
+                output = cached_backward(
+                    self.experiment.bare_objective,
+                    batch,
+                    chunk_size=chunk_size,
+                    backward=self._backward_from,
+                    autocast=accelerator.autocast,
+                    **stage,
                 )
-            accelerator.backward(output.loss)  # divides by the accumulation
+        if last and chunk_size is not None:
+            average_gradients(self._parameters)
         return output
 
+    def _backward_from(self, output: StepOutput) -> None:
+        if not math.isfinite(float(output.loss.detach())):
+            values = ", ".join(f"{name} {float(value.detach()):.3g}" for name, value in output.terms.items())
+            raise ValueError(
+                f"the loss is {float(output.loss.detach())} at step {self.progress.step + 1} ({values}); "
+                "lower the learning rate or use fp32"
+            )
+        self.accelerator.backward(output.loss)  # divides by the accumulation
+
+    @property
+    def _parameters(self) -> list[torch.Tensor]:
+        return [p for group in self.experiment.optimizer.param_groups for p in group["params"]]
+
     def _step(self) -> None:
-        parameters = [p for group in self.experiment.optimizer.param_groups for p in group["params"]]
-        self.accelerator.clip_grad_norm_(parameters, self.options.train.clip)
+        self.accelerator.clip_grad_norm_(self._parameters, self.options.train.clip)
         self.experiment.optimizer.step()
         self.experiment.optimizer.zero_grad()
         self.experiment.scheduler.step()
@@ -182,21 +205,20 @@ class _Loop:
         )
 
     def _validate(self) -> None:
-        """Measure, and keep the model if it is the best so far. The main process works, the others wait."""
-        self.experiment.tokens(self.experiment.val_records)  # the first time, all ranks meet here
-        if self.accelerator.is_main_process:
-            scores = self._evaluate(self.experiment.model, self.experiment.val_records, final=False).mean_r1()
-            chosen = self.options.validation.select
-            if chosen == "auto":
-                reranks = self.options.objective.scores_pairs and self.options.validation.rerank > 0
-                chosen = "match_plus_similarity" if reranks else "dual"
-            self.log(f"step {self.progress.step}: mean R@1 " + ", ".join(f"{k} {v:.1f}" for k, v in scores.items()))
-            score = scores.get(chosen, -math.inf)  # the fusion head may not have started
-            if score > (-math.inf if self.progress.best is None else self.progress.best):
-                self.progress.best, self.progress.best_step = score, self.progress.step
+        """Measure, all ranks together, and keep the model if it is the best so far."""
+        scores = self._evaluate(self.experiment.model, self.experiment.val_records, final=False).mean_r1()
+        chosen = self.options.validation.select
+        if chosen == "auto":
+            reranks = self.options.objective.scores_pairs and self.options.validation.rerank > 0
+            chosen = "match_plus_similarity" if reranks else "dual"
+        self.log(f"step {self.progress.step}: mean R@1 " + ", ".join(f"{k} {v:.1f}" for k, v in scores.items()))
+        score = scores.get(chosen, -math.inf)  # the fusion head may not have started
+        if score > (-math.inf if self.progress.best is None else self.progress.best):
+            self.progress.best, self.progress.best_step = score, self.progress.step
+            if self.accelerator.is_main_process:
                 self.experiment.model.save_pretrained(self.folder)
                 self.experiment.processor.save_pretrained(self.folder)
-            self._record({f"val/{name}": value for name, value in scores.items()})
+        self._record({f"val/{name}": value for name, value in scores.items()})
         self.accelerator.wait_for_everyone()
         self.experiment.objective.train()
 
@@ -217,29 +239,37 @@ class _Loop:
             truncated += cut
         return dict(skipped), truncated
 
+    def _check_skips(self) -> None:
+        """Judge data of fewer examples than `SkipCounter` waits for, once the ranks have read all of it."""
+        sampler, accumulation = self.experiment.loader.sampler, self.options.train.accumulation
+        if sampler is None or self.skips.batches < len(sampler) // accumulation * accumulation:
+            return
+        report, seen = LoadReport(), 0
+        for part, count in gather_object([(self.skips.report, self.skips.seen)]):
+            report.merge_skips(part)
+            seen += count
+        report.check(self.skips.max_fraction, seen=seen)
+
     def _finish(self, seconds: float) -> dict[str, Any]:
-        """Evaluate the best model on the final split and write the results."""
-        split, records = self.experiment.final_split, self.experiment.final_records
-        self.experiment.tokens(records)
+        """Evaluate the best model on the final split, all ranks together, and write the results."""
         skipped, truncated = self._lost()
-        metrics: dict[str, Any] = {}
+        model = LoopITRModel.from_pretrained(self.folder).to(self.accelerator.device)
+        result = self._evaluate(model, self.experiment.final_records, final=True)
+        metrics = {
+            "split": self.experiment.final_split,
+            **result.to_json(),
+            "training": {
+                "seconds": round(seconds, 1),
+                "steps": self.progress.step,
+                "best_step": self.progress.best_step,
+                "best_val_mean_r1": self.progress.best,
+                "skipped": skipped,
+                "truncated_captions": truncated,
+            },
+        }
         if self.accelerator.is_main_process:
-            model = LoopITRModel.from_pretrained(self.folder).to(self.accelerator.device)
-            result = self._evaluate(model, records, final=True)
-            metrics = {
-                "split": split,
-                **result.to_json(),
-                "training": {
-                    "seconds": round(seconds, 1),
-                    "steps": self.progress.step,
-                    "best_step": self.progress.best_step,
-                    "best_val_mean_r1": self.progress.best,
-                    "skipped": skipped,
-                    "truncated_captions": truncated,
-                },
-            }
             write_json(self.folder / "metrics.json", metrics)
-            (self.folder / "results.md").write_text(f"# {self.folder.name}: {split}\n\n{result.table()}\n")
+            (self.folder / "results.md").write_text(f"# {self.folder.name}: {metrics['split']}\n\n{result.table()}\n")
             plot_curves(self.history.rows, self.folder / "curves.png")
             self.log(f"\n{result.table()}\n\nsaved in {self.folder}, trained in {seconds:.0f} s")
         self.accelerator.wait_for_everyone()

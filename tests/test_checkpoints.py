@@ -1,5 +1,6 @@
 """Checkpoints are complete or absent, and bring everything back."""
 
+import json
 import shutil
 from dataclasses import asdict
 
@@ -64,12 +65,22 @@ def test_a_loaded_checkpoint_goes_on_bit_for_bit(tmp_path):
 
 def test_progress_comes_back_whole(tmp_path):
     progress = Progress(
-        step=3, epoch=2, batch=1, best=12.5, best_step=2, rows=9, skipped={"truncated": 2}, truncated=4
+        step=3, epoch=2, batch=1, best=12.5, best_step=2, rows=9, skipped={"truncated": 2}, truncated=4,
+        places=[[2, 1]],
     )
     work = Work()
     save_checkpoint(work.accelerator, tmp_path, progress, keep=1)
     assert load_checkpoint(work.accelerator, tmp_path) == progress
     assert all(value != getattr(Progress(), name) for name, value in asdict(progress).items())
+
+
+def test_each_rank_gets_its_own_place_and_of_other_ranks_the_first(tmp_path):
+    work = Work()
+    state = work.save(tmp_path, epoch=2, batch=1) / STATE_FILE
+    for places, expected in (([[7, 5]], (7, 5)), ([[2, 1], [3, 0]], (2, 1)), ([], (2, 1))):
+        state.write_text(json.dumps({**json.loads(state.read_text()), "places": places}))
+        progress = load_checkpoint(work.accelerator, tmp_path)
+        assert (progress.epoch, progress.batch) == expected
 
 
 def test_the_newest_is_loaded_and_older_ones_are_deleted(tmp_path):

@@ -32,15 +32,19 @@ ALLOWED: dict[str, set[str]] = {
     "pair": {"backbones", "pretrained", "pretrained_text"},
     "model_options": set(),
     "saving": {"adapters", "backbones"},
-    "model": {"adapters", "config", "backbones", "fusion", "heads", "saving", "states", "text_backbone"},
+    "model": {
+        *("adapters", "config", "backbones", "fusion", "heads", "packing", "saving", "states", "text_backbone"),
+    },
     "choices": {"losses", "mining"},
     "objective": {"choices", "losses", "masking", "mining", "distributed"},
+    "grad_cache": {"objective"},
+    "benchmarking": {"model", "states"},
     "cli": set(),
     "launching": set(),
-    "saved": {"model", "processing"},
+    "saved": {"model", "pretrained", "processing"},
     "export": {"model", "processing", "saved"},
     "convert": {"backbones", "cli", "config", "model", "pretrained", "processing", "saved"},
-    "evaluation": {"evaluation.ranking", "config", "model", "processing", "data", "states"},
+    "evaluation": {"evaluation.ranking", "config", "distributed", "model", "processing", "data", "states"},
     "building": {
         *("adapters", "backbones", "config", "fusion", "masking", "model", "model_options", "pair", "pretrained"),
         *("pretrained_text", "processing", "saved", "text_backbone"),
@@ -56,8 +60,8 @@ ALLOWED: dict[str, set[str]] = {
         *("optimization", "options", "processing"),
     },
     "training": {
-        *("checkpoints", "data", "evaluation", "experiment", "loading", "memory", "model", "objective", "options"),
-        "reporting",
+        *("checkpoints", "data", "distributed", "evaluation", "experiment", "grad_cache", "loading", "memory"),
+        *("model", "objective", "options", "reporting"),
     },
 }
 

@@ -1,8 +1,12 @@
 """When accelerate has started one process of the several it was asked for. (That they are then started: recipes/.)"""
 
+import os
+from types import SimpleNamespace
+
+import psutil
 import pytest
 
-from loopitr.launching import missing_processes, threads_by_default
+from loopitr.launching import asked_port, missing_processes, start_all_processes, threads_by_default
 
 ALONE = {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 MODULE = ["python", "-m", "accelerate.commands.launch"]
@@ -39,6 +43,28 @@ def test_processes_that_were_started_are_not_started_again(rank):
 )
 def test_one_process_is_left_alone(environment, parent):
     assert missing_processes(environment, parent) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "port"),
+    [([], 0), (["--main_process_port", "0"], 0), (["--main_process_port=41234"], 41234)],
+)
+def test_only_a_port_that_was_asked_for_is_taken(words, port):
+    assert asked_port([*MODULE, "--cpu", "--num_processes", "2", *words, "pretrain.py"]) == port
+    assert asked_port(["bash", "--main_process_port", "41234"]) == 0
+
+
+def test_two_launches_meet_at_different_ports(monkeypatch):
+    """accelerate gives both of them its own default."""
+    started = []
+    monkeypatch.setattr("torch.distributed.run.main", started.append)
+    monkeypatch.setattr(os, "environ", {**os.environ, **ALONE})
+    words = [*MODULE, "--cpu", "--num_processes", "2", "x.py"]
+    parent = SimpleNamespace(cmdline=lambda: words, environ=lambda: {"OMP_NUM_THREADS": "1"})
+    monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(parent=lambda: parent))
+    assert start_all_processes() and start_all_processes()
+    ports = [word for given in started for word in given if word.startswith("--master-port=")]
+    assert len(set(ports)) == 2 and "--master-port=29500" not in ports
 
 
 LAUNCHED = [*MODULE, "recipes/pretrain.py"]

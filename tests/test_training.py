@@ -8,6 +8,7 @@ from tiny_run import NO_AUGMENTATION, NO_DROPOUT, equal, logged, run, weights, w
 
 from loopitr import training
 from loopitr.backbones import VisionBackbone
+from loopitr.data import DataError
 from loopitr.data import token_cache as token_cache_module
 from loopitr.objective import LoopObjective
 from loopitr.reporting import read_history
@@ -171,6 +172,15 @@ def test_caching_a_backbone_that_is_trained_is_refused(tmp_path):
 
 
 # What is refused
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_too_many_broken_images_stop_a_run_on_few(tmp_path, accumulation):
+    table = write_table(tmp_path / "table", {"train": range(12), "val": range(12, 16)}, broken=tuple(range(6)))
+    few = {"data__table": str(table), "data__images": str(table.parent / "images"), "train__batch_size": 4}
+    with pytest.raises(DataError, match=r"items were skipped, .* 0.05: .*unreadable image: truncated \([0-5]\.jpg"):
+        run(tmp_path, **few, train__accumulation=accumulation, train__epochs=1)
+    run(tmp_path, **few, train__max_steps=1)  # not before all of them were seen
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_the_terms(tmp_path):

@@ -7,7 +7,7 @@ from tiny_gallery import captions, jpeg
 from tiny_run import NO_DROPOUT, VIT, broken_table, equal, logged, run, weights
 
 from loopitr import LoopITRModel, LoopITRProcessor
-from loopitr.data import DataError
+from loopitr.data import DataError, dataset, decode_image
 from loopitr.reporting import read_history
 
 
@@ -62,6 +62,22 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path):
     torch.testing.assert_close(logged(tmp_path / "a", "loss/total"), logged(tmp_path / "b", "loss/total"))
 
 
+def test_batches_in_chunks_change_nothing_but_memory(tmp_path):
+    for name, chunk_size in (("a", None), ("b", 3)):
+        run(tmp_path / name, train__chunk_size=chunk_size, train__max_steps=3, **NO_DROPOUT, **VIT)
+    torch.testing.assert_close(logged(tmp_path / "a", "loss/total"), logged(tmp_path / "b", "loss/total"))
+
+
+def test_a_compiled_run_is_the_plain_one(tmp_path, monkeypatch):
+    """With the backend that runs the traced graphs as they are: no compiler is needed."""
+    compile_parts = LoopITRModel.compile_parts
+    monkeypatch.setattr(LoopITRModel, "compile_parts", lambda model: compile_parts(model, backend="eager"))
+    for name, compiled in (("a", False), ("b", True)):
+        run(tmp_path / name, train__compile=compiled, train__max_steps=3, **NO_DROPOUT, **VIT)
+    torch.testing.assert_close(logged(tmp_path / "a", "loss/total"), logged(tmp_path / "b", "loss/total"))
+    assert weights(tmp_path / "a").keys() == weights(tmp_path / "b").keys()
+
+
 def test_streaming_trains_on_a_stream_and_validates_on_a_table(tmp_path):
     import datasets
 
@@ -89,6 +105,43 @@ def test_what_cannot_be_read_is_counted_in_training_and_evaluation(tmp_path, cap
     assert "skipped 5.jpg: unreadable image: truncated" in capsys.readouterr().out
     with pytest.raises(DataError, match="1 of 8 images"):
         run(tmp_path, **{**table, "data__max_skipped_fraction": 0.1})
+
+
+def test_cached_images_train_like_decoded_ones(tmp_path, monkeypatch):
+    table = {**broken_table(tmp_path), "train__epochs": 2, "data__cache_images": str(tmp_path / "cache")}
+    found = run(tmp_path / "a", **table)
+    (cache,) = (tmp_path / "cache").iterdir()  # of the training split alone
+    assert found["training"]["skipped"] == {"unreadable image: truncated": 2} and found["num_images"] == 7
+    monkeypatch.setattr(dataset, "decode_image", None)  # not called again in training
+    run(tmp_path / "b", **table, data__num_workers=1)
+    assert equal(weights(tmp_path / "a"), weights(tmp_path / "b")) and list(cache.parent.iterdir()) == [cache]
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"data__streaming": True}, "data.cache_images needs data of known length.*data.streaming"),
+        ({"data__cache_tokens": "tokens", "model__freeze": ["vision"]}, "data.cache_images .* data.cache_tokens"),
+    ],
+)
+def test_cached_images_do_not_go_with_a_stream_or_cached_tokens(tmp_path, changes, match):
+    with pytest.raises(ValueError, match=match):
+        run(tmp_path, data__cache_images=str(tmp_path / "cache"), **changes)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_large_jpegs_are_decoded_small_in_training_unless_told_not_to(tmp_path, monkeypatch):
+    asked = []
+
+    def noting(image, name, *, shortest):
+        asked.append(shortest)
+        return decode_image(image, name, shortest=shortest)
+
+    monkeypatch.setattr(dataset, "decode_image", noting)
+    for scaled, shortest in ((True, 53), (False, None)):  # 32 / sqrt(3/4 * 0.5)
+        run(tmp_path / str(scaled), data__scaled_decode=scaled, train__max_steps=1)
+        assert set(asked) == {shortest}
+        asked.clear()
 
 
 def test_fine_tuning_goes_on_from_the_saved_model_with_other_options(tmp_path):

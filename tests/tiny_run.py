@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from tiny_gallery import captions, jpeg
 from torch import Tensor
 
 from loopitr.cli import parse
+from loopitr.experiment import Experiment
 from loopitr.options import PretrainOptions
 from loopitr.reporting import read_history
 from loopitr.training import train
@@ -104,6 +107,17 @@ def reset_accelerate() -> None:
     """accelerate keeps one state per process; another run in it starts anew."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@contextmanager
+def experiment(folder: Path, **changes: Any) -> Iterator[Experiment]:
+    """All that a run is made of, before its first step."""
+    folder.mkdir(exist_ok=True)
+    reset_accelerate()
+    try:
+        yield Experiment(tiny_options(folder, **changes))
+    finally:
+        reset_accelerate()
 
 
 def run(folder: Path, **changes: Any) -> dict[str, Any]:

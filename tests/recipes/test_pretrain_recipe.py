@@ -13,12 +13,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from recipe_process import ACCELERATE, ROOT, call, command, environment, launch, told
+from recipe_process import ACCELERATE, ROOT, TWO_ON_CPU, call, command, environment, launch, told
 from safetensors.torch import load_file
 from tiny_run import (
     NO_AUGMENTATION,
     NO_DROPOUT,
     VIT,
+    broken_table,
     equal,
     logged,
     reset_accelerate,
@@ -90,8 +91,7 @@ def test_its_model_is_loadable(first):
 def test_two_processes_train_the_model_of_one(first, tmp_path):
     """4 x 2 as 8 x 1: the same batches, losses and weights."""
     config = write_config(tmp_path, **EXACT, train__batch_size=4)
-    given = (*ACCELERATE, "--cpu", "--num_processes", "2")
-    done = launch("pretrain.py", "--config", config, launcher=given)
+    done = launch("pretrain.py", "--config", config, launcher=TWO_ON_CPU)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("trained; 2 steps of 4 x 2 x 1") == 1  # one of them speaks
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
@@ -105,6 +105,23 @@ def test_two_processes_train_the_model_of_one(first, tmp_path):
     for name in moved:
         if not name.endswith("key.bias"):  # their gradient is zero but for rounding, which Adam makes large
             torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=0, msg=lambda m: f"{name}: {m}")
+
+
+def test_two_processes_validate_as_one(tmp_path):
+    """Untrained, so that the weights are the same; one of the images is broken."""
+    changes = {**VIT, **broken_table(tmp_path), "train__epochs": 0}
+    expected = run(tmp_path / "one", **changes)
+    (tmp_path / "two").mkdir()
+    config = write_config(tmp_path / "two", **changes)
+    done = launch("pretrain.py", "--config", config, launcher=TWO_ON_CPU)
+    assert done.returncode == 0, done.stderr
+    assert equal(weights(tmp_path / "one"), weights(tmp_path / "two"))
+    found = json.loads((tmp_path / "two" / "run" / "metrics.json").read_text())
+    for metrics in (expected, found):
+        del metrics["seconds"], metrics["pairs_per_second"], metrics["training"]["seconds"]
+    assert found == expected and found["num_images"] == 7 and sum(found["skipped"].values()) == 1
+    assert read_history(tmp_path / "one" / "run") == read_history(tmp_path / "two" / "run")
+    assert done.stdout.count("| dual ") == 1 and done.stdout.count("step 0: mean R@1") == 1  # one of them speaks
 
 
 def test_a_killed_run_that_is_resumed_equals_one_that_was_not(tmp_path):

@@ -1,0 +1,125 @@
+"""Options of a run reach what they are about: the optimiser's step, the model's passes, the training images."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_building import save_tiny
+from tiny_run import NO_AUGMENTATION, NO_DROPOUT, VIT, experiment, run
+from torch import nn
+from torchvision.transforms import InterpolationMode, v2
+from transformers.image_utils import PILImageResampling
+
+from loopitr import LoopITRProcessor
+
+EXACT = {**VIT, **NO_DROPOUT, **NO_AUGMENTATION, "train__max_steps": 1, "train__distillation_warmup": 0.0}
+
+
+@pytest.fixture
+def stepped(monkeypatch):
+    """The gradients at each of the optimiser's steps, in the order of its groups."""
+    seen = []
+    step = torch.optim.AdamW.step
+
+    def noting(self, *args, **kwargs):
+        seen.append([p.grad.clone() for group in self.param_groups for p in group["params"] if p.grad is not None])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noting)
+    return seen
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_an_accumulated_step_has_the_mean_of_its_batches_own_gradients(tmp_path, stepped, chunk_size):
+    run(tmp_path / "run", **EXACT, train__accumulation=2, train__clip=1e9, train__chunk_size=chunk_size)
+    own = []
+    with experiment(tmp_path / "alone", **EXACT) as made:
+        parameters = [p for group in made.optimizer.param_groups for p in group["params"]]
+        made.bare_objective.train()
+        for batch, _ in zip(made.loader.epoch(0), range(2)):
+            loss = made.bare_objective(**{k: v for k, v in batch.items() if k not in ("skipped", "truncated")}).loss
+            own.append(torch.autograd.grad(loss, parameters, allow_unused=True))
+    means = [(a + b) / 2 for a, b in zip(*own, strict=True) if a is not None]
+    (found,) = stepped
+    assert len(found) == len(means)
+    for ours, mean in zip(found, means, strict=True):
+        torch.testing.assert_close(ours, mean, atol=1e-5, rtol=1e-3)
+    assert max(float((a - b).abs().max()) for a, b in zip(*own, strict=True) if a is not None) > 1e-2
+
+
+def test_gradients_are_clipped_to_a_norm(tmp_path, stepped):
+    norms = []
+    for clip in (1e9, 1e-3):
+        run(tmp_path / str(clip), **EXACT, train__clip=clip)
+        norms.append(float(torch.cat([gradient.flatten() for gradient in stepped[-1]]).norm()))
+    assert norms[0] > 0.1 and norms[1] == pytest.approx(1e-3, rel=1e-2)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 4])
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_linear_layers_compute_in_the_precision_asked_for(tmp_path, monkeypatch, precision, dtype, chunk_size):
+    dtypes = []
+    forward = nn.Linear.forward
+
+    def noting(self, x):
+        output = forward(self, x)
+        if self.training:  # validation is in float32
+            dtypes.append(output.dtype)
+        return output
+
+    monkeypatch.setattr(nn.Linear, "forward", noting)
+    run(tmp_path, **EXACT, train__precision=precision, train__chunk_size=chunk_size)
+    assert set(dtypes) == {dtype}
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_gradient_checkpointing_reaches_every_part(tmp_path, wanted):
+    with experiment(tmp_path, **EXACT, train__gradient_checkpointing=wanted) as made:
+        model = made.model
+        layer = model.dual.text.model.encoder.layer[0]
+        found = [model.fusion.gradient_checkpointing, model.dual.vision.model.grad_checkpointing]
+        assert [*found, layer.gradient_checkpointing] == [wanted] * 3
+
+
+def test_learning_rates_and_weight_decay_reach_their_groups(tmp_path):
+    rates = {"train__backbone_lr": 1e-4, "train__lr": 2e-3, "train__weight_decay": 0.3}
+    with experiment(tmp_path, **EXACT, **rates) as made:
+        groups = {(g["name"], g["weight_decay"]): g["initial_lr"] for g in made.optimizer.param_groups}
+    assert groups == {("backbones", 0.3): 1e-4, ("backbones", 0.0): 1e-4, ("new", 0.3): 2e-3, ("new", 0.0): 2e-3}
+
+
+@pytest.mark.parametrize(("given", "rate"), [(None, 1e-3), (5e-5, 5e-5)])
+def test_adapters_learn_at_ten_times_the_backbones_rate_unless_told(tmp_path, given, rate):
+    pytest.importorskip("peft")
+    lora = {"model__lora": {"text_rank": 2}, "train__backbone_lr": 1e-4, "train__lora_lr": given}
+    with experiment(tmp_path, **EXACT, **lora) as made:
+        found = {g["initial_lr"] for g in made.optimizer.param_groups if g["name"] == "adapters"}
+    assert found == {rate}
+
+
+def steps_of(made):
+    return list(made.loader.dataset.transform.steps.transforms)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("randaugment", [False, True])
+def test_augmentation_is_what_was_asked_for(tmp_path, flip, randaugment):
+    asked = {"data__flip": flip, "data__randaugment": randaugment, "data__crop_scale_min": 0.3}
+    with experiment(tmp_path, **{**EXACT, **asked}) as made:
+        steps, processor = steps_of(made), made.processor.image_processor
+    (crop,) = [step for step in steps if isinstance(step, v2.RandomResizedCrop)]
+    assert tuple(crop.scale) == (0.3, 1.0) and tuple(crop.size) == (32, 32)
+    assert sum(isinstance(step, v2.RandomHorizontalFlip) for step in steps) == flip
+    assert sum(isinstance(step, v2.RandomChoice) for step in steps) == 2 * randaugment
+    assert steps[-1].mean == list(processor.image_mean) and steps[-1].std == list(processor.image_std)
+
+
+@pytest.mark.parametrize("resample", ["bilinear", "bicubic", "lanczos"])
+def test_training_images_are_resized_as_the_processor_says(tmp_path, resample):
+    processor = LoopITRProcessor.from_pretrained(save_tiny(tmp_path / "saved"))
+    processor.image_processor.resample = PILImageResampling[resample.upper()]
+    processor.save_pretrained(tmp_path / "saved")
+    with experiment(tmp_path, model__init=str(tmp_path / "saved")) as made:
+        (crop,) = [step for step in steps_of(made) if isinstance(step, v2.RandomResizedCrop)]
+    known = {"bilinear": InterpolationMode.BILINEAR}  # tensors cannot be resized by all of the others
+    assert crop.interpolation == known.get(resample, InterpolationMode.BICUBIC)

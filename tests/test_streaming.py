@@ -1,0 +1,106 @@
+"""Streams in training: their order, their parts by rank, and ranks that reach the end at different batches."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+
+import datasets
+import pytest
+from accelerate import Accelerator
+from recipe_process import TWO_ON_CPU, command, environment
+from tiny_gallery import captions, jpeg
+from tiny_run import VIT, equal, experiment, logged, weights, write_config
+
+TIMEOUT = 300  # seconds until a hang is a failure
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf-cache")
+
+
+def stream(folder, *sizes):
+    """Changes of `OPTIONS`: training files of so many images each, to be streamed."""
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    files = {f"train-{i}": range(a, a + n) for i, (a, n) in enumerate(zip(starts, sizes, strict=True))}
+    for name, numbers in {**files, "val": range(100, 104)}.items():
+        images = [{"bytes": jpeg(i), "path": f"{i}.jpg"} for i in numbers]
+        columns = {"image": images, "caption": [list(captions(i, 2)) for i in numbers]}
+        datasets.Dataset.from_dict(columns).to_parquet(folder / f"{name}.parquet")
+    return {
+        **VIT,
+        "data__hub": "parquet",
+        "data__data_files": {"train": str(folder / "train-*.parquet"), "val": str(folder / "val.parquet")},
+        "data__streaming": True,
+        "train__batch_size": 2,
+        "train__max_steps": 1,
+    }
+
+
+def order(experiment, epoch):
+    return [identity for batch in experiment.loader.epoch(epoch) for identity in batch["identities"].tolist()]
+
+
+def test_a_stream_is_shuffled_by_seed_and_epoch(tmp_path):
+    changes = stream(tmp_path, 16)
+    with experiment(tmp_path / "a", **changes) as first:
+        orders = [order(first, epoch) for epoch in (0, 1)]
+    with experiment(tmp_path / "b", **changes) as second:
+        assert [order(second, epoch) for epoch in (0, 1)] == orders
+    with experiment(tmp_path / "c", **changes, data__shuffle_buffer=0) as plain:
+        by_file = order(plain, 0)
+        assert order(plain, 1) == by_file
+    with experiment(tmp_path / "d", **changes, train__seed=1) as other:
+        orders.append(order(other, 0))
+    assert len({tuple(found) for found in [*orders, by_file]}) == 4  # all different
+    assert all(sorted(found) == sorted(by_file) for found in orders) and len(set(by_file)) == 16
+
+
+@pytest.mark.parametrize("sizes", [(8, 8), (16,)], ids=["by file", "by row"])
+def test_ranks_part_a_stream(tmp_path, monkeypatch, sizes):
+    changes, parts = stream(tmp_path, *sizes), []
+    for rank in (0, 1):
+        with monkeypatch.context() as two:
+            two.setattr(Accelerator, "num_processes", 2)
+            two.setattr(Accelerator, "process_index", rank)
+            with experiment(tmp_path / str(rank), **changes) as made:
+                parts.append(order(made, 0))
+    assert [len(part) for part in parts] == [8, 8] and len({*parts[0], *parts[1]}) == 16
+
+
+def launch_two(folder, *arguments):
+    """To the end of both, or not longer than `TIMEOUT`."""
+    words = command("pretrain.py", "--config", folder / "tiny.yaml", *arguments, launcher=TWO_ON_CPU)
+    own = {**environment(), "HF_DATASETS_CACHE": str(folder / "hf-cache")}
+    with (folder / "output").open("w+") as output:
+        process = subprocess.Popen(words, env=own, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            code: int | None = process.wait(TIMEOUT)
+        except subprocess.TimeoutExpired:
+            code = None
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        output.seek(0)
+        assert code == 0, f"exit code {code} (None: hung for {TIMEOUT} s)\n{output.read()[-3000:]}"
+
+
+def test_ranks_whose_streams_end_at_different_batches_accumulate_together_and_resume(tmp_path):
+    """Epochs of 3 batches on one rank and of 5 on the other, in steps of 2: an epoch's end falls into a step."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    changes = {**stream(tmp_path, 7, 11), "train__accumulation": 2, "train__max_steps": 6}
+    for folder in (whole, parts):
+        folder.mkdir()
+        write_config(folder, **changes, train__checkpoint_every=4)
+    launch_two(whole)
+    checkpoint = whole / "run" / "checkpoints" / "step-00000004"
+    assert json.loads((checkpoint / "progress.json").read_text())["places"] == [[2, 2], [1, 3]]  # 8 batches each
+    (parts / "run").mkdir()
+    shutil.copytree(checkpoint, parts / "run" / "checkpoints" / checkpoint.name)
+    shutil.copy(whole / "run" / "history.jsonl", parts / "run")
+    launch_two(parts, "--resume")
+    assert logged(parts, "loss/total") == logged(whole, "loss/total") and len(logged(whole, "loss/total")) == 6
+    assert equal(weights(parts), weights(whole))
