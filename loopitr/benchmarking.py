@@ -43,9 +43,11 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], *, rounds: int, device: 
             call()
         flops[name] = counter.get_total_flops()
     seconds: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
     for _ in range(rounds):
-        for name, call in calls.items():
-            seconds[name].append(seconds_of(call, device))
+        for name in order:
+            seconds[name].append(seconds_of(calls[name], device))
+        order.reverse()  # who comes after whom must not matter
     return {name: Timing(seconds[name], flops[name]) for name in calls}
 
 

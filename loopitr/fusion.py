@@ -96,9 +96,10 @@ class CrossAttention(nn.Module):
         """Image tokens `[I, N, Dv]` -> keys, values, each `[I, H, N, D / H]`."""
         return self._heads(self.key(tokens)), self._heads(self.value(tokens))
 
-    def forward(self, hidden: Tensor, image: Tensor | tuple[Tensor, Tensor], images: Segments) -> Tensor:
-        """`hidden [R, D]`, rows of one image together; `image`: one per segment, tokens or keys and values."""
-        query = self.query(hidden)  # [R, D]
+    def forward(
+        self, hidden: Tensor, query: Tensor, image: Tensor | tuple[Tensor, Tensor], images: Segments
+    ) -> Tensor:
+        """`hidden`, `query [R, D]`, rows of one image together; `image`: one per segment, tokens or keys and values."""
         if isinstance(image, Tensor):
             attended = self._attend_tokens(query, image, images)
         else:
@@ -244,13 +245,16 @@ class FusionEncoder(nn.Module):
         rows = layout.source
         if first_only and len(layers) == 1:
             rows = rows.index_select(0, layout.firsts)
-        hidden = _self_attention(layers[0], packed, layout.alone, None, dropout).index_select(0, rows)  # [R or P, D]
+        attended = _self_attention(layers[0], packed, layout.alone, None, dropout)  # [sum(lengths), D]
+        hidden = attended.index_select(0, rows)  # [R or P, D]
+        query = self._cross()[0].query(attended).index_select(0, rows)  # [R or P, D]
         if isinstance(images, Tensor):
             images = self.place(images)
         for index, parts in enumerate(layers):
             last = first_only and index == len(layers) - 1
             image = images if isinstance(images, Tensor) else images[index]
-            arguments = (index, parts, hidden, image, layout, last, bool(plan) and plan[index])
+            absorb = bool(plan) and plan[index]
+            arguments = (index, parts, hidden, None if index else query, image, layout, last, absorb)
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
                 hidden = checkpoint(self._layer, *arguments, use_reentrant=False)
             else:
@@ -262,18 +266,20 @@ class FusionEncoder(nn.Module):
         index: int,
         parts: BertParts,
         hidden: Tensor,
+        query: Tensor | None,
         image: Tensor | tuple[Tensor, Tensor],
         layout: PairLayout,
         last: bool,
         absorb: bool,
     ) -> Tensor:
-        if index > 0:
+        cross: Any = self.cross[index]
+        if query is None:
             dropout = self.attention_dropout if self.training else 0.0
             hidden = _self_attention(parts, hidden, layout.texts, layout.firsts if last else None, dropout)
-        cross: Any = self.cross[index]
+            query = cross.query(hidden)  # [R or P, D]
         if isinstance(image, Tensor) and not absorb:
             image = cross.project(image)
-        return _feed_forward(parts, cross(hidden, image, layout.image_firsts if last else layout.images))
+        return _feed_forward(parts, cross(hidden, query, image, layout.image_firsts if last else layout.images))
 
     def _cross(self) -> list[CrossAttention]:
         return [layer for layer in self.cross if isinstance(layer, CrossAttention)]

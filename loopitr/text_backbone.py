@@ -24,7 +24,9 @@ from transformers import (
 from loopitr.config import DualEncoderConfig
 
 QUERY_KEY_VALUE = {"query", "key", "value"}
-BUCKETS = 4  # of captions by length
+MAX_BUCKETS = 4  # of captions by length
+ROWS = 32  # fewer captions than this are slower in two calls than padded in one
+NEAR = 0.9  # lengths this near are not worth a call of their own
 
 # Trained without an attention mask, always padded on the right to the full length, pooled at the last position.
 # AutoModel does not know them by themselves.
@@ -59,6 +61,27 @@ def bert_layers(model: nn.Module) -> list[nn.Module] | None:
 def _new_text_model(config: PreTrainedConfig) -> Any:
     known = ALWAYS_FULL.get(config.model_type)
     return AutoModel.from_config(config) if known is None else known(config)
+
+
+def _length_buckets(attention_mask: Tensor) -> list[tuple[Tensor, int]]:
+    """Captions of similar length: their rows in the batch and their longest."""
+    positions = torch.arange(1, attention_mask.shape[1] + 1, device=attention_mask.device)
+    lengths, order = (attention_mask.bool() * positions).amax(1).sort()
+    count = min(MAX_BUCKETS, len(order) // ROWS + 1)
+    longest = torch.stack([bucket[-1] for bucket in lengths.chunk(count)]).clamp(min=1).tolist()
+    buckets: list[tuple[Tensor, int]] = []
+    for rows, length in zip(order.chunk(count), longest, strict=True):
+        if buckets and buckets[-1][1] >= NEAR * length:
+            rows = torch.cat([buckets.pop()[0], rows])
+        buckets.append((rows, length))
+    return buckets
+
+
+def _in_order(parts: list[Tensor], order: Tensor | None) -> Tensor | None:
+    """The buckets' rows as the batch has them; `order` None: they are."""
+    if not parts:
+        return None
+    return torch.cat(parts)[order] if order is not None else parts[0]
 
 
 @dataclass
@@ -106,28 +129,28 @@ class TextBackbone(nn.Module):
             )
         if self._by_ids:
             return self._run_ids(input_ids, attention_mask, inner_layer)
-        if len(input_ids) < 2 * BUCKETS or torch.compiler.is_compiling():
-            return self._run(self.model.get_input_embeddings()(input_ids), attention_mask, inner_layer)
-        # Captions of 14 tokens beside one of 40: short and long ones apart, each bucket padded to its own longest.
-        positions = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
-        lengths, order = (attention_mask.bool() * positions).amax(1).sort()
-        rows = order.chunk(BUCKETS)
-        longest = torch.stack([bucket[-1] for bucket in lengths.chunk(BUCKETS)]).clamp(min=1).tolist()
         words = self.model.get_input_embeddings()(input_ids)  # once: each look-up has a gradient as large as the table
-        parts = [
-            self._run(words[chosen, :length], attention_mask[chosen, :length], inner_layer)
-            for chosen, length in zip(rows, longest, strict=True)
-        ]
-        back = order.argsort()
+        if torch.compiler.is_compiling():
+            return self._run(words, attention_mask, inner_layer)
+        # Captions of 14 tokens beside one of 40: short and long ones apart, each bucket padded to its own longest.
+        buckets = _length_buckets(attention_mask)
+        if len(buckets) == 1:
+            order, length = None, buckets[0][1]
+            parts = [self._run(words[:, :length], attention_mask[:, :length], inner_layer)]
+        else:
+            order = torch.cat([rows for rows, _ in buckets]).argsort()
+            parts = [
+                self._run(words[rows, :length], attention_mask[rows, :length], inner_layer) for rows, length in buckets
+            ]
 
         def together(tensors: list[Tensor | None]) -> Tensor | None:
             full = [F.pad(x, (0, 0, 0, input_ids.shape[1] - x.shape[1])) for x in tensors if x is not None]
-            return torch.cat(full)[back] if full else None
+            return _in_order(full, order)
 
         tokens = together([part.tokens for part in parts])
         assert tokens is not None
         pooled = [part.pooler_output for part in parts if part.pooler_output is not None]
-        return TextTokens(tokens, together([part.inner for part in parts]), torch.cat(pooled)[back] if pooled else None)
+        return TextTokens(tokens, together([part.inner for part in parts]), _in_order(pooled, order))
 
     def _run_ids(self, input_ids: Tensor, attention_mask: Tensor, inner_layer: int | None) -> TextTokens:
         hidden = inner_layer is not None

@@ -9,7 +9,7 @@ import torch
 from support import BERT, images, plain_score, ragged_texts, tiny_model
 from tiny_texts import BERT_LAYERS, TEXT, text_backbone
 
-from loopitr.text_backbone import BUCKETS, TextBackbone, TextTokens
+from loopitr.text_backbone import TextBackbone, TextTokens
 
 OTHER_LAYERS: dict[str, dict[str, Any]] = {  # encoders with an `intermediate`, but not BERT's attention
     "mpnet": {**BERT, "model_type": "mpnet", "pad_token_id": 0},
@@ -120,7 +120,7 @@ def sizes_run(backbone: TextBackbone) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("name", TEXT)
-@pytest.mark.parametrize("count", [8, 9, 40])
+@pytest.mark.parametrize("count", [1, 8, 40, 130])
 @torch.no_grad()
 def test_buckets_encode_like_row_by_row(name, count):
     backbone = text_backbone(TEXT[name])
@@ -133,27 +133,24 @@ def test_buckets_encode_like_row_by_row(name, count):
         torch.testing.assert_close(pooled, alone.tokens[0].mean(0), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "runs"),
+    [
+        ([4] * 19 + [17] * 20 + [3], [(20, 4), (20, 17)]),
+        ([16] * 20 + [17] * 20, [(40, 17)]),  # too near each other
+        ([9] * 40, [(40, 9)]),
+        ([4] * 15 + [17] * 16, [(31, 17)]),  # too few for two calls
+        ([2] * 33 + [5] * 32 + [9] * 32 + [17] * 31, [(32, 2), (32, 5), (32, 9), (32, 17)]),
+        ([8] * 96 + [17] * 32, [(96, 8), (32, 17)]),
+    ],
+)
 @torch.no_grad()
-def test_short_captions_are_not_padded_to_the_longest_of_the_batch():
+def test_short_captions_are_not_padded_to_the_longest_of_the_batch(lengths, runs):
     backbone = text_backbone(BERT)
     shapes = sizes_run(backbone)
-    lengths = torch.tensor([17, 3, 3, 5, 16, 9, 8, 5, 4])
-    mask = (torch.arange(17) < lengths[:, None]).long()
-    backbone(7 * mask, mask)
-    assert shapes == [(3, 4), (3, 8), (3, 17)]
-    shapes.clear()
-    few, mask = mask[: 2 * BUCKETS - 1], mask[: 2 * BUCKETS - 1]
-    backbone(7 * few, mask)
-    assert shapes == [(7, 17)]
-
-
-@torch.no_grad()
-def test_fewer_rows_than_the_buckets_take_encode_like_row_by_row():
-    backbone = text_backbone(BERT)
-    ids, mask = ragged_texts(2 * BUCKETS - 1, longest=17)
-    output = backbone(ids, mask)
-    for row, alone in enumerate(row_by_row(backbone, ids, mask)):
-        torch.testing.assert_close(output.tokens[row, : mask[row].sum()], alone.tokens[0], atol=1e-5, rtol=0)
+    mask = (torch.arange(20) < torch.tensor(lengths)[:, None]).long()
+    output = backbone(7 * mask, mask)
+    assert shapes == runs and output.tokens.shape[:2] == mask.shape
 
 
 @pytest.mark.parametrize("pooling", ["mean", "first", "backbone"])
