@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from loopitr.memory import trim_memory
 from loopitr.objective import Encoded, LoopObjective, StepOutput
 
 INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_tokens")  # of `LoopObjective.encode`
@@ -67,6 +68,7 @@ def cached_backward(
         with torch.set_grad_enabled(not parts), autocast():  # the first one's graph shows what carries gradient
             encoded = objective.encode(**chunk)
         parts.append(_map(_detached, encoded if keeps_tokens else _without_tokens(encoded)))
+        del encoded  # and its graph
     leaves: Encoded = _map(_joined, *parts)
     with autocast():
         output = objective.compare(
@@ -83,6 +85,9 @@ def cached_backward(
             with autocast():
                 encoded = objective.encode(**chunk)
             _backward_from(encoded, leaves, slice(start, start + chunk_size))
+            del encoded
+            if device.type == "cpu":
+                trim_memory()  # each chunk would otherwise add to a heap full of holes
     return output
 
 

@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "choices": {"losses", "mining"},
     "objective": {"choices", "losses", "masking", "mining", "distributed"},
-    "grad_cache": {"objective"},
+    "grad_cache": {"memory", "objective"},
     "benchmarking": {"model", "states"},
     "cli": set(),
     "launching": set(),
