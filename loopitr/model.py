@@ -211,8 +211,8 @@ class LoopITRModel(LoopITRPreTrainedModel):
 
     def _block_size(self, lengths: Tensor, pairs: Tensor) -> int:
         """Pairs at a time when nobody says: with gradient all of them, for their activations are kept anyway."""
-        if torch.is_grad_enabled() or not len(pairs):
-            return max(1, len(pairs))
+        if torch.is_grad_enabled():
+            return len(pairs)
         rows = float(lengths[pairs[:, 1]].float().mean())  # per pair
         widest = 2 * (self.dual.text.width + self.fusion.intermediate_size)  # before and after the activation
         return max(1, int(BLOCK_BYTES / (rows * widest * self.itm_head.weight.element_size())))
