@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from loopitr.memory import trim_memory
-from loopitr.objective import Encoded, LoopObjective, StepOutput
+from loopitr.objective import LoopObjective
+from loopitr.step_parts import Encoded, StepOutput
 
 INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_tokens")  # of `LoopObjective.encode`
 

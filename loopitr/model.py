@@ -1,4 +1,4 @@
-"""`LoopITRModel`: one network that is a dual encoder and a cross encoder; `DualEncoder`: the part that ships alone.
+"""`LoopITRModel`: one network that is a dual encoder (`dual_encoder.py`) and a cross encoder.
 
 No losses and no collectives live here: see `objective.py`.
 """
@@ -16,71 +16,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel
 
-from loopitr.adapters import freeze_adapted, inject_lora
-from loopitr.backbones import VisionBackbone
+from loopitr.adapters import freeze_adapted
 from loopitr.config import DualEncoderConfig, LoopITRConfig
+from loopitr.dual_encoder import DualEncoder
 from loopitr.fusion import FusionEncoder
-from loopitr.heads import MLMHead, projection
+from loopitr.heads import MLMHead
 from loopitr.packing import image_blocks, lay_out
 from loopitr.saving import LoopITRPreTrainedModel
 from loopitr.states import DualOutput, ImageState, KeysValues, PairScores, TextState
-from loopitr.text_backbone import TextBackbone
-
-
-class DualEncoder(LoopITRPreTrainedModel):
-    """Image and text backbones with a projection each: `embeds` whose dot product is the similarity."""
-
-    config_class = DualEncoderConfig
-    base_model_prefix = "dual"
-
-    def __init__(self, config: DualEncoderConfig) -> None:
-        super().__init__(config)
-        self.vision = VisionBackbone(config)
-        self.text = TextBackbone(config)
-        self.vision_projection = projection(config.projection, self.vision.pooled_width, config.embed_dim)
-        self.text_projection = projection(config.projection, self.text.pooled_width, config.embed_dim)
-        self.logit_scale = nn.Parameter(torch.tensor(1.0 / config.initial_temperature).log())
-        self.logit_bias: nn.Parameter | None = None
-        if config.initial_logit_bias is not None:
-            self.logit_bias = nn.Parameter(torch.tensor(float(config.initial_logit_bias)))
-        if config.lora:
-            inject_lora(self, config.lora)
-        self.post_init()
-
-    @property
-    def scale(self) -> Tensor:
-        """1 / temperature, clamped to at most `config.max_logit_scale`."""
-        return self.logit_scale.exp().clamp(max=self.config.max_logit_scale)
-
-    def embed_image_tokens(self, tokens: Tensor) -> Tensor:
-        """Image tokens `[B, N, D]` -> embeds `[B, E]`, unit length."""
-        return F.normalize(self.vision_projection(self.vision.pool(tokens)), dim=-1)
-
-    def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """`[B, 3, S, S]` -> embeds `[B, E]`, unit length."""
-        return self.embed_image_tokens(self.vision(pixel_values))
-
-    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """`[T, L]` -> embeds `[T, E]`, unit length."""
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        output = self.text(input_ids, mask)
-        return F.normalize(self.text_projection(self.text.pool(output, mask)), dim=-1)
-
-    def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> DualOutput:
-        """Similarities of all images with all texts; no loss."""
-        image_embeds = self.get_image_features(pixel_values)
-        text_embeds = self.get_text_features(input_ids, attention_mask)
-        logits = self.scale * image_embeds @ text_embeds.T  # [B, T]
-        if self.logit_bias is not None:
-            logits = logits + self.logit_bias
-        return DualOutput(
-            image_embeds=image_embeds, text_embeds=text_embeds, logits_per_image=logits, logits_per_text=logits.T
-        )
-
-    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
-        self.vision.set_gradient_checkpointing(enable)
-        self.text.model._set_gradient_checkpointing(enable, *args, **kwargs)
-
 
 BLOCK_BYTES = 2**27  # of the widest activations of pairs that are scored at a time
 

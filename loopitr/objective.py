@@ -11,7 +11,6 @@ process on the concatenated batch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,40 +21,11 @@ from loopitr.choices import DISTILLATION, MINING, ObjectiveOptions
 from loopitr.distributed import all_gather, all_gather_padded, all_sum, rank, world_size
 from loopitr.masking import TokenMasking
 from loopitr.mining import Mined
+from loopitr.step_parts import Candidates, Encoded, MaskedTexts, Positives, Similarities, StepOutput
 
 if TYPE_CHECKING:
     from loopitr.model import LoopITRModel
     from loopitr.states import ImageState, TextState
-
-
-@dataclass(frozen=True)
-class StepOutput:
-    """`loss`: weighted sum, what to differentiate. `terms`: each loss by name, unweighted. `metrics`: for the log."""
-
-    loss: Tensor
-    terms: dict[str, Tensor]
-    metrics: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """One direction's queries and what each is compared with, its positive first.
-
-    `indices [B, 1 + K]` into the batch mined from, `valid [B, 1 + K]`, `student [B, 1 + K]` similarity / temperature.
-    """
-
-    indices: Tensor
-    valid: Tensor
-    student: Tensor
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """What the backbones make of a batch: all that the losses need of it."""
-
-    images: ImageState
-    texts: TextState
-    masked: MaskedTexts | None = None
 
 
 class LoopObjective(nn.Module):
@@ -312,30 +282,6 @@ class LoopObjective(nn.Module):
         # Ranks hold different numbers of masked tokens: weigh so that the average over ranks is the mean over tokens.
         count = chosen.sum()
         return losses.mlm_loss(logits, labels[chosen]) * count * world_size() / all_sum(count).clamp(min=1)
-
-
-@dataclass(frozen=True)
-class Similarities:
-    """Similarity / temperature: images against all texts `[B, R B]`, texts against all images `[B, R B]`."""
-
-    per_image: Tensor
-    per_text: Tensor
-
-
-@dataclass(frozen=True)
-class Positives:
-    """Masks that go with `Similarities`: images against all texts, texts against all images, `[B, R B]` bool each."""
-
-    per_image: Tensor
-    per_text: Tensor
-
-
-@dataclass(frozen=True)
-class MaskedTexts:
-    """The masked captions' state and, at masked tokens, the original ids: `labels [B, L]`, -100 elsewhere."""
-
-    state: TextState
-    labels: Tensor
 
 
 def _gather_queries(x: Tensor) -> Tensor:
