@@ -1,8 +1,10 @@
-"""What recipes/benchmarks share: interleaved timing, FLOPs, the machine's speed, and the plain way to score pairs."""
+"""What recipes/benchmarks share: timing, FLOPs, memory, random models and batches, and the plain way to score pairs."""
 
 from __future__ import annotations
 
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from loopitr.config import LoopITRConfig
 from loopitr.model import LoopITRModel
 from loopitr.states import ImageState, PairScores, TextState
 
@@ -70,6 +73,54 @@ def matmul_speed(device: str, dtype: torch.dtype) -> float:
     size = 8192 if device.startswith("cuda") else 2048
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2 * size**3 / min(seconds_of(lambda: a @ b, device) for _ in range(5))
+
+
+def peak_memory(device: str) -> int:
+    """Bytes: the most that torch has had on a GPU, or that was resident of this process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def random_model(
+    *, vision: str, image_size: int, width: int, text_layers: int, fusion_layers: int, device: str, head_width: int = 32
+) -> LoopITRModel:
+    """A model of random weights with a BERT-like text side of this width, in training mode."""
+    heads = max(1, width // head_width)
+    text = {
+        "model_type": "bert",
+        "hidden_size": width,
+        "num_hidden_layers": text_layers,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * width,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    config = LoopITRConfig(
+        vision={"name": vision, "image_size": image_size},
+        text=text,
+        vision_pooling="first",
+        fusion={"style": "late", "num_layers": fusion_layers, "num_heads": heads},
+    )
+    torch.manual_seed(0)
+    model = LoopITRModel(config).train()
+    model.to(torch.device(device))  # type: ignore[arg-type]
+    return model
+
+
+def random_batch(size: int, *, image_size: int, device: str) -> dict[str, Tensor]:
+    """What `LoopObjective.forward` takes: captions of 14 tokens on average, padded to their longest."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(8, 21, (size,), generator=generator)
+    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+    batch = {
+        "pixel_values": torch.randn(size, 3, image_size, image_size, generator=generator),
+        "input_ids": torch.randint(1000, 30000, mask.shape, generator=generator) * mask,
+        "attention_mask": mask,
+        "identities": torch.arange(size),
+        "caption_ids": torch.arange(size),
+    }
+    return {name: value.to(device) for name, value in batch.items()}
 
 
 class PlainPairs:

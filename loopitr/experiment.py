@@ -30,6 +30,7 @@ from loopitr.data import (
     load_records,
     scene_vocabulary,
 )
+from loopitr.data.sources import SOURCES
 from loopitr.evaluation.retrieval import evaluation_transform
 from loopitr.loading import EpochLoader
 from loopitr.model import LoopITRModel
@@ -37,8 +38,6 @@ from loopitr.objective import LoopObjective
 from loopitr.optimization import parameter_groups, two_cycles, warmup_cosine
 from loopitr.options import PretrainOptions
 from loopitr.processing import LoopITRProcessor, interpolation_of
-
-SOURCES = ("karpathy", "albef", "table", "hub")
 
 
 class Experiment:

@@ -14,7 +14,6 @@ the first image's pairs), and set against a large matrix product's speed.
 from __future__ import annotations
 
 import random
-import resource
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,8 +26,16 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from loopitr import LoopITRConfig, LoopITRModel, LoopITRProcessor
-from loopitr.benchmarking import PRECISIONS, PlainPairs, interleaved, matmul_speed, seconds_of
+from loopitr import LoopITRModel, LoopITRProcessor
+from loopitr.benchmarking import (
+    PRECISIONS,
+    PlainPairs,
+    interleaved,
+    matmul_speed,
+    peak_memory,
+    random_model,
+    seconds_of,
+)
 from loopitr.cli import parse, run
 from loopitr.data import LazyRecords, Record
 from loopitr.evaluation import evaluation_transform, markdown_table
@@ -100,19 +107,15 @@ class Pictures(LazyRecords):
 
 
 def build(options: Options) -> LoopITRModel:
-    torch.manual_seed(0)
-    width, heads = options.hidden_size, max(1, options.hidden_size // 64)
-    text = {"model_type": "bert", "hidden_size": width, "intermediate_size": 4 * width,
-            "num_hidden_layers": options.text_layers, "num_attention_heads": heads}
-    model = LoopITRModel(
-        LoopITRConfig(
-            vision={"name": options.vision, "image_size": options.image_size},
-            text=text,
-            vision_pooling="first",
-            fusion={"style": "late", "num_layers": options.fusion_layers, "num_heads": heads},
-        )
+    model = random_model(
+        vision=options.vision,
+        image_size=options.image_size,
+        width=options.hidden_size,
+        text_layers=options.text_layers,
+        fusion_layers=options.fusion_layers,
+        device=options.device,
+        head_width=64,
     )
-    model.to(torch.device(options.device))  # type: ignore[arg-type]
     return model.eval()
 
 
@@ -220,10 +223,8 @@ def measure(options: Options) -> tuple[dict[str, dict[str, Any]], dict[str, floa
     for figure in figures.values():
         figure["whole_seconds"] = figure["seconds"] * figure["of"] / figure["done"]
         figure["of_peak"] = figure["flops"] / figure["seconds"] / speed
-    cuda = device.startswith("cuda")
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     whole = sum(figure["whole_seconds"] for figure in figures.values())
-    return figures, {"seconds": whole, "peak_memory": peak, "matmul_flops": speed}
+    return figures, {"seconds": whole, "peak_memory": peak_memory(device), "matmul_flops": speed}
 
 
 @torch.inference_mode()

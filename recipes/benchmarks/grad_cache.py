@@ -9,7 +9,6 @@ memory is that of the process, less what model, batch and libraries hold before 
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -18,8 +17,7 @@ from typing import Literal
 
 import torch
 
-from loopitr import LoopITRConfig, LoopITRModel
-from loopitr.benchmarking import seconds_of
+from loopitr.benchmarking import peak_memory, random_batch, random_model, seconds_of
 from loopitr.cli import parse, run
 from loopitr.evaluation.report import markdown_table
 from loopitr.grad_cache import cached_backward
@@ -47,24 +45,14 @@ class Options:
 
 
 def build(options: Options) -> LoopObjective:
-    width, heads = options.hidden_size, max(1, options.hidden_size // 32)
-    text = {
-        "model_type": "bert",
-        "hidden_size": width,
-        "num_hidden_layers": options.text_layers,
-        "num_attention_heads": heads,
-        "intermediate_size": 4 * width,
-        "attention_probs_dropout_prob": 0.0,
-    }
-    config = LoopITRConfig(
-        vision={"name": options.vision, "image_size": options.image_size},
-        text=text,
-        vision_pooling="first",
-        fusion={"num_layers": options.fusion_layers, "num_heads": heads},
+    model = random_model(
+        vision=options.vision,
+        image_size=options.image_size,
+        width=options.hidden_size,
+        text_layers=options.text_layers,
+        fusion_layers=options.fusion_layers,
+        device=options.device,
     )
-    torch.manual_seed(0)
-    model = LoopITRModel(config).train()
-    model.to(torch.device(options.device))  # type: ignore[arg-type]
     weights = {} if options.loop else {"itm": 0.0, "distillation": 0.0}
     chosen = ObjectiveOptions(num_negatives=4, **weights)  # type: ignore[arg-type]
     return LoopObjective(model, chosen, pair_block=options.chunk_size * 9)
@@ -73,16 +61,7 @@ def build(options: Options) -> LoopObjective:
 def measure(options: Options, side: str) -> dict[str, float]:
     objective, cuda = build(options), options.device.startswith("cuda")
     size = options.chunk_size if side == "plain" else options.batch_size
-    generator = torch.Generator().manual_seed(1)
-    mask = (torch.arange(20) < torch.randint(8, 21, (size, 1), generator=generator)).long()
-    batch = {
-        "pixel_values": torch.randn(size, 3, options.image_size, options.image_size, generator=generator),
-        "input_ids": torch.randint(1000, 30000, mask.shape, generator=generator) * mask,
-        "attention_mask": mask,
-        "identities": torch.arange(size),
-        "caption_ids": torch.arange(size),
-    }
-    batch = {name: value.to(options.device) for name, value in batch.items()}
+    batch = random_batch(size, image_size=options.image_size, device=options.device)
 
     def autocast() -> torch.autocast:
         return torch.autocast(options.device.split(":")[0], torch.bfloat16, enabled=options.precision == "bf16")
@@ -96,9 +75,9 @@ def measure(options: Options, side: str) -> dict[str, float]:
         else:
             cached_backward(objective, batch, chunk_size=options.chunk_size, autocast=autocast)
 
-    before = torch.cuda.memory_allocated() if cuda else _peak_resident()
+    before = torch.cuda.memory_allocated() if cuda else peak_memory(options.device)
     seconds = seconds_of(step, options.device)
-    peak = torch.cuda.max_memory_allocated() if cuda else _peak_resident()
+    peak = peak_memory(options.device)
     gib = 2**30
     return {
         "pairs": size,
@@ -108,11 +87,6 @@ def measure(options: Options, side: str) -> dict[str, float]:
         "inputs_gib": sum(x.numel() * x.element_size() for x in batch.values()) / gib,
         "peak_gib": peak / gib,
     }
-
-
-def _peak_resident() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def main() -> None:

@@ -18,8 +18,7 @@ from typing import Literal
 
 import torch
 
-from loopitr import LoopITRConfig, LoopITRModel
-from loopitr.benchmarking import PRECISIONS, PlainPairs, interleaved, matmul_speed
+from loopitr.benchmarking import PRECISIONS, PlainPairs, interleaved, matmul_speed, random_batch, random_model
 from loopitr.cli import parse, run
 from loopitr.evaluation.report import markdown_table
 from loopitr.objective import LoopObjective, ObjectiveOptions
@@ -51,45 +50,17 @@ class Options:
     """JSON file for the figures."""
 
 
-def build(options: Options) -> LoopITRModel:
-    width, heads = options.hidden_size, options.hidden_size // 32
-    text = {
-        "model_type": "bert",
-        "hidden_size": width,
-        "num_hidden_layers": options.text_layers,
-        "num_attention_heads": heads,
-        "intermediate_size": 4 * width,
-        "attention_probs_dropout_prob": 0.0,
-    }
-    config = LoopITRConfig(
-        vision={"name": options.vision, "image_size": options.image_size},
-        text=text,
-        vision_pooling="first",
-        fusion={"style": "late", "num_layers": options.fusion_layers, "num_heads": heads},
-    )
-    torch.manual_seed(0)
-    model = LoopITRModel(config).train()
-    model.to(torch.device(options.device))  # type: ignore[arg-type]
-    return model
-
-
-def batch(options: Options) -> dict[str, torch.Tensor]:
-    size, generator = options.batch_size, torch.Generator().manual_seed(1)
-    lengths = torch.randint(8, 21, (size,), generator=generator)  # 14 on average
-    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
-    inputs = {
-        "pixel_values": torch.randn(size, 3, options.image_size, options.image_size, generator=generator),
-        "input_ids": torch.randint(1000, 30000, mask.shape, generator=generator) * mask,
-        "attention_mask": mask,
-        "identities": torch.arange(size),
-        "caption_ids": torch.arange(size),
-    }
-    return {name: value.to(options.device) for name, value in inputs.items()}
-
-
 def main() -> None:
     options = parse(Options, description=__doc__)
-    model, inputs = build(options), batch(options)
+    model = random_model(
+        vision=options.vision,
+        image_size=options.image_size,
+        width=options.hidden_size,
+        text_layers=options.text_layers,
+        fusion_layers=options.fusion_layers,
+        device=options.device,
+    )
+    inputs = random_batch(options.batch_size, image_size=options.image_size, device=options.device)
     plain = PlainPairs(model)
 
     def step(objective: LoopObjective, score_pairs: Callable[..., PairScores]) -> None:
