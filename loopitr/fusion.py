@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 
 from loopitr.config import LoopITRConfig
+from loopitr.cross_attention import CrossAttention, attend
 from loopitr.packing import PairLayout, Segments
 from loopitr.states import KeysValues
 
@@ -78,90 +78,15 @@ class TextLayer(nn.Module):
         return BertParts(**{name: getattr(self, name) for name in BertParts.__dataclass_fields__})
 
 
-class CrossAttention(nn.Module):
-    """Query from text, key and value from image tokens, output projection and norm."""
-
-    def __init__(self, width: int, image_width: int, config: dict) -> None:
-        super().__init__()
-        self.num_heads = config["num_heads"]
-        self.attention_dropout = config["attention_dropout"]
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(image_width, width)
-        self.value = nn.Linear(image_width, width)
-        self.output = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width, eps=config["layer_norm_eps"])
-        self.dropout = nn.Dropout(config["dropout"])
-
-    def project(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Image tokens `[I, N, Dv]` -> keys, values, each `[I, H, N, D / H]`."""
-        return self._heads(self.key(tokens)), self._heads(self.value(tokens))
-
-    def forward(
-        self, hidden: Tensor, query: Tensor, image: Tensor | tuple[Tensor, Tensor], images: Segments
-    ) -> Tensor:
-        """`hidden`, `query [R, D]`, rows of one image together; `image`: one per segment, tokens or keys and values."""
-        if isinstance(image, Tensor):
-            attended = self._attend_tokens(query, image, images)
-        else:
-            attended = self._attend(query, *image, images)
-        return self.norm(self.dropout(self.output(attended)) + hidden)  # [R, D]
-
-    def _attend(self, query: Tensor, keys: Tensor, values: Tensor, images: Segments) -> Tensor:
-        dropout = self.attention_dropout if self.training else 0.0
-        outputs = []
-        for bucket, q in zip(images.buckets, images.cut(query), strict=True):
-            k, v = (x if len(images.buckets) == 1 else x[bucket.members] for x in (keys, values))
-            outputs.append(_attend(q, k, v, self.num_heads, None, dropout))
-        return images.scatter(outputs)  # [R, D]
-
-    def _attend_tokens(self, query: Tensor, tokens: Tensor, images: Segments) -> Tensor:
-        """The same from the tokens themselves `[I, N, Dv]`: the key weights are taken to the query's side, the value
-        weights to the result's. The key's bias moves all of a query's scores alike, so softmax does not see it."""
-        width = query.shape[-1] // self.num_heads
-        weight = self.key.weight.unflatten(0, (self.num_heads, width))  # [H, D / H, Dv]
-        query = (query.unflatten(-1, (self.num_heads, width)).transpose(0, 1) @ weight).transpose(0, 1)  # [R, H, Dv]
-        outputs = []
-        for bucket, q in zip(images.buckets, images.cut(query), strict=True):
-            x = tokens if len(images.buckets) == 1 else tokens[bucket.members]  # [n, N, Dv]
-            scores = q.flatten(1, 2) @ x.transpose(1, 2) * width**-0.5  # [n, M H, N]
-            outputs.append((scores.softmax(-1).to(x.dtype) @ x).unflatten(1, q.shape[1:3]))  # [n, M, H, Dv]
-        weight = self.value.weight.unflatten(0, (self.num_heads, width))
-        values = images.scatter(outputs).transpose(0, 1) @ weight.transpose(1, 2)  # [H, R, D / H]
-        values = values.transpose(0, 1).flatten(1)  # [R, D]
-        return values + (self.value.bias + 0 * self.key.bias)  # DDP wants a gradient of every trained parameter
-
-    def absorbs(self, rows: int, images: int, num_tokens: int) -> bool:
-        """Whether `rows` queries on so many images cost less through `_attend_tokens` than projecting the images."""
-        width, image_width = self.key.weight.shape
-        if self.training and self.attention_dropout:
-            return False  # it drops parts of the value's bias too
-        projected = 2 * images * num_tokens * image_width * width + 2 * rows * num_tokens * width
-        absorbed = 2 * rows * width * image_width + 2 * rows * self.num_heads * num_tokens * image_width
-        return absorbed < projected
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [I, H, N, D / H]
-
-
-def _attend(query: Tensor, keys: Tensor, values: Tensor, heads: int, mask: Tensor | None, dropout: float) -> Tensor:
-    """`query [n, M, D]` on `keys`, `values [n, H, N, D / H]` -> `[n, M, D]`; `mask [n, N]` marks real keys."""
-    query = query.unflatten(-1, (heads, -1)).transpose(1, 2)  # [n, H, M, D / H]
-    where = None if mask is None else mask[:, None, None, :]
-    out = F.scaled_dot_product_attention(query, keys, values, attn_mask=where, dropout_p=dropout)
-    return out.transpose(1, 2).flatten(2)  # [n, M, D]
-
-
 def _self_attention(parts: BertParts, hidden: Tensor, texts: Segments, firsts: Tensor | None, dropout: float) -> Tensor:
     """Self-attention within each text; with `firsts [P]` only the first tokens ask, and `[P, D]` comes back."""
     asking = hidden if firsts is None else hidden.index_select(0, firsts)  # [R or P, D]
-    query = parts.query(asking)
-    queries = texts.cut(query) if firsts is None else [query[bucket.members].unsqueeze(1) for bucket in texts.buckets]
+    query, key, value = parts.query(asking), parts.key(hidden), parts.value(hidden)
     outputs = []
-    for bucket, q, k, v in zip(
-        texts.buckets, queries, texts.cut(parts.key(hidden)), texts.cut(parts.value(hidden)), strict=True
-    ):
-        k, v = (x.unflatten(-1, (parts.num_heads, -1)).transpose(1, 2) for x in (k, v))  # [n, H, M, D / H]
-        outputs.append(_attend(q, k, v, parts.num_heads, bucket.mask, dropout))  # [n, M or 1, D]
+    for bucket in texts.buckets:
+        q = texts.cut(query, bucket) if firsts is None else query[bucket.members].unsqueeze(1)  # [n, M or 1, D]
+        k, v = (texts.cut(x, bucket).unflatten(-1, (parts.num_heads, -1)).transpose(1, 2) for x in (key, value))
+        outputs.append(attend(q, k, v, parts.num_heads, bucket.mask, dropout))  # [n, M or 1, D]
     if firsts is None:
         attended = texts.scatter(outputs)  # [R, D]
     elif len(outputs) == 1:
@@ -217,6 +142,20 @@ class FusionEncoder(nn.Module):
         if first_only:
             rows[-1] = len(layout.firsts)
         return [layer.absorbs(count, images, num_tokens) for layer, count in zip(self._cross(), rows, strict=True)]
+
+    def activation_elements(self, rows: int, images: int, num_tokens: int, *, projected: bool) -> int:
+        """About how many elements a forward pass without gradient holds at once, of so many text rows and images.
+
+        Args:
+            projected: the images come with keys and values.
+        """
+        cross = self._cross()[0]
+        width, image_width = cross.key.weight.shape
+        wide = 2 * self.intermediate_size  # before and after the activation
+        if not projected and cross.absorbs(rows, images, num_tokens):
+            wide = max(wide, 2 * cross.num_heads * (image_width + num_tokens))
+            return rows * (7 * width + wide)
+        return rows * (7 * width + wide) + 2 * images * num_tokens * width
 
     def forward(
         self,

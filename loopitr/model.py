@@ -21,11 +21,11 @@ from loopitr.config import DualEncoderConfig, LoopITRConfig
 from loopitr.dual_encoder import DualEncoder
 from loopitr.fusion import FusionEncoder
 from loopitr.heads import MLMHead
-from loopitr.packing import image_blocks, lay_out
+from loopitr.packing import image_blocks, lay_out, send
 from loopitr.saving import LoopITRPreTrainedModel
 from loopitr.states import DualOutput, ImageState, KeysValues, PairScores, TextState
 
-BLOCK_BYTES = 2**27  # of the widest activations of pairs that are scored at a time
+BLOCK_BYTES, GPU_BLOCK_BYTES = 2**28, 2**30  # of activations of pairs that are scored at a time
 
 
 def _pick(x: Tensor, rows: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def _pick(x: Tensor, rows: Tensor) -> Tensor:
     first, count = int(rows[0]), len(rows)
     if int(rows[-1]) - first + 1 == count:
         return x[first : first + count]
-    return x[rows.to(x.device)]
+    return x.index_select(0, *send([rows], x.device))
 
 
 class LoopITRModel(LoopITRPreTrainedModel):
@@ -120,10 +120,10 @@ class LoopITRModel(LoopITRPreTrainedModel):
             pairs: `[P, 2]` int64 of (image index, text index).
             block_size: score at most so many pairs at a time, of whole images where possible, which bounds the memory:
                 with gradient, blocks are computed again in the backward pass. None: as many as fit into
-                `BLOCK_BYTES` of activations, and with gradient all at once.
+                `BLOCK_BYTES` of activations (`GPU_BLOCK_BYTES` on a GPU), and with gradient all at once.
 
         Raises:
-            ValueError: `pairs` of another shape, or an index that no image or text has.
+            ValueError: `pairs` of another shape, an index that no image or text has, or a text without a token.
         """
         if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.is_floating_point():
             raise ValueError(f"pairs must be int64 [P, 2], got {pairs.dtype} {list(pairs.shape)}")
@@ -131,17 +131,17 @@ class LoopITRModel(LoopITRPreTrainedModel):
         if not len(unique):
             empty = image_state.tokens.new_zeros(0, 2, dtype=torch.float32)
             return PairScores(logits=empty, score=empty[:, 0])
-        lengths = text_state.mask.sum(1).cpu()
-        blocks = image_blocks(unique, block_size or self._block_size(lengths, unique))
+        mask = text_state.mask.cpu()
+        blocks = image_blocks(unique, block_size or self._block_size(image_state, mask, unique))
         again = block_size is not None and len(blocks) > 1 and torch.is_grad_enabled()
         score = partial(checkpoint, self._score_block, use_reentrant=False) if again else self._score_block
-        logits = [score(image_state, text_state, lengths, block) for block in blocks]
-        scored = torch.cat(logits).index_select(0, inverse.to(logits[0].device))  # [P, 2]
+        logits = torch.cat([score(image_state, text_state, mask, block) for block in blocks])
+        scored = logits.index_select(0, *send([inverse], logits.device))  # [P, 2]
         return PairScores(logits=scored, score=scored[:, 1] - scored[:, 0])
 
     def fused_tokens(self, image_state: ImageState, text_state: TextState, pairs: Tensor) -> Tensor:
         """All fused tokens `[R, D]` of unique, sorted `pairs`, without padding, pair by pair (for the MLM head)."""
-        return self._fuse(image_state, text_state, text_state.mask.sum(1).cpu(), pairs.cpu(), first_only=False)
+        return self._fuse(image_state, text_state, text_state.mask.cpu(), pairs.cpu(), first_only=False)
 
     @staticmethod
     def _unique(pairs: Tensor, images: int, texts: int) -> tuple[Tensor, Tensor]:
@@ -152,28 +152,25 @@ class LoopITRModel(LoopITRPreTrainedModel):
         keys, inverse = torch.unique(pairs[:, 0] * texts + pairs[:, 1], return_inverse=True)  # of rows: much slower
         return torch.stack([keys // texts, keys % texts], 1), inverse
 
-    def _block_size(self, lengths: Tensor, pairs: Tensor) -> int:
+    def _block_size(self, images: ImageState, mask: Tensor, pairs: Tensor) -> int:
         """Pairs at a time when nobody says: with gradient all of them, for their activations are kept anyway."""
         if torch.is_grad_enabled():
             return len(pairs)
-        rows = float(lengths[pairs[:, 1]].float().mean())  # per pair
-        widest = 2 * (self.dual.text.width + self.fusion.intermediate_size)  # before and after the activation
-        return max(1, int(BLOCK_BYTES / (rows * widest * self.itm_head.weight.element_size())))
+        rows, used = int(mask.sum(1)[pairs[:, 1]].sum()), len(torch.unique_consecutive(pairs[:, 0]))
+        projected = images.keys_values is not None
+        elements = self.fusion.activation_elements(rows, used, images.tokens.shape[1], projected=projected)
+        room = BLOCK_BYTES if images.tokens.device.type == "cpu" else GPU_BLOCK_BYTES
+        return max(1, len(pairs) * room // (elements * self.itm_head.weight.element_size()))
 
-    def _score_block(self, images: ImageState, texts: TextState, lengths: Tensor, pairs: Tensor) -> Tensor:
-        used, local = torch.unique(pairs[:, 1], return_inverse=True)
-        if len(used) < len(lengths):  # the first self-attention runs over every text it is given
-            texts = TextState(_pick(texts.embeds, used), _pick(texts.tokens, used), _pick(texts.mask, used))
-            lengths, pairs = lengths[used], torch.stack([pairs[:, 0], local], 1)
+    def _score_block(self, images: ImageState, texts: TextState, mask: Tensor, pairs: Tensor) -> Tensor:
         # ITM logits in float32: their difference is a teacher and a ranking score.
-        return self.itm_head(self._fuse(images, texts, lengths, pairs, first_only=True)).float()  # [P, 2]
+        return self.itm_head(self._fuse(images, texts, mask, pairs, first_only=True)).float()  # [P, 2]
 
     def _fuse(
-        self, images: ImageState, texts: TextState, lengths: Tensor, pairs: Tensor, *, first_only: bool
+        self, images: ImageState, texts: TextState, mask: Tensor, pairs: Tensor, *, first_only: bool
     ) -> Tensor:
-        if len(lengths) and int(lengths.min()) < 1:
-            raise ValueError(f"text {int(lengths.argmin())} has no token: its attention_mask is all zero")
-        layout = lay_out(pairs, lengths, images.tokens.device, fixed=self._compiled)
+        """`mask [T, L]` of the texts and `pairs [P, 2]` on the CPU."""
+        layout = lay_out(pairs, mask, fixed=self._compiled).to(images.tokens.device)
         used = torch.unique_consecutive(pairs[:, 0])
         image: Tensor | KeysValues
         plan: list[bool] = []
@@ -183,7 +180,7 @@ class LoopITRModel(LoopITRPreTrainedModel):
         else:
             image = [(_pick(keys, used), _pick(values, used)) for keys, values in images.keys_values]
         shared = None if self._inner_layer is None else self.dual.text.layers[self._inner_layer :]
-        packed = texts.tokens[texts.mask]  # [sum(lengths), D]
+        packed = texts.tokens.flatten(0, 1).index_select(0, layout.tokens)  # [sum(lengths), D]
         return self.fusion(packed, image, layout, plan, shared_layers=shared, first_only=first_only)
 
     # Parts

@@ -6,6 +6,7 @@ needs rectangles: `segments` cuts them out of the flat table, in a few buckets o
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,17 +36,28 @@ class Segments:
     buckets: list[Bucket]
     back: Tensor | None
 
-    def cut(self, table: Tensor) -> list[Tensor]:
-        """`[rows, ...]` -> one `[n, M, ...]` per bucket; what stands in the padding is some row of the segment."""
-        if self.back is None:
-            return [table.unflatten(0, self.buckets[0].rows.shape)]
-        return [table[bucket.rows] for bucket in self.buckets]
+    def cut(self, table: Tensor, bucket: Bucket) -> Tensor:
+        """A bucket's rows of the table, `[rows, ...]` -> `[n, M, ...]`; padding holds some row of the segment."""
+        return table.unflatten(0, bucket.rows.shape) if self.back is None else table[bucket.rows]
 
     def scatter(self, outputs: list[Tensor]) -> Tensor:
         """Undo the cut: one `[n, M, ...]` per bucket -> `[rows, ...]`."""
         parts = [output.flatten(0, 1) for output in outputs]
         flat = torch.cat(parts) if len(parts) > 1 else parts[0]
         return flat if self.back is None else flat.index_select(0, self.back)
+
+    def tensors(self) -> list[Tensor]:
+        """All indices and masks."""
+        every = [x for bucket in self.buckets for x in (bucket.members, bucket.rows, bucket.mask)]
+        return [x for x in (*every, self.back) if x is not None]
+
+    def replaced(self, tensors: Iterator[Tensor]) -> Segments:
+        """The same with other `tensors`, in the order of `tensors()`."""
+        buckets = [
+            Bucket(next(tensors), next(tensors), None if bucket.mask is None else next(tensors))
+            for bucket in self.buckets
+        ]
+        return Segments(buckets, None if self.back is None else next(tensors))
 
 
 def segments(lengths: Tensor, *, fixed: bool = False) -> Segments:
@@ -96,26 +108,31 @@ def _cut(lengths: Tensor) -> list[Tensor]:
     return [by_length[low:high] for low, high in zip(cuts[:-1], cuts[1:], strict=True)]
 
 
-def move(item: Segments, device: torch.device) -> Segments:
-    """The same segments with their indices on `device`."""
+def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """`tensors` of the CPU on `device`, in one copy that does not wait for what a GPU has yet to do."""
     if device.type == "cpu":
-        return item
-    buckets = [
-        Bucket(b.members.to(device), b.rows.to(device), None if b.mask is None else b.mask.to(device))
-        for b in item.buckets
-    ]
-    return Segments(buckets, None if item.back is None else item.back.to(device))
+        return list(tensors)
+    order = sorted(range(len(tensors)), key=lambda index: -tensors[index].itemsize)  # every type stays aligned
+    parts = [tensors[index].contiguous().flatten().view(torch.uint8) for index in order]
+    flat = torch.cat(parts) if len(parts) > 1 else parts[0]
+    if device.type == "cuda":
+        flat = flat.pin_memory()
+    pieces = flat.to(device, non_blocking=True).split([tensors[index].nbytes for index in order])
+    found = dict(zip(order, pieces, strict=True))
+    return [found[index].view(tensor.dtype).view(tensor.shape) for index, tensor in enumerate(tensors)]
 
 
 @dataclass(frozen=True)
 class PairLayout:
     """Where every token of every pair lies. Pairs are unique and sorted by (image, text).
 
-    `source [R]` row of the packed text table behind each row; `firsts [P]` rows of the pairs' first tokens;
-    `alone` segments of the text table; `texts` segments by pair; `images` segments by image, over all rows;
+    `tokens [sum(lengths)]` what the packed text table takes from the padded one `[T * L]`: the real tokens of the texts
+    in the pairs; `source [R]` row of the packed table behind each row; `firsts [P]` rows of the pairs' first tokens;
+    `alone` segments of the packed table; `texts` segments by pair; `images` segments by image, over all rows;
     `image_firsts` likewise over first tokens.
     """
 
+    tokens: Tensor
     source: Tensor
     firsts: Tensor
     alone: Segments
@@ -123,28 +140,42 @@ class PairLayout:
     images: Segments
     image_firsts: Segments
 
+    def to(self, device: torch.device) -> PairLayout:
+        """The layout with its indices on `device`."""
+        parts = (self.alone, self.texts, self.images, self.image_firsts)
+        tensors = [self.tokens, self.source, self.firsts, *(x for part in parts for x in part.tensors())]
+        sent = iter(send(tensors, device))
+        return PairLayout(next(sent), next(sent), next(sent), *(part.replaced(sent) for part in parts))
 
-def lay_out(pairs: Tensor, lengths: Tensor, device: torch.device, *, fixed: bool = False) -> PairLayout:
-    """The layout, on `device`, of `pairs [P, 2]` (unique, sorted by image) of texts of `lengths [T]`, both on the CPU.
+
+def lay_out(pairs: Tensor, mask: Tensor, *, fixed: bool = False) -> PairLayout:
+    """The layout of `pairs [P, 2]` (unique, sorted by image) with texts of real tokens `mask [T, L]`, on the CPU.
 
     Args:
         fixed: as in `segments`.
+
+    Raises:
+        ValueError: a text in the pairs has no token.
     """
+    used, text = torch.unique(pairs[:, 1], return_inverse=True)  # [t], [P]
+    lengths = mask[used].sum(1)  # [t]
+    if int(lengths.min()) < 1:
+        raise ValueError(f"text {int(used[lengths.argmin()])} has no token: its attention_mask is all zero")
+    owner, column = mask[used].nonzero(as_tuple=True)
     text_starts = torch.cumsum(lengths, 0) - lengths
-    per_pair = lengths[pairs[:, 1]]  # [P]
+    per_pair = lengths[text]  # [P]
     starts = torch.cumsum(per_pair, 0) - per_pair
-    total = int(per_pair.sum())
-    owner = torch.repeat_interleave(torch.arange(len(pairs)), per_pair)  # [R]
-    source = text_starts[pairs[owner, 1]] + torch.arange(total) - starts[owner]
-    used, image_of_pair, count = torch.unique_consecutive(pairs[:, 0], return_inverse=True, return_counts=True)
-    per_image = torch.zeros(len(used), dtype=torch.int64).index_add_(0, image_of_pair, per_pair)
+    source = torch.repeat_interleave(text_starts[text] - starts, per_pair) + torch.arange(int(per_pair.sum()))
+    images, image_of_pair, count = torch.unique_consecutive(pairs[:, 0], return_inverse=True, return_counts=True)
+    per_image = torch.zeros(len(images), dtype=torch.int64).index_add_(0, image_of_pair, per_pair)
     return PairLayout(
-        source=source.to(device),
-        firsts=starts.to(device),
-        alone=move(segments(lengths, fixed=fixed), device),
-        texts=move(segments(per_pair, fixed=fixed), device),
-        images=move(segments(per_image, fixed=fixed), device),
-        image_firsts=move(segments(count, fixed=fixed), device),
+        tokens=used[owner] * mask.shape[1] + column,
+        source=source,
+        firsts=starts,
+        alone=segments(lengths, fixed=fixed),
+        texts=segments(per_pair, fixed=fixed),
+        images=segments(per_image, fixed=fixed),
+        image_firsts=segments(count, fixed=fixed),
     )
 
 

@@ -31,7 +31,10 @@ class ImageState:
 
 @dataclass(frozen=True)
 class TextState:
-    """Encoded texts: `embeds [T, E]`, `tokens [T, L, D]` that fusion starts from, `mask [T, L]` of real tokens."""
+    """Encoded texts: `embeds [T, E]`, `tokens [T, L, D]` that fusion starts from, `mask [T, L]` of real tokens.
+
+    `score_pairs` reads the mask on the CPU: one that lies there already saves waiting for a GPU.
+    """
 
     embeds: Tensor
     tokens: Tensor

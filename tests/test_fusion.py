@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from support import CNN, VIT, images, plain_score, ragged_texts, tiny_model
 
 from loopitr import TextState
-from loopitr.fusion import CrossAttention
+from loopitr.cross_attention import CrossAttention
 
 
 def _states(model, count_images, count_texts):
@@ -112,32 +110,6 @@ def test_the_cheaper_way_is_taken():
     assert [cross.absorbs(32 * rows, 32, 197) for rows in (1, 51, 52, 500)] == [True, True, False, False]
     cross.attention_dropout = 0.1  # would drop parts of the value's bias
     assert not cross.train().absorbs(32, 32, 197) and cross.eval().absorbs(32, 32, 197)
-
-
-def test_blocks_by_default_fit_into_the_bytes_given(monkeypatch):
-    """Without gradient; with it all pairs are scored at once, their activations being kept anyway."""
-    model = tiny_model(VIT).eval()
-    image_state, text_state = _states(model, 6, 6)
-    pairs = torch.cartesian_prod(torch.arange(6), torch.arange(6))
-    score, sizes = model._score_block, []
-    monkeypatch.setattr(model, "_score_block", lambda *a: sizes.append(len(a[-1])) or score(*a))
-    whole = model.score_pairs(image_state, text_state, pairs).logits
-    rows = float(text_state.mask.sum(1).float().mean())
-    wide = rows * 2 * (32 + 48) * 4  # bytes of a pair's widest activations
-    for dtype, count in ((torch.float32, 12), (torch.bfloat16, 24)):
-        monkeypatch.setattr("loopitr.model.BLOCK_BYTES", int(12.5 * wide))
-        model.to(dtype)
-        states = [dataclasses.replace(s, tokens=s.tokens.to(dtype)) for s in (image_state, text_state)]
-        sizes.clear()
-        with torch.no_grad():
-            logits = model.score_pairs(*states, pairs).logits
-        assert max(sizes) == count and sum(sizes) == 36
-        assert logits.dtype == torch.float32
-        close = 1e-5 if dtype == torch.float32 else 0.03
-        torch.testing.assert_close(logits, whole, atol=close, rtol=close)
-        sizes.clear()
-        model.score_pairs(*states, pairs)
-        assert sizes == [36]
 
 
 @pytest.mark.parametrize("style", ["late", "shared"])

@@ -46,7 +46,7 @@ def test_scatter_undoes_the_cut(name):
     lengths = torch.tensor(LENGTHS[name])
     table = torch.randn(int(lengths.sum()), 3)
     result = segments(lengths)
-    cut = result.cut(table)
+    cut = [result.cut(table, bucket) for bucket in result.buckets]
     for bucket, piece in zip(result.buckets, cut):
         if bucket.mask is not None:
             piece[~bucket.mask] = torch.nan  # what stands in the padding is never read
@@ -69,7 +69,7 @@ def test_one_bucket_stays_in_the_tables_order():
         assert bucket.members.tolist() == list(range(len(LENGTHS[name])))
         assert (result.back is None) == (name != "few")
         table = torch.randn(sum(LENGTHS[name]), 3)
-        assert (result.cut(table)[0].data_ptr() == table.data_ptr()) == (name != "few")
+        assert (result.cut(table, bucket).data_ptr() == table.data_ptr()) == (name != "few")
 
 
 @pytest.mark.parametrize("name", LENGTHS)
@@ -79,7 +79,7 @@ def test_fixed_segments_have_one_structure(name):
     (bucket,) = result.buckets
     assert bucket.mask.sum(1).tolist() == LENGTHS[name] and result.back is not None
     table = torch.randn(int(lengths.sum()), 3)
-    assert torch.equal(result.scatter(result.cut(table)), table)
+    assert torch.equal(result.scatter([result.cut(table, bucket)]), table)
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 100])
@@ -99,12 +99,15 @@ def test_blocks_end_between_images_where_they_can(size):
 def test_lay_out_against_loops(count):
     generator = torch.Generator().manual_seed(count)
     lengths = torch.randint(1, 9, (12,), generator=generator)
+    mask = torch.rand(12, 20, generator=generator).argsort(1) < lengths[:, None]  # real tokens anywhere
     every = torch.cartesian_prod(torch.tensor([0, 2, 3, 7, 8, 9]), torch.arange(12))
     pairs = every[torch.randperm(len(every), generator=generator)[:count].sort().values]
 
+    used = sorted(set(pairs[:, 1].tolist()))
+    tokens = [text * 20 + column for text in used for column in range(20) if mask[text, column]]
     source, firsts, by_text, by_image, first_by_image = [], [], [], {}, {}
     for position, (image, text) in enumerate(pairs.tolist()):
-        start = int(lengths[:text].sum())
+        start = sum(int(lengths[other]) for other in used if other < text)
         rows = range(len(source), len(source) + int(lengths[text]))
         source += range(start, start + int(lengths[text]))
         firsts.append(rows[0])
@@ -112,7 +115,8 @@ def test_lay_out_against_loops(count):
         by_image.setdefault(image, []).extend(rows)
         first_by_image.setdefault(image, []).append(position)
 
-    layout = lay_out(pairs, lengths, torch.device("cpu"))
+    layout = lay_out(pairs, mask)
+    assert layout.tokens.tolist() == tokens
     assert layout.source.tolist() == source and layout.firsts.tolist() == firsts
     expected = {"texts": by_text, "images": list(by_image.values()), "image_firsts": list(first_by_image.values())}
     for name, wanted in expected.items():

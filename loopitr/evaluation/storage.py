@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from loopitr.data import DataError
+from loopitr.packing import send
 
 KINDS = ("auto", "memory", "disk", "recompute")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -43,7 +44,7 @@ class TokenStore:
 
     def read(self, index: Tensor) -> Tensor:
         """The rows `index [n]`, a copy, in the type and on the device that they are kept in."""
-        return self.rows.index_select(0, index.to(self.rows.device))  # [n, ...]
+        return self.rows.index_select(0, *send([index], self.rows.device))  # [n, ...]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from loopitr.model import DualEncoder, LoopITRModel
+from loopitr.packing import send
 from loopitr.processing import LoopITRProcessor
 from loopitr.states import TextState
 
@@ -78,14 +79,16 @@ class TextTokens:
 
     def state(self, indices: Tensor) -> TextState:
         """The captions at `indices [n]` (on the CPU) as one padded state."""
-        device, lengths = self.parameter.device, self.lengths[indices, None]
+        lengths = self.lengths[indices, None]
         offset = torch.arange(int(lengths.max()))
-        mask = (offset < lengths).to(device)  # [n, L]
-        embeds = self.embeds[indices.to(self.embeds.device)]
+        mask = offset < lengths  # [n, L]
+        embeds = self.embeds.index_select(0, *send([indices], self.embeds.device))
         if self.store is not None:
             rows = self.ends[indices, None] - lengths + torch.minimum(offset, lengths - 1)  # [n, L]
-            tokens = self.store.read(rows.flatten()).to(device, self.parameter.dtype)
-            return TextState(embeds, tokens.unflatten(0, rows.shape), mask)
+            tokens = self.store.read(rows.flatten())
+            if tokens.device.type == "cpu":
+                (tokens,) = send([tokens], self.parameter.device)
+            return TextState(embeds, tokens.to(self.parameter.dtype).unflatten(0, rows.shape), mask)
         assert isinstance(self.model, LoopITRModel)
         parts: list[Tensor] = []
         for batch in indices.split(self.batch_size):
@@ -98,7 +101,8 @@ class TextTokens:
         rows = [self.ids[index] for index in indices.tolist()]
         input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.padding)  # [n, L]
         mask = torch.arange(input_ids.shape[1]) < self.lengths[indices, None]  # [n, L]
-        return input_ids.to(self.parameter.device), mask.to(self.parameter.device)
+        input_ids, mask = send([input_ids, mask], self.parameter.device)
+        return input_ids, mask
 
     def _keep(self, which: Tensor, state: TextState) -> None:
         if self.store is None:
