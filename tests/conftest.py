@@ -1,9 +1,30 @@
 """One thread for every test: on a busy machine, threads that wait for each other make tiny models 70 times slower."""
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # subprocesses too
 
-import torch  # noqa: E402  after the setting that it reads
+import pytest  # noqa: E402  after the setting that torch reads
+import torch  # noqa: E402
+from pretend_gpu import PretendGPU  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def gpu(monkeypatch) -> Iterator[PretendGPU]:
+    """What is on `cuda` within a test, whether there is a GPU or not, lies on the CPU."""
+    gib = 2**30
+    for name, value in {
+        "synchronize": None,
+        "mem_get_info": (80 * gib, 80 * gib),
+        "memory_allocated": gib,
+        "max_memory_allocated": 2 * gib,
+        "set_rng_state": None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *_: torch.get_rng_state())
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x, *_: x)  # in threads too
+    with PretendGPU() as mode:
+        yield mode

@@ -168,7 +168,7 @@ def against_plain(evaluation: Evaluation, pairs: Tensor, options: Options) -> di
     (image,) = evaluation.images.blocks([0], 1)  # [1, N, D]
     texts = evaluation.texts.state(few[:, 1])
     pad = LENGTH - texts.mask.shape[1]
-    tokens, mask = F.pad(texts.tokens, (0, 0, 0, pad)), F.pad(texts.mask, (0, pad))
+    tokens, mask = F.pad(texts.tokens, (0, 0, 0, pad)), F.pad(texts.mask, (0, pad)).to(options.device)
     plain = PlainPairs(evaluation.model)
     calls = {
         "plain": lambda: plain.logits(image.float().expand(len(few), -1, -1), tokens, mask).float(),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from recipe_process import launch
+from recipe_process import call, launch
+
+import loopitr.benchmarking
 
 SMALL = {
     "pairs.py": ["--pairs", "3", "--width", "96", "--tokens", "10", "--rounds", "1"],
@@ -49,6 +51,15 @@ def test_figures_by_name(name, tmp_path):
     assert len(figures) == count and all(case[key] > 0 for case in figures.values() for key in counted)
     assert all(case in done.stdout for case in figures)
     assert all(case.get("difference", 0.0) < 1e-5 for case in figures.values())
+
+
+@pytest.mark.parametrize("name", ["pairs.py", "step.py", "encode.py", "evaluate.py", "grad_cache.py"])
+def test_on_a_gpu_no_operation_mixes_devices(gpu, monkeypatch, capsys, tmp_path, name):
+    """Pretended; a matrix product of a GPU's size is too much for a CPU."""
+    monkeypatch.setattr(loopitr.benchmarking, "matmul_speed", lambda *_: 1e12)
+    where = ["--only", "in chunks"] if name == "grad_cache.py" else ["--output", tmp_path / "figures.json"]
+    status, errors = call(monkeypatch, capsys, f"benchmarks/{name}", *SMALL[name], "--device", "cuda", *where)
+    assert status == 0, errors
 
 
 def test_input_of_a_folder_needs_a_jpeg_in_it(tmp_path):

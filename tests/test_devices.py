@@ -1,0 +1,102 @@
+"""With the model on a GPU, pretended here: no operation mixes devices, and scoring does not wait for the GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from step_reference import EveryThirdWord, step_batch
+from support import images, ragged_texts, tiny_model
+from test_grad_cache import CASES
+from tiny_gallery import tiny_processor, tiny_records
+
+from loopitr.evaluation import evaluate_retrieval, retrieval
+from loopitr.grad_cache import cached_backward
+from loopitr.objective import LoopObjective, ObjectiveOptions
+
+
+def test_pretending_finds_what_a_gpu_would_refuse(gpu):
+    there = torch.ones(3, device="cuda")
+    assert there.device.type == "cuda" and (there * 2).is_cuda and not there.cpu().is_cuda
+    assert torch.ones(3).to("cuda").is_cuda and torch.ones(3).to(there).is_cuda
+    assert gpu.waits == ["cpu"]
+    for mixed in (lambda: there + torch.ones(3), lambda: torch.stack([there, torch.ones(3)])):
+        with pytest.raises(RuntimeError, match="on cuda.* on cpu"):
+            mixed()
+    with pytest.raises(RuntimeError):
+        torch.ones(3)[there.long()]
+    assert (there[torch.tensor([0, 2])] + torch.tensor(1.0)).tolist() == [2, 2]
+    assert gpu.waits == ["cpu", "tolist"]
+
+
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize("style", ["late", "shared"])
+def test_scoring_does_not_wait(gpu, style, projected):
+    """Up to its end, given pairs and mask on the CPU; many texts, so that there are buckets."""
+    model = tiny_model(style=style).eval()
+    pairs = torch.cartesian_prod(torch.arange(5), torch.arange(40)).flip(0)
+    texts = ragged_texts(40)
+    with torch.inference_mode():
+        expected = model.score_pairs(model.encode_images(images(5)), model.encode_texts(*texts), pairs).logits
+        model.cuda()
+        image_state = model.encode_images(images(5).cuda())
+        text_state = model.encode_texts(*(x.cuda() for x in texts))
+        text_state = replace(text_state, mask=text_state.mask.cpu())
+        if projected:
+            image_state = model.project_images(image_state)
+        gpu.waits.clear()
+        scored = model.score_pairs(image_state, text_state, pairs, block_size=30)
+    assert scored.logits.is_cuda and gpu.waits == []
+    torch.testing.assert_close(scored.logits.cpu(), expected)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+@pytest.mark.parametrize("case", CASES)
+def test_a_step(gpu, case, chunk_size, monkeypatch):
+    options = ObjectiveOptions(**CASES[case])
+    bias = -1.0 if options.itc_loss == "sigmoid" else None
+    model = tiny_model(mlm_head=options.mlm > 0, initial_logit_bias=bias).train()
+    objective = LoopObjective(model, options, token_masking=EveryThirdWord())
+    expected = objective(**step_batch())
+    expected.loss.backward()
+    wanted = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.cuda()
+    batch = {name: value.cuda() for name, value in step_batch().items()}
+    if chunk_size is None:
+        output = objective(**batch)
+        output.loss.backward()
+    else:
+        objective.pair_block = 5
+        output = cached_backward(objective, batch, chunk_size=chunk_size)
+    assert output.loss.is_cuda and all(value.is_cuda for value in output.metrics.values())
+    torch.testing.assert_close(output.loss.detach().cpu(), expected.loss.detach(), atol=1e-5, rtol=1e-5)
+    found = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["memory", "disk", "recompute"])
+def test_an_evaluation_waits_for_its_scores_once(gpu, monkeypatch, tmp_path, kind):
+    waits = []
+    score = retrieval.score_candidates
+
+    def watched(*args, **kwargs):
+        gpu.waits.clear()
+        scores = score(*args, **kwargs)
+        waits.extend(gpu.waits)
+        return scores
+
+    monkeypatch.setattr(retrieval, "score_candidates", watched)
+    given = {"rerank": 4, "num_workers": 0, "progress": False, "image_block": 4, "pair_block": 7}
+    given |= {"token_storage": kind, "token_folder": tmp_path}
+    processor, records = tiny_processor(), tiny_records()
+    expected = evaluate_retrieval(tiny_model(), processor, records, **given).rankings
+    waits.clear()
+    model = tiny_model()
+    model.cuda()
+    found = evaluate_retrieval(model, processor, records, **given).rankings
+    assert all(torch.equal(found[head].t2i, expected[head].t2i) for head in ("dual", "match", "match_plus_similarity"))
+    assert waits == ["cpu"] if kind != "recompute" else "cpu" in waits  # the backbones ask for lengths
