@@ -40,7 +40,7 @@ class CrossAttention(nn.Module):
         dropout = self.attention_dropout if self.training else 0.0
         outputs = []
         for bucket in images.buckets:
-            k, v = (x if len(images.buckets) == 1 else x[bucket.members] for x in (keys, values))
+            k, v = images.pick(keys, bucket), images.pick(values, bucket)
             outputs.append(attend(images.cut(query, bucket), k, v, self.num_heads, None, dropout))
         return images.scatter(outputs)  # [R, D]
 
@@ -51,7 +51,7 @@ class CrossAttention(nn.Module):
         key, value = (x.weight.unflatten(0, (heads, width)) for x in (self.key, self.value))  # [H, D / H, Dv]
         outputs = []
         for bucket in images.buckets:
-            x = tokens if len(images.buckets) == 1 else tokens[bucket.members]  # [n, N, Dv]
+            x = images.pick(tokens, bucket)  # [n, N, Dv]
             q = images.cut(query * width**-0.5, bucket)  # [n, M, D]
             q = (q.reshape(-1, heads, width).transpose(0, 1) @ key).transpose(0, 1)  # [n M, H, Dv]
             scores = q.reshape(len(x), -1, x.shape[2]) @ x.transpose(1, 2)  # [n, M H, N]

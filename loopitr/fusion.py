@@ -84,16 +84,10 @@ def _self_attention(parts: BertParts, hidden: Tensor, texts: Segments, firsts: T
     query, key, value = parts.query(asking), parts.key(hidden), parts.value(hidden)
     outputs = []
     for bucket in texts.buckets:
-        q = texts.cut(query, bucket) if firsts is None else query[bucket.members].unsqueeze(1)  # [n, M or 1, D]
+        q = texts.cut(query, bucket) if firsts is None else texts.pick(query, bucket).unsqueeze(1)  # [n, M or 1, D]
         k, v = (texts.cut(x, bucket).unflatten(-1, (parts.num_heads, -1)).transpose(1, 2) for x in (key, value))
         outputs.append(attend(q, k, v, parts.num_heads, bucket.mask, dropout))  # [n, M or 1, D]
-    if firsts is None:
-        attended = texts.scatter(outputs)  # [R, D]
-    elif len(outputs) == 1:
-        attended = outputs[0].squeeze(1)
-    else:
-        members = torch.cat([bucket.members for bucket in texts.buckets])
-        attended = torch.cat(outputs).squeeze(1).index_select(0, torch.argsort(members))  # [P, D]
+    attended = texts.scatter(outputs) if firsts is None else texts.unpick(outputs).squeeze(1)  # [R or P, D]
     return parts.attention_norm(parts.dropout(parts.attention_output(attended)) + asking)
 
 

@@ -25,17 +25,13 @@ from loopitr.packing import image_blocks, lay_out, send
 from loopitr.saving import LoopITRPreTrainedModel
 from loopitr.states import DualOutput, ImageState, KeysValues, PairScores, TextState
 
+GRAPHS = 32  # of one compiled module: beyond torch's 8 it would silently run uncompiled
 BLOCK_BYTES, GPU_BLOCK_BYTES = 2**28, 2**30  # of activations of pairs that are scored at a time
 
 
-def _pick(x: Tensor, rows: Tensor) -> Tensor:
-    """`x[rows]` of sorted, unique `rows` on the CPU, without a copy where they follow each other."""
-    if len(rows) == len(x):
-        return x
-    first, count = int(rows[0]), len(rows)
-    if int(rows[-1]) - first + 1 == count:
-        return x[first : first + count]
-    return x.index_select(0, *send([rows], x.device))
+def _in_a_row(rows: Tensor) -> bool:
+    """Whether sorted, unique `rows` follow each other."""
+    return int(rows[-1]) - int(rows[0]) + 1 == len(rows)
 
 
 class LoopITRModel(LoopITRPreTrainedModel):
@@ -125,8 +121,10 @@ class LoopITRModel(LoopITRPreTrainedModel):
         Raises:
             ValueError: `pairs` of another shape, an index that no image or text has, or a text without a token.
         """
-        if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.is_floating_point():
+        if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype != torch.int64:
             raise ValueError(f"pairs must be int64 [P, 2], got {pairs.dtype} {list(pairs.shape)}")
+        if block_size is not None and block_size < 1:
+            raise ValueError(f"block_size must be at least 1, got {block_size}")
         unique, inverse = self._unique(pairs.cpu(), len(image_state.tokens), len(text_state.tokens))
         if not len(unique):
             empty = image_state.tokens.new_zeros(0, 2, dtype=torch.float32)
@@ -148,7 +146,8 @@ class LoopITRModel(LoopITRPreTrainedModel):
         """The pairs `[U, 2]` that occur, sorted by image, then text, and where each of `pairs [P, 2]` is among them."""
         for column, count, kind in ((0, images, "image"), (1, texts, "text")):
             if len(pairs) and not 0 <= int(pairs[:, column].min()) <= int(pairs[:, column].max()) < count:
-                raise ValueError(f"pairs name {kind} {int(pairs[:, column].max())}, but there are {count} {kind}s")
+                low, high = int(pairs[:, column].min()), int(pairs[:, column].max())
+                raise ValueError(f"pairs name {kind} {low if low < 0 else high}, but {kind}s are 0 to {count - 1}")
         keys, inverse = torch.unique(pairs[:, 0] * texts + pairs[:, 1], return_inverse=True)  # of rows: much slower
         return torch.stack([keys // texts, keys % texts], 1), inverse
 
@@ -170,18 +169,29 @@ class LoopITRModel(LoopITRPreTrainedModel):
         self, images: ImageState, texts: TextState, mask: Tensor, pairs: Tensor, *, first_only: bool
     ) -> Tensor:
         """`mask [T, L]` of the texts and `pairs [P, 2]` on the CPU."""
-        layout = lay_out(pairs, mask, fixed=self._compiled).to(images.tokens.device)
         used = torch.unique_consecutive(pairs[:, 0])
+        # Of keys and values every layer picks its own, when it needs them; tokens are for all layers.
+        some = images.keys_values is not None and (self._compiled or not _in_a_row(used))
+        layout = lay_out(pairs, mask, fixed=self._compiled, all_images=some).to(images.tokens.device)
         image: Tensor | KeysValues
         plan: list[bool] = []
         if images.keys_values is None:
-            image = _pick(images.tokens, used)
-            plan = self.fusion.plan(layout, len(used), image.shape[1], first_only=first_only)
+            image = self._pick(images.tokens, used)
+            if not self._compiled:  # another plan would be another graph
+                plan = self.fusion.plan(layout, len(used), image.shape[1], first_only=first_only)
+        elif some:
+            image = images.keys_values
         else:
-            image = [(_pick(keys, used), _pick(values, used)) for keys, values in images.keys_values]
+            image = [(self._pick(keys, used), self._pick(values, used)) for keys, values in images.keys_values]
         shared = None if self._inner_layer is None else self.dual.text.layers[self._inner_layer :]
         packed = texts.tokens.flatten(0, 1).index_select(0, layout.tokens)  # [sum(lengths), D]
         return self.fusion(packed, image, layout, plan, shared_layers=shared, first_only=first_only)
+
+    def _pick(self, x: Tensor, rows: Tensor) -> Tensor:
+        """`x[rows]` of sorted, unique `rows` on the CPU, without a copy where they follow each other."""
+        if _in_a_row(rows) and not self._compiled:  # views would be compiled for again
+            return x[int(rows[0]) : int(rows[-1]) + 1]
+        return x.index_select(0, *send([rows], x.device))
 
     # Parts
 
@@ -249,8 +259,12 @@ class LoopITRModel(LoopITRPreTrainedModel):
     def compile_parts(self, **options: Any) -> None:
         """`torch.compile` both backbones and the fusion encoder in place, with its `options` (backend, mode, ...).
 
-        Lengths are dynamic: captions are padded to the batch's longest, and pairs laid out in one padded bucket.
+        Lengths are dynamic: captions are padded to the batch's longest, and pairs laid out in a fixed number of padded
+        buckets. Sizes that are equal by chance are not taken for one (`use_duck_shape`, a setting of the process), and
+        there may be a graph for each use: training, scoring without gradient, keys and values given or not, MLM.
         """
+        torch.fx.experimental._config.use_duck_shape = False
+        torch._dynamo.config.cache_size_limit = max(GRAPHS, torch._dynamo.config.cache_size_limit)
         with torch.no_grad():  # transformers installs hooks in its first run, which cannot be traced
             self.encode_texts(torch.zeros(1, 2, dtype=torch.long, device=self.device))
         self.dual.vision.compile(**options)

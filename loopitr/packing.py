@@ -7,7 +7,7 @@ needs rectangles: `segments` cuts them out of the flat table, in a few buckets o
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,15 +30,26 @@ class Segments:
     """Consecutive runs of rows in a flat table, in buckets.
 
     `back [rows]`: where each row of the table lies in the buckets' padded rows, end to end. None: one bucket that is
-    the table itself, in order and without padding.
+    the table itself, in order and without padding. `order [S]`: where each segment lies among the buckets' members, end
+    to end. `whole`: one bucket of all segments, in order.
     """
 
     buckets: list[Bucket]
     back: Tensor | None
+    order: Tensor
+    whole: bool
 
     def cut(self, table: Tensor, bucket: Bucket) -> Tensor:
         """A bucket's rows of the table, `[rows, ...]` -> `[n, M, ...]`; padding holds some row of the segment."""
         return table.unflatten(0, bucket.rows.shape) if self.back is None else table[bucket.rows]
+
+    def pick(self, items: Tensor, bucket: Bucket) -> Tensor:
+        """Of one item per segment `[S, ...]`, those of a bucket `[n, ...]`."""
+        return items if self.whole else items.index_select(0, bucket.members)
+
+    def unpick(self, outputs: list[Tensor]) -> Tensor:
+        """Undo the pick: one `[n, ...]` per bucket -> `[S, ...]`."""
+        return outputs[0] if self.whole else torch.cat(outputs).index_select(0, self.order)
 
     def scatter(self, outputs: list[Tensor]) -> Tensor:
         """Undo the cut: one `[n, M, ...]` per bucket -> `[rows, ...]`."""
@@ -49,7 +60,7 @@ class Segments:
     def tensors(self) -> list[Tensor]:
         """All indices and masks."""
         every = [x for bucket in self.buckets for x in (bucket.members, bucket.rows, bucket.mask)]
-        return [x for x in (*every, self.back) if x is not None]
+        return [x for x in (*every, self.back, self.order) if x is not None]
 
     def replaced(self, tensors: Iterator[Tensor]) -> Segments:
         """The same with other `tensors`, in the order of `tensors()`."""
@@ -57,7 +68,12 @@ class Segments:
             Bucket(next(tensors), next(tensors), None if bucket.mask is None else next(tensors))
             for bucket in self.buckets
         ]
-        return Segments(buckets, None if self.back is None else next(tensors))
+        return Segments(buckets, None if self.back is None else next(tensors), next(tensors), self.whole)
+
+    def among(self, rows: Tensor) -> Segments:
+        """For `pick` from a table that holds more: segment s has its row `rows[s]`."""
+        buckets = [replace(bucket, members=rows[bucket.members]) for bucket in self.buckets]
+        return replace(self, buckets=buckets, whole=False)
 
 
 def segments(lengths: Tensor, *, fixed: bool = False) -> Segments:
@@ -66,25 +82,32 @@ def segments(lengths: Tensor, *, fixed: bool = False) -> Segments:
     Segments are sorted by length and cut where the padding saved is largest, into at most `MAX_BUCKETS`.
 
     Args:
-        fixed: one bucket with a mask, whatever the lengths: torch.compile then meets one structure, of changing sizes.
+        fixed: always `MAX_BUCKETS` buckets with masks, of two segments and two rows at least: torch.compile then meets
+            one structure, of changing sizes (it takes a size of 1 for a constant). Some segments are in it twice.
     """
     starts = torch.cumsum(lengths, 0) - lengths
+    parts, least = _cut(lengths), 1
+    if fixed:
+        parts, least = [*parts, *[lengths.argmin()[None]] * (MAX_BUCKETS - len(parts))], 2
     buckets, places, before = [], [], 0
-    for members in [torch.arange(len(lengths))] if fixed else _cut(lengths):
+    for members in parts:
+        members = members.repeat(-(-least // len(members)))
         own = lengths[members]
-        longest = int(own.max())
-        offset = torch.arange(longest)
+        offset = torch.arange(max(least, int(own.max())))
         mask = offset < own.unsqueeze(1)  # [n, M]
         rows = starts[members].unsqueeze(1) + torch.minimum(offset, own.unsqueeze(1) - 1)  # [n, M]
         buckets.append(Bucket(members, rows, mask if fixed or not bool(mask.all()) else None))
         places.append((rows[mask], before + mask.flatten().nonzero().squeeze(1)))
         before += rows.numel()
+    members = torch.cat([bucket.members for bucket in buckets])
+    order = torch.empty_like(lengths)
+    order[members] = torch.arange(len(members))
     if len(buckets) == 1 and buckets[0].mask is None:
-        return Segments(buckets, None)
+        return Segments(buckets, None, order, True)
     back = torch.empty(int(lengths.sum()), dtype=torch.int64)
     for rows, place in places:
         back[rows] = place
-    return Segments(buckets, back)
+    return Segments(buckets, back, order, len(buckets) == 1)
 
 
 def _cut(lengths: Tensor) -> list[Tensor]:
@@ -148,11 +171,12 @@ class PairLayout:
         return PairLayout(next(sent), next(sent), next(sent), *(part.replaced(sent) for part in parts))
 
 
-def lay_out(pairs: Tensor, mask: Tensor, *, fixed: bool = False) -> PairLayout:
+def lay_out(pairs: Tensor, mask: Tensor, *, fixed: bool = False, all_images: bool = False) -> PairLayout:
     """The layout of `pairs [P, 2]` (unique, sorted by image) with texts of real tokens `mask [T, L]`, on the CPU.
 
     Args:
         fixed: as in `segments`.
+        all_images: the fusion encoder will be given every image that there is, not those in the pairs alone.
 
     Raises:
         ValueError: a text in the pairs has no token.
@@ -168,14 +192,17 @@ def lay_out(pairs: Tensor, mask: Tensor, *, fixed: bool = False) -> PairLayout:
     source = torch.repeat_interleave(text_starts[text] - starts, per_pair) + torch.arange(int(per_pair.sum()))
     images, image_of_pair, count = torch.unique_consecutive(pairs[:, 0], return_inverse=True, return_counts=True)
     per_image = torch.zeros(len(images), dtype=torch.int64).index_add_(0, image_of_pair, per_pair)
+    by_image = [segments(x, fixed=fixed) for x in (per_image, count)]
+    if all_images:
+        by_image = [x.among(images) for x in by_image]
     return PairLayout(
         tokens=used[owner] * mask.shape[1] + column,
         source=source,
         firsts=starts,
         alone=segments(lengths, fixed=fixed),
         texts=segments(per_pair, fixed=fixed),
-        images=segments(per_image, fixed=fixed),
-        image_firsts=segments(count, fixed=fixed),
+        images=by_image[0],
+        image_firsts=by_image[1],
     )
 
 

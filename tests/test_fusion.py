@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from support import CNN, VIT, images, plain_score, ragged_texts, tiny_model
 
-from loopitr import TextState
 from loopitr.cross_attention import CrossAttention
 
 
@@ -103,6 +104,21 @@ def test_weights_taken_to_the_captions_side_change_nothing(style, vision, absorb
         torch.testing.assert_close(found[0][1][name], expected, atol=5e-5, rtol=1e-4, msg=lambda m: f"{name}: {m}")
 
 
+@pytest.mark.parametrize("chosen", [[0, 1, 2], [3, 4], [0, 2, 4]], ids=["first", "last", "apart"])
+def test_some_images_of_many_with_keys_and_values(chosen):
+    """Whether the images in the pairs follow each other, which needs no copy, or not."""
+    model = tiny_model(VIT).eval()
+    image_state, text_state = _states(model, 5, 40)
+    pairs = torch.cartesian_prod(torch.tensor(chosen), torch.arange(40))
+    expected = model.score_pairs(image_state, text_state, pairs).logits
+    found = model.score_pairs(model.project_images(image_state), text_state, pairs).logits
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    few = pairs[:3]  # one bucket
+    torch.testing.assert_close(
+        model.score_pairs(model.project_images(image_state), text_state, few).logits, expected[:3], atol=1e-6, rtol=1e-5
+    )
+
+
 def test_the_cheaper_way_is_taken():
     """Few rows per image: 12 heads over 197 tokens of width 768 pay up to 51 rows."""
     options = {"num_heads": 12, "attention_dropout": 0.0, "layer_norm_eps": 1e-12, "dropout": 0.0}
@@ -154,12 +170,19 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 
 def test_bad_pairs_are_named():
     model = tiny_model().eval()
-    image_state, text_state = _states(model, 2, 3)
-    with pytest.raises(ValueError, match="text 3, but there are 3"):
-        model.score_pairs(image_state, text_state, torch.tensor([[0, 3]]))
-    with pytest.raises(ValueError, match="int64"):
-        model.score_pairs(image_state, text_state, torch.zeros(3))
-    empty = TextState(text_state.embeds, text_state.tokens, torch.zeros_like(text_state.mask))
-    with pytest.raises(ValueError, match="has no token"):
-        model.score_pairs(image_state, empty, torch.tensor([[0, 0]]))
+    image_state, text_state = _states(model, 2, 5)
+    every = torch.cartesian_prod(torch.arange(2), torch.arange(5))
+    for pair, said in (([0, 5], "text 5, but texts are 0 to 4"), ([-1, 0], "image -1, but images are 0 to 1")):
+        with pytest.raises(ValueError, match=said):
+            model.score_pairs(image_state, text_state, torch.tensor([pair]))
+    for wrong in (torch.zeros(3), torch.zeros(1, 2, dtype=torch.int32), torch.ones(1, 2, dtype=torch.bool)):
+        with pytest.raises(ValueError, match="int64"):
+            model.score_pairs(image_state, text_state, wrong)
+    for size in (0, -5):
+        with pytest.raises(ValueError, match=f"block_size must be at least 1, got {size}"):
+            model.score_pairs(image_state, text_state, every, block_size=size)
+    mask = text_state.mask.clone()
+    mask[3] = False
+    with pytest.raises(ValueError, match="text 3 has no token"):
+        model.score_pairs(image_state, dataclasses.replace(text_state, mask=mask), every[every[:, 1] > 1])
     assert model.score_pairs(image_state, text_state, torch.zeros(0, 2, dtype=torch.int64)).score.shape == (0,)

@@ -74,12 +74,33 @@ def test_one_bucket_stays_in_the_tables_order():
 
 @pytest.mark.parametrize("name", LENGTHS)
 def test_fixed_segments_have_one_structure(name):
+    """As many buckets and masks whatever the lengths, and no size of 1, which torch.compile takes for a constant."""
     lengths = torch.tensor(LENGTHS[name])
     result = segments(lengths, fixed=True)
-    (bucket,) = result.buckets
-    assert bucket.mask.sum(1).tolist() == LENGTHS[name] and result.back is not None
+    assert len(result.buckets) == MAX_BUCKETS and result.back is not None and not result.whole
+    for bucket in result.buckets:
+        assert bucket.mask.sum(1).tolist() == lengths[bucket.members].tolist()
+        assert min(bucket.rows.shape) >= 2 and bucket.rows.shape == bucket.mask.shape
     table = torch.randn(int(lengths.sum()), 3)
-    assert torch.equal(result.scatter([result.cut(table, bucket)]), table)
+    assert torch.equal(result.scatter([result.cut(table, bucket) for bucket in result.buckets]), table)
+
+
+def test_fixed_segments_are_not_padded_to_the_longest():
+    """As an image that many captions mistake for theirs would have it."""
+    lengths = torch.tensor([900, *[30] * 40, *[14] * 60])
+    assert sum(bucket.rows.numel() for bucket in segments(lengths, fixed=True).buckets) < 2 * int(lengths.sum()) + 100
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("name", LENGTHS)
+def test_unpick_undoes_the_pick(name, fixed):
+    lengths = torch.tensor(LENGTHS[name])
+    result, items = segments(lengths, fixed=fixed), torch.randn(len(lengths), 3)
+    assert torch.equal(result.unpick([result.pick(items, bucket) for bucket in result.buckets]), items)
+    rows = torch.randperm(2 * len(lengths))[: len(lengths)]
+    among = result.among(rows)
+    table = torch.randn(2 * len(lengths), 3)
+    assert torch.equal(result.unpick([among.pick(table, bucket) for bucket in among.buckets]), table[rows])
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 100])
