@@ -154,12 +154,11 @@ class LoopObjective(nn.Module):
 
     def _positives(self, identities: Tensor, caption_ids: Tensor) -> Positives:
         """Text j is a positive of image i if some row of any rank shows i's image with j's caption."""
-        all_identities, all_captions = all_gather(identities), all_gather(caption_ids)
-        same_image = (all_identities[:, None] == all_identities).float()  # [G, G]
-        same_caption = (all_captions[:, None] == all_captions).float()  # [G, G]
-        matches = same_image @ same_caption > 0  # [G images, G texts]
-        local = slice(rank() * len(identities), (rank() + 1) * len(identities))
-        return Positives(per_image=matches[local], per_text=matches.T[local])
+        all_identities, all_captions = all_gather(identities), all_gather(caption_ids)  # [G]
+        return Positives(
+            per_image=_shown_together(identities, all_identities, all_captions),
+            per_text=_shown_together(caption_ids, all_captions, all_identities),
+        )
 
     def _contrastive(self, similarity: Similarities, positives: Positives) -> Tensor:
         """This rank's share: its queries, whose average over ranks is the loss of the whole batch."""
@@ -282,6 +281,16 @@ class LoopObjective(nn.Module):
         # Ranks hold different numbers of masked tokens: weigh so that the average over ranks is the mean over tokens.
         count = chosen.sum()
         return losses.mlm_loss(logits, labels[chosen]) * count * world_size() / all_sum(count).clamp(min=1)
+
+
+def _shown_together(queries: Tensor, own: Tensor, others: Tensor) -> Tensor:
+    """`[B, G]`: whether some row of `own`, `others [G]` holds query i (an id among `own`) with the candidate j's id."""
+    ordered, order = others.sort()
+    group = torch.empty_like(order)
+    group[order] = (ordered.diff(prepend=ordered[:1]) != 0).cumsum(0)  # [G] one number for each id, from 0
+    same = (queries[:, None] == own).to(torch.float32)  # [B, G]
+    groups = torch.zeros_like(same).index_add_(1, group, same) > 0  # [B, G] whether a row of query i is in the group
+    return groups.index_select(1, group)
 
 
 def _gather_queries(x: Tensor) -> Tensor:
