@@ -32,6 +32,7 @@ from loopitr.data import (
 )
 from loopitr.data.sources import SOURCES
 from loopitr.evaluation.retrieval import evaluation_transform
+from loopitr.grad_cache import check_batch_statistics
 from loopitr.loading import EpochLoader
 from loopitr.model import LoopITRModel
 from loopitr.objective import LoopObjective
@@ -117,6 +118,8 @@ class Experiment:
             raise ValueError("data.cache_images needs data of known length: it cannot be used with data.streaming")
         if options.data.cache_images and options.data.cache_tokens:
             raise ValueError("data.cache_images is of no use with data.cache_tokens, which reads no image in training")
+        if options.train.chunk_size is not None:
+            check_batch_statistics(model.train())
         return model, processor
 
     def _records(self, split: str, **changes: Any) -> Sequence[Record] | HubStream:

@@ -16,7 +16,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from loopitr.memory import trim_memory
@@ -48,14 +48,11 @@ def cached_backward(
         autocast: context of the forward passes.
 
     Raises:
-        ValueError: batch norm in training mode, whose statistics would be a chunk's.
+        ValueError: `chunk_size` below 1, or what `check_batch_statistics` refuses.
     """
-    for name, module in objective.model.named_modules():
-        if isinstance(module, _BatchNorm) and module.training:
-            raise ValueError(
-                f"a batch in chunks needs batch statistics that stay, but {name} takes those of the batch: set "
-                "model.hold_batch_statistics, or leave train.chunk_size unset"
-            )
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    check_batch_statistics(objective.model)
     pairs = objective.options.scores_pairs and with_pairs
     keeps_tokens = pairs or objective.options.mlm > 0
     inputs = {name: batch[name] for name in INPUTS if name in batch}
@@ -90,6 +87,20 @@ def cached_backward(
             if device.type == "cpu":
                 trim_memory()  # each chunk would otherwise add to a heap full of holes
     return output
+
+
+def check_batch_statistics(model: nn.Module) -> None:
+    """Refuse what would take its statistics from a chunk.
+
+    Raises:
+        ValueError: batch norm in training mode.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.training:
+            raise ValueError(
+                f"a batch in chunks needs batch statistics that stay, but {name} takes those of the batch: set "
+                "model.hold_batch_statistics, or leave train.chunk_size unset"
+            )
 
 
 def _backward_from(encoded: Encoded, leaves: Encoded, rows: slice) -> None:

@@ -51,7 +51,7 @@ class TrainOptions:
     distillation_warmup: float = 0.1
     """Part of the steps over which the distillation's weight rises from 0, once the fusion head has joined."""
     precision: Literal["fp32", "bf16", "fp16"] | None = None
-    """Autocast; unset: what `accelerate launch` says."""
+    """Autocast, in training and evaluation; unset: what `accelerate launch` says."""
     compile: bool = False
     """torch.compile the backbones and the fusion encoder; the first steps then take minutes."""
     seed: int = 0

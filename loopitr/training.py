@@ -192,17 +192,19 @@ class _Loop:
         validation = self.options.validation
         rerank = validation.final_rerank if final else validation.rerank
         started = not self.fusion_start or self.progress.step > self.fusion_start
-        return evaluate_retrieval(
-            model,
-            self.experiment.processor,
-            records,
-            rerank=rerank if self.options.objective.scores_pairs and started else 0,
-            batch_size=validation.batch_size,
-            num_workers=self.options.data.num_workers,
-            max_images=None if final else validation.max_images,
-            max_skipped_fraction=self.options.data.max_skipped_fraction,
-            tokens=self.experiment.tokens(records),
-        )
+        tokens = self.experiment.tokens(records)  # in float32, whatever the precision of the run that computes them
+        with self.accelerator.autocast():
+            return evaluate_retrieval(
+                model,
+                self.experiment.processor,
+                records,
+                rerank=rerank if self.options.objective.scores_pairs and started else 0,
+                batch_size=validation.batch_size,
+                num_workers=self.options.data.num_workers,
+                max_images=None if final else validation.max_images,
+                max_skipped_fraction=self.options.data.max_skipped_fraction,
+                tokens=tokens,
+            )
 
     def _validate(self) -> None:
         """Measure, all ranks together, and keep the model if it is the best so far."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from step_reference import EveryThirdWord, assert_same_gradients, gradients, step_batch
 from support import BERT, CNN, tiny_model
 
+from loopitr import grad_cache
 from loopitr.grad_cache import cached_backward
 from loopitr.objective import LoopObjective, ObjectiveOptions
 
@@ -112,6 +115,52 @@ def test_a_chunk_at_a_time_and_no_token_that_is_not_needed(monkeypatch):
         assert all(bool(state.tokens.numel()) == needed for state in (seen[0].images, seen[0].texts))
 
 
+def bfloat16():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def test_only_what_is_differentiated_has_a_graph_and_every_pass_is_under_autocast(monkeypatch):
+    objective, graphs, casts = objective_of(), [], []
+    encode, compare = objective.encode, objective.compare
+
+    def noting(part):
+        graphs.append(torch.is_grad_enabled())
+        casts.append(torch.is_autocast_enabled("cpu"))
+        return part
+
+    monkeypatch.setattr(objective, "encode", lambda **chunk: noting(encode)(**chunk))
+    monkeypatch.setattr(objective, "compare", lambda *a, **k: noting(compare)(*a, **k))
+    chunked_gradients(objective, chunk_size=3, autocast=bfloat16)
+    assert graphs == [True, False, False, True, True, True, True]  # of the first pass, the first chunk tells which
+    assert casts == [True] * 7
+
+
+def test_a_chunk_is_gone_before_what_comes_next(monkeypatch):
+    objective, made, alive, trimmed = objective_of(), [], [], []
+    encode, compare = objective.encode, objective.compare
+
+    def left():
+        return sum(encoded() is not None for encoded in made)
+
+    def noting(**chunk):
+        alive.append(left())
+        encoded = encode(**chunk)
+        made.append(weakref.ref(encoded))
+        return encoded
+
+    monkeypatch.setattr(objective, "encode", noting)
+    monkeypatch.setattr(objective, "compare", lambda *a, **k: alive.append(left()) or compare(*a, **k))
+    monkeypatch.setattr(grad_cache, "trim_memory", lambda: trimmed.append(left()))
+    chunked_gradients(objective, chunk_size=3)
+    assert alive == [0] * 7 and trimmed == [0] * 3  # after each chunk of the second pass
+
+
+@pytest.mark.parametrize("chunk_size", [0, -1])
+def test_a_chunk_of_nothing_is_refused(chunk_size):
+    with pytest.raises(ValueError, match=f"chunk_size must be at least 1, got {chunk_size}"):
+        cached_backward(objective_of(), step_batch(), chunk_size=chunk_size)
+
+
 def test_pairs_are_scored_in_blocks(monkeypatch):
     objective = objective_of(pair_block=5)
     score, sizes = objective.model._score_block, []
@@ -122,16 +171,12 @@ def test_pairs_are_scored_in_blocks(monkeypatch):
     assert sorted(sizes) == sorted(2 * forward)  # each once more in the backward pass
 
 
-def test_bfloat16():
+def test_bfloat16_gradients():
     objective = objective_of()
-
-    def autocast():
-        return torch.autocast("cpu", torch.bfloat16)
-
-    with autocast():
+    with bfloat16():
         expected = objective(**step_batch())
     wanted = gradients(objective.model, expected.loss)
-    output, found = chunked_gradients(objective, chunk_size=3, autocast=autocast)
+    output, found = chunked_gradients(objective, chunk_size=3, autocast=bfloat16)
     torch.testing.assert_close(output.loss, expected.loss, atol=0.03, rtol=0.03)
     flat = [torch.cat([grads[name].flatten().float() for name in wanted]) for grads in (found, wanted)]
     assert torch.nn.functional.cosine_similarity(*flat, dim=0) > 0.99

@@ -25,7 +25,8 @@ ALLOWED: dict[str, set[str]] = {
     "states": set(),
     "backbones": {"config"},
     "text_backbone": {"config"},
-    "fusion": {"config", "packing", "states"},
+    "cross_attention": {"packing"},
+    "fusion": {"config", "cross_attention", "packing", "states"},
     "processing": {"config"},
     "pretrained": set(),
     "pretrained_text": {"text_backbone"},
@@ -44,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "saved": {"model", "pretrained", "processing"},
     "export": {"model", "processing", "saved"},
     "convert": {"backbones", "cli", "config", "model", "pretrained", "processing", "saved"},
-    "evaluation": {"evaluation.ranking", "config", "distributed", "model", "processing", "data", "states"},
+    "evaluation": {"evaluation.ranking", "config", "data", "distributed", "model", "packing", "processing", "states"},
     "building": {
         *("adapters", "backbones", "config", "fusion", "masking", "model", "model_options", "pair", "pretrained"),
         *("pretrained_text", "processing", "saved", "text_backbone"),
@@ -56,7 +57,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoints": set(),
     "reporting": set(),
     "experiment": {
-        *("building", "checkpoints", "data", "evaluation", "loading", "model", "objective"),
+        *("building", "checkpoints", "data", "evaluation", "grad_cache", "loading", "model", "objective"),
         *("optimization", "options", "processing"),
     },
     "training": {

@@ -22,7 +22,7 @@ from loopitr.loading import EpochLoader, ShardedBatchSampler, SkipCounter
 TRANSFORM = TrainTransform(32, (0.5,) * 3, (0.5,) * 3, crop_scale=(0.3, 1.0), flip=True, randaugment=True)
 
 
-def loader(size=26, *, batch_size=4, rank=0, num_ranks=1, num_workers=0, seed=3, dataset=None):
+def loader(size=26, *, batch_size=4, rank=0, num_ranks=1, num_workers=0, seed=3, dataset=None, pin_memory=False):
     dataset = dataset or CaptionDataset(SceneRecords("train", size, image_size=32), transform=TRANSFORM, seed=seed)
     return EpochLoader(
         dataset,
@@ -32,7 +32,7 @@ def loader(size=26, *, batch_size=4, rank=0, num_ranks=1, num_workers=0, seed=3,
         rank=rank,
         num_ranks=num_ranks,
         num_workers=num_workers,
-        pin_memory=False,
+        pin_memory=pin_memory,
     )
 
 
@@ -148,6 +148,12 @@ def test_a_stream_decodes_jpegs_small_on_request(stream):
         return {int(example["pixel_values"]) for example in dataset}
 
     assert widths(None) == {40} and widths(15) == {20}
+
+
+@pytest.mark.parametrize("pin_memory", [False, True])
+def test_batches_are_pinned_on_request(stream, pin_memory):
+    for dataset in (None, StreamDataset(stream, transform=TRANSFORM)):
+        assert loader(dataset=dataset, pin_memory=pin_memory).loader.pin_memory == pin_memory
 
 
 # What could not be read

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_building import save_tiny
@@ -58,18 +60,60 @@ def test_gradients_are_clipped_to_a_norm(tmp_path, stepped):
 @pytest.mark.parametrize("chunk_size", [None, 4])
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_linear_layers_compute_in_the_precision_asked_for(tmp_path, monkeypatch, precision, dtype, chunk_size):
-    dtypes = []
+    trained, evaluated = set(), set()
     forward = nn.Linear.forward
 
     def noting(self, x):
         output = forward(self, x)
-        if self.training:  # validation is in float32
-            dtypes.append(output.dtype)
+        if self.training or torch.is_inference_mode_enabled():  # not while the model is made
+            (trained if self.training else evaluated).add(output.dtype)
         return output
 
     monkeypatch.setattr(nn.Linear, "forward", noting)
     run(tmp_path, **EXACT, train__precision=precision, train__chunk_size=chunk_size)
-    assert set(dtypes) == {dtype}
+    assert trained == evaluated == {dtype}  # in the validation and for the final table
+
+
+def test_tokens_are_cached_in_float32_whatever_the_precision(tmp_path):
+    frozen = {**EXACT, "model__freeze": ["vision"], "train__epochs": 0}
+    for precision in ("fp32", "bf16"):
+        folder = str(tmp_path / f"{precision}-cache")
+        run(tmp_path / precision, **frozen, train__precision=precision, data__cache_tokens=folder)
+    found = [sorted((tmp_path / f"{precision}-cache").glob("*/tokens.npy")) for precision in ("fp32", "bf16")]
+    assert len(found[0]) == len(found[1]) == 3  # train, val, test
+    for fp32, bf16 in zip(*found, strict=True):
+        assert fp32.parent.name == bf16.parent.name and fp32.read_bytes() == bf16.read_bytes()
+
+
+@pytest.mark.parametrize(("chunk_size", "block"), [(None, None), (3, 3 * (1 + 2 * 4))])
+def test_pairs_are_scored_in_blocks_of_a_chunks_queries(tmp_path, chunk_size, block):
+    with experiment(tmp_path, **EXACT, train__chunk_size=chunk_size, objective__num_negatives=4) as made:
+        assert made.bare_objective.pair_block == block
+
+
+@pytest.mark.parametrize("start", ["scratch", "saved"])
+def test_chunks_are_refused_for_batch_statistics_that_move_before_anything_is_made(tmp_path, start):
+    moving = {"model__hold_batch_statistics": False}
+    if start == "saved":
+        moving["model__init"] = str(tmp_path / "saved")
+        with experiment(tmp_path / "first") as made:
+            made.model.save_pretrained(tmp_path / "saved")
+            made.processor.save_pretrained(tmp_path / "saved")
+    cache = tmp_path / "cache"
+    with pytest.raises(ValueError, match="takes those of the batch: set model.hold_batch_statistics"):
+        with experiment(tmp_path, **moving, train__chunk_size=3, data__cache_images=str(cache)):
+            pass
+    assert not cache.exists() and not (tmp_path / "run").exists()
+    for fine in ({"model__hold_batch_statistics": True}, {"model__freeze": ["vision"]}):
+        with experiment(tmp_path, **{**moving, **fine}, train__chunk_size=3):
+            pass
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_batches_for_a_gpu_are_pinned(tmp_path, device):
+    with experiment(tmp_path, **EXACT) as made:
+        made.accelerator = SimpleNamespace(device=torch.device(device), num_processes=1, process_index=0)
+        assert made._loader().loader.pin_memory == (device == "cuda")
 
 
 @pytest.mark.parametrize("wanted", [False, True])

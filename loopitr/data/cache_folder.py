@@ -35,13 +35,19 @@ def build_once(target: Path, build: Callable[[Path], None]) -> None:
 
     The building happens in a folder of its own that is renamed when complete; a killed build leaves nothing that is
     taken for a cache, and of two concurrent builders the first to finish wins.
+
+    Raises:
+        DataError: no folder can be made there.
     """
-    if target.exists():
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(target)
     temporary = target.parent / f"{_prefix(target)}{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    temporary.mkdir()
+    try:
+        if target.exists():
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(target)
+        temporary.mkdir()
+    except OSError as error:
+        raise DataError(f"{target.parent}: cannot make a folder for the cache ({error.strerror})") from error
     try:
         build(temporary)
         try:

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from loopitr.data import DataError, DecodedImages, Record, TokenCache, name_of
 from loopitr.model import DualEncoder
+from loopitr.packing import send
 
 from .gallery import Transform
 from .storage import TokenStorage, TokenStore
@@ -108,7 +109,8 @@ class ImageTokens:
             yield torch.cat(tokens)  # [b, N, D]
 
     def _tokens(self, inputs: Tensor) -> Tensor:
-        inputs = inputs.to(self.parameter.device, self.parameter.dtype)
+        (inputs,) = send([inputs], self.parameter.device)
+        inputs = inputs.to(self.parameter.dtype)
         return inputs if self.cache is not None else self.model.vision(inputs)  # [b, N, D]
 
     def _rows(self, positions: list[int]) -> Tensor:

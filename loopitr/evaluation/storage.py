@@ -102,10 +102,14 @@ def _map(folder: Path, size: int, dtype: str) -> Tensor:
 
     The file has no name any more when it is used: whatever ends the process, nothing is left in the folder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    if size > (free := _free_disk(folder)):
-        raise DataError(_no_room(str(folder), size, free))
-    with tempfile.NamedTemporaryFile(dir=folder, prefix="loopitr-tokens-") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = tempfile.NamedTemporaryFile(dir=folder, prefix="loopitr-tokens-")
+    except OSError as error:
+        raise DataError(f"token_folder {folder} cannot be written to: {error}") from error
+    with file:
+        if size > (free := _free_disk(folder)):
+            raise DataError(_no_room(str(folder), size, free))
         if hasattr(os, "posix_fallocate"):  # writing a map beyond the disk's end kills the process without a word
             try:
                 os.posix_fallocate(file.fileno(), 0, size)

@@ -20,7 +20,7 @@ class TextTokens:
     """The embeds of captions, and the tokens of any of them on demand.
 
     `storage` says where tokens are kept, without padding; where it has no room `state` runs the backbone again.
-    `embeds [T, E]` of all captions are to be set before `state` is asked.
+    `embeds [T, E]` of all captions are to be set, and `keep` called, before `state` is asked.
     """
 
     def __init__(
@@ -78,12 +78,19 @@ class TextTokens:
             self.encode(missing, progress=progress)
 
     def state(self, indices: Tensor) -> TextState:
-        """The captions at `indices [n]` (on the CPU) as one padded state."""
+        """The captions at `indices [n]` (on the CPU) as one padded state.
+
+        Raises:
+            RuntimeError: tokens are kept, but not a caption's.
+        """
         lengths = self.lengths[indices, None]
         offset = torch.arange(int(lengths.max()))
         mask = offset < lengths  # [n, L]
         embeds = self.embeds.index_select(0, *send([indices], self.embeds.device))
         if self.store is not None:
+            missing = indices[~self.stored[indices]]
+            if len(missing):
+                raise RuntimeError(f"the tokens of caption {self.captions[int(missing[0])]!r} are not kept yet")
             rows = self.ends[indices, None] - lengths + torch.minimum(offset, lengths - 1)  # [n, L]
             tokens = self.store.read(rows.flatten())
             if tokens.device.type == "cpu":

@@ -26,6 +26,7 @@ from loopitr.data import (
     TokenCache,
     TrainTransform,
     decode_image,
+    decoded,
 )
 from loopitr.data import image_cache as image_cache_module
 from loopitr.data import names_digest
@@ -95,6 +96,20 @@ def test_a_large_jpeg_is_as_sharp_as_from_a_whole_decode(folder):
     assert difference(None) < 2 and difference(40) > 2 * difference(None)
 
 
+def test_a_large_jpeg_is_not_decoded_whole(folder, monkeypatch):
+    path, sizes = folder.parent / "large.jpg", []
+    picture((352, 440), 0).save(path)
+
+    def noting(*args, **options):
+        image = decode_image(*args, **options)
+        sizes.append(image.size)
+        return image
+
+    monkeypatch.setattr(decoded, "decode_image", noting)
+    build(folder, [record(path, "large.jpg")], shortest=40)
+    assert sizes == [(88, 110)]  # a quarter; an eighth has less than twice 40
+
+
 def test_a_cache_is_kept_and_another_size_or_other_images_make_another(files, folder, monkeypatch):
     first = build(folder, files)
     others = [build(folder, files, shortest=25), build(folder, files[:6]), build(folder, SceneRecords("val", 4))]
@@ -159,6 +174,16 @@ def test_refuses(folder, files):
     (cache.folder / "meta.json").write_text(json.dumps({**meta, "names_digest": "0" * 32}))
     with pytest.raises(DataError, match="made for another size or set of images"):
         build(folder, files)
+
+
+def test_a_folder_that_cannot_be_made_is_named(files, tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(DataError, match=r"file/cache: cannot make a folder for the cache \(Not a directory\)"):
+        build(file / "cache", files)
+    with pytest.raises(DataError, match=r"file: cannot make a folder for the cache \(File exists\)"):
+        TokenCache.open_or_build(file, key="0" * 16, records=files, transform=TRANSFORM,
+                                 encode=lambda pixels: pixels.flatten(2), progress=False)
 
 
 def test_too_small_a_disk_is_named_before_it_is_full(files, folder, monkeypatch):

@@ -10,6 +10,8 @@ from tiny_gallery import captions, jpeg, picture, tiny_processor, tiny_records
 
 from loopitr.data import DataError, LoadReport, Record, TokenCache
 from loopitr.evaluation import Ranking, evaluate_retrieval, evaluation_transform
+from loopitr.evaluation.storage import TokenStorage
+from loopitr.evaluation.text_tokens import TextTokens
 
 KEYS = {"num_images", "num_captions", "k", "dual", "match", "match_plus_similarity", "ceiling", "seconds"} | {
     "pairs_per_second"
@@ -122,6 +124,26 @@ def test_memory_is_bounded_by_the_blocks(monkeypatch, token_storage, passes):
     assert seen["projected"] == [3, 3, 2]  # once per image, whatever the number of its captions
     assert max(seen["texts"]) <= 5 and max(seen["captions"]) <= 4
     assert (sum(seen["captions"]) == 16) == (passes == 1)
+
+
+def test_tokens_of_a_caption_that_were_not_kept_are_not_made_up():
+    model, words = tiny_model().eval(), list(captions(0, 3))
+    texts = TextTokens(model, tiny_processor(), words, batch_size=2, storage=TokenStorage("memory"))
+    every = torch.arange(3)
+    with torch.inference_mode():
+        texts.embeds = torch.cat([texts.encode(every[:2]), torch.zeros(1, model.config.embed_dim)])
+        assert len(texts.state(every[:2]).tokens) == 2
+        with pytest.raises(RuntimeError, match=f"caption '{words[2]}' are not kept yet"):
+            texts.state(every)
+        texts.keep(every)
+        assert len(texts.state(every).tokens) == 3
+
+
+def test_images_go_to_a_gpu_from_pinned_memory(gpu, monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x.nbytes) or x)
+    evaluate(tiny_model().cuda(), tiny_records(6), rerank=0, batch_size=4)
+    assert [size for size in pinned if size % (3 * 32 * 32 * 4) == 0] == [4 * 12288, 2 * 12288]
 
 
 def test_what_cannot_be_used_is_skipped_counted_and_named():

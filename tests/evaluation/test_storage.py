@@ -52,6 +52,14 @@ def test_half_precision_is_close(monkeypatch, kind, dtype, error):
     assert not torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("folder", ["file", "file/new"])
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, folder):
+    (tmp_path / "file").touch()
+    storage = TokenStorage("disk", folder=tmp_path / folder)
+    with pytest.raises(DataError, match=f"token_folder {tmp_path / folder} cannot be written to"):
+        storage.open(2, 3, device=CPU, name=str)
+
+
 def mapped() -> bool:
     return "loopitr-tokens" in Path("/proc/self/maps").read_text()
 
