@@ -1,4 +1,4 @@
-"""What recipes/benchmarks share: timing, FLOPs, memory, random models and batches, and the plain way to score pairs."""
+"""What recipes/benchmarks share: checks, timing, FLOPs, memory, random models and batches, the plain way for pairs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
 
+from loopitr.cli import check_output_file, usable_device
 from loopitr.config import LoopITRConfig
 from loopitr.model import LoopITRModel
 from loopitr.states import ImageState, PairScores, TextState
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def check_options(options: Any) -> None:
+    """What any benchmark asks of its options, before it times anything.
+
+    Raises:
+        ValueError: a whole number below 1 (`num_workers`: below 0), a device or an output that cannot be used.
+    """
+    for name, value in vars(options).items():
+        least = 0 if name == "num_workers" else 1
+        if type(value) is int and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    usable_device(options.device)
+    if options.output:
+        check_output_file(options.output)
 
 
 @dataclass(frozen=True)
@@ -38,11 +55,23 @@ class Timing:
         return statistics.median(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
 
 
+class _NoModules(ModuleTracker):
+    """In a FLOP counter, for the total alone: torch 2.15 fails to track a module called on a view made in no_grad."""
+
+    def __enter__(self) -> _NoModules:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+
 def interleaved(calls: Mapping[str, Callable[[], Any]], *, rounds: int, device: str) -> dict[str, Timing]:
     """Time every call once per round, in turn, so that all meet the same machine. FLOPs are counted as a warm-up."""
     flops = {}
     for name, call in calls.items():
-        with FlopCounterMode(display=False) as counter:
+        counter = FlopCounterMode(display=False)
+        counter.mod_tracker = _NoModules()
+        with counter:
             call()
         flops[name] = counter.get_total_flops()
     seconds: dict[str, list[float]] = {name: [] for name in calls}
@@ -78,7 +107,7 @@ def matmul_speed(device: str, dtype: torch.dtype) -> float:
 def peak_memory(device: str) -> int:
     """Bytes: the most that torch has had on a GPU, or that was resident of this process."""
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -1,14 +1,16 @@
-"""Command lines of the recipes: options from dataclasses, user errors in one line."""
+"""Command lines of the recipes: options from dataclasses, checks that several make, user errors in one line."""
 
 from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 Options = TypeVar("Options")
@@ -52,6 +54,37 @@ def run(main: Callable[[], None]) -> None:
             raise
         print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(USAGE_ERROR)
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        ValueError: torch does not know it, or this machine does not have it.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter: torch was built without it
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def check_output_file(output: str | Path) -> None:
+    """Before the work that fills it; makes the file's folder.
+
+    Raises:
+        ValueError: a folder, or a file in a folder that cannot be made or written to.
+    """
+    path = Path(output)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"output {output} cannot be written: {error}") from error
 
 
 def _flags(arguments: Sequence[str]) -> list[str]:

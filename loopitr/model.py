@@ -189,8 +189,11 @@ class LoopITRModel(LoopITRPreTrainedModel):
 
     def _pick(self, x: Tensor, rows: Tensor) -> Tensor:
         """`x[rows]` of sorted, unique `rows` on the CPU, without a copy where they follow each other."""
-        if _in_a_row(rows) and not self._compiled:  # views would be compiled for again
-            return x[int(rows[0]) : int(rows[-1]) + 1]
+        if not self._compiled:  # views would be compiled for again
+            if len(rows) == len(x):
+                return x
+            if _in_a_row(rows):
+                return x[int(rows[0]) : int(rows[-1]) + 1]
         return x.index_select(0, *send([rows], x.device))
 
     # Parts

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -19,8 +20,9 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
 from loopitr.building import token_cache_key
-from loopitr.cli import parse, run
+from loopitr.cli import check_output_file, parse, run, usable_device
 from loopitr.data import DataError, DataOptions, HubStream, LoadReport, Record, TokenCache, load_records
+from loopitr.distributed import first_rank
 from loopitr.evaluation import evaluate_retrieval, evaluation_transform
 from loopitr.launching import start_all_processes
 from loopitr.model import LoopITRModel
@@ -68,6 +70,8 @@ def main() -> None:
     if options.data.split == "train" and state.is_main_process:
         print("warning: these are figures on the training split; they say nothing about new data", file=sys.stderr)
     device = _device(options.device, state)
+    if options.output is not None:
+        first_rank(partial(check_output_file, options.output))
     report = LoadReport()
     records = _records(options.data, report)
     state.print(f"{options.data.split}: {report.summary()}")
@@ -96,7 +100,6 @@ def main() -> None:
     state.print(f"\n{result.table()}\n")
     if options.output is not None and state.is_main_process:
         path = Path(options.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, result.to_json())
         print(f"written to {path}")
     state.destroy_process_group()
@@ -110,12 +113,7 @@ def _state(device: str | None) -> PartialState:
 def _device(name: str | None, state: PartialState) -> torch.device:
     if state.num_processes > 1 and name not in (None, state.device.type):
         raise ValueError(f"device {name!r}: {state.num_processes} processes have a {state.device.type} each")
-    try:
-        device = torch.device(name) if name and state.num_processes == 1 else state.device
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch's word for a device that it does not know or have
-        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
+    return usable_device(name if name and state.num_processes == 1 else str(state.device))
 
 
 def _records(options: DataOptions, report: LoadReport) -> list[Record]:

@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "choices": {"losses", "mining"},
     "objective": {"choices", "losses", "masking", "mining", "distributed", "step_parts"},
     "grad_cache": {"memory", "objective", "step_parts"},
-    "benchmarking": {"config", "model", "states"},
+    "benchmarking": {"cli", "config", "model", "states"},
     "cli": set(),
     "launching": set(),
     "saved": {"model", "pretrained", "processing"},

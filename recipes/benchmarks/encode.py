@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from loopitr import DualEncoder, DualEncoderConfig
-from loopitr.benchmarking import PRECISIONS, interleaved, matmul_speed
+from loopitr.benchmarking import PRECISIONS, check_options, interleaved, matmul_speed
 from loopitr.cli import parse, run
 from loopitr.evaluation.report import markdown_table
 from loopitr.reporting import write_json
@@ -56,6 +56,7 @@ def build(options: Options) -> DualEncoder:
 @torch.inference_mode()
 def main() -> None:
     options = parse(Options, description=__doc__)
+    check_options(options)
     device, dtype = options.device, PRECISIONS[options.precision]
     model, size = build(options), options.batch_size
     speed = matmul_speed(device, dtype)

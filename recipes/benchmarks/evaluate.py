@@ -30,6 +30,7 @@ from loopitr import LoopITRModel, LoopITRProcessor
 from loopitr.benchmarking import (
     PRECISIONS,
     PlainPairs,
+    check_options,
     interleaved,
     matmul_speed,
     peak_memory,
@@ -230,6 +231,7 @@ def measure(options: Options) -> tuple[dict[str, dict[str, Any]], dict[str, floa
 @torch.inference_mode()
 def main() -> None:
     options = parse(Options, description=__doc__)
+    check_options(options)
     with torch.autocast(options.device.split(":")[0], torch.bfloat16, enabled=options.precision == "bf16"):
         figures, whole = measure(options)
     print(f"{options.images} images, {options.images * options.captions_per_image} captions, k={options.k}; "

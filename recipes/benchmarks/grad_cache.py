@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 
-from loopitr.benchmarking import peak_memory, random_batch, random_model, seconds_of
+from loopitr.benchmarking import check_options, peak_memory, random_batch, random_model, seconds_of
 from loopitr.cli import parse, run
 from loopitr.evaluation.report import markdown_table
 from loopitr.grad_cache import cached_backward
@@ -75,7 +75,7 @@ def measure(options: Options, side: str) -> dict[str, float]:
         else:
             cached_backward(objective, batch, chunk_size=options.chunk_size, autocast=autocast)
 
-    before = torch.cuda.memory_allocated() if cuda else peak_memory(options.device)
+    before = torch.cuda.memory_allocated(options.device) if cuda else peak_memory(options.device)
     seconds = seconds_of(step, options.device)
     peak = peak_memory(options.device)
     gib = 2**30
@@ -91,6 +91,7 @@ def measure(options: Options, side: str) -> dict[str, float]:
 
 def main() -> None:
     options = parse(Options, description=__doc__)
+    check_options(options)
     if options.only is not None:
         print(json.dumps(measure(options, options.only)))
         return

@@ -7,8 +7,9 @@ backward and AdamW on random weights). The slower side is the bottleneck; `worke
 step, at this rate each and with a core for each.
 
 The images are a folder of one's own, or photo-like noise at 500x375 and 1600x1200. All run interleaved in rounds, in
-one process; medians of images per second and of ratios to whole JPEGs. On a CPU the step and the workers are timed one
-after the other, but in a training run they share the cores.
+one process; medians of images per second and of ratios to whole JPEGs; of the step also FLOPs, counted by
+torch.utils.flop_counter, and the part of a large matrix product's speed that is reached. On a CPU the step and the
+workers are timed one after the other, but in a training run they share the cores.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import torch
 from PIL import Image
 
 from loopitr import LoopITRConfig, LoopITRModel
-from loopitr.benchmarking import Timing, interleaved
+from loopitr.benchmarking import PRECISIONS, Timing, check_options, interleaved, matmul_speed
 from loopitr.cli import parse, run
 from loopitr.data import CaptionDataset, Collator, ImageCache, Record, TrainTransform, scene_vocabulary
 from loopitr.evaluation.report import markdown_table
@@ -166,7 +167,8 @@ def read_all(loader: EpochLoader) -> None:
 
 def main() -> None:
     options = parse(Options, description=__doc__)
-    if options.batches < 1 or options.batches % max(1, options.num_workers):
+    check_options(options)
+    if options.batches % max(1, options.num_workers):
         raise ValueError(f"batches must be a multiple of num_workers {options.num_workers}, got {options.batches}")
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
@@ -176,17 +178,25 @@ def main() -> None:
         calls: dict[str, Callable[[], None]] = {name: partial(read_all, loader) for name, loader in sources.items()}
         model = f"training step of {options.vision}"
         calls[model] = training_step(options)
-        report(options, interleaved(calls, rounds=options.rounds, device=options.device), model)
+        timed = interleaved(calls, rounds=options.rounds, device=options.device)
+        report(options, timed, model, matmul_speed(options.device, PRECISIONS[options.precision]))
 
 
-def report(options: Options, timed: dict[str, Timing], model: str) -> None:
+def report(options: Options, timed: dict[str, Timing], model: str, speed: float) -> None:
+    """`model`: the name of the step among what was timed. `speed`: FLOP/s of a large matrix product."""
     consumed = options.batch_size / timed[model].median
     figures: dict[str, dict[str, Any]] = {}
     rows = []
     for name, timing in timed.items():
         if name == model:
-            figures[name] = {"images_per_second": consumed, "seconds": timing.median}
-            rows.append([name, f"{consumed:.1f}", "", "", ""])
+            of_peak = timing.flops / timing.median / speed
+            figures[name] = {
+                "images_per_second": consumed,
+                "seconds": timing.median,
+                "flops": timing.flops,
+                "of_peak": of_peak,
+            }
+            rows.append([name, f"{consumed:.1f}", "", "", "", f"{timing.flops / 1e9:.1f}", f"{of_peak:.2f}"])
             continue
         rate = options.batches * options.batch_size / timing.median
         whole = timed[f"{name.rpartition(', ')[0]}, {WHOLE}"]
@@ -198,10 +208,10 @@ def report(options: Options, timed: dict[str, Timing], model: str) -> None:
             "bottleneck": "input" if rate < consumed else "step",
         }
         figures[name] = f
-        rows.append([name, f"{rate:.1f}", f"{f['ratio']:.2f}", str(f["workers_needed"]), f["bottleneck"]])
+        rows.append([name, f"{rate:.1f}", f"{f['ratio']:.2f}", str(f["workers_needed"]), f["bottleneck"], "", ""])
     print(f"{options.image_size} px, B={options.batch_size}, {options.num_workers} workers, {options.device}, "
-          f"{options.precision}, {torch.get_num_threads()} threads")
-    print(markdown_table(["what", "images/s", "ratio", "workers", "bottleneck"], rows))
+          f"{options.precision}, {torch.get_num_threads()} threads, matrix product {speed / 1e9:.0f} GFLOP/s")
+    print(markdown_table(["what", "images/s", "ratio", "workers", "bottleneck", "GFLOP", "of peak"], rows))
     if options.output:
         write_json(Path(options.output), {"options": vars(options), "figures": figures})
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import BlipConfig, BlipForImageTextRetrieval
 
 from loopitr import LoopITRConfig, LoopITRModel
-from loopitr.benchmarking import PRECISIONS, PlainPairs, interleaved, matmul_speed
+from loopitr.benchmarking import PRECISIONS, PlainPairs, check_options, interleaved, matmul_speed
 from loopitr.cli import parse, run
 from loopitr.convert import convert_blip
 from loopitr.evaluation.report import markdown_table
@@ -45,6 +45,10 @@ class Options:
     precision: Literal["fp32", "bf16"] = "fp32"
     output: str | None = None
     """JSON file for the figures."""
+
+    def __post_init__(self) -> None:
+        if self.width % HEADS:
+            raise ValueError(f"width must be a multiple of the {HEADS} heads, got {self.width}")
 
 
 @dataclass(frozen=True)
@@ -149,6 +153,7 @@ def _blip_models(options: Options) -> tuple[BlipForImageTextRetrieval, LoopITRMo
 @torch.inference_mode()
 def main() -> None:
     options = parse(Options, description=__doc__)
+    check_options(options)
     speed = matmul_speed(options.device, PRECISIONS[options.precision])
     print(f"{options.pairs} pairs, width {options.width}, {options.tokens} image tokens, {options.precision}, "
           f"{options.device}, {torch.get_num_threads()} threads, matrix product {speed / 1e9:.0f} GFLOP/s")

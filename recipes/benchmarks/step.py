@@ -18,7 +18,15 @@ from typing import Literal
 
 import torch
 
-from loopitr.benchmarking import PRECISIONS, PlainPairs, interleaved, matmul_speed, random_batch, random_model
+from loopitr.benchmarking import (
+    PRECISIONS,
+    PlainPairs,
+    check_options,
+    interleaved,
+    matmul_speed,
+    random_batch,
+    random_model,
+)
 from loopitr.cli import parse, run
 from loopitr.evaluation.report import markdown_table
 from loopitr.objective import LoopObjective, ObjectiveOptions
@@ -52,6 +60,7 @@ class Options:
 
 def main() -> None:
     options = parse(Options, description=__doc__)
+    check_options(options)
     model = random_model(
         vision=options.vision,
         image_size=options.image_size,

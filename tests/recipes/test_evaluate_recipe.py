@@ -110,7 +110,11 @@ def test_cached_tokens_and_bf16(folder, tmp_path, monkeypatch, capsys):
         (["--device", "toaster"], "toaster"),
         (["--token_storage", "tape"], "tape"),
         (["--token_dtype", "fp8"], "fp8"),
-        (["--token_folder", "{folder}/data.json", "--token_storage", "disk"], "data.json"),
+        (["--token_folder", "{folder}/data.json", "--token_storage", "disk"], "token_folder /"),
+        (["--output", "{folder}/data.json/metrics.json", "--model", "/nowhere/at/all"], "metrics.json cannot be"),
+        (["--output", "{folder}/images", "--model", "/nowhere/at/all"], "images cannot be written: it is a folder"),
+        (["--pair_block", "0"], "pair_block must be at least 1, got 0"),
+        (["--device", "cuda:99"], "device 'cuda:99' cannot be used"),
         (["--rerank", "2"], "1 of 9 images cannot be used"),
     ],
 )
