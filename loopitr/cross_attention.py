@@ -49,10 +49,10 @@ class CrossAttention(nn.Module):
         weights to the result's. The key's bias moves all of a query's scores alike, so softmax does not see it."""
         heads, width = self.num_heads, query.shape[-1] // self.num_heads
         key, value = (x.weight.unflatten(0, (heads, width)) for x in (self.key, self.value))  # [H, D / H, Dv]
-        outputs = []
+        query, outputs = query * width**-0.5, []
         for bucket in images.buckets:
             x = images.pick(tokens, bucket)  # [n, N, Dv]
-            q = images.cut(query * width**-0.5, bucket)  # [n, M, D]
+            q = images.cut(query, bucket)  # [n, M, D]
             q = (q.reshape(-1, heads, width).transpose(0, 1) @ key).transpose(0, 1)  # [n M, H, Dv]
             scores = q.reshape(len(x), -1, x.shape[2]) @ x.transpose(1, 2)  # [n, M H, N]
             out = scores.softmax(-1).to(x.dtype) @ x  # [n, M H, Dv]

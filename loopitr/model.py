@@ -119,7 +119,8 @@ class LoopITRModel(LoopITRPreTrainedModel):
                 `BLOCK_BYTES` of activations (`GPU_BLOCK_BYTES` on a GPU), and with gradient all at once.
 
         Raises:
-            ValueError: `pairs` of another shape, an index that no image or text has, or a text without a token.
+            ValueError: `pairs` of another shape or type, an index that no image or text has, a text without a token, or
+                a `block_size` below 1.
         """
         if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype != torch.int64:
             raise ValueError(f"pairs must be int64 [P, 2], got {pairs.dtype} {list(pairs.shape)}")
