@@ -30,6 +30,7 @@ from loopitr.data import (
     load_records,
     scene_vocabulary,
 )
+from loopitr.data.cache_folder import make_folder
 from loopitr.data.sources import SOURCES
 from loopitr.evaluation.retrieval import evaluation_transform
 from loopitr.grad_cache import check_batch_statistics
@@ -77,6 +78,8 @@ class Experiment:
         self.train_records = self._records(options.data.split)
         self.val_records = self._held_out(options.data.val_split)
         self.final_split, self.final_records = self._final()
+        for folder in filter(None, (options.data.cache_images, options.data.cache_tokens)):
+            make_folder(folder)
         self._prepare_folder()  # not before: a mistyped path must not move a good run aside
         self.caches: dict[int, TokenCache] = {}
         self.loader = self._loader()

@@ -13,6 +13,7 @@ from torchvision.transforms import InterpolationMode, v2
 from transformers.image_utils import PILImageResampling
 
 from loopitr import LoopITRProcessor
+from loopitr.data import DataError
 
 EXACT = {**VIT, **NO_DROPOUT, **NO_AUGMENTATION, "train__max_steps": 1, "train__distillation_warmup": 0.0}
 
@@ -167,3 +168,13 @@ def test_training_images_are_resized_as_the_processor_says(tmp_path, resample):
         (crop,) = [step for step in steps_of(made) if isinstance(step, v2.RandomResizedCrop)]
     known = {"bilinear": InterpolationMode.BILINEAR}  # tensors cannot be resized by all of the others
     assert crop.interpolation == known.get(resample, InterpolationMode.BICUBIC)
+
+
+def test_a_cache_that_cannot_be_made_moves_no_run_aside(tmp_path):
+    good = tmp_path / "run"
+    (good / "best").mkdir(parents=True)
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(DataError, match="cannot make a folder"), experiment(good, data__cache_images=str(file / "no")):
+        pass
+    assert list(tmp_path.glob("run*")) == [good]

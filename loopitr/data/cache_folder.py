@@ -30,6 +30,18 @@ def names_digest(records: Sequence[Record]) -> str:
     return digest.hexdigest()
 
 
+def make_folder(folder: str | Path) -> None:
+    """Have the folder that caches will lie in.
+
+    Raises:
+        DataError: it cannot be made.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot make a folder for the cache ({error.strerror})") from error
+
+
 def build_once(target: Path, build: Callable[[Path], None]) -> None:
     """Have `build(folder)` fill `target`, unless it is there already.
 
@@ -40,10 +52,10 @@ def build_once(target: Path, build: Callable[[Path], None]) -> None:
         DataError: no folder can be made there.
     """
     temporary = target.parent / f"{_prefix(target)}{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    make_folder(target.parent)
+    if target.exists():
+        return
     try:
-        if target.exists():
-            return
-        target.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(target)
         temporary.mkdir()
     except OSError as error:
