@@ -9,6 +9,7 @@ import torch
 from support import CNN, VIT, images, plain_score, ragged_texts, tiny_model
 
 from loopitr.cross_attention import CrossAttention
+from loopitr.packing import lay_out
 
 
 def _states(model, count_images, count_texts):
@@ -117,6 +118,22 @@ def test_some_images_of_many_with_keys_and_values(chosen):
     torch.testing.assert_close(
         model.score_pairs(model.project_images(image_state), text_state, few).logits, expected[:3], atol=1e-6, rtol=1e-5
     )
+
+
+def test_images_in_a_row_are_not_copied():
+    model, table = tiny_model(VIT), torch.randn(6, 2)
+    for rows, first in (([0, 1, 2, 3, 4, 5], 0), ([2, 3], 2)):
+        picked = model._pick(table, torch.tensor(rows))
+        assert picked.data_ptr() == table[first:].data_ptr() and torch.equal(picked, table[rows])
+    assert torch.equal(model._pick(table, torch.tensor([1, 4])), table[[1, 4]])
+
+
+def test_the_last_layer_is_planned_by_its_own_rows():
+    """Its queries are the pairs' first tokens alone: 30 a pair elsewhere are too many to go without keys."""
+    model = tiny_model(VIT, layers=3).eval()
+    layout = lay_out(torch.tensor([[0, 0], [1, 0]]), torch.ones(1, 30, dtype=torch.bool))
+    assert model.fusion.plan(layout, 2, 17) == [False, False, True]
+    assert model.fusion.plan(layout, 2, 17, first_only=False) == [False] * 3
 
 
 def test_the_cheaper_way_is_taken():

@@ -55,6 +55,19 @@ def test_every_pair_is_scored_once_for_matching_and_teaching(style, mlm):
     assert max(projected) == 8  # images; a layer that takes the tokens as they are projects none
 
 
+@pytest.mark.parametrize("options", [{"mlm": 1.0}, {"itm_negatives": 1}, {"mlm": 1.0, "itm_negatives": 1}])
+def test_keys_and_values_of_two_uses_are_projected_once(monkeypatch, options):
+    """Unless pairs come in blocks, to save memory: then each block projects what it needs."""
+    model, projected = tiny_model(mlm_head=True).train(), []
+    project = model.fusion.project
+    monkeypatch.setattr(model.fusion, "project", lambda tokens: projected.append(len(tokens)) or project(tokens))
+    for block, expected in ((None, [8]), (5, [])):
+        projected.clear()
+        chosen = ObjectiveOptions(num_negatives=4, **options)
+        LoopObjective(model, chosen, token_masking=EveryThirdWord(), pair_block=block)(**step_batch())
+        assert projected == expected
+
+
 def test_image_tokens_serve_as_well_as_pixels():
     model, batch = tiny_model().train(), step_batch()
     with_pixels = step(model, batch)

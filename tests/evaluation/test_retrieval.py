@@ -126,6 +126,20 @@ def test_memory_is_bounded_by_the_blocks(monkeypatch, token_storage, passes):
     assert (sum(seen["captions"]) == 16) == (passes == 1)
 
 
+def test_captions_are_scored_beside_others_of_their_length(monkeypatch):
+    """The longest first: what does not fit into memory fails at once; and nothing is padded to it for long."""
+    model, records = tiny_model(), tiny_records(8, 4)
+    longest, score = [], model.score_pairs
+
+    def score_pairs(image_state, text_state, pairs, *, block_size):
+        longest.append(text_state.mask.shape[1])
+        return score(image_state, text_state, pairs, block_size=block_size)
+
+    monkeypatch.setattr(model, "score_pairs", score_pairs)
+    evaluate(model, records, rerank=4, pair_block=8)
+    assert longest == sorted(longest, reverse=True) and longest[0] > longest[-1]
+
+
 def test_tokens_of_a_caption_that_were_not_kept_are_not_made_up():
     model, words = tiny_model().eval(), list(captions(0, 3))
     texts = TextTokens(model, tiny_processor(), words, batch_size=2, storage=TokenStorage("memory"))
