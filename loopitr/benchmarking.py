@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -112,28 +112,37 @@ def peak_memory(device: str) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def random_model(
-    *, vision: str, image_size: int, width: int, text_layers: int, fusion_layers: int, device: str, head_width: int = 32
-) -> LoopITRModel:
+class ModelOptions(Protocol):
+    """Of a benchmark's options, those that `random_model` reads."""
+
+    vision: str
+    image_size: int
+    hidden_size: int
+    text_layers: int
+    fusion_layers: int
+    device: str
+
+
+def random_model(options: ModelOptions, *, head_width: int = 32) -> LoopITRModel:
     """A model of random weights with a BERT-like text side of this width, in training mode."""
-    heads = max(1, width // head_width)
+    width, heads = options.hidden_size, max(1, options.hidden_size // head_width)
     text = {
         "model_type": "bert",
         "hidden_size": width,
-        "num_hidden_layers": text_layers,
+        "num_hidden_layers": options.text_layers,
         "num_attention_heads": heads,
         "intermediate_size": 4 * width,
         "attention_probs_dropout_prob": 0.0,
     }
     config = LoopITRConfig(
-        vision={"name": vision, "image_size": image_size},
+        vision={"name": options.vision, "image_size": options.image_size},
         text=text,
         vision_pooling="first",
-        fusion={"style": "late", "num_layers": fusion_layers, "num_heads": heads},
+        fusion={"style": "late", "num_layers": options.fusion_layers, "num_heads": heads},
     )
     torch.manual_seed(0)
     model = LoopITRModel(config).train()
-    model.to(torch.device(device))  # type: ignore[arg-type]
+    model.to(torch.device(options.device))  # type: ignore[arg-type]
     return model
 
 

@@ -146,8 +146,8 @@ class LoopITRModel(LoopITRPreTrainedModel):
     def _unique(pairs: Tensor, images: int, texts: int) -> tuple[Tensor, Tensor]:
         """The pairs `[U, 2]` that occur, sorted by image, then text, and where each of `pairs [P, 2]` is among them."""
         for column, count, kind in ((0, images, "image"), (1, texts, "text")):
-            if len(pairs) and not 0 <= int(pairs[:, column].min()) <= int(pairs[:, column].max()) < count:
-                low, high = int(pairs[:, column].min()), int(pairs[:, column].max())
+            low, high = (int(x) for x in pairs[:, column].aminmax()) if len(pairs) else (0, -1)
+            if low < 0 or high >= count:
                 raise ValueError(f"pairs name {kind} {low if low < 0 else high}, but {kind}s are 0 to {count - 1}")
         keys, inverse = torch.unique(pairs[:, 0] * texts + pairs[:, 1], return_inverse=True)  # of rows: much slower
         return torch.stack([keys // texts, keys % texts], 1), inverse

@@ -182,10 +182,11 @@ def lay_out(pairs: Tensor, mask: Tensor, *, fixed: bool = False, all_images: boo
         ValueError: a text in the pairs has no token.
     """
     used, text = torch.unique(pairs[:, 1], return_inverse=True)  # [t], [P]
-    lengths = mask[used].sum(1)  # [t]
+    real = mask[used]  # [t, L]
+    lengths = real.sum(1)  # [t]
     if int(lengths.min()) < 1:
         raise ValueError(f"text {int(used[lengths.argmin()])} has no token: its attention_mask is all zero")
-    owner, column = mask[used].nonzero(as_tuple=True)
+    owner, column = real.nonzero(as_tuple=True)
     text_starts = torch.cumsum(lengths, 0) - lengths
     per_pair = lengths[text]  # [P]
     starts = torch.cumsum(per_pair, 0) - per_pair

@@ -108,16 +108,7 @@ class Pictures(LazyRecords):
 
 
 def build(options: Options) -> LoopITRModel:
-    model = random_model(
-        vision=options.vision,
-        image_size=options.image_size,
-        width=options.hidden_size,
-        text_layers=options.text_layers,
-        fusion_layers=options.fusion_layers,
-        device=options.device,
-        head_width=64,
-    )
-    return model.eval()
+    return random_model(options, head_width=64).eval()
 
 
 def embeds(options: Options) -> list[Tensor]:

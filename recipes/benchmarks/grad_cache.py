@@ -45,14 +45,7 @@ class Options:
 
 
 def build(options: Options) -> LoopObjective:
-    model = random_model(
-        vision=options.vision,
-        image_size=options.image_size,
-        width=options.hidden_size,
-        text_layers=options.text_layers,
-        fusion_layers=options.fusion_layers,
-        device=options.device,
-    )
+    model = random_model(options)
     weights = {} if options.loop else {"itm": 0.0, "distillation": 0.0}
     chosen = ObjectiveOptions(num_negatives=4, **weights)  # type: ignore[arg-type]
     return LoopObjective(model, chosen, pair_block=options.chunk_size * 9)

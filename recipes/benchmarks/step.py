@@ -61,14 +61,7 @@ class Options:
 def main() -> None:
     options = parse(Options, description=__doc__)
     check_options(options)
-    model = random_model(
-        vision=options.vision,
-        image_size=options.image_size,
-        width=options.hidden_size,
-        text_layers=options.text_layers,
-        fusion_layers=options.fusion_layers,
-        device=options.device,
-    )
+    model = random_model(options)
     inputs = random_batch(options.batch_size, image_size=options.image_size, device=options.device)
     plain = PlainPairs(model)
 
