@@ -56,13 +56,16 @@ def build_model(options: ModelOptions, *, vocabulary: list[str] | None = None) -
     return model, processor
 
 
-def token_masking(processor: LoopITRProcessor) -> TokenMasking | None:
+def token_masking(processor: LoopITRProcessor, probability: float = 0.15) -> TokenMasking | None:
     """The MLM masking for a processor's tokenizer, None if it has no mask token."""
     tokenizer = processor.tokenizer
     if tokenizer.mask_token_id is None:
         return None
     return TokenMasking(
-        mask_token_id=tokenizer.mask_token_id, vocab_size=len(tokenizer), special_ids=tuple(tokenizer.all_special_ids)
+        mask_token_id=tokenizer.mask_token_id,
+        vocab_size=len(tokenizer),
+        special_ids=tuple(tokenizer.all_special_ids),
+        probability=probability,
     )
 
 

@@ -30,6 +30,8 @@ class ObjectiveOptions:
     """Weight of the distillation of the fusion head's scores into the dual head."""
     mlm: float = 0.0
     """Weight of masked language modelling on the fused tokens (needs a model with an mlm_head)."""
+    mlm_probability: float = 0.15
+    """Part of a caption's tokens that `mlm` masks. 0.15 is BERT's; a fusion head from scratch learns faster from 0.3."""
     num_negatives: int = 4
     """K, hard negatives per image and per text."""
     itm_negatives: int | None = None
@@ -60,6 +62,8 @@ class ObjectiveOptions:
         for name in ("num_negatives", "mining_pool", "hard_top"):
             if getattr(self, name) < 1:
                 raise ValueError(f"objective.{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.mlm_probability < 1:
+            raise ValueError(f"objective.mlm_probability must be between 0 and 1, got {self.mlm_probability}")
         if not 0 < self.hard_threshold < 1:
             raise ValueError(f"objective.hard_threshold must be between 0 and 1, got {self.hard_threshold}")
         if not self.teacher_temperature > 0:

@@ -14,6 +14,7 @@ import yaml
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
 from timm.layers import convert_sync_batchnorm
+from torch.optim.lr_scheduler import LambdaLR
 
 from loopitr.building import build_model, token_cache_key, token_masking
 from loopitr.checkpoints import move_aside
@@ -37,7 +38,7 @@ from loopitr.grad_cache import check_batch_statistics
 from loopitr.loading import EpochLoader
 from loopitr.model import LoopITRModel
 from loopitr.objective import LoopObjective
-from loopitr.optimization import parameter_groups, two_cycles, warmup_cosine
+from loopitr.optimization import parameter_groups, two_cycles, warmup_cosine, warmup_stable_decay
 from loopitr.options import PretrainOptions
 from loopitr.processing import LoopITRProcessor, interpolation_of
 
@@ -255,32 +256,31 @@ class Experiment:
         self.bare_objective = LoopObjective(
             self.model,
             options,
-            token_masking=token_masking(self.processor),
+            token_masking=token_masking(self.processor, options.mlm_probability),
             pair_block=train.chunk_size and train.chunk_size * (1 + 2 * options.num_negatives),  # of so many queries
         )
         self.objective, self.optimizer = accelerator.prepare(self.bare_objective, optimizer)
         # Not prepared: accelerate would step it once per process.
-        steps, self.fusion_start = self.total_steps, int(train.fusion_start * self.total_steps)
-        if self.fusion_start:
-            later = train.backbone_lr if train.loop_backbone_lr is None else train.loop_backbone_lr
-            scale = later / train.backbone_lr if train.backbone_lr else 1.0
-            self.scheduler = two_cycles(
-                optimizer,
-                steps=steps,
-                first=self.fusion_start,
-                warmup=train.warmup,
-                backbones=scale,
-                floor=train.min_lr,
-            )
-        else:
-            warmup = max(1, int(train.warmup * steps))
-            self.scheduler = warmup_cosine(optimizer, steps=steps, warmup=warmup, floor=train.min_lr)
+        self.fusion_start = int(train.fusion_start * self.total_steps)
+        self.scheduler = self._scheduler(optimizer)
         accelerator.register_for_checkpointing(self.scheduler)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.log(
             f"{sum(p.numel() for p in self.model.parameters()) / 1e6:.1f}M parameters, {trained / 1e6:.1f}M trained; "
             f"{self.total_steps} steps of {train.batch_size} x {accelerator.num_processes} x {train.accumulation}"
         )
+
+    def _scheduler(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
+        train, steps = self.options.train, self.total_steps
+        later = train.backbone_lr if train.loop_backbone_lr is None else train.loop_backbone_lr
+        scale = later / train.backbone_lr if train.backbone_lr else 1.0
+        parts: dict[str, Any] = {"first": self.fusion_start, "warmup": train.warmup, "backbones": scale}
+        if train.schedule == "warmup_stable_decay":
+            parts["decay_start"] = train.decay_start
+            return warmup_stable_decay(optimizer, steps=steps, floor=train.min_lr, **parts)
+        if self.fusion_start:
+            return two_cycles(optimizer, steps=steps, floor=train.min_lr, **parts)
+        return warmup_cosine(optimizer, steps=steps, warmup=max(1, int(train.warmup * steps)), floor=train.min_lr)
 
 
 def _tracker(name: str) -> str | None:

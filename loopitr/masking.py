@@ -12,8 +12,8 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True, kw_only=True)
 class TokenMasking:
-    """`(input_ids, attention_mask) -> (changed ids, labels)`: 15% of the real, non-special tokens are to be predicted;
-    of these 80% become the mask token, 10% a random one, 10% stay."""
+    """`(input_ids, attention_mask) -> (changed ids, labels)`: each real, non-special token is to be predicted with
+    `probability`; of these tokens 80% become the mask token, 10% a random one, 10% stay."""
 
     mask_token_id: int
     vocab_size: int

@@ -51,6 +51,37 @@ def warmup_cosine(optimizer: torch.optim.Optimizer, *, steps: int, warmup: int, 
     return LambdaLR(optimizer, lambda step: _factor(step, steps=steps, warmup=warmup, floor=floor))
 
 
+def warmup_stable_decay(
+    optimizer: torch.optim.Optimizer,
+    *,
+    steps: int,
+    first: int,
+    warmup: float,
+    decay_start: float,
+    backbones: float,
+    floor: float = 0.0,
+) -> LambdaLR:
+    """A linear warm-up, the full rate, then a linear fall to `floor` times the rate at `steps` (arXiv 2404.06395).
+
+    Args:
+        first: steps before the fusion head scores pairs; from there on `backbones` counts.
+        warmup, decay_start: parts of the steps, up to which the rate rises and from which it falls.
+        backbones: factor on the rate of the backbones' groups (see `parameter_groups`) from step `first` on.
+    """
+    rise, fall = max(1, int(warmup * steps)), int(decay_start * steps)
+
+    def factor(step: int, scale: float) -> float:
+        left = max(0.0, (steps - step) / max(1, steps - fall))  # of the fall
+        value = min(1.0, (step + 1) / rise, floor + (1 - floor) * left)
+        return value if step < first else scale * value
+
+    return LambdaLR(optimizer, [partial(factor, scale=scale) for scale in _scales(optimizer, backbones)])
+
+
+def _scales(optimizer: torch.optim.Optimizer, backbones: float) -> list[float]:
+    return [1.0 if group["name"] == "new" else backbones for group in optimizer.param_groups]
+
+
 def two_cycles(
     optimizer: torch.optim.Optimizer, *, steps: int, first: int, warmup: float, backbones: float, floor: float = 0.0
 ) -> LambdaLR:
@@ -67,8 +98,7 @@ def two_cycles(
         value = _factor(step - start, steps=length, warmup=max(1, int(warmup * length)), floor=floor)
         return value if step < first else scale * value
 
-    scales = [1.0 if group["name"] == "new" else backbones for group in optimizer.param_groups]
-    return LambdaLR(optimizer, [partial(factor, scale=scale) for scale in scales])
+    return LambdaLR(optimizer, [partial(factor, scale=scale) for scale in _scales(optimizer, backbones)])
 
 
 def _factor(step: int, *, steps: int, warmup: int, floor: float) -> float:

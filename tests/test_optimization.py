@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import CNN, VIT, tiny_model
 
-from loopitr.optimization import parameter_groups, two_cycles, warmup_cosine
+from loopitr.optimization import parameter_groups, two_cycles, warmup_cosine, warmup_stable_decay
 
 VARIANTS = {
     "vit": {"vision": VIT},
@@ -129,3 +129,24 @@ def test_the_second_cycle_starts_anew_with_slower_backbones():
     loop = [0.25, 0.5, 0.75, 1.0, *((1 + math.cos(math.pi * step / 16)) / 2 for step in range(16))]
     assert [new for _, new in rates] == pytest.approx(alone + loop)
     assert [backbones for backbones, _ in rates] == pytest.approx(alone + [0.1 * value for value in loop])
+
+
+@pytest.mark.parametrize(("first", "floor"), [(0, 0.0), (8, 0.0), (8, 0.2)])
+def test_one_schedule_rises_stays_and_falls_whenever_the_fusion_head_joins(first, floor):
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    names = ("backbones", "new")
+    groups = [{"params": [p], "lr": 1.0, "name": name} for p, name in zip(parameters, names, strict=True)]
+    optimizer = torch.optim.SGD(groups)
+    schedule = warmup_stable_decay(
+        optimizer, steps=40, first=first, warmup=0.1, decay_start=0.7, backbones=0.5, floor=floor
+    )
+    rates = []
+    for _ in range(45):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        schedule.step()
+    fall = [floor + (1 - floor) * (12 - step) / 12 for step in range(12)]
+    expected = [0.25, 0.5, 0.75, 1.0, *[1.0] * 24, *fall, *[floor] * 5]  # the floor is not left
+    assert [new for _, new in rates] == pytest.approx(expected)
+    halved = [value if step < first else 0.5 * value for step, value in enumerate(expected)]
+    assert [backbones for backbones, _ in rates] == pytest.approx(halved)

@@ -26,6 +26,7 @@ AXES = ("left of", "above")  # the relations of a scene in canonical form
 VALUES = (SIZES, COLOURS, SHAPES)
 SPLITS = ("train", "val", "test")
 GROUP_SIZE = 4
+KEPT_BYTES = 2**27  # of rendered images: every epoch shows the same ones
 HELD_OUT_GROUPS = 220  # in val and in test each; train has the rest, over 1000
 
 TEMPLATES = {
@@ -165,7 +166,7 @@ def _one_attribute_away(code: int) -> list[int]:
 
 
 class SceneRecords(LazyRecords):
-    """`size` scenes of a split, rendered on access from (seed, split, index) alone.
+    """`size` scenes of a split, rendered on first access from (seed, split, index) alone.
 
     Train has over 4000 different scenes; a larger `size` repeats them in new renderings under the same identity, since
     their captions fit either image. The held-out splits never repeat and are limited in size.
@@ -183,6 +184,7 @@ class SceneRecords(LazyRecords):
             raise ValueError(f"image_size of scenes must be at least 16, got {image_size}")
         random.Random(f"{seed}/{split}").shuffle(groups)
         self.split, self.size, self.seed, self.image_size = split, size, seed, image_size
+        self._rendered: dict[int, Image.Image] = {}
         self._codes = [code for group in groups for code in group]
 
     def take(self, count: int) -> SceneRecords:
@@ -197,6 +199,15 @@ class SceneRecords(LazyRecords):
                       name=self.name(index), split=self.split)
 
     def image(self, index: int) -> Image.Image:
+        """The rendered image of record `index`, the same object at every call while `KEPT_BYTES` have room for it."""
+        image = self._rendered.get(index)
+        if image is None:
+            image = self._render(index)
+            if (len(self._rendered) + 1) * 4 * self.image_size**2 <= KEPT_BYTES:  # Pillow keeps RGB in four bytes
+                self._rendered[index] = image
+        return image
+
+    def _render(self, index: int) -> Image.Image:
         rng = random.Random(f"{self.seed}/{self.split}/{index}")
         scene = self.scene(index)
         return render([(o.size, o.colour, o.shape) for o in (scene.first, scene.second)],

@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from loopitr.data import Scene, SceneObject, SceneRecords, relevance, scene_captions, scene_vocabulary
+from loopitr.data import Scene, SceneObject, SceneRecords, relevance, scene_captions, scene_vocabulary, scenes
 from loopitr.data.rendering import RGB
 from loopitr.data.scenes import COLOURS, GROUP_SIZE, INVERSE, SHAPES, SIZES
 
@@ -135,3 +135,14 @@ def test_refuses(arguments):
         SceneRecords(*arguments)
     with pytest.raises(IndexError):
         SceneRecords("val", 4)[4]
+
+
+def test_an_image_is_rendered_once_while_there_is_room(monkeypatch):
+    rendered = []
+    real = scenes.render
+    monkeypatch.setattr(scenes, "render", lambda *a, **k: rendered.append(1) or real(*a, **k))
+    monkeypatch.setattr(scenes, "KEPT_BYTES", 2 * 4 * 64 * 64)  # room for two images
+    records = SceneRecords("train", 3)
+    first = [records[index].image.tobytes() for index in range(3)]
+    again = [records[index].image.tobytes() for index in range(3)]
+    assert first == again and len(rendered) == 4
