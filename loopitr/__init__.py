@@ -5,12 +5,12 @@ Map: `config`, `backbones`, `fusion` (with `packing`, `heads`) and `model` are t
 measures recall, dual and reranked.
 """
 
-from loopitr import model as _model
-from loopitr import processing as _processing
-from loopitr.config import DualEncoderConfig, LoopITRConfig
-from loopitr.model import DualEncoder, LoopITRModel
-from loopitr.processing import LoopITRProcessor
-from loopitr.states import DualOutput, ImageState, PairScores, TextState
+from loopitr.models import loop_model as _model
+from loopitr.models import processing as _processing
+from loopitr.models.config import DualEncoderConfig, LoopITRConfig
+from loopitr.models.loop_model import DualEncoder, LoopITRModel
+from loopitr.models.processing import LoopITRProcessor
+from loopitr.models.outputs import DualOutput, ImageState, PairScores, TextState
 
 __version__ = "0.1.0"
 __all__ = [

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loopitr.cli import parse, run
-from loopitr.export import export_dual
+from loopitr.export.dual import export_dual
 
 
 @dataclass

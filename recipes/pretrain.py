@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 from loopitr.cli import parse, run
-from loopitr.launching import start_all_processes
-from loopitr.options import PretrainOptions
-from loopitr.training import train
+from loopitr.training.launching import start_all_processes
+from loopitr.training.options import PretrainOptions
+from loopitr.training.trainer import train
 
 SCENES = Path(__file__).parent / "configs" / "scenes.yaml"
 OWN = ("--config", "--model.init", "--model.pair", "--data.karpathy", "--data.albef", "--data.table", "--data.hub")

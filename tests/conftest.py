@@ -7,7 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # subprocesses too
 
 import pytest  # noqa: E402  after the setting that torch reads
 import torch  # noqa: E402
-from pretend_gpu import PretendGPU  # noqa: E402
+from helpers.pretend_gpu import PretendGPU  # noqa: E402
 
 torch.set_num_threads(1)
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny_run import OPTIONS, tiny_options, write_config
+from helpers.tiny_run import OPTIONS, tiny_options, write_config
 from torch.utils.data import DataLoader
 
 from loopitr.cli import parse, run
 from loopitr.data import DataError
-from loopitr.options import PretrainOptions, TrainOptions, ValidationOptions
+from loopitr.training.options import PretrainOptions, TrainOptions, ValidationOptions
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "recipes" / "configs").glob("*.yaml"))
 

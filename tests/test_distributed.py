@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from rank_processes import RANKS, join, leave, start_ranks
-from step_reference import EveryThirdWord, step_batch
-from support import tiny_model
+from helpers.rank_processes import RANKS, join, leave, start_ranks
+from helpers.step_reference import EveryThirdWord, step_batch
+from helpers.support import tiny_model
 
 from loopitr.distributed import all_gather, all_gather_padded, all_sum, average_gradients, rank, world_size
-from loopitr.grad_cache import cached_backward
-from loopitr.mining import Mined
-from loopitr.objective import LoopObjective, ObjectiveOptions
+from loopitr.objective.grad_cache import cached_backward
+from loopitr.objective.mining import Mined
+from loopitr.objective.step import LoopObjective, ObjectiveOptions
 
 SIZE = 5
 # Image 0 and caption 2 are on both ranks, caption 1 twice on one rank; captions of ranks differ in length.

@@ -3,16 +3,16 @@
 import subprocess
 import sys
 
-from recipe_process import ROOT, environment
+from helpers.recipe_process import ROOT, environment
 
 SCRIPT = """
 import sys
 from pathlib import Path
 
 sys.modules["peft"] = sys.modules["tensorboard"] = None  # importing them fails
-from tiny_run import run
+from helpers.tiny_run import run
 
-from loopitr.export import export_dual
+from loopitr.export.dual import export_dual
 
 folder = Path(sys.argv[1])
 run(folder, train__max_steps=1, train__tracker="auto", train__checkpoint_every=1)

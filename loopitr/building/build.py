@@ -12,19 +12,18 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from loopitr.adapters import add_lora
-from loopitr.backbones import create_timm, fit_weights, vision_data
-from loopitr.config import LoopITRConfig
-from loopitr.fusion import BertParts
-from loopitr.masking import TokenMasking
-from loopitr.model import LoopITRModel
-from loopitr.model_options import ModelOptions, TextOptions, VisionOptions
-from loopitr.pair import load_pair
-from loopitr.pretrained import hub_access, text_source, vision_weights
-from loopitr.pretrained_text import describe_text, load_text, load_text_config, load_tokenizer
-from loopitr.processing import LoopITRProcessor, image_processor, set_image_size, word_tokenizer
-from loopitr.saved import load_saved
-from loopitr.text_backbone import bert_layers
+from loopitr.models.lora import add_lora
+from loopitr.models.image_backbone import create_timm, fit_weights, vision_data
+from loopitr.models.config import LoopITRConfig
+from loopitr.models.fusion import BertParts
+from loopitr.models.loop_model import LoopITRModel
+from loopitr.building.options import ModelOptions, TextOptions, VisionOptions
+from loopitr.building.clip import load_pair
+from loopitr.building.weights import hub_access, text_source, vision_weights
+from loopitr.building.text import describe_text, load_text, load_text_config, load_tokenizer
+from loopitr.models.processing import LoopITRProcessor, image_processor, set_image_size, word_tokenizer
+from loopitr.building.folders import load_saved
+from loopitr.models.text_backbone import bert_layers
 
 
 def build_model(options: ModelOptions, *, vocabulary: list[str] | None = None) -> tuple[LoopITRModel, LoopITRProcessor]:
@@ -54,19 +53,6 @@ def build_model(options: ModelOptions, *, vocabulary: list[str] | None = None) -
     if options.lora.vision_rank or options.lora.text_rank:
         add_lora(model, **asdict(options.lora))
     return model, processor
-
-
-def token_masking(processor: LoopITRProcessor, probability: float = 0.15) -> TokenMasking | None:
-    """The MLM masking for a processor's tokenizer, None if it has no mask token."""
-    tokenizer = processor.tokenizer
-    if tokenizer.mask_token_id is None:
-        return None
-    return TokenMasking(
-        mask_token_id=tokenizer.mask_token_id,
-        vocab_size=len(tokenizer),
-        special_ids=tuple(tokenizer.all_special_ids),
-        probability=probability,
-    )
 
 
 def token_cache_key(model: LoopITRModel, processor: LoopITRProcessor) -> str:

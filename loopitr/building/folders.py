@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 
-from loopitr.model import DualEncoder, LoopITRModel
-from loopitr.pretrained import hub_access
-from loopitr.processing import LoopITRProcessor
+from loopitr.models.loop_model import DualEncoder, LoopITRModel
+from loopitr.building.weights import hub_access
+from loopitr.models.processing import LoopITRProcessor
 
 INSIDE_A_RUN = (".", "best", "model")
 CLASSES: dict[str, type[LoopITRModel] | type[DualEncoder]] = {

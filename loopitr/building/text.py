@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from loopitr.text_backbone import ALWAYS_FULL
+from loopitr.models.text_backbone import ALWAYS_FULL
 
 DESCRIBED = (  # written out although they may be the defaults of the config's class: the fusion head may copy them
     *("num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_size"),

@@ -13,8 +13,8 @@ from typing import NoReturn
 from loopitr.cli import run
 from loopitr.convert import albef, blip
 from loopitr.convert.weights import save_converted
-from loopitr.model import LoopITRModel
-from loopitr.saved import check_output
+from loopitr.models.loop_model import LoopITRModel
+from loopitr.building.folders import check_output
 
 FAMILIES = {"albef": albef.convert_albef, "blip": blip.convert_blip}
 MAX_LENGTHS = {"albef": albef.MAX_LENGTH, "blip": blip.MAX_LENGTH}

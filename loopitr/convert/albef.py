@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loopitr.backbones import mlp_ratio
-from loopitr.config import LoopITRConfig
+from loopitr.models.image_backbone import mlp_ratio
+from loopitr.models.config import LoopITRConfig
 from loopitr.convert.weights import head_count, load_exactly, read_checkpoint, refuse, resize_positions
-from loopitr.model import LoopITRModel
+from loopitr.models.loop_model import LoopITRModel
 
 MAX_LENGTH = 30  # tokens of a caption in its retrieval evaluation
 SMALLEST_TEMPERATURE = 0.001  # what its training clamps `temp` to

@@ -14,9 +14,9 @@ from transformers import BlipConfig, BlipForImageTextRetrieval, BlipImageProcess
 
 from loopitr.convert.blip import SPECIAL_TOKENS, transformers_name
 from loopitr.convert.weights import load_exactly
-from loopitr.model import LoopITRModel
-from loopitr.processing import LoopITRProcessor
-from loopitr.saved import check_output
+from loopitr.models.loop_model import LoopITRModel
+from loopitr.models.processing import LoopITRProcessor
+from loopitr.building.folders import check_output
 
 ACTIVATIONS = {"GELUTanh": "gelu_pytorch_tanh", "QuickGELU": "quick_gelu", "ReLU": "relu", "SiLU": "silu"}
 TRAINING_ONLY = ("dual.logit_scale", "dual.logit_bias", "mlm_head.")  # the first is kept in BLIP's config

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPImageProcessor, PreTrainedTokenizerBase
 
-from loopitr.model import LoopITRModel
-from loopitr.pretrained import hub_access, text_source
-from loopitr.processing import LoopITRProcessor, image_processor
-from loopitr.saved import check_output
+from loopitr.models.loop_model import LoopITRModel
+from loopitr.building.weights import hub_access, text_source
+from loopitr.models.processing import LoopITRProcessor, image_processor
+from loopitr.building.folders import check_output
 
 WRAPPERS = ("model", "state_dict")  # what training scripts put their weights under
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

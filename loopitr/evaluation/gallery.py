@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from loopitr.data import DataError, LoadReport, Record, captions_of, identity_of, name_of
-from loopitr.processing import LoopITRProcessor
+from loopitr.models.processing import LoopITRProcessor
 
 Transform = Callable[[Image.Image], Tensor]
 

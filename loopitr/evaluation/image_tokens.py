@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from loopitr.data import DataError, DecodedImages, Record, TokenCache, name_of
-from loopitr.model import DualEncoder
-from loopitr.packing import send
+from loopitr.models.loop_model import DualEncoder
+from loopitr.models.packing import send
 
 from .gallery import Transform
 from .storage import TokenStorage, TokenStore

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from loopitr.model import LoopITRModel
+from loopitr.models.loop_model import LoopITRModel
 
 from .gallery import Gallery
 from .nearest import Nearest

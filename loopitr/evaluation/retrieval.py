@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from loopitr.data import LoadReport, Record, TokenCache, name_of
 from loopitr.distributed import each_rank, first_rank, rank, world_size
-from loopitr.model import DualEncoder, LoopITRModel
-from loopitr.processing import LoopITRProcessor
+from loopitr.models.loop_model import DualEncoder, LoopITRModel
+from loopitr.models.processing import LoopITRProcessor
 
 from .gallery import account, evaluation_transform, gallery
 from .image_tokens import ImageTokens

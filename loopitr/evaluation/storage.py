@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from loopitr.data import DataError
-from loopitr.packing import send
+from loopitr.models.packing import send
 
 KINDS = ("auto", "memory", "disk", "recompute")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from loopitr.model import DualEncoder, LoopITRModel
-from loopitr.packing import send
-from loopitr.processing import LoopITRProcessor
-from loopitr.states import TextState
+from loopitr.models.loop_model import DualEncoder, LoopITRModel
+from loopitr.models.packing import send
+from loopitr.models.processing import LoopITRProcessor
+from loopitr.models.outputs import TextState
 
 from .storage import TokenStorage, TokenStore
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loopitr.packing import Segments
+from loopitr.models.packing import Segments
 
 
 class CrossAttention(nn.Module):

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loopitr.adapters import inject_lora
-from loopitr.backbones import VisionBackbone
-from loopitr.config import DualEncoderConfig
-from loopitr.heads import projection
-from loopitr.saving import LoopITRPreTrainedModel
-from loopitr.states import DualOutput
-from loopitr.text_backbone import TextBackbone
+from loopitr.models.lora import inject_lora
+from loopitr.models.image_backbone import VisionBackbone
+from loopitr.models.config import DualEncoderConfig
+from loopitr.models.heads import projection
+from loopitr.models.base import LoopITRPreTrainedModel
+from loopitr.models.outputs import DualOutput
+from loopitr.models.text_backbone import TextBackbone
 
 
 class DualEncoder(LoopITRPreTrainedModel):

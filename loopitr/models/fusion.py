@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 
-from loopitr.config import LoopITRConfig
-from loopitr.cross_attention import CrossAttention, attend
-from loopitr.packing import PairLayout, Segments
-from loopitr.states import KeysValues
+from loopitr.models.config import LoopITRConfig
+from loopitr.models.cross_attention import CrossAttention, attend
+from loopitr.models.packing import PairLayout, Segments
+from loopitr.models.outputs import KeysValues
 
 
 @dataclass(frozen=True)

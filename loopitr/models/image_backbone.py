@@ -19,7 +19,7 @@ from timm.models import VisionTransformer, eva, vision_transformer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from loopitr.config import DualEncoderConfig
+from loopitr.models.config import DualEncoderConfig
 
 HEADS = ("head", "fc_norm", "attn_pool", "conv_head", "norm_head", "final_conv")  # what timm calls them
 

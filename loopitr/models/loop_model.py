@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel
 
-from loopitr.adapters import freeze_adapted
-from loopitr.config import DualEncoderConfig, LoopITRConfig
-from loopitr.dual_encoder import DualEncoder
-from loopitr.fusion import FusionEncoder
-from loopitr.heads import MLMHead
-from loopitr.packing import image_blocks, lay_out, send
-from loopitr.saving import LoopITRPreTrainedModel
-from loopitr.states import DualOutput, ImageState, KeysValues, PairScores, TextState
+from loopitr.models.lora import freeze_adapted
+from loopitr.models.config import DualEncoderConfig, LoopITRConfig
+from loopitr.models.dual_encoder import DualEncoder
+from loopitr.models.fusion import FusionEncoder
+from loopitr.models.heads import MLMHead
+from loopitr.models.packing import image_blocks, lay_out, send
+from loopitr.models.base import LoopITRPreTrainedModel
+from loopitr.models.outputs import DualOutput, ImageState, KeysValues, PairScores, TextState
 
 GRAPHS = 32  # of one compiled module: beyond torch's 8 it would silently run uncompiled
 BLOCK_BYTES, GPU_BLOCK_BYTES = 2**28, 2**30  # of activations of pairs that are scored at a time

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 if TYPE_CHECKING:
-    from loopitr.model import DualEncoder, LoopITRModel
+    from loopitr.models.loop_model import DualEncoder, LoopITRModel
 
 INSTALL = 'pip install "loopitr[lora]"'
 BASE = ".base_layer."

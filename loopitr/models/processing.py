@@ -13,7 +13,7 @@ from transformers import (
 )
 from transformers.image_utils import PILImageResampling
 
-from loopitr.config import DualEncoderConfig, LoopITRConfig
+from loopitr.models.config import DualEncoderConfig, LoopITRConfig
 
 
 class LoopITRProcessor(ProcessorMixin):

@@ -21,7 +21,7 @@ from transformers import (
     SiglipTextModel,
 )
 
-from loopitr.config import DualEncoderConfig
+from loopitr.models.config import DualEncoderConfig
 
 QUERY_KEY_VALUE = {"query", "key", "value"}
 MAX_BUCKETS = 4  # of captions by length

@@ -8,8 +8,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from loopitr import losses
-from loopitr.mining import Mined, mine_sample, mine_stratified, mine_topk
+from loopitr.objective import losses
+from loopitr.objective.mining import Mined, mine_sample, mine_stratified, mine_topk
 
 
 @dataclass

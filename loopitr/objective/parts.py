@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from loopitr.states import ImageState, TextState
+    from loopitr.models.outputs import ImageState, TextState
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from loopitr import losses
-from loopitr.choices import DISTILLATION, MINING, ObjectiveOptions
+from loopitr.objective import losses
+from loopitr.objective.options import DISTILLATION, MINING, ObjectiveOptions
 from loopitr.distributed import all_gather, all_gather_padded, all_sum, rank, world_size
-from loopitr.masking import TokenMasking
-from loopitr.mining import Mined
-from loopitr.step_parts import Candidates, Encoded, MaskedTexts, Positives, Similarities, StepOutput
+from loopitr.objective.word_masking import TokenMasking
+from loopitr.objective.mining import Mined
+from loopitr.objective.parts import Candidates, Encoded, MaskedTexts, Positives, Similarities, StepOutput
 
 if TYPE_CHECKING:
-    from loopitr.model import LoopITRModel
-    from loopitr.states import ImageState, TextState
+    from loopitr.models.loop_model import LoopITRModel
+    from loopitr.models.outputs import ImageState, TextState
 
 
 class LoopObjective(nn.Module):

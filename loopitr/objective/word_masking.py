@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100
 
@@ -30,3 +34,15 @@ class TokenMasking:
         changed = torch.where(chosen & (kind < 0.8), self.mask_token_id, input_ids)
         changed = torch.where(chosen & (kind >= 0.8) & (kind < 0.9), words, changed)
         return changed, labels
+
+
+def token_masking(tokenizer: PreTrainedTokenizerBase, probability: float = 0.15) -> TokenMasking | None:
+    """The masking of a tokenizer's words, None if it has no mask token."""
+    if tokenizer.mask_token_id is None:
+        return None
+    return TokenMasking(
+        mask_token_id=tokenizer.mask_token_id,
+        vocab_size=len(tokenizer),
+        special_ids=tuple(tokenizer.all_special_ids),
+        probability=probability,
+    )

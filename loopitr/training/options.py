@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from loopitr.choices import ObjectiveOptions
+from loopitr.objective.options import ObjectiveOptions
 from loopitr.data.sources import DataOptions
-from loopitr.model_options import ModelOptions
+from loopitr.building.options import ModelOptions
 
 
 @dataclass

@@ -16,8 +16,9 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set
 from timm.layers import convert_sync_batchnorm
 from torch.optim.lr_scheduler import LambdaLR
 
-from loopitr.building import build_model, token_cache_key, token_masking
-from loopitr.checkpoints import move_aside
+from loopitr.building.build import build_model, token_cache_key
+from loopitr.objective.word_masking import token_masking
+from loopitr.training.checkpoints import move_aside
 from loopitr.data import (
     CaptionDataset,
     Collator,
@@ -34,13 +35,13 @@ from loopitr.data import (
 from loopitr.data.cache_folder import make_folder
 from loopitr.data.sources import SOURCES
 from loopitr.evaluation.retrieval import evaluation_transform
-from loopitr.grad_cache import check_batch_statistics
-from loopitr.loading import EpochLoader
-from loopitr.model import LoopITRModel
-from loopitr.objective import LoopObjective
-from loopitr.optimization import parameter_groups, two_cycles, warmup_cosine, warmup_stable_decay
-from loopitr.options import PretrainOptions
-from loopitr.processing import LoopITRProcessor, interpolation_of
+from loopitr.objective.grad_cache import check_batch_statistics
+from loopitr.data.loader import EpochLoader
+from loopitr.models.loop_model import LoopITRModel
+from loopitr.objective.step import LoopObjective
+from loopitr.training.optimization import parameter_groups, two_cycles, warmup_cosine, warmup_stable_decay
+from loopitr.training.options import PretrainOptions
+from loopitr.models.processing import LoopITRProcessor, interpolation_of
 
 
 class Experiment:
@@ -256,7 +257,7 @@ class Experiment:
         self.bare_objective = LoopObjective(
             self.model,
             options,
-            token_masking=token_masking(self.processor, options.mlm_probability),
+            token_masking=token_masking(self.processor.tokenizer, options.mlm_probability),
             pair_block=train.chunk_size and train.chunk_size * (1 + 2 * options.num_negatives),  # of so many queries
         )
         self.objective, self.optimizer = accelerator.prepare(self.bare_objective, optimizer)

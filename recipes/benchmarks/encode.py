@@ -16,10 +16,10 @@ from typing import Any, Literal
 import torch
 
 from loopitr import DualEncoder, DualEncoderConfig
-from loopitr.benchmarking import PRECISIONS, check_options, interleaved, matmul_speed
+from shared import PRECISIONS, check_options, interleaved, matmul_speed
 from loopitr.cli import parse, run
 from loopitr.evaluation.report import markdown_table
-from loopitr.reporting import write_json
+from loopitr.training.reporting import write_json
 
 LENGTH = 35
 

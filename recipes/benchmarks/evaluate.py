@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from loopitr import LoopITRModel, LoopITRProcessor
-from loopitr.benchmarking import (
+from shared import (
     PRECISIONS,
     PlainPairs,
     check_options,
@@ -45,8 +45,8 @@ from loopitr.evaluation.nearest import nearest
 from loopitr.evaluation.reranking import candidate_pairs, score_candidates
 from loopitr.evaluation.storage import TokenStorage
 from loopitr.evaluation.text_tokens import TextTokens
-from loopitr.processing import image_processor, word_tokenizer
-from loopitr.reporting import write_json
+from loopitr.models.processing import image_processor, word_tokenizer
+from loopitr.training.reporting import write_json
 
 LENGTH = 35
 WORDS = [f"word{index}" for index in range(1000)]

@@ -17,12 +17,12 @@ from typing import Literal
 
 import torch
 
-from loopitr.benchmarking import check_options, peak_memory, random_batch, random_model, seconds_of
+from shared import check_options, peak_memory, random_batch, random_model, seconds_of
 from loopitr.cli import parse, run
 from loopitr.evaluation.report import markdown_table
-from loopitr.grad_cache import cached_backward
-from loopitr.objective import LoopObjective, ObjectiveOptions
-from loopitr.reporting import write_json
+from loopitr.objective.grad_cache import cached_backward
+from loopitr.objective.step import LoopObjective, ObjectiveOptions
+from loopitr.training.reporting import write_json
 
 
 @dataclass

@@ -28,14 +28,14 @@ import torch
 from PIL import Image
 
 from loopitr import LoopITRConfig, LoopITRModel
-from loopitr.benchmarking import PRECISIONS, Timing, check_options, interleaved, matmul_speed
+from shared import PRECISIONS, Timing, check_options, interleaved, matmul_speed
 from loopitr.cli import parse, run
 from loopitr.data import CaptionDataset, Collator, ImageCache, Record, TrainTransform, scene_vocabulary
 from loopitr.evaluation.report import markdown_table
-from loopitr.loading import EpochLoader
-from loopitr.objective import LoopObjective, ObjectiveOptions
-from loopitr.processing import word_tokenizer
-from loopitr.reporting import write_json
+from loopitr.data.loader import EpochLoader
+from loopitr.objective.step import LoopObjective, ObjectiveOptions
+from loopitr.models.processing import word_tokenizer
+from loopitr.training.reporting import write_json
 
 SIZES = ((500, 375), (1600, 1200))
 WHOLE, SCALED, CACHED = "whole JPEG", "scaled decode", "cached"

@@ -24,12 +24,12 @@ from torch import Tensor
 from transformers import BlipConfig, BlipForImageTextRetrieval
 
 from loopitr import LoopITRConfig, LoopITRModel
-from loopitr.benchmarking import PRECISIONS, PlainPairs, check_options, interleaved, matmul_speed
+from shared import PRECISIONS, PlainPairs, check_options, interleaved, matmul_speed
 from loopitr.cli import parse, run
 from loopitr.convert import convert_blip
 from loopitr.evaluation.report import markdown_table
-from loopitr.reporting import write_json
-from loopitr.states import ImageState, TextState
+from loopitr.training.reporting import write_json
+from loopitr.models.outputs import ImageState, TextState
 
 LENGTH, HEADS = 35, 12
 

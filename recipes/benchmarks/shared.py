@@ -17,9 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
 from loopitr.cli import check_output_file, usable_device
-from loopitr.config import LoopITRConfig
-from loopitr.model import LoopITRModel
-from loopitr.states import ImageState, PairScores, TextState
+from loopitr.models.config import LoopITRConfig
+from loopitr.models.loop_model import LoopITRModel
+from loopitr.models.outputs import ImageState, PairScores, TextState
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

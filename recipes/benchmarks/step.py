@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 
-from loopitr.benchmarking import (
+from shared import (
     PRECISIONS,
     PlainPairs,
     check_options,
@@ -29,9 +29,9 @@ from loopitr.benchmarking import (
 )
 from loopitr.cli import parse, run
 from loopitr.evaluation.report import markdown_table
-from loopitr.objective import LoopObjective, ObjectiveOptions
-from loopitr.reporting import write_json
-from loopitr.states import PairScores
+from loopitr.objective.step import LoopObjective, ObjectiveOptions
+from loopitr.training.reporting import write_json
+from loopitr.models.outputs import PairScores
 
 VARIANTS = {
     "ITC only": ObjectiveOptions(itm=0.0, distillation=0.0),

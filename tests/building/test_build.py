@@ -4,14 +4,14 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from support import VIT
+from helpers.support import VIT
 from timm.layers import resample_abs_pos_embed
-from tiny_building import CNN, DEPTH, SMALL, build, save_bert, save_text, scratch, with_text, with_vit
+from helpers.tiny_building import CNN, DEPTH, SMALL, build, save_bert, save_text, scratch, with_text, with_vit
 from transformers import RobertaConfig, RobertaModel
 
-from loopitr.building import token_masking
+from loopitr.objective.word_masking import token_masking
 from loopitr.data import SceneRecords
-from loopitr.model_options import FusionOptions, TextOptions, VisionOptions
+from loopitr.building.options import FusionOptions, TextOptions, VisionOptions
 
 SAME_PART = {  # name in a fusion layer -> name in a BERT layer
     "query": "attention.self.query",
@@ -76,13 +76,13 @@ def test_captions_are_cut_to_what_the_text_backbone_takes():
 
 def test_masking_knows_the_special_tokens():
     _, processor = build(scratch())
-    masking = token_masking(processor)
+    masking = token_masking(processor.tokenizer)
     tokenizer = processor.tokenizer
     assert masking.mask_token_id == tokenizer.convert_tokens_to_ids("[MASK]")
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     assert set(masking.special_ids) == set(tokenizer.convert_tokens_to_ids(special))
     tokenizer.mask_token = None
-    assert token_masking(processor) is None
+    assert token_masking(processor.tokenizer) is None
 
 
 # Pretrained text

@@ -5,13 +5,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_building import DEPTH, build, save_bert, save_text, save_tiny, scratch, with_text, with_vit
-from tiny_gallery import picture, tiny_processor
+from helpers.tiny_building import DEPTH, build, save_bert, save_text, save_tiny, scratch, with_text, with_vit
+from helpers.tiny_gallery import picture, tiny_processor
 from transformers import DistilBertConfig, DistilBertModel
 
 from loopitr import DualEncoder, LoopITRModel
-from loopitr.building import build_model, token_cache_key
-from loopitr.model_options import FusionOptions, ModelOptions, TextOptions, VisionOptions
+from loopitr.building.build import build_model, token_cache_key
+from loopitr.building.options import FusionOptions, ModelOptions, TextOptions, VisionOptions
 
 
 @pytest.fixture(scope="module")

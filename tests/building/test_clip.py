@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from step_reference import gradients, step
-from support import images, plain_score
-from tiny_building import build as build_scenes
-from tiny_building import save_bert, with_text
-from tiny_gallery import captions, picture
-from tiny_pairs import TEXT, save_pair
-from tiny_texts import ended_texts
+from helpers.step_reference import gradients, step
+from helpers.support import images, plain_score
+from helpers.tiny_building import build as build_scenes
+from helpers.tiny_building import save_bert, with_text
+from helpers.tiny_gallery import captions, picture
+from helpers.tiny_pairs import TEXT, save_pair
+from helpers.tiny_texts import ended_texts
 from torch import Tensor
 from transformers import (
     AutoImageProcessor,
@@ -24,12 +24,12 @@ from transformers import (
 )
 
 from loopitr import LoopITRModel, LoopITRProcessor
-from loopitr.building import build_model
+from loopitr.building.build import build_model
 from loopitr.data.collate import Collator
-from loopitr.export import export_dual
-from loopitr.model_options import FusionOptions, ModelOptions
-from loopitr.optimization import parameter_groups
-from loopitr.saved import load_saved
+from loopitr.export.dual import export_dual
+from loopitr.building.options import FusionOptions, ModelOptions
+from loopitr.training.optimization import parameter_groups
+from loopitr.building.folders import load_saved
 
 FUSION = FusionOptions(num_layers=2, num_heads=4, intermediate_size=48, dropout=0.0)
 

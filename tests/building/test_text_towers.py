@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import images, ragged_texts, tiny_model
-from tiny_texts import TEXT, ended_texts, text_backbone
+from helpers.support import images, ragged_texts, tiny_model
+from helpers.tiny_texts import TEXT, ended_texts, text_backbone
 
 from loopitr import LoopITRModel
 

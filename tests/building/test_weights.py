@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 
-from loopitr import pretrained
+from loopitr.building import weights as pretrained
 
 LITE0 = "tf_efficientnet_lite0"
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "backbones" / f"{LITE0}.safetensors"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "backbones" / f"{LITE0}.safetensors"
 
 needs_vision = pytest.mark.skipif(
     pretrained.load_package_vision(LITE0) is None, reason=f"needs the image package: {pretrained.INSTALL}"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import images, ragged_texts
-from tiny_blip import TEXT, VISION, actual, assert_equal, blip, expected, saved
+from helpers.support import images, ragged_texts
+from helpers.tiny_blip import TEXT, VISION, actual, assert_equal, blip, expected, saved
 from transformers import BertConfig, BertModel, BlipConfig, BlipForConditionalGeneration
 
 from loopitr import LoopITRModel

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from support import images, ragged_texts
-from tiny_blip import ENC, TEXT, VISION, actual, assert_equal, blip, expected
+from helpers.support import images, ragged_texts
+from helpers.tiny_blip import ENC, TEXT, VISION, actual, assert_equal, blip, expected
 from torch import Tensor
 
 from loopitr import LoopITRConfig, LoopITRModel

@@ -15,7 +15,7 @@ from loopitr import LoopITRModel, LoopITRProcessor
 from loopitr.cli import run
 from loopitr.convert import convert_albef
 from loopitr.convert.__main__ import main
-from loopitr.processing import word_tokenizer
+from loopitr.models.processing import word_tokenizer
 
 SOURCE = str(FOLDER / "weights.safetensors")
 HEADS = ["--vision-heads", "3", "--text-heads", "2"]

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import BERT, CNN, VIT, images, ragged_texts, tiny_model
-from tiny_blip import actual, assert_equal, expected, saved
+from helpers.support import BERT, CNN, VIT, images, ragged_texts, tiny_model
+from helpers.tiny_blip import actual, assert_equal, expected, saved
 from transformers import AutoProcessor, BlipForImageTextRetrieval, BlipProcessor
 
 from loopitr import LoopITRModel, LoopITRProcessor
 from loopitr.convert.blip import convert_blip
 from loopitr.convert.to_blip import to_blip
-from loopitr.processing import image_processor, word_tokenizer
+from loopitr.models.processing import image_processor, word_tokenizer
 
 FITTING: dict[str, Any] = {"style": "shared", "layers": 2, "vision_pooling": "first", "text_pooling": "first"}
 

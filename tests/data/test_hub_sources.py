@@ -8,8 +8,8 @@ import tarfile
 
 import datasets
 import pytest
-from tiny_gallery import captions, jpeg
-from tiny_run import logged, run
+from helpers.tiny_gallery import captions, jpeg
+from helpers.tiny_run import logged, run
 
 from loopitr.data import DataError
 

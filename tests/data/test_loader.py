@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_gallery import jpeg, tiny_processor
+from helpers.tiny_gallery import jpeg, tiny_processor
 
 from loopitr.data import (
     CaptionDataset,
@@ -17,7 +17,7 @@ from loopitr.data import (
     TrainTransform,
     load_hub,
 )
-from loopitr.loading import EpochLoader, ShardedBatchSampler, SkipCounter
+from loopitr.data.loader import EpochLoader, ShardedBatchSampler, SkipCounter
 
 TRANSFORM = TrainTransform(32, (0.5,) * 3, (0.5,) * 3, crop_scale=(0.3, 1.0), flip=True, randaugment=True)
 

@@ -118,7 +118,7 @@ def test_refuses(tmp_path):
 SLOW_BUILD = """
 import sys, time
 sys.path.insert(0, sys.argv[2])
-from test_data_token_cache import build, encode
+from test_token_cache import build, encode
 from loopitr.data import SceneRecords
 def slow(pixels):
     print("batch", flush=True)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rank_processes import RANKS, join, leave, start_ranks
-from support import tiny_model
-from tiny_gallery import captions, jpeg, tiny_processor, tiny_records
+from helpers.rank_processes import RANKS, join, leave, start_ranks
+from helpers.support import tiny_model
+from helpers.tiny_gallery import captions, jpeg, tiny_processor, tiny_records
 
 from loopitr import TextState
 from loopitr.data import LoadReport, Record

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import plain_score, tiny_model
-from tiny_gallery import captions, jpeg, picture, tiny_processor, tiny_records
+from helpers.support import plain_score, tiny_model
+from helpers.tiny_gallery import captions, jpeg, picture, tiny_processor, tiny_records
 
 from loopitr.data import DataError, LoadReport, Record, TokenCache
 from loopitr.evaluation import Ranking, evaluate_retrieval, evaluation_transform

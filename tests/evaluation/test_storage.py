@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from support import tiny_model
-from tiny_gallery import tiny_processor, tiny_records
+from helpers.support import tiny_model
+from helpers.tiny_gallery import tiny_processor, tiny_records
 
 from loopitr.data import DataError
 from loopitr.evaluation import evaluate_retrieval, retrieval

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ACCELERATE = ("-m", "accelerate.commands.launch")
 TWO_ON_CPU = (*ACCELERATE, "--cpu", "--num_processes", "2", "--main_process_port", "0")  # 0: any free one
 

@@ -6,16 +6,26 @@ import math
 from typing import Any
 
 import torch
-from support import images, plain_score, ragged_texts, tiny_model
+from helpers.support import images, plain_score, ragged_texts, tiny_model
 from torch import Tensor, nn
 
 from loopitr import LoopITRModel, TextState
-from loopitr.masking import TokenMasking
-from loopitr.objective import LoopObjective, ObjectiveOptions, StepOutput
+from loopitr.objective.word_masking import TokenMasking
+from loopitr.objective.step import LoopObjective, ObjectiveOptions, StepOutput
 
 # Image 0 is in three rows and caption 2 in two; caption 2 describes image 0 and image 2, caption 1 image 1 and image 4.
 IDENTITIES = [0, 1, 2, 0, 3, 4, 5, 0]
 CAPTIONS = [0, 1, 2, 3, 4, 1, 5, 2]
+
+CASES: dict[str, dict[str, Any]] = {
+    "itc": {"itm": 0.0, "distillation": 0.0},
+    "cprd": {"num_negatives": 3, "lce": 0.5},
+    "kl_and_mlm": {"num_negatives": 3, "distillation_loss": "kl", "mlm": 1.0},
+    "one_negative": {"num_negatives": 4, "itm_negatives": 1},
+    "teacher_only": {"itm": 0.0, "distillation_loss": "kl"},
+    "sigmoid": {"itc_loss": "sigmoid", "distillation": 0.0},
+}
+
 
 
 def step_batch(

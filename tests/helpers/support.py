@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from loopitr import LoopITRConfig, LoopITRModel, TextState
-from loopitr.fusion import BertParts
+from loopitr.models.fusion import BertParts
 
 VIT: dict[str, Any] = {
     "name": "vit_tiny_patch16_224",

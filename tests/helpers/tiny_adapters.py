@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from support import CNN, tiny_model
+from helpers.support import CNN, tiny_model
 
 from loopitr import LoopITRModel
-from loopitr.adapters import add_lora, is_adapter
+from loopitr.models.lora import add_lora, is_adapter
 
 RANKS = {"vision_rank": 3, "text_rank": 2}
 PAIRS = [[0, 1], [2, 0], [1, 4], [2, 3]]

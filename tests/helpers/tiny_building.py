@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support import VIT, tiny_model
-from tiny_gallery import tiny_processor
+from helpers.support import VIT, tiny_model
+from helpers.tiny_gallery import tiny_processor
 from transformers import BertConfig, BertModel
 
 from loopitr import LoopITRModel, LoopITRProcessor
-from loopitr.building import build_model
+from loopitr.building.build import build_model
 from loopitr.data import scene_vocabulary
-from loopitr.model_options import FusionOptions, ModelOptions, TextOptions, VisionOptions
-from loopitr.processing import word_tokenizer
+from loopitr.building.options import FusionOptions, ModelOptions, TextOptions, VisionOptions
+from loopitr.models.processing import word_tokenizer
 
 DEPTH = 4
 SMALL = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 40}

@@ -10,7 +10,7 @@ from PIL import Image
 
 from loopitr import LoopITRProcessor
 from loopitr.data import Record, scene_vocabulary
-from loopitr.processing import image_processor, word_tokenizer
+from loopitr.models.processing import image_processor, word_tokenizer
 
 
 def tiny_processor(image_size: int = 32, max_length: int = 24) -> LoopITRProcessor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from support import CNN, VIT, images, ragged_texts
+from helpers.support import CNN, VIT, images, ragged_texts
 from torch import Tensor, nn
 
 from loopitr import LoopITRModel

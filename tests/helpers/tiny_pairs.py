@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_texts import TOWER
+from helpers.tiny_texts import TOWER
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from loopitr.data import scene_vocabulary
-from loopitr.processing import word_tokenizer
+from loopitr.models.processing import word_tokenizer
 
 VISION: dict[str, Any] = {
     "hidden_size": 32,

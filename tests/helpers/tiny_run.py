@@ -12,14 +12,14 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
-from tiny_gallery import captions, jpeg
+from helpers.tiny_gallery import captions, jpeg
 from torch import Tensor
 
 from loopitr.cli import parse
-from loopitr.experiment import Experiment
-from loopitr.options import PretrainOptions
-from loopitr.reporting import read_history
-from loopitr.training import train
+from loopitr.training.setup import Experiment
+from loopitr.training.options import PretrainOptions
+from loopitr.training.reporting import read_history
+from loopitr.training.trainer import train
 
 OPTIONS: dict[str, Any] = {
     "model": {

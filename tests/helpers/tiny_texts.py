@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from support import BERT, SIZES, ragged_texts
+from helpers.support import BERT, SIZES, ragged_texts
 
 from loopitr import DualEncoderConfig
-from loopitr.text_backbone import TextBackbone
+from loopitr.models.text_backbone import TextBackbone
 
 TOWER: dict[str, Any] = {**SIZES, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
 TEXT: dict[str, dict[str, Any]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support import images, ragged_texts, tiny_model
+from helpers.support import images, ragged_texts, tiny_model
 
 from loopitr import LoopITRModel
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import images
-from tiny_building import CNN, save_tiny, scratch
-from tiny_run import run, weights
+from helpers.support import images
+from helpers.tiny_building import CNN, save_tiny, scratch
+from helpers.tiny_run import run, weights
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from loopitr import LoopITRModel
-from loopitr.building import build_model
+from loopitr.building.build import build_model
 from loopitr.data import scene_vocabulary
-from loopitr.model_options import ModelOptions, VisionOptions
+from loopitr.building.options import ModelOptions, VisionOptions
 
 
 def built(options: ModelOptions) -> LoopITRModel:

@@ -83,7 +83,7 @@ def test_blocks_by_default_fit_into_the_bytes_given(model, monkeypatch, shape, d
     captions = torch.rand(images, texts).argsort(1)[:, :each]
     pairs = torch.stack([torch.arange(images)[:, None].expand_as(captions), captions], -1).flatten(0, 1)
     room = 2**22
-    monkeypatch.setattr("loopitr.model.BLOCK_BYTES", room)
+    monkeypatch.setattr("loopitr.models.loop_model.BLOCK_BYTES", room)
     with torch.inference_mode():
         if projected:
             image_state = model.project_images(image_state)
@@ -99,7 +99,7 @@ def test_with_gradient_all_pairs_are_one_block(model, monkeypatch):
     pairs = torch.cartesian_prod(torch.arange(6), torch.arange(6))
     score, sizes = model._score_block, []
     monkeypatch.setattr(model.float(), "_score_block", lambda *a: sizes.append(len(a[-1])) or score(*a))
-    monkeypatch.setattr("loopitr.model.BLOCK_BYTES", 2**16)
+    monkeypatch.setattr("loopitr.models.loop_model.BLOCK_BYTES", 2**16)
     logits = model.score_pairs(image_state, text_state, pairs).logits
     assert sizes == [36]
     with torch.no_grad():

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from step_reference import EveryThirdWord, assert_same_gradients, gradients, step, step_batch
-from support import CNN, VIT, images, ragged_texts, tiny_model
+from helpers.step_reference import EveryThirdWord, assert_same_gradients, gradients, step, step_batch
+from helpers.support import CNN, VIT, images, ragged_texts, tiny_model
 from torch._dynamo.utils import counters
 
-from loopitr.grad_cache import cached_backward
-from loopitr.objective import LoopObjective, ObjectiveOptions
+from loopitr.objective.grad_cache import cached_backward
+from loopitr.objective.step import LoopObjective, ObjectiveOptions
 
 
 @pytest.fixture(autouse=True)

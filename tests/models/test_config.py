@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from support import BERT, VIT, tiny_config
+from helpers.support import BERT, VIT, tiny_config
 
 from loopitr import DualEncoderConfig, LoopITRConfig
-from loopitr.config import FUSION_DEFAULTS, VISION_DEFAULTS
+from loopitr.models.config import FUSION_DEFAULTS, VISION_DEFAULTS
 
 
 @pytest.mark.parametrize("kind", [DualEncoderConfig, LoopITRConfig])

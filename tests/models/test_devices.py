@@ -6,14 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from step_reference import EveryThirdWord, step_batch
-from support import images, ragged_texts, tiny_model
-from test_grad_cache import CASES
-from tiny_gallery import tiny_processor, tiny_records
+from helpers.step_reference import CASES, EveryThirdWord, step_batch
+from helpers.support import images, ragged_texts, tiny_model
+from helpers.tiny_gallery import tiny_processor, tiny_records
 
 from loopitr.evaluation import evaluate_retrieval, retrieval
-from loopitr.grad_cache import cached_backward
-from loopitr.objective import LoopObjective, ObjectiveOptions
+from loopitr.objective.grad_cache import cached_backward
+from loopitr.objective.step import LoopObjective, ObjectiveOptions
 
 
 def test_pretending_finds_what_a_gpu_would_refuse(gpu):

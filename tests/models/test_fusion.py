@@ -6,10 +6,10 @@ import dataclasses
 
 import pytest
 import torch
-from support import CNN, VIT, images, plain_score, ragged_texts, tiny_model
+from helpers.support import CNN, VIT, images, plain_score, ragged_texts, tiny_model
 
-from loopitr.cross_attention import CrossAttention
-from loopitr.packing import lay_out
+from loopitr.models.cross_attention import CrossAttention
+from loopitr.models.packing import lay_out
 
 
 def _states(model, count_images, count_texts):

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_building import save_tiny
-from tiny_outputs import assert_same_tensors
+from helpers.tiny_building import save_tiny
+from helpers.tiny_outputs import assert_same_tensors
 from transformers import AutoModel, AutoProcessor
 
 from loopitr import DualEncoder, DualEncoderConfig, LoopITRConfig, LoopITRModel, LoopITRProcessor
-from loopitr.building import build_model
-from loopitr.export import export_dual
-from loopitr.model_options import ModelOptions
-from loopitr.saved import load_saved
+from loopitr.building.build import build_model
+from loopitr.export.dual import export_dual
+from loopitr.building.options import ModelOptions
+from loopitr.building.folders import load_saved
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from support import BERT, CNN, VIT, images, tiny_model
+from helpers.support import BERT, CNN, VIT, images, tiny_model
 
 from loopitr import DualEncoderConfig, LoopITRModel
-from loopitr.backbones import VisionBackbone, fit_weights, vision_data
+from loopitr.models.image_backbone import VisionBackbone, fit_weights, vision_data
 
 SWIN: dict[str, Any] = {
     "name": "swin_tiny_patch4_window7_224",

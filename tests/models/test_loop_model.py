@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import CNN, VIT, images, plain_score, ragged_texts, tiny_model
-from tiny_outputs import PAIRS, VISION, assert_same_tensors, outputs
+from helpers.support import CNN, VIT, images, plain_score, ragged_texts, tiny_model
+from helpers.tiny_outputs import PAIRS, VISION, assert_same_tensors, outputs
 
 from loopitr import DualEncoder, LoopITRModel
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from support import CNN, VIT, images, tiny_config, tiny_model
-from tiny_adapters import RANKS, adapted_model, shake, trained
-from tiny_texts import TEXT, ended_texts
+from helpers.support import CNN, VIT, images, tiny_config, tiny_model
+from helpers.tiny_adapters import RANKS, adapted_model, shake, trained
+from helpers.tiny_texts import TEXT, ended_texts
 
 from loopitr import LoopITRConfig, LoopITRModel
-from loopitr.adapters import add_lora
+from loopitr.models.lora import add_lora
 
 pytest.importorskip("peft", reason="LoRA adapters are made by peft (extra `lora`)")
 

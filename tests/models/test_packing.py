@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loopitr.packing import MAX_BUCKETS, SMALL, image_blocks, lay_out, segments
+from loopitr.models.packing import MAX_BUCKETS, SMALL, image_blocks, lay_out, segments
 
 LENGTHS = {
     "one": [3],

@@ -10,7 +10,7 @@ from transformers import AutoProcessor
 
 from loopitr import DualEncoderConfig, LoopITRProcessor
 from loopitr.data.images import decode_image
-from loopitr.processing import image_processor, word_tokenizer
+from loopitr.models.processing import image_processor, word_tokenizer
 
 WORDS = ["a", "red", "circle", "left", "of", "blue", "square"]
 MEAN, STD = (0.5, 0.25, 0.0), (0.5, 0.25, 1.0)

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from support import BERT, images, plain_score, ragged_texts, tiny_model
-from tiny_texts import BERT_LAYERS, TEXT, text_backbone
+from helpers.support import BERT, images, plain_score, ragged_texts, tiny_model
+from helpers.tiny_texts import BERT_LAYERS, TEXT, text_backbone
 
-from loopitr.text_backbone import TextBackbone, TextTokens
+from loopitr.models.text_backbone import TextBackbone, TextTokens
 
 OTHER_LAYERS: dict[str, dict[str, Any]] = {  # encoders with an `intermediate`, but not BERT's attention
     "mpnet": {**BERT, "model_type": "mpnet", "pad_token_id": 0},

@@ -6,22 +6,12 @@ import weakref
 
 import pytest
 import torch
-from step_reference import EveryThirdWord, assert_same_gradients, gradients, step_batch
-from support import BERT, CNN, tiny_model
+from helpers.step_reference import CASES, EveryThirdWord, assert_same_gradients, gradients, step_batch
+from helpers.support import BERT, CNN, tiny_model
 
-from loopitr import grad_cache
-from loopitr.grad_cache import cached_backward
-from loopitr.objective import LoopObjective, ObjectiveOptions
-
-CASES = {
-    "itc": {"itm": 0.0, "distillation": 0.0},
-    "cprd": {"num_negatives": 3, "lce": 0.5},
-    "kl_and_mlm": {"num_negatives": 3, "distillation_loss": "kl", "mlm": 1.0},
-    "one_negative": {"num_negatives": 4, "itm_negatives": 1},
-    "teacher_only": {"itm": 0.0, "distillation_loss": "kl"},
-    "sigmoid": {"itc_loss": "sigmoid", "distillation": 0.0},
-}
-
+from loopitr.objective import grad_cache
+from loopitr.objective.grad_cache import cached_backward
+from loopitr.objective.step import LoopObjective, ObjectiveOptions
 
 def objective_of(case="cprd", *, style="late", pair_block=None, **model):
     options = ObjectiveOptions(**CASES[case])

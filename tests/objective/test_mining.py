@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from loopitr.mining import mine_sample, mine_stratified, mine_topk
+from loopitr.objective.mining import mine_sample, mine_stratified, mine_topk
 
 MINERS = [mine_topk, mine_sample, mine_stratified]
 each_miner = pytest.mark.parametrize("mine", MINERS, ids=lambda f: f.__name__)

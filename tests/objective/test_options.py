@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loopitr.choices import ObjectiveOptions
+from loopitr.objective.options import ObjectiveOptions
 
 
 @pytest.mark.parametrize(

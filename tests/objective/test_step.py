@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from step_reference import (
+from helpers.step_reference import (
     EveryThirdWord,
     assert_same_gradients,
     gradients,
@@ -14,9 +14,9 @@ from step_reference import (
     step,
     step_batch,
 )
-from support import CNN, VIT, tiny_model
+from helpers.support import CNN, VIT, tiny_model
 
-from loopitr.objective import DISTILLATION, LoopObjective, ObjectiveOptions
+from loopitr.objective.step import DISTILLATION, LoopObjective, ObjectiveOptions
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from step_reference import EveryThirdWord, assert_same_gradients, gradients, reference_mlm, step, step_batch
-from support import tiny_model
+from helpers.step_reference import EveryThirdWord, assert_same_gradients, gradients, reference_mlm, step, step_batch
+from helpers.support import tiny_model
 
-from loopitr.masking import TokenMasking
-from loopitr.objective import LoopObjective, ObjectiveOptions
+from loopitr.objective.word_masking import TokenMasking
+from loopitr.objective.step import LoopObjective, ObjectiveOptions
 
 
 @pytest.mark.parametrize("style", ["late", "shared"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from loopitr.masking import IGNORE_INDEX, TokenMasking
+from loopitr.objective.word_masking import IGNORE_INDEX, TokenMasking
 
 MASK, VOCABULARY, SPECIAL = 4, 1000, (0, 1, 2, 3, 4)
 

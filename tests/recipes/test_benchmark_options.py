@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from recipe_process import ROOT, call, told
+from helpers.recipe_process import ROOT, call, told
 
-from loopitr import benchmarking
-from loopitr.benchmarking import Timing, check_options, interleaved, peak_memory
+import shared as benchmarking
+from shared import Timing, check_options, interleaved, peak_memory
 from loopitr.cli import check_output_file
 
 NAMES = ["encode", "evaluate", "grad_cache", "input", "pairs", "step"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from recipe_process import call, launch
+from helpers.recipe_process import call, launch
 
-import loopitr.benchmarking
+import shared
 
 SMALL = {
     "pairs.py": ["--pairs", "3", "--width", "96", "--tokens", "10", "--rounds", "1"],
@@ -57,7 +57,7 @@ def test_figures_by_name(name, tmp_path):
 @pytest.mark.parametrize("name", ["pairs.py", "step.py", "encode.py", "evaluate.py", "grad_cache.py"])
 def test_on_a_gpu_no_operation_mixes_devices(gpu, monkeypatch, capsys, tmp_path, name):
     """Pretended; a matrix product of a GPU's size is too much for a CPU."""
-    monkeypatch.setattr(loopitr.benchmarking, "matmul_speed", lambda *_: 1e12)
+    monkeypatch.setattr(shared, "matmul_speed", lambda *_: 1e12)
     where = ["--only", "in chunks"] if name == "grad_cache.py" else ["--output", tmp_path / "figures.json"]
     status, errors = call(monkeypatch, capsys, f"benchmarks/{name}", *SMALL[name], "--device", "cuda", *where)
     assert status == 0, errors

@@ -8,19 +8,19 @@ from pathlib import Path
 import pytest
 import yaml
 from fixtures.albef_tiny.plain import TEXT_HEADS, VISION_HEADS
-from tiny_building import save_bert
-from tiny_gallery import captions, jpeg
-from tiny_pairs import save_pair
-from tiny_run import reset_accelerate
+from helpers.tiny_building import save_bert
+from helpers.tiny_gallery import captions, jpeg
+from helpers.tiny_pairs import save_pair
+from helpers.tiny_run import reset_accelerate
 from transformers import BlipConfig, BlipForImageTextRetrieval
 
 from loopitr import LoopITRModel
 from loopitr.cli import parse
 from loopitr.convert.__main__ import main as convert
 from loopitr.data import scene_vocabulary
-from loopitr.options import PretrainOptions
-from loopitr.processing import word_tokenizer
-from loopitr.training import train
+from loopitr.training.options import PretrainOptions
+from loopitr.models.processing import word_tokenizer
+from loopitr.training.trainer import train
 
 CONFIGS = Path(__file__).resolve().parents[2] / "recipes" / "configs"
 ALBEF_WEIGHTS = Path(__file__).resolve().parents[1] / "fixtures" / "albef_tiny" / "weights.safetensors"

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from recipe_process import TWO_ON_CPU, call, launch, told
-from support import tiny_model
-from tiny_gallery import captions, jpeg, tiny_processor
+from helpers.recipe_process import TWO_ON_CPU, call, launch, told
+from helpers.support import tiny_model
+from helpers.tiny_gallery import captions, jpeg, tiny_processor
 
 IMAGES, CAPTIONS = 8, 2
 

@@ -13,9 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from recipe_process import ACCELERATE, ROOT, TWO_ON_CPU, call, command, environment, launch, told
+from helpers.recipe_process import ACCELERATE, ROOT, TWO_ON_CPU, call, command, environment, launch, told
 from safetensors.torch import load_file
-from tiny_run import (
+from helpers.tiny_run import (
     NO_AUGMENTATION,
     NO_DROPOUT,
     VIT,
@@ -31,7 +31,7 @@ from tiny_run import (
 from transformers import AutoModel
 
 from loopitr import LoopITRModel
-from loopitr.reporting import read_history
+from loopitr.training.reporting import read_history
 
 STEPS = 2
 # Nothing random but the order of the data: what one process does, two must do.

@@ -7,11 +7,11 @@ from dataclasses import asdict
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny_run import reset_accelerate
+from helpers.tiny_run import reset_accelerate
 from torch import nn
 
-from loopitr.checkpoints import STATE_FILE, Progress, load_checkpoint, move_aside, save_checkpoint
-from loopitr.optimization import warmup_cosine
+from loopitr.training.checkpoints import STATE_FILE, Progress, load_checkpoint, move_aside, save_checkpoint
+from loopitr.training.optimization import warmup_cosine
 
 
 @pytest.fixture(autouse=True)

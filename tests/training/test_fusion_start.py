@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from step_reference import step_batch
-from support import tiny_model
-from tiny_run import run
+from helpers.step_reference import step_batch
+from helpers.support import tiny_model
+from helpers.tiny_run import run
 
 from loopitr import LoopITRModel
-from loopitr.objective import LoopObjective, ObjectiveOptions
-from loopitr.options import TrainOptions
-from loopitr.reporting import read_history
+from loopitr.objective.step import LoopObjective, ObjectiveOptions
+from loopitr.training.options import TrainOptions
+from loopitr.training.reporting import read_history
 
 
 def test_without_pairs_the_dual_trains_alone_and_every_parameter_has_a_gradient():

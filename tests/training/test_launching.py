@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from loopitr.launching import asked_port, missing_processes, start_all_processes, threads_by_default
+from loopitr.training.launching import asked_port, missing_processes, start_all_processes, threads_by_default
 
 ALONE = {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 MODULE = ["python", "-m", "accelerate.commands.launch"]

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_adapters import adapted_model, trained
-from tiny_building import build, scratch
-from tiny_run import NO_DROPOUT, VIT, equal, run, weights
+from helpers.tiny_adapters import adapted_model, trained
+from helpers.tiny_building import build, scratch
+from helpers.tiny_run import NO_DROPOUT, VIT, equal, run, weights
 
 from loopitr import DualEncoder, LoopITRModel, training
-from loopitr.adapters import is_adapter
-from loopitr.export import export_dual
-from loopitr.model_options import LoraOptions
-from loopitr.optimization import parameter_groups, two_cycles
-from loopitr.options import TrainOptions
+from loopitr.models.lora import is_adapter
+from loopitr.export.dual import export_dual
+from loopitr.building.options import LoraOptions
+from loopitr.training.optimization import parameter_groups, two_cycles
+from loopitr.training.options import TrainOptions
 
 pytest.importorskip("peft", reason="LoRA adapters are made by peft (extra `lora`)")
 

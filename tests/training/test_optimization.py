@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from support import CNN, VIT, tiny_model
+from helpers.support import CNN, VIT, tiny_model
 
-from loopitr.optimization import parameter_groups, two_cycles, warmup_cosine, warmup_stable_decay
+from loopitr.training.optimization import parameter_groups, two_cycles, warmup_cosine, warmup_stable_decay
 
 VARIANTS = {
     "vit": {"vision": VIT},

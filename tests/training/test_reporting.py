@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loopitr.reporting import HISTORY, History, plot_curves, read_history, write_json
+from loopitr.training.reporting import HISTORY, History, plot_curves, read_history, write_json
 
 
 def test_history_is_one_json_line_per_row_and_read_back(tmp_path):

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_run import broken_table, equal, logged, run, weights
+from helpers.tiny_run import broken_table, equal, logged, run, weights
 
-from loopitr import training
-from loopitr.reporting import read_history
+from loopitr.training import trainer as training
+from loopitr.training.reporting import read_history
 
 
 class Killed(Exception):

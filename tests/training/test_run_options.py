@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_building import save_tiny
-from tiny_run import NO_AUGMENTATION, NO_DROPOUT, VIT, experiment, run
+from helpers.tiny_building import save_tiny
+from helpers.tiny_run import NO_AUGMENTATION, NO_DROPOUT, VIT, experiment, run
 from torch import nn
 from torchvision.transforms import InterpolationMode, v2
 from transformers.image_utils import PILImageResampling

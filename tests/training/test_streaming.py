@@ -11,9 +11,9 @@ import subprocess
 import datasets
 import pytest
 from accelerate import Accelerator
-from recipe_process import TWO_ON_CPU, command, environment
-from tiny_gallery import captions, jpeg
-from tiny_run import VIT, equal, experiment, logged, weights, write_config
+from helpers.recipe_process import TWO_ON_CPU, command, environment
+from helpers.tiny_gallery import captions, jpeg
+from helpers.tiny_run import VIT, equal, experiment, logged, weights, write_config
 
 TIMEOUT = 300  # seconds until a hang is a failure
 

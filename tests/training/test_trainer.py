@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
-from tiny_run import NO_AUGMENTATION, NO_DROPOUT, equal, logged, run, weights, write_table
+from helpers.tiny_run import NO_AUGMENTATION, NO_DROPOUT, equal, logged, run, weights, write_table
 
-from loopitr import training
-from loopitr.backbones import VisionBackbone
+from loopitr.training import trainer as training
+from loopitr.models.image_backbone import VisionBackbone
 from loopitr.data import DataError
 from loopitr.data import token_cache as token_cache_module
-from loopitr.objective import LoopObjective
-from loopitr.reporting import read_history
+from loopitr.objective.step import LoopObjective
+from loopitr.training.reporting import read_history
 
 # What a run leaves behind
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_gallery import captions, jpeg
-from tiny_run import NO_DROPOUT, VIT, broken_table, equal, logged, run, weights
+from helpers.tiny_gallery import captions, jpeg
+from helpers.tiny_run import NO_DROPOUT, VIT, broken_table, equal, logged, run, weights
 
 from loopitr import LoopITRModel, LoopITRProcessor
 from loopitr.data import DataError, dataset, decode_image
-from loopitr.reporting import read_history
+from loopitr.training.reporting import read_history
 
 
 def changed_parts(folder):

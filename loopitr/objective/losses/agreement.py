@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .masking import check_same_shape, mean_of_row_means
+from .means import check_same_shape, mean_of_row_means
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .masking import at_least_float32, check_same_shape, masked_mean
+from .means import at_least_float32, check_same_shape, masked_mean
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .masking import at_least_float32, check_positive, check_same_shape, lowest, masked_mean, mean_of_row_means
+from .means import at_least_float32, check_positive, check_same_shape, lowest, masked_mean, mean_of_row_means
 
 
 def kl(student: Tensor, teacher: Tensor, valid: Tensor, *, teacher_temperature: float = 1.0) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .contrastive import soft_cross_entropy
-from .masking import at_least_float32, check_positive
+from .means import at_least_float32, check_positive
 
 
 def cmd_loss(

@@ -4,7 +4,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from loopitr.losses import kendall_tau
+from loopitr.objective.losses import kendall_tau
 
 
 def test_same_reversed_and_partly_swapped_order():

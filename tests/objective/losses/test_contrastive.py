@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from loopitr.losses import itc_loss, siglip_loss, soft_cross_entropy
+from loopitr.objective.losses import itc_loss, siglip_loss, soft_cross_entropy
 
 
 def identity_mask(rows, columns):

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from loopitr.losses import (
+from loopitr.objective.losses import (
     adr_mse,
     cprd,
     hard_above_mean,

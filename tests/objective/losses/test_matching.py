@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from loopitr.losses import balanced_itm_loss, itm_accuracy, itm_loss, lce_loss, mlm_loss
+from loopitr.objective.losses import balanced_itm_loss, itm_accuracy, itm_loss, lce_loss, mlm_loss
 
 
 def test_itm_closed_form():

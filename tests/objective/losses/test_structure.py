@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from loopitr.losses import cmc_loss, cmd_loss
+from loopitr.objective.losses import cmc_loss, cmd_loss
 
 
 def embeds(batch, width, seed=0):

@@ -1,0 +1,1 @@
+"""Options or a folder -> a model and its processor."""

@@ -1,0 +1,1 @@
+"""A trained model -> what others load."""

@@ -1,0 +1,1 @@
+"""A run: its options, its parts, its loop and what it leaves behind."""
