@@ -9,8 +9,8 @@ from loopitr.models import loop_model as _model
 from loopitr.models import processing as _processing
 from loopitr.models.config import DualEncoderConfig, LoopITRConfig
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
-from loopitr.models.processing import LoopITRProcessor
 from loopitr.models.outputs import DualOutput, ImageState, PairScores, TextState
+from loopitr.models.processing import LoopITRProcessor
 
 __version__ = "0.1.0"
 __all__ = [

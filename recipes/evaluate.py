@@ -20,14 +20,14 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
 from loopitr.building.build import token_cache_key
+from loopitr.building.folders import Saved, load_saved
 from loopitr.cli import check_output_file, parse, run, usable_device
 from loopitr.data import DataError, DataOptions, HubStream, LoadReport, Record, TokenCache, load_records
 from loopitr.distributed import first_rank
 from loopitr.evaluation import evaluate_retrieval, evaluation_transform
-from loopitr.training.launching import start_all_processes
 from loopitr.models.loop_model import LoopITRModel
+from loopitr.training.launching import start_all_processes
 from loopitr.training.reporting import write_json
-from loopitr.building.folders import Saved, load_saved
 
 
 @dataclass

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # subprocesses too
 
-import pytest  # noqa: E402  after the setting that torch reads
-import torch  # noqa: E402
-from helpers.pretend_gpu import PretendGPU  # noqa: E402
+import pytest
+import torch
+from helpers.pretend_gpu import PretendGPU
 
 torch.set_num_threads(1)
 

@@ -25,8 +25,16 @@ def test_dotted_options_go_over_yaml_files_over_defaults(tmp_path):
     config = write_config(tmp_path)
     options = parse(
         PretrainOptions,
-        [f"--config={config}", "--train.lr", "2e-4", "--model.freeze=[vision,text]", "--data.limit=7",
-         "--model.vision.kwargs.stem_width=4", "--objective.distillation_loss", "kl"],
+        [
+            f"--config={config}",
+            "--train.lr",
+            "2e-4",
+            "--model.freeze=[vision,text]",
+            "--data.limit=7",
+            "--model.vision.kwargs.stem_width=4",
+            "--objective.distillation_loss",
+            "kl",
+        ],
     )
     assert options.train.lr == 2e-4 and options.train.backbone_lr == 1e-3  # 1e-3 in YAML is a text to some readers
     assert options.model.freeze == ["vision", "text"]
@@ -45,8 +53,14 @@ def test_a_second_file_goes_over_the_first(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "resume"),
-    [([], False), (["--resume"], True), (["--resume", "true"], True), (["--resume=false"], False),
-     (["--resume", "--train.seed", "3"], True), (["--train.seed", "3", "--resume", "false"], False)],
+    [
+        ([], False),
+        (["--resume"], True),
+        (["--resume", "true"], True),
+        (["--resume=false"], False),
+        (["--resume", "--train.seed", "3"], True),
+        (["--train.seed", "3", "--resume", "false"], False),
+    ],
 )
 def test_resume_needs_no_value(arguments, resume):
     assert parse(PretrainOptions, arguments).resume is resume

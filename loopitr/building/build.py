@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from loopitr.models.lora import add_lora
-from loopitr.models.image_backbone import create_timm, fit_weights, vision_data
+from loopitr.building.clip import load_pair
+from loopitr.building.folders import load_saved
+from loopitr.building.options import ModelOptions, TextOptions, VisionOptions
+from loopitr.building.text import describe_text, load_text, load_text_config, load_tokenizer
+from loopitr.building.weights import hub_access, text_source, vision_weights
 from loopitr.models.config import LoopITRConfig
 from loopitr.models.fusion import BertParts
+from loopitr.models.image_backbone import create_timm, fit_weights, vision_data
 from loopitr.models.loop_model import LoopITRModel
-from loopitr.building.options import ModelOptions, TextOptions, VisionOptions
-from loopitr.building.clip import load_pair
-from loopitr.building.weights import hub_access, text_source, vision_weights
-from loopitr.building.text import describe_text, load_text, load_text_config, load_tokenizer
+from loopitr.models.lora import add_lora
 from loopitr.models.processing import LoopITRProcessor, image_processor, set_image_size, word_tokenizer
-from loopitr.building.folders import load_saved
 from loopitr.models.text_backbone import bert_layers
 
 
@@ -133,9 +133,7 @@ def _from_backbones(options: ModelOptions, vocabulary: list[str] | None) -> tupl
     return model, LoopITRProcessor(images, tokenizer)
 
 
-def _text_parts(
-    text: TextOptions, vocabulary: list[str] | None
-) -> tuple[dict[str, Any], PreTrainedTokenizerBase, str]:
+def _text_parts(text: TextOptions, vocabulary: list[str] | None) -> tuple[dict[str, Any], PreTrainedTokenizerBase, str]:
     """The text config as a dict, the tokenizer, and where the weights come from."""
     if text.name == "scenes":
         if vocabulary is None or text.pretrained:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedTokenizerBase
 
-from loopitr.models.image_backbone import mlp_ratio
-from loopitr.building.weights import hub_access, local_or_hub
 from loopitr.building.text import describe_text, load_tokenizer
+from loopitr.building.weights import hub_access, local_or_hub
+from loopitr.models.image_backbone import mlp_ratio
 
 TIMM_NAMES = {"clip": "vit_base_patch16_clip_224", "siglip": "vit_base_patch16_siglip_224"}  # any size by arguments
 ACTIVATIONS = {  # transformers' name -> timm's

@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 
-from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.building.weights import hub_access
+from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.processing import LoopITRProcessor
 
 INSIDE_A_RUN = (".", "best", "model")

@@ -10,11 +10,11 @@ import argparse
 from collections.abc import Sequence
 from typing import NoReturn
 
+from loopitr.building.folders import check_output
 from loopitr.cli import run
 from loopitr.convert import albef, blip
 from loopitr.convert.weights import save_converted
 from loopitr.models.loop_model import LoopITRModel
-from loopitr.building.folders import check_output
 
 FAMILIES = {"albef": albef.convert_albef, "blip": blip.convert_blip}
 MAX_LENGTHS = {"albef": albef.MAX_LENGTH, "blip": blip.MAX_LENGTH}

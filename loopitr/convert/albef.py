@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loopitr.models.image_backbone import mlp_ratio
-from loopitr.models.config import LoopITRConfig
 from loopitr.convert.weights import head_count, load_exactly, read_checkpoint, refuse, resize_positions
+from loopitr.models.config import LoopITRConfig
+from loopitr.models.image_backbone import mlp_ratio
 from loopitr.models.loop_model import LoopITRModel
 
 MAX_LENGTH = 30  # tokens of a caption in its retrieval evaluation
@@ -191,9 +191,7 @@ def _count(weights: Mapping[str, Tensor], pattern: str) -> int:
     return max((int(found[1]) + 1 for found in map(re.compile(pattern).match, weights) if found), default=0)
 
 
-def _config(
-    sizes: Sizes, *, image_size: int, temperature: float, vision_heads: int, text_heads: int
-) -> LoopITRConfig:
+def _config(sizes: Sizes, *, image_size: int, temperature: float, vision_heads: int, text_heads: int) -> LoopITRConfig:
     vision = {
         "patch_size": sizes.patch_size,
         "embed_dim": sizes.vision_width,

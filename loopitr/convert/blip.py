@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from transformers import BlipForImageTextRetrieval, PreTrainedConfig
 
-from loopitr.models.image_backbone import mlp_ratio
-from loopitr.models.config import LoopITRConfig
-from loopitr.convert.weights import head_count, load_exactly, read_checkpoint, refuse, resize_positions
-from loopitr.models.loop_model import LoopITRModel
 from loopitr.building.weights import hub_access
+from loopitr.convert.weights import head_count, load_exactly, read_checkpoint, refuse, resize_positions
+from loopitr.models.config import LoopITRConfig
+from loopitr.models.image_backbone import mlp_ratio
+from loopitr.models.loop_model import LoopITRModel
 
 VIT = "vit_base_patch16_clip_224"  # timm's name with BLIP's mean and std; sizes are all given
 VISION_ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"} | {

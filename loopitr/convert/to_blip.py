@@ -12,11 +12,11 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 from transformers import BlipConfig, BlipForImageTextRetrieval, BlipImageProcessor, BlipProcessor
 
+from loopitr.building.folders import check_output
 from loopitr.convert.blip import SPECIAL_TOKENS, transformers_name
 from loopitr.convert.weights import load_exactly
 from loopitr.models.loop_model import LoopITRModel
 from loopitr.models.processing import LoopITRProcessor
-from loopitr.building.folders import check_output
 
 ACTIVATIONS = {"GELUTanh": "gelu_pytorch_tanh", "QuickGELU": "quick_gelu", "ReLU": "relu", "SiLU": "silu"}
 TRAINING_ONLY = ("dual.logit_scale", "dual.logit_bias", "mlm_head.")  # the first is kept in BLIP's config

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPImageProcessor, PreTrainedTokenizerBase
 
-from loopitr.models.loop_model import LoopITRModel
-from loopitr.building.weights import hub_access, text_source
-from loopitr.models.processing import LoopITRProcessor, image_processor
 from loopitr.building.folders import check_output
+from loopitr.building.weights import hub_access, text_source
+from loopitr.models.loop_model import LoopITRModel
+from loopitr.models.processing import LoopITRProcessor, image_processor
 
 WRAPPERS = ("model", "state_dict")  # what training scripts put their weights under
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -153,9 +153,7 @@ def clip_images(model: LoopITRModel) -> CLIPImageProcessor:
     return image_processor(size, mean=CLIP_MEAN, std=CLIP_STD, interpolation="bicubic")
 
 
-def save_converted(
-    model: LoopITRModel, out: str | Path, *, tokenizer: str | None, max_length: int
-) -> None:
+def save_converted(model: LoopITRModel, out: str | Path, *, tokenizer: str | None, max_length: int) -> None:
     """Write what `LoopITRModel.from_pretrained` loads and, with a tokenizer, `LoopITRProcessor.from_pretrained`.
 
     Args:

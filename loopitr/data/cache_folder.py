@@ -81,9 +81,15 @@ def check_space(folder: Path, size: int, what: str) -> None:
         raise DataError(f"{folder.parent}: {what} needs {size / 2**30:.1f} GiB, {free / 2**30:.1f} are free")
 
 
-def read_images(records: Sequence[Record], transform: ToTensor, *, batch_size: int, num_workers: int,
-                collate: Callable[[list[tuple[int, Tensor | str]]], Any] = list,
-                shortest: int | None = None) -> DataLoader[Any]:
+def read_images(
+    records: Sequence[Record],
+    transform: ToTensor,
+    *,
+    batch_size: int,
+    num_workers: int,
+    collate: Callable[[list[tuple[int, Tensor | str]]], Any] = list,
+    shortest: int | None = None,
+) -> DataLoader[Any]:
     """Batches of (index, `transform` of its image, or the reason why it is unreadable), in the records' order."""
     return DataLoader(
         DecodedImages(records, transform, shortest=shortest),
@@ -101,7 +107,7 @@ def _prefix(target: Path) -> str:
 def _remove_abandoned(target: Path) -> None:
     """Delete what killed builders on this host left behind; they may be gigabytes."""
     for folder in target.parent.glob(f"{_prefix(target)}*"):
-        pid = int(folder.name[len(_prefix(target)):].split("-")[0])
+        pid = int(folder.name[len(_prefix(target)) :].split("-")[0])
         try:
             os.kill(pid, 0)
         except ProcessLookupError:

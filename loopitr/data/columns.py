@@ -78,7 +78,7 @@ def _describe(name: str, feature: Any) -> str:
 def dotted_value(row: Mapping[str, Any], path: str, root: str) -> Any:
     """The value at a dotted path; a list on the way maps over its items (`sentences.raw`)."""
     value: Any = row[root]
-    for part in path[len(root) + 1:].split(".") if path != root else []:
+    for part in path[len(root) + 1 :].split(".") if path != root else []:
         if isinstance(value, (list, tuple)):
             value = [item.get(part) if isinstance(item, Mapping) else None for item in value]
         else:

@@ -33,9 +33,17 @@ class CaptionDataset(Dataset[dict[str, Any]]):
     `decode_image`; with `images` nothing is decoded.
     """
 
-    def __init__(self, records: Sequence[Record], *, transform: Transform | None, captions: Captions = "one",
-                 seed: int = 0, tokens: TokenCache | None = None, images: ImageCache | None = None,
-                 shortest: int | None = None) -> None:
+    def __init__(
+        self,
+        records: Sequence[Record],
+        *,
+        transform: Transform | None,
+        captions: Captions = "one",
+        seed: int = 0,
+        tokens: TokenCache | None = None,
+        images: ImageCache | None = None,
+        shortest: int | None = None,
+    ) -> None:
         _check_captions(captions)
         if not len(records):
             raise DataError("a dataset needs at least one record, got none")
@@ -72,8 +80,12 @@ class CaptionDataset(Dataset[dict[str, Any]]):
             captions = captions_of(self.records, current)
             if position is None or step:  # a replacement's captions are others: draw one
                 position = random.Random(seed).randrange(len(captions))
-            return {**image, "caption": captions[position], "identity": identity_of(self.records, current),
-                    "skipped": skipped}
+            return {
+                **image,
+                "caption": captions[position],
+                "identity": identity_of(self.records, current),
+                "skipped": skipped,
+            }
         name, reason = skipped[0]
         raise DataError(f"{len(skipped)} images in a row are unreadable, the first is {name} ({reason})")
 
@@ -108,8 +120,18 @@ class StreamDataset(IterableDataset[dict[str, Any]]):
     of an image follow each other, so they meet in a batch (as positives). `shuffle_buffer=0` keeps the stream's order.
     """
 
-    def __init__(self, stream: HubStream, *, transform: Transform, captions: Captions = "one", seed: int = 0,
-                 num_shards: int = 1, index: int = 0, shuffle_buffer: int = 0, shortest: int | None = None) -> None:
+    def __init__(
+        self,
+        stream: HubStream,
+        *,
+        transform: Transform,
+        captions: Captions = "one",
+        seed: int = 0,
+        num_shards: int = 1,
+        index: int = 0,
+        shuffle_buffer: int = 0,
+        shortest: int | None = None,
+    ) -> None:
         _check_captions(captions)
         self.stream, self.transform, self.captions, self.seed = stream, transform, captions, seed
         self.num_shards, self.index, self.shuffle_buffer = num_shards, index, shuffle_buffer
@@ -136,8 +158,10 @@ class StreamDataset(IterableDataset[dict[str, Any]]):
                 skipped.append((error.name, f"unreadable image: {error.reason}"))
                 failures.append(error)
                 if len(failures) >= MAX_FAILURES:
-                    raise DataError(f"{len(failures)} images in a row are unreadable, the first is {failures[0].name} "
-                                    f"({failures[0].reason})") from error
+                    raise DataError(
+                        f"{len(failures)} images in a row are unreadable, the first is {failures[0].name} "
+                        f"({failures[0].reason})"
+                    ) from error
                 continue
             failures.clear()
             # rows have no number here, so the record's own name and content stand for its index
@@ -145,8 +169,12 @@ class StreamDataset(IterableDataset[dict[str, Any]]):
             chosen = record.captions if self.captions == "all" else [random.Random(seed).choice(record.captions)]
             for number, caption in enumerate(chosen):
                 pixel_values = _transformed(self.transform, image, seed + number)
-                yield {"pixel_values": pixel_values, "caption": caption, "identity": record.identity,
-                       "skipped": skipped}
+                yield {
+                    "pixel_values": pixel_values,
+                    "caption": caption,
+                    "identity": record.identity,
+                    "skipped": skipped,
+                }
                 skipped = []
 
 

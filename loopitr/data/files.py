@@ -53,8 +53,9 @@ def check_images_exist(paths: Sequence[Path], source: str | Path) -> None:
         raise DataError(f"{source}: none of its first {len(probe)} images exists; tried {probe[0]}")
 
 
-def group_rows(rows: Iterable[Row], *, source: str | Path, images: str | Path | None, split: str | None,
-               report: LoadReport) -> list[Record]:
+def group_rows(
+    rows: Iterable[Row], *, source: str | Path, images: str | Path | None, split: str | None, report: LoadReport
+) -> list[Record]:
     """Rows of one image become one record; rows of one `identity` share its integer.
 
     Relative image paths are taken from `images`, or from the folder of `source` where that is None.
@@ -72,8 +73,11 @@ def group_rows(rows: Iterable[Row], *, source: str | Path, images: str | Path | 
             report.skip("no captions", image)
             continue
         report.add(len(texts))
-        records.append(Record(image=folder / image, captions=tuple(texts), identity=identity_of_image[image],
-                              name=image, split=split))
+        records.append(
+            Record(
+                image=folder / image, captions=tuple(texts), identity=identity_of_image[image], name=image, split=split
+            )
+        )
     if not records:
         where = "" if split is None else f" in split {split!r}"
         raise DataError(f"{source}: no image with a caption{where} ({report.summary()})")

@@ -23,9 +23,16 @@ KEYS = ("__url__", "__key__")  # what `datasets` calls a WebDataset sample
 DataFiles = str | list[str] | dict[str, str] | None
 
 
-def load_hub(path: str, split: str, report: LoadReport, image_column: str | None = None,
-             caption_column: str | None = None, name: str | None = None, data_files: DataFiles = None,
-             streaming: bool = False) -> HubRecords | HubStream:
+def load_hub(
+    path: str,
+    split: str,
+    report: LoadReport,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    name: str | None = None,
+    data_files: DataFiles = None,
+    streaming: bool = False,
+) -> HubRecords | HubStream:
     """Records of one split. `path` is a hub id, a local folder, or a format name beside `data_files`.
 
     `caption_column` may reach into a struct (`json.captions`). Left out, both columns are guessed from usual names.
@@ -85,8 +92,9 @@ class HubRecords(LazyRecords):
     A record's identity is its row; rows that name the same image (path, and size where bytes are stored) share one.
     """
 
-    def __init__(self, dataset: datasets.Dataset, *, columns: Columns, source: str, split: str,
-                 report: LoadReport) -> None:
+    def __init__(
+        self, dataset: datasets.Dataset, *, columns: Columns, source: str, split: str, report: LoadReport
+    ) -> None:
         self.source, self.split = source, split
         self._columns = columns
         self._dataset = dataset
@@ -126,8 +134,13 @@ class HubRecords(LazyRecords):
         name = self.name(index)
         row = self._dataset[int(self._rows[index])]
         image = image_value(row[self._columns.image], name) or b""  # an empty cell is left to the decoder to report
-        return Record(image=image, captions=self._clean(row, name, LoadReport()), identity=self.identity(index),
-                      name=name, split=self.split)
+        return Record(
+            image=image,
+            captions=self._clean(row, name, LoadReport()),
+            identity=self.identity(index),
+            name=name,
+            split=self.split,
+        )
 
     def captions(self, index: int) -> tuple[str, ...]:
         return self._clean(self._texts[int(self._rows[index])], self.source, LoadReport())

@@ -35,12 +35,22 @@ class ImageCache:
             raise DataError(f"{self.folder}: not an image cache ({error}); delete it to have it built again") from error
         index, pixels = self._mapped()
         if index.ndim != 2 or index.shape[1] != 3 or int(index[:, 1:].prod(axis=1).sum()) * 3 != len(pixels):
-            raise DataError(f"{self.folder}: {len(pixels)} bytes of pixels do not fit the index {index.shape}; "
-                            "delete it to have it built again")
+            raise DataError(
+                f"{self.folder}: {len(pixels)} bytes of pixels do not fit the index {index.shape}; "
+                "delete it to have it built again"
+            )
 
     @classmethod
-    def open_or_build(cls, folder: str | Path, *, records: Sequence[Record], shortest: int, num_workers: int = 0,
-                      batch_size: int = 16, progress: bool = True) -> ImageCache:
+    def open_or_build(
+        cls,
+        folder: str | Path,
+        *,
+        records: Sequence[Record],
+        shortest: int,
+        num_workers: int = 0,
+        batch_size: int = 16,
+        progress: bool = True,
+    ) -> ImageCache:
         """Open `folder/<shortest>px-<names digest[:16]>`, building it first if it is not there.
 
         Images whose shorter side is above `shortest` pixels are shrunk to it, none is enlarged. Images are told apart
@@ -69,7 +79,7 @@ class ImageCache:
     def __getitem__(self, index: int) -> Tensor:
         places, pixels = self._mapped()
         offset, height, width = places[index].tolist()
-        values = np.array(pixels[offset:offset + 3 * height * width])  # a copy: the map is read-only
+        values = np.array(pixels[offset : offset + 3 * height * width])  # a copy: the map is read-only
         # Stored as Pillow has them, [H, W, 3]: torch resizes bytes faster from a view of those than from planes.
         return torch.from_numpy(values).view(height, width, 3).permute(2, 0, 1)  # [3, H, W]
 
@@ -83,8 +93,9 @@ class ImageCache:
                 index = np.load(self.folder / "index.npy", mmap_mode="r", allow_pickle=False)
                 self._maps = index, np.memmap(self.folder / "pixels.bin", dtype=np.uint8, mode="r")
             except (OSError, ValueError) as error:
-                raise DataError(f"{self.folder}: cannot map the images ({error}); delete it to have it built "
-                                "again") from error
+                raise DataError(
+                    f"{self.folder}: cannot map the images ({error}); delete it to have it built again"
+                ) from error
         return self._maps
 
 
@@ -118,8 +129,9 @@ class _Shrink:
         return torch.from_numpy(np.array(image))  # [H, W, 3]
 
 
-def _build(folder: Path, records: Sequence[Record], shortest: int, batch_size: int, num_workers: int,
-           progress: bool) -> dict[int, str]:
+def _build(
+    folder: Path, records: Sequence[Record], shortest: int, batch_size: int, num_workers: int, progress: bool
+) -> dict[int, str]:
     """Write index and pixels; returns the reason of each unreadable record."""
     loader = read_images(
         records,
@@ -144,7 +156,7 @@ def _build(folder: Path, records: Sequence[Record], shortest: int, batch_size: i
             left = batch.pixels.numpy().data
             try:
                 while len(left):
-                    left = left[file.write(left):]
+                    left = left[file.write(left) :]
             except OSError as error:  # another program filled the disk, or a quota is reached
                 raise DataError(f"{folder.parent}: cannot write the image cache ({error.strerror})") from error
         os.fsync(file.fileno())

@@ -23,8 +23,9 @@ class UnreadableImage(DataError):
         return f"{self.name}: unreadable image ({self.reason})"
 
 
-def decode_image(image: str | Path | bytes | Image.Image, name: str | None = None, *,
-                 shortest: int | None = None) -> Image.Image:
+def decode_image(
+    image: str | Path | bytes | Image.Image, name: str | None = None, *, shortest: int | None = None
+) -> Image.Image:
     """Decode a path, encoded bytes or PIL image to RGB, EXIF orientation applied, transparency put on white.
 
     With `shortest`, a JPEG file may come at a half, a quarter or an eighth of its size, which is faster, as long as its

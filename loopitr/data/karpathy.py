@@ -58,8 +58,9 @@ def load_karpathy(path: str | Path, images: str | Path, split: str, report: Load
     return records
 
 
-def load_albef(path: str | Path, images: str | Path | None, report: LoadReport,
-               split: str | None = None) -> list[Record]:
+def load_albef(
+    path: str | Path, images: str | Path | None, report: LoadReport, split: str | None = None
+) -> list[Record]:
     """ALBEF's list of {"image", "caption": str | list[str], "image_id"?}, grouped by image; it has no splits.
 
     Relative paths start at `images`, or at the folder of the file. Rows that share an `image_id` share an identity.

@@ -67,9 +67,7 @@ class EpochLoader:
                 rank=rank,
                 num_ranks=num_ranks,
             )
-            self.loader = DataLoader(
-                dataset, batch_sampler=self.sampler, persistent_workers=num_workers > 0, **common
-            )
+            self.loader = DataLoader(dataset, batch_sampler=self.sampler, persistent_workers=num_workers > 0, **common)
 
     def __len__(self) -> int:
         """Batches of an epoch.

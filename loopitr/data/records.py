@@ -129,8 +129,10 @@ class LoadReport:
         """Raise once more than `max_fraction` of what was seen (default: captions read and skipped) was skipped."""
         total = max(self.captions + self.skipped if seen is None else seen, 1)
         if self.skipped > max_fraction * total:
-            raise DataError(f"{self.skipped} of {total} items were skipped, more than the allowed fraction "
-                            f"{max_fraction}: {self.summary()}")
+            raise DataError(
+                f"{self.skipped} of {total} items were skipped, more than the allowed fraction "
+                f"{max_fraction}: {self.summary()}"
+            )
 
 
 def clean_captions(value: Any, name: str, report: LoadReport) -> tuple[str, ...]:

@@ -7,14 +7,21 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw
 
-RGB = {"red": (214, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 214), "yellow": (236, 200, 30),
-       "purple": (140, 50, 170), "black": (28, 28, 28)}
+RGB = {
+    "red": (214, 40, 40),
+    "green": (40, 160, 60),
+    "blue": (40, 80, 214),
+    "yellow": (236, 200, 30),
+    "purple": (140, 50, 170),
+    "black": (28, 28, 28),
+}
 RADIUS = {"small": (0.085, 0.105), "large": (0.165, 0.19)}  # as fractions of the image side
 OVERSAMPLING = 2
 
 
-def render(objects: Sequence[tuple[str, str, str]], *, vertical: bool, image_size: int,
-           rng: random.Random) -> Image.Image:
+def render(
+    objects: Sequence[tuple[str, str, str]], *, vertical: bool, image_size: int, rng: random.Random
+) -> Image.Image:
     """Two (size, colour, shape), the first left of the second, or above it if `vertical`.
 
     Along the relation's axis centres are at least 0.38 of the side apart, across it at most 0.16, so that the relation
@@ -35,8 +42,15 @@ def render(objects: Sequence[tuple[str, str, str]], *, vertical: bool, image_siz
     return image.reduce(OVERSAMPLING)
 
 
-def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, fill: tuple[int, ...],
-                background: tuple[int, ...]) -> None:
+def _draw_shape(
+    draw: ImageDraw.ImageDraw,
+    shape: str,
+    x: float,
+    y: float,
+    r: float,
+    fill: tuple[int, ...],
+    background: tuple[int, ...],
+) -> None:
     if shape == "circle":
         draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
     elif shape == "ring":

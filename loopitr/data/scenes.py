@@ -30,14 +30,30 @@ KEPT_BYTES = 2**27  # of rendered images: every epoch shows the same ones
 HELD_OUT_GROUPS = 220  # in val and in test each; train has the rest, over 1000
 
 TEMPLATES = {
-    "left of": ("a {a} left of a {b}", "a {b} to the right of a {a}", "there is a {a} and to its right there is a {b}",
-                "the {a} sits to the left of the {b}"),
-    "right of": ("a {a} right of a {b}", "a {b} to the left of a {a}", "there is a {a} and to its left there is a {b}",
-                 "the {a} sits to the right of the {b}"),
-    "above": ("a {a} above a {b}", "a {b} just below a {a}", "there is a {a} and under it there is a {b}",
-              "the {a} sits higher than the {b}"),
-    "below": ("a {a} below a {b}", "a {b} just above a {a}", "there is a {a} and over it there is a {b}",
-              "the {a} sits lower than the {b}"),
+    "left of": (
+        "a {a} left of a {b}",
+        "a {b} to the right of a {a}",
+        "there is a {a} and to its right there is a {b}",
+        "the {a} sits to the left of the {b}",
+    ),
+    "right of": (
+        "a {a} right of a {b}",
+        "a {b} to the left of a {a}",
+        "there is a {a} and to its left there is a {b}",
+        "the {a} sits to the right of the {b}",
+    ),
+    "above": (
+        "a {a} above a {b}",
+        "a {b} just below a {a}",
+        "there is a {a} and under it there is a {b}",
+        "the {a} sits higher than the {b}",
+    ),
+    "below": (
+        "a {a} below a {b}",
+        "a {b} just above a {a}",
+        "there is a {a} and over it there is a {b}",
+        "the {a} sits lower than the {b}",
+    ),
 }
 
 
@@ -82,8 +98,11 @@ def scene_captions(scene: Scene) -> tuple[str, ...]:
     first, second = scene.first, scene.second
     # Half of the scenes are told from the other end, or else the first-named object would always be the left one. The
     # choice depends on the words alone, so scenes made of the same words are told alike and differ only in order.
-    parity = sum(values.index(value) for item in (first, second)
-                 for values, value in zip(VALUES, (item.size, item.colour, item.shape)))
+    parity = sum(
+        values.index(value)
+        for item in (first, second)
+        for values, value in zip(VALUES, (item.size, item.colour, item.shape))
+    )
     if parity % 2:
         first, second = second, first
     relation = INVERSE[scene.relation] if parity % 2 else scene.relation
@@ -147,12 +166,15 @@ def _groups() -> dict[str, tuple[tuple[int, ...], ...]]:
             groups.append((base, variant, exchanged, binding))
     rng.shuffle(groups)
     held_out = HELD_OUT_GROUPS
-    return {"test": tuple(groups[:held_out]), "val": tuple(groups[held_out:2 * held_out]),
-            "train": tuple(groups[2 * held_out:])}
+    return {
+        "test": tuple(groups[:held_out]),
+        "val": tuple(groups[held_out : 2 * held_out]),
+        "train": tuple(groups[2 * held_out :]),
+    }
 
 
 def _with(triple: tuple[int, ...], position: int, value: int) -> tuple[int, ...]:
-    return triple[:position] + (value,) + triple[position + 1:]
+    return triple[:position] + (value,) + triple[position + 1 :]
 
 
 def _one_attribute_away(code: int) -> list[int]:
@@ -178,8 +200,10 @@ class SceneRecords(LazyRecords):
         groups = list(_groups()[split])
         limit = len(groups) * GROUP_SIZE
         if size < 1 or (split != "train" and size > limit):
-            raise ValueError(f"size of the scenes split {split!r} must be at least 1"
-                             f"{'' if split == 'train' else f' and at most {limit}'}; got {size}")
+            raise ValueError(
+                f"size of the scenes split {split!r} must be at least 1"
+                f"{'' if split == 'train' else f' and at most {limit}'}; got {size}"
+            )
         if image_size < 16:
             raise ValueError(f"image_size of scenes must be at least 16, got {image_size}")
         random.Random(f"{seed}/{split}").shuffle(groups)
@@ -195,8 +219,13 @@ class SceneRecords(LazyRecords):
         return self.size
 
     def read(self, index: int) -> Record:
-        return Record(image=self.image(index), captions=self.paraphrases(index), identity=self.identity(index),
-                      name=self.name(index), split=self.split)
+        return Record(
+            image=self.image(index),
+            captions=self.paraphrases(index),
+            identity=self.identity(index),
+            name=self.name(index),
+            split=self.split,
+        )
 
     def image(self, index: int) -> Image.Image:
         """The rendered image of record `index`, the same object at every call while `KEPT_BYTES` have room for it."""
@@ -210,8 +239,12 @@ class SceneRecords(LazyRecords):
     def _render(self, index: int) -> Image.Image:
         rng = random.Random(f"{self.seed}/{self.split}/{index}")
         scene = self.scene(index)
-        return render([(o.size, o.colour, o.shape) for o in (scene.first, scene.second)],
-                      vertical=scene.relation == "above", image_size=self.image_size, rng=rng)
+        return render(
+            [(o.size, o.colour, o.shape) for o in (scene.first, scene.second)],
+            vertical=scene.relation == "above",
+            image_size=self.image_size,
+            rng=rng,
+        )
 
     def scene(self, index: int) -> Scene:
         """The exact content of image `index`, in canonical form."""

@@ -110,7 +110,7 @@ def load_records(options: DataOptions, split: str, report: LoadReport) -> Sequen
     report.check(options.max_skipped_fraction)
     if options.limit is None or options.limit >= len(records):
         return records
-    return records.take(options.limit) if isinstance(records, (HubRecords, SceneRecords)) else records[:options.limit]
+    return records.take(options.limit) if isinstance(records, (HubRecords, SceneRecords)) else records[: options.limit]
 
 
 def _held_out_fraction(options: DataOptions, source: str) -> float:
@@ -144,9 +144,11 @@ def _part(
     chosen = [i for i, name in enumerate(names) if (stable_hash(name) % 10_000 < fraction * 10_000) == held_out]
     if not chosen:
         what = "validation" if held_out else "training"
-        raise DataError(f"data.val_fraction {fraction} of {len(records)} images leaves none for {what}; "
-                        "give validation data or another fraction")
-    chosen = chosen[:options.limit]
+        raise DataError(
+            f"data.val_fraction {fraction} of {len(records)} images leaves none for {what}; "
+            "give validation data or another fraction"
+        )
+    chosen = chosen[: options.limit]
     lazy = isinstance(records, LazyRecords)
     part: Sequence[Record] = _Subset(records, chosen) if lazy else [records[index] for index in chosen]
     for index in range(len(part)):
@@ -184,8 +186,11 @@ def _load_scenes(options: DataOptions, split: str, report: LoadReport) -> Sequen
     if split not in SPLITS:
         raise DataError(f"scenes: no split {split!r}; it has {', '.join(SPLITS)}")
     try:
-        records = SceneRecords(split, options.scenes_train if split == "train" else options.scenes_val,
-                               image_size=options.scenes_image_size)
+        records = SceneRecords(
+            split,
+            options.scenes_train if split == "train" else options.scenes_val,
+            image_size=options.scenes_image_size,
+        )
     except ValueError as error:
         raise DataError(str(error)) from error
     report.images += len(records)
@@ -217,24 +222,44 @@ def _load_table(options: DataOptions, split: str, report: LoadReport) -> Sequenc
         wanted = split
     elif split != options.split:
         path = _validation_path(options, split, "table")
-    return load_table(path, options.images, report, image_column=options.image_column or "image",
-                      caption_column=options.caption_column or "caption", split=wanted)
+    return load_table(
+        path,
+        options.images,
+        report,
+        image_column=options.image_column or "image",
+        caption_column=options.caption_column or "caption",
+        split=wanted,
+    )
 
 
 def _validation_path(options: DataOptions, split: str, source: str) -> str:
     path = getattr(options, f"val_{source}")
     if split != options.val_split or path is None:
         column = ' (or a column "split")' if source == "table" else ""
-        raise DataError(f"data.{source} {getattr(options, source)} has no split {split!r}: give "
-                        f"data.val_{source}{column} for data.val_split={options.val_split!r}")
+        raise DataError(
+            f"data.{source} {getattr(options, source)} has no split {split!r}: give "
+            f"data.val_{source}{column} for data.val_split={options.val_split!r}"
+        )
     return path
 
 
 def _load_hub(options: DataOptions, split: str, report: LoadReport) -> Sequence[Record] | HubStream:
-    return load_hub(str(options.hub), split, report, image_column=options.image_column,
-                    caption_column=options.caption_column, name=options.hub_name, data_files=options.data_files,
-                    streaming=options.streaming)
+    return load_hub(
+        str(options.hub),
+        split,
+        report,
+        image_column=options.image_column,
+        caption_column=options.caption_column,
+        name=options.hub_name,
+        data_files=options.data_files,
+        streaming=options.streaming,
+    )
 
 
-_LOADERS = {"scenes": _load_scenes, "karpathy": _load_karpathy, "albef": _load_albef, "table": _load_table,
-            "hub": _load_hub}
+_LOADERS = {
+    "scenes": _load_scenes,
+    "karpathy": _load_karpathy,
+    "albef": _load_albef,
+    "table": _load_table,
+    "hub": _load_hub,
+}

@@ -15,8 +15,15 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 JSON_LINES = (".jsonl", ".ndjson")
 
 
-def load_table(path: str | Path, images: str | Path | None, report: LoadReport, image_column: str = "image",
-               caption_column: str = "caption", split: str | None = None, split_column: str = "split") -> list[Record]:
+def load_table(
+    path: str | Path,
+    images: str | Path | None,
+    report: LoadReport,
+    image_column: str = "image",
+    caption_column: str = "caption",
+    split: str | None = None,
+    split_column: str = "split",
+) -> list[Record]:
     """One record per image, with the captions of all its rows; a caption cell is text or a (JSON) list of texts.
 
     Relative image paths start at `images`, or at the folder of the table. `split=None` reads every row.

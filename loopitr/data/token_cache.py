@@ -37,13 +37,25 @@ class TokenCache:
             raise DataError(f"{self.folder}: not a token cache ({error}); delete it to have it built again") from error
         self._array: np.ndarray | None = None
         if self._tokens().shape != self.shape or self._tokens().dtype != np.float16:
-            raise DataError(f"{self.folder}: tokens.npy is {self._tokens().dtype} {self._tokens().shape}, not float16 "
-                            f"{self.shape} as in meta.json; delete it to have it built again")
+            raise DataError(
+                f"{self.folder}: tokens.npy is {self._tokens().dtype} {self._tokens().shape}, not float16 "
+                f"{self.shape} as in meta.json; delete it to have it built again"
+            )
 
     @classmethod
-    def open_or_build(cls, folder: str | Path, *, key: str, records: Sequence[Record],
-                      transform: Callable[[Image.Image], Tensor], encode: Encode, batch_size: int = 64,
-                      num_workers: int = 0, device: str | torch.device = "cpu", progress: bool = True) -> TokenCache:
+    def open_or_build(
+        cls,
+        folder: str | Path,
+        *,
+        key: str,
+        records: Sequence[Record],
+        transform: Callable[[Image.Image], Tensor],
+        encode: Encode,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        device: str | torch.device = "cpu",
+        progress: bool = True,
+    ) -> TokenCache:
         """Open `folder/<key[:16]>-<names digest[:8]>`, building it first if it is not there.
 
         `key` is the caller's digest of everything that decides the tokens but the images: backbone weights, transform.
@@ -80,14 +92,22 @@ class TokenCache:
             try:
                 self._array = np.load(self.folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
             except (OSError, ValueError) as error:
-                raise DataError(f"{self.folder}: cannot map tokens.npy ({error}); delete it to have it built "
-                                "again") from error
+                raise DataError(
+                    f"{self.folder}: cannot map tokens.npy ({error}); delete it to have it built again"
+                ) from error
         return self._array
 
 
-def _build(folder: Path, records: Sequence[Record], transform: Callable[[Image.Image], Tensor], encode: Encode,
-           batch_size: int, num_workers: int, device: str | torch.device,
-           progress: bool) -> tuple[tuple[int, int, int], list[int]]:
+def _build(
+    folder: Path,
+    records: Sequence[Record],
+    transform: Callable[[Image.Image], Tensor],
+    encode: Encode,
+    batch_size: int,
+    num_workers: int,
+    device: str | torch.device,
+    progress: bool,
+) -> tuple[tuple[int, int, int], list[int]]:
     loader = read_images(records, transform, batch_size=batch_size, num_workers=num_workers)
     array: np.ndarray | None = None
     unreadable = []

@@ -22,9 +22,16 @@ class TrainTransform:
     ALBEF's ten operations (arXiv 2107.07651), which leave colours alone because captions name them.
     """
 
-    def __init__(self, image_size: int | Sequence[int], mean: Sequence[float], std: Sequence[float],
-                 interpolation: str = "bicubic", crop_scale: tuple[float, float] = (0.5, 1.0), flip: bool = False,
-                 randaugment: bool = False) -> None:
+    def __init__(
+        self,
+        image_size: int | Sequence[int],
+        mean: Sequence[float],
+        std: Sequence[float],
+        interpolation: str = "bicubic",
+        crop_scale: tuple[float, float] = (0.5, 1.0),
+        flip: bool = False,
+        randaugment: bool = False,
+    ) -> None:
         if not 0.0 < crop_scale[0] <= crop_scale[1] <= 1.0:
             raise ValueError(f"crop_scale must satisfy 0 < low <= high <= 1, got {crop_scale}")
         modes = {mode.value: mode for mode in InterpolationMode}
@@ -36,8 +43,13 @@ class TrainTransform:
         self.shortest = math.ceil(max(size) / max(crop_scale[0], math.sqrt(LEAST_RATIO * crop_scale[0])))
         steps: list[torch.nn.Module] = [
             v2.PILToTensor(),  # uint8 first: tensor resizing is about twice as fast as Pillow's
-            v2.RandomResizedCrop(size, scale=crop_scale, ratio=(LEAST_RATIO, 1 / LEAST_RATIO),
-                                 interpolation=modes[interpolation], antialias=True),
+            v2.RandomResizedCrop(
+                size,
+                scale=crop_scale,
+                ratio=(LEAST_RATIO, 1 / LEAST_RATIO),
+                interpolation=modes[interpolation],
+                antialias=True,
+            ),
         ]
         if flip:
             steps.append(v2.RandomHorizontalFlip())
@@ -54,15 +66,17 @@ def _one_of_albef(size: Sequence[int]) -> v2.RandomChoice:
     share = 0.1  # of the image side; ALBEF's magnitude 7 of 10 at most moves 10 pixels
     move = (min(share, 10 / size[1]), min(share, 10 / size[0]))
     bilinear = InterpolationMode.BILINEAR
-    return v2.RandomChoice([
-        v2.Identity(),
-        v2.RandomAutocontrast(p=1.0),
-        v2.RandomEqualize(p=1.0),
-        v2.ColorJitter(brightness=(0.4, 1.6)),
-        v2.RandomAdjustSharpness(1.6, p=1.0),
-        v2.RandomAffine(degrees=0, shear=(-12.0, 12.0), interpolation=bilinear),
-        v2.RandomAffine(degrees=0, shear=(0.0, 0.0, -12.0, 12.0), interpolation=bilinear),
-        v2.RandomAffine(degrees=0, translate=(move[0], 0.0)),
-        v2.RandomAffine(degrees=0, translate=(0.0, move[1])),
-        v2.RandomRotation(21.0, interpolation=bilinear),
-    ])
+    return v2.RandomChoice(
+        [
+            v2.Identity(),
+            v2.RandomAutocontrast(p=1.0),
+            v2.RandomEqualize(p=1.0),
+            v2.ColorJitter(brightness=(0.4, 1.6)),
+            v2.RandomAdjustSharpness(1.6, p=1.0),
+            v2.RandomAffine(degrees=0, shear=(-12.0, 12.0), interpolation=bilinear),
+            v2.RandomAffine(degrees=0, shear=(0.0, 0.0, -12.0, 12.0), interpolation=bilinear),
+            v2.RandomAffine(degrees=0, translate=(move[0], 0.0)),
+            v2.RandomAffine(degrees=0, translate=(0.0, move[1])),
+            v2.RandomRotation(21.0, interpolation=bilinear),
+        ]
+    )

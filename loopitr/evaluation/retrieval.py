@@ -20,9 +20,8 @@ from .gallery import account, evaluation_transform, gallery
 from .image_tokens import ImageTokens
 from .nearest import nearest
 from .report import RetrievalResult
-from .reranking import candidate_pairs
+from .reranking import candidate_pairs, score_candidates
 from .reranking import rerank as rerank_candidates
-from .reranking import score_candidates
 from .storage import TokenStorage
 from .text_tokens import TextTokens
 
@@ -140,8 +139,16 @@ def evaluate_retrieval(
             pairs = candidate_pairs(found)
             before = sum(len(part.positions) for part in encoded[: rank()])
             score = partial(
-                _score_own, model, images, texts, pairs, encoded[rank()].positions, before,
-                image_block=image_block, pair_block=pair_block, progress=progress,
+                _score_own,
+                model,
+                images,
+                texts,
+                pairs,
+                encoded[rank()].positions,
+                before,
+                image_block=image_block,
+                pair_block=pair_block,
+                progress=progress,
             )
             scores = torch.cat(each_rank(score))  # [P]
             rankings.update(rerank_candidates(found, pairs, scores, searched, scale=float(dual.scale)))

@@ -9,9 +9,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
+from loopitr.models.outputs import TextState
 from loopitr.models.packing import send
 from loopitr.models.processing import LoopITRProcessor
-from loopitr.models.outputs import TextState
 
 from .storage import TokenStorage, TokenStore
 

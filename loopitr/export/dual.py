@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from loopitr.building.folders import check_output, load_saved
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.processing import LoopITRProcessor
-from loopitr.building.folders import check_output, load_saved
 
 CARD = """\
 ---

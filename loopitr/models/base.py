@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from loopitr.models.lora import Model, freeze_adapted, merge_lora
 from loopitr.models.image_backbone import VisionBackbone
+from loopitr.models.lora import Model, freeze_adapted, merge_lora
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
 

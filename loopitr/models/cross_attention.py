@@ -26,9 +26,7 @@ class CrossAttention(nn.Module):
         """Image tokens `[I, N, Dv]` -> keys, values, each `[I, H, N, D / H]`."""
         return self._heads(self.key(tokens)), self._heads(self.value(tokens))
 
-    def forward(
-        self, hidden: Tensor, query: Tensor, image: Tensor | tuple[Tensor, Tensor], images: Segments
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, query: Tensor, image: Tensor | tuple[Tensor, Tensor], images: Segments) -> Tensor:
         """`hidden`, `query [R, D]`, rows of one image together; `image`: one per segment, tokens or keys and values."""
         if isinstance(image, Tensor):
             attended = self._attend_tokens(query, image, images)

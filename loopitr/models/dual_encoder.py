@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loopitr.models.lora import inject_lora
-from loopitr.models.image_backbone import VisionBackbone
+from loopitr.models.base import LoopITRPreTrainedModel
 from loopitr.models.config import DualEncoderConfig
 from loopitr.models.heads import projection
-from loopitr.models.base import LoopITRPreTrainedModel
+from loopitr.models.image_backbone import VisionBackbone
+from loopitr.models.lora import inject_lora
 from loopitr.models.outputs import DualOutput
 from loopitr.models.text_backbone import TextBackbone
 

@@ -19,8 +19,8 @@ from transformers.activations import ACT2FN
 
 from loopitr.models.config import LoopITRConfig
 from loopitr.models.cross_attention import CrossAttention, attend
-from loopitr.models.packing import PairLayout, Segments
 from loopitr.models.outputs import KeysValues
+from loopitr.models.packing import PairLayout, Segments
 
 
 @dataclass(frozen=True)

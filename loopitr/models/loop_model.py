@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel
 
-from loopitr.models.lora import freeze_adapted
+from loopitr.models.base import LoopITRPreTrainedModel
 from loopitr.models.config import DualEncoderConfig, LoopITRConfig
 from loopitr.models.dual_encoder import DualEncoder
 from loopitr.models.fusion import FusionEncoder
 from loopitr.models.heads import MLMHead
-from loopitr.models.packing import image_blocks, lay_out, send
-from loopitr.models.base import LoopITRPreTrainedModel
+from loopitr.models.lora import freeze_adapted
 from loopitr.models.outputs import DualOutput, ImageState, KeysValues, PairScores, TextState
+from loopitr.models.packing import image_blocks, lay_out, send
 
 GRAPHS = 32  # of one compiled module: beyond torch's 8 it would silently run uncompiled
 BLOCK_BYTES, GPU_BLOCK_BYTES = 2**28, 2**30  # of activations of pairs that are scored at a time
@@ -166,9 +166,7 @@ class LoopITRModel(LoopITRPreTrainedModel):
         # ITM logits in float32: their difference is a teacher and a ranking score.
         return self.itm_head(self._fuse(images, texts, mask, pairs, first_only=True)).float()  # [P, 2]
 
-    def _fuse(
-        self, images: ImageState, texts: TextState, mask: Tensor, pairs: Tensor, *, first_only: bool
-    ) -> Tensor:
+    def _fuse(self, images: ImageState, texts: TextState, mask: Tensor, pairs: Tensor, *, first_only: bool) -> Tensor:
         """`mask [T, L]` of the texts and `pairs [P, 2]` on the CPU."""
         used = torch.unique_consecutive(pairs[:, 0])
         # Of keys and values every layer picks its own, when it needs them; tokens are for all layers.

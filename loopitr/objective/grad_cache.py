@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from loopitr.memory import trim_memory
-from loopitr.objective.step import LoopObjective
 from loopitr.objective.parts import Encoded, StepOutput
+from loopitr.objective.step import LoopObjective
 
 INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_tokens")  # of `LoopObjective.encode`
 

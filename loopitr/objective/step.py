@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from loopitr.objective import losses
-from loopitr.objective.options import DISTILLATION, MINING, ObjectiveOptions
 from loopitr.distributed import all_gather, all_gather_padded, all_sum, rank, world_size
-from loopitr.objective.word_masking import TokenMasking
+from loopitr.objective import losses
 from loopitr.objective.mining import Mined
+from loopitr.objective.options import DISTILLATION, MINING, ObjectiveOptions
 from loopitr.objective.parts import Candidates, Encoded, MaskedTexts, Positives, Similarities, StepOutput
+from loopitr.objective.word_masking import TokenMasking
 
 if TYPE_CHECKING:
     from loopitr.models.loop_model import LoopITRModel

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from loopitr.models.lora import is_adapter
 from loopitr.models.loop_model import LoopITRModel
+from loopitr.models.lora import is_adapter
 
 BACKBONES = ("vision", "text")
 LORA_FACTOR = 10.0  # what LoRA wants, of the rate that is best for all weights (thinkingmachines.ai/blog/lora, 2025)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from loopitr.objective.options import ObjectiveOptions
-from loopitr.data.sources import DataOptions
 from loopitr.building.options import ModelOptions
+from loopitr.data.sources import DataOptions
+from loopitr.objective.options import ObjectiveOptions
 
 
 @dataclass

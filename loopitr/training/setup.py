@@ -17,8 +17,6 @@ from timm.layers import convert_sync_batchnorm
 from torch.optim.lr_scheduler import LambdaLR
 
 from loopitr.building.build import build_model, token_cache_key
-from loopitr.objective.word_masking import token_masking
-from loopitr.training.checkpoints import move_aside
 from loopitr.data import (
     CaptionDataset,
     Collator,
@@ -33,15 +31,17 @@ from loopitr.data import (
     scene_vocabulary,
 )
 from loopitr.data.cache_folder import make_folder
+from loopitr.data.loader import EpochLoader
 from loopitr.data.sources import SOURCES
 from loopitr.evaluation.retrieval import evaluation_transform
-from loopitr.objective.grad_cache import check_batch_statistics
-from loopitr.data.loader import EpochLoader
 from loopitr.models.loop_model import LoopITRModel
+from loopitr.models.processing import LoopITRProcessor, interpolation_of
+from loopitr.objective.grad_cache import check_batch_statistics
 from loopitr.objective.step import LoopObjective
+from loopitr.objective.word_masking import token_masking
+from loopitr.training.checkpoints import move_aside
 from loopitr.training.optimization import parameter_groups, two_cycles, warmup_cosine, warmup_stable_decay
 from loopitr.training.options import PretrainOptions
-from loopitr.models.processing import LoopITRProcessor, interpolation_of
 
 
 class Experiment:

@@ -14,18 +14,18 @@ import torch
 from accelerate.utils import gather_object, send_to_device
 from tqdm.auto import tqdm
 
-from loopitr.training.checkpoints import Progress, load_checkpoint, save_checkpoint
 from loopitr.data import LoadReport, Record
+from loopitr.data.loader import SkipCounter
 from loopitr.distributed import average_gradients
 from loopitr.evaluation.retrieval import RetrievalResult, evaluate_retrieval
-from loopitr.training.setup import Experiment
-from loopitr.objective.grad_cache import cached_backward
-from loopitr.data.loader import SkipCounter
 from loopitr.memory import trim_memory
 from loopitr.models.loop_model import LoopITRModel
+from loopitr.objective.grad_cache import cached_backward
 from loopitr.objective.step import StepOutput
+from loopitr.training.checkpoints import Progress, load_checkpoint, save_checkpoint
 from loopitr.training.options import PretrainOptions
 from loopitr.training.reporting import History, plot_curves, write_json
+from loopitr.training.setup import Experiment
 
 TRIM_EVERY = 10  # steps; on the CPU
 

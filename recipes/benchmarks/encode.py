@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from shared import PRECISIONS, check_options, interleaved, matmul_speed
 
 from loopitr import DualEncoder, DualEncoderConfig
-from shared import PRECISIONS, check_options, interleaved, matmul_speed
 from loopitr.cli import parse, run
 from loopitr.evaluation.report import markdown_table
 from loopitr.training.reporting import write_json
@@ -77,9 +77,11 @@ def main() -> None:
             partial(model.get_text_features, ids[:, :14], full),
         ),
     }
-    print(f"{options.vision} {options.image_size} px, {options.text_layers} layers of width {options.hidden_size}, "
-          f"B={size}, {options.precision}, {device}, {torch.get_num_threads()} threads, "
-          f"matrix product {speed / 1e9:.0f} GFLOP/s")
+    print(
+        f"{options.vision} {options.image_size} px, {options.text_layers} layers of width {options.hidden_size}, "
+        f"B={size}, {options.precision}, {device}, {torch.get_num_threads()} threads, "
+        f"matrix product {speed / 1e9:.0f} GFLOP/s"
+    )
     figures, rows = {}, []
     for name, (bare, ours) in sides.items():
         timed = interleaved({"bare": bare, "ours": ours}, rounds=options.rounds, device=device)
@@ -90,8 +92,16 @@ def main() -> None:
             "flops": timed["ours"].flops,
             "of_peak": timed["ours"].flops / timed["ours"].median / speed,
         }
-        rows.append([name, f"{f['bare_per_second']:.1f}", f"{f['per_second']:.1f}", f"{f['throughput']:.3f}",
-                     f"{f['flops'] / 1e9:.1f}", f"{f['of_peak']:.2f}"])
+        rows.append(
+            [
+                name,
+                f"{f['bare_per_second']:.1f}",
+                f"{f['per_second']:.1f}",
+                f"{f['throughput']:.3f}",
+                f"{f['flops'] / 1e9:.1f}",
+                f"{f['of_peak']:.2f}",
+            ]
+        )
     print(markdown_table(["what", "bare /s", "dual head /s", "of bare", "GFLOP", "of peak"], rows))
     if options.output:
         write_json(Path(options.output), {"options": vars(options), "figures": figures})

@@ -23,10 +23,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
-
-from loopitr import LoopITRModel, LoopITRProcessor
 from shared import (
     PRECISIONS,
     PlainPairs,
@@ -37,6 +33,10 @@ from shared import (
     random_model,
     seconds_of,
 )
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from loopitr import LoopITRModel, LoopITRProcessor
 from loopitr.cli import parse, run
 from loopitr.data import LazyRecords, Record
 from loopitr.evaluation import evaluation_transform, markdown_table
@@ -135,8 +135,12 @@ class Evaluation:
         storage = TokenStorage(options.token_storage, options.token_dtype)
         self.positions, self.storage = list(range(count)), storage
         self.images = ImageTokens(
-            self.model.dual_encoder(), Pictures(count), evaluation_transform(processor), cache=None,
-            batch_size=min(options.batch_size, options.image_block), num_workers=options.num_workers,
+            self.model.dual_encoder(),
+            Pictures(count),
+            evaluation_transform(processor),
+            cache=None,
+            batch_size=min(options.batch_size, options.image_block),
+            num_workers=options.num_workers,
         )
         self.texts = TextTokens(self.model, processor, captions, batch_size=options.batch_size, storage=storage)
         self.texts.embeds = torch.zeros(total, 1, device=options.device)  # play no part in scoring
@@ -202,14 +206,32 @@ def measure(options: Options) -> tuple[dict[str, dict[str, Any]], dict[str, floa
     tokens = evaluation.texts.lengths
     text_flops = text.get_total_flops() / int(tokens[some].sum())  # of one token
     figures: dict[str, dict[str, Any]] = {
-        "encode images": {"seconds": image_seconds, "done": count, "of": options.images,
-                          "flops": vision.get_total_flops() * count},
-        "encode captions": {"seconds": text_seconds, "done": len(used), "of": total,
-                            "flops": text_flops * int(tokens[used].sum())},
-        "rank": {"seconds": rank_seconds, "done": options.images * total, "of": options.images * total,
-                 "flops": ranking.get_total_flops()},
-        "score": {"seconds": score_seconds, "done": len(own), "of": len(pairs),
-                  "flops": plain["flops_per_pair"] * len(own), "pairs_per_second": len(own) / score_seconds, **plain},
+        "encode images": {
+            "seconds": image_seconds,
+            "done": count,
+            "of": options.images,
+            "flops": vision.get_total_flops() * count,
+        },
+        "encode captions": {
+            "seconds": text_seconds,
+            "done": len(used),
+            "of": total,
+            "flops": text_flops * int(tokens[used].sum()),
+        },
+        "rank": {
+            "seconds": rank_seconds,
+            "done": options.images * total,
+            "of": options.images * total,
+            "flops": ranking.get_total_flops(),
+        },
+        "score": {
+            "seconds": score_seconds,
+            "done": len(own),
+            "of": len(pairs),
+            "flops": plain["flops_per_pair"] * len(own),
+            "pairs_per_second": len(own) / score_seconds,
+            **plain,
+        },
     }
     speed = matmul_speed(device, PRECISIONS[options.precision])
     for figure in figures.values():
@@ -225,18 +247,31 @@ def main() -> None:
     check_options(options)
     with torch.autocast(options.device.split(":")[0], torch.bfloat16, enabled=options.precision == "bf16"):
         figures, whole = measure(options)
-    print(f"{options.images} images, {options.images * options.captions_per_image} captions, k={options.k}; "
-          f"{options.vision} {options.image_size} px, {options.text_layers} + {options.fusion_layers} layers, "
-          f"{options.precision}, {options.device}, {torch.get_num_threads()} threads, "
-          f"matrix product {whole['matmul_flops'] / 1e9:.0f} GFLOP/s")
-    rows = [[name, f"{f['seconds']:.1f}", f"{f['done']} of {f['of']}", f"{f['whole_seconds']:.1f}",
-             f"{f['flops'] / f['seconds'] / 1e9:.0f}", f"{f['of_peak']:.2f}"] for name, f in figures.items()]
+    print(
+        f"{options.images} images, {options.images * options.captions_per_image} captions, k={options.k}; "
+        f"{options.vision} {options.image_size} px, {options.text_layers} + {options.fusion_layers} layers, "
+        f"{options.precision}, {options.device}, {torch.get_num_threads()} threads, "
+        f"matrix product {whole['matmul_flops'] / 1e9:.0f} GFLOP/s"
+    )
+    rows = [
+        [
+            name,
+            f"{f['seconds']:.1f}",
+            f"{f['done']} of {f['of']}",
+            f"{f['whole_seconds']:.1f}",
+            f"{f['flops'] / f['seconds'] / 1e9:.0f}",
+            f"{f['of_peak']:.2f}",
+        ]
+        for name, f in figures.items()
+    ]
     rows.append(["whole evaluation", "", "", f"{whole['seconds']:.1f}", "", ""])
     print(markdown_table(["step", "seconds", "measured on", "extrapolated s", "GFLOP/s", "of peak"], rows))
     score = figures["score"]
-    print(f"scoring: {score['pairs_per_second']:.1f} pairs/s; the plain way {score['plain_pairs_per_second']:.1f}, "
-          f"{score['plain_flops_per_pair'] / score['flops_per_pair']:.2f} times the FLOPs; ours is "
-          f"{score['ratio']:.2f} times as fast side by side, scores differ by {score['difference']:.1e}")
+    print(
+        f"scoring: {score['pairs_per_second']:.1f} pairs/s; the plain way {score['plain_pairs_per_second']:.1f}, "
+        f"{score['plain_flops_per_pair'] / score['flops_per_pair']:.2f} times the FLOPs; ours is "
+        f"{score['ratio']:.2f} times as fast side by side, scores differ by {score['difference']:.1e}"
+    )
     memory = "allocated on the GPU" if options.device.startswith("cuda") else "resident, mapped files included"
     print(f"peak memory: {whole['peak_memory'] / 2**30:.2f} GiB {memory}")
     if options.output:

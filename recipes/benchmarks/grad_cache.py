@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-
 from shared import check_options, peak_memory, random_batch, random_model, seconds_of
+
 from loopitr.cli import parse, run
 from loopitr.evaluation.report import markdown_table
 from loopitr.objective.grad_cache import cached_backward
@@ -97,10 +97,19 @@ def main() -> None:
         figures[side] = json.loads(done.stdout.splitlines()[-1])
     for side in figures.values():
         side["memory_ratio"] = side["step_gib"] / figures["plain"]["step_gib"]
-    print(f"{options.vision} {options.image_size} px, {'the loop, K=4' if options.loop else 'ITC only'}, "
-          f"{options.precision}, {options.device}, {torch.get_num_threads()} threads")
-    titles = {"pairs": "", "seconds": ".1f", "pairs_per_second": ".1f", "step_gib": ".2f", "memory_ratio": ".2f",
-              "inputs_gib": ".2f", "peak_gib": ".2f"}
+    print(
+        f"{options.vision} {options.image_size} px, {'the loop, K=4' if options.loop else 'ITC only'}, "
+        f"{options.precision}, {options.device}, {torch.get_num_threads()} threads"
+    )
+    titles = {
+        "pairs": "",
+        "seconds": ".1f",
+        "pairs_per_second": ".1f",
+        "step_gib": ".2f",
+        "memory_ratio": ".2f",
+        "inputs_gib": ".2f",
+        "peak_gib": ".2f",
+    }
     rows = [[name, *(format(f[title], form) for title, form in titles.items())] for name, f in figures.items()]
     print(markdown_table(["step", *titles], rows))
     if options.output:

@@ -26,15 +26,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
+from shared import PRECISIONS, Timing, check_options, interleaved, matmul_speed
 
 from loopitr import LoopITRConfig, LoopITRModel
-from shared import PRECISIONS, Timing, check_options, interleaved, matmul_speed
 from loopitr.cli import parse, run
 from loopitr.data import CaptionDataset, Collator, ImageCache, Record, TrainTransform, scene_vocabulary
-from loopitr.evaluation.report import markdown_table
 from loopitr.data.loader import EpochLoader
-from loopitr.objective.step import LoopObjective, ObjectiveOptions
+from loopitr.evaluation.report import markdown_table
 from loopitr.models.processing import word_tokenizer
+from loopitr.objective.step import LoopObjective, ObjectiveOptions
 from loopitr.training.reporting import write_json
 
 SIZES = ((500, 375), (1600, 1200))
@@ -89,9 +89,7 @@ def photos(options: Options, scratch: Path) -> dict[str, list[Path]]:
 
 def loaders(options: Options, files: dict[str, list[Path]], scratch: Path) -> dict[str, EpochLoader]:
     """By set and variant; each has the batches of one round."""
-    transform = TrainTransform(
-        options.image_size, (0.5,) * 3, (0.5,) * 3, crop_scale=(options.crop_scale_min, 1.0)
-    )
+    transform = TrainTransform(options.image_size, (0.5,) * 3, (0.5,) * 3, crop_scale=(options.crop_scale_min, 1.0))
     caption = " ".join(scene_vocabulary()[:12])
     collator = Collator(word_tokenizer(scene_vocabulary(), max_length=32), max_length=32)
     made = {}
@@ -107,10 +105,14 @@ def loaders(options: Options, files: dict[str, list[Path]], scratch: Path) -> di
         )
         size = sum(cache[i].numel() for i in range(count)) / count
         read = sum(path.stat().st_size for path in paths) / len(paths)
-        print(f"{name}: JPEGs of {read / 1e3:.0f} kB, cached in {(time.perf_counter() - started) / count * 1e3:.1f} ms "
-              f"and {size / 1e3:.0f} kB each, shorter side at most {transform.shortest} px")
+        print(
+            f"{name}: JPEGs of {read / 1e3:.0f} kB, cached in {(time.perf_counter() - started) / count * 1e3:.1f} ms "
+            f"and {size / 1e3:.0f} kB each, shorter side at most {transform.shortest} px"
+        )
         variants: dict[str, dict[str, Any]] = {
-            WHOLE: {}, SCALED: {"shortest": transform.shortest}, CACHED: {"images": cache}
+            WHOLE: {},
+            SCALED: {"shortest": transform.shortest},
+            CACHED: {"images": cache},
         }
         for variant, how in variants.items():
             made[f"{name}, {variant}"] = EpochLoader(
@@ -129,8 +131,12 @@ def loaders(options: Options, files: dict[str, list[Path]], scratch: Path) -> di
 def training_step(options: Options) -> Callable[[], None]:
     """One step of a dual encoder with a MiniLM-like text side."""
     text = {
-        "model_type": "bert", "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12,
-        "intermediate_size": 1536, "attention_probs_dropout_prob": 0.0,
+        "model_type": "bert",
+        "hidden_size": 384,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 12,
+        "intermediate_size": 1536,
+        "attention_probs_dropout_prob": 0.0,
     }
     config = LoopITRConfig(
         vision={"name": options.vision, "image_size": options.image_size}, text=text, fusion={"num_layers": 1}
@@ -209,8 +215,10 @@ def report(options: Options, timed: dict[str, Timing], model: str, speed: float)
         }
         figures[name] = f
         rows.append([name, f"{rate:.1f}", f"{f['ratio']:.2f}", str(f["workers_needed"]), f["bottleneck"], "", ""])
-    print(f"{options.image_size} px, B={options.batch_size}, {options.num_workers} workers, {options.device}, "
-          f"{options.precision}, {torch.get_num_threads()} threads, matrix product {speed / 1e9:.0f} GFLOP/s")
+    print(
+        f"{options.image_size} px, B={options.batch_size}, {options.num_workers} workers, {options.device}, "
+        f"{options.precision}, {torch.get_num_threads()} threads, matrix product {speed / 1e9:.0f} GFLOP/s"
+    )
     print(markdown_table(["what", "images/s", "ratio", "workers", "bottleneck", "GFLOP", "of peak"], rows))
     if options.output:
         write_json(Path(options.output), {"options": vars(options), "figures": figures})

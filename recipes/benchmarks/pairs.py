@@ -20,16 +20,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from shared import PRECISIONS, PlainPairs, check_options, interleaved, matmul_speed
 from torch import Tensor
 from transformers import BlipConfig, BlipForImageTextRetrieval
 
 from loopitr import LoopITRConfig, LoopITRModel
-from shared import PRECISIONS, PlainPairs, check_options, interleaved, matmul_speed
 from loopitr.cli import parse, run
 from loopitr.convert import convert_blip
 from loopitr.evaluation.report import markdown_table
-from loopitr.training.reporting import write_json
 from loopitr.models.outputs import ImageState, TextState
+from loopitr.training.reporting import write_json
 
 LENGTH, HEADS = 35, 12
 
@@ -155,8 +155,10 @@ def main() -> None:
     options = parse(Options, description=__doc__)
     check_options(options)
     speed = matmul_speed(options.device, PRECISIONS[options.precision])
-    print(f"{options.pairs} pairs, width {options.width}, {options.tokens} image tokens, {options.precision}, "
-          f"{options.device}, {torch.get_num_threads()} threads, matrix product {speed / 1e9:.0f} GFLOP/s")
+    print(
+        f"{options.pairs} pairs, width {options.width}, {options.tokens} image tokens, {options.precision}, "
+        f"{options.device}, {torch.get_num_threads()} threads, matrix product {speed / 1e9:.0f} GFLOP/s"
+    )
     figures, rows = {}, []
     for case in cases(options):
         difference = (case.ours().float() - case.plain().float()).abs().max().item()
@@ -171,8 +173,17 @@ def main() -> None:
             "of_peak": ours.flops / ours.median / speed,
             "difference": difference,
         }
-        rows.append([case.name, f"{f['plain_seconds']:.3f}", f"{f['seconds']:.3f}", f"{f['ratio']:.2f}",
-                     f"{plain.flops / ours.flops:.2f}", f"{f['of_peak']:.2f}", f"{difference:.1e}"])
+        rows.append(
+            [
+                case.name,
+                f"{f['plain_seconds']:.3f}",
+                f"{f['seconds']:.3f}",
+                f"{f['ratio']:.2f}",
+                f"{plain.flops / ours.flops:.2f}",
+                f"{f['of_peak']:.2f}",
+                f"{difference:.1e}",
+            ]
+        )
     print(markdown_table(["case", "plain s", "ours s", "ratio", "FLOP ratio", "of peak", "differ by"], rows))
     if options.output:
         write_json(Path(options.output), {"options": vars(options), "figures": figures})

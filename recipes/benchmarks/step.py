@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-
 from shared import (
     PRECISIONS,
     PlainPairs,
@@ -27,11 +26,12 @@ from shared import (
     random_batch,
     random_model,
 )
+
 from loopitr.cli import parse, run
 from loopitr.evaluation.report import markdown_table
+from loopitr.models.outputs import PairScores
 from loopitr.objective.step import LoopObjective, ObjectiveOptions
 from loopitr.training.reporting import write_json
-from loopitr.models.outputs import PairScores
 
 VARIANTS = {
     "ITC only": ObjectiveOptions(itm=0.0, distillation=0.0),
@@ -76,9 +76,11 @@ def main() -> None:
     calls |= {f"{name}, plain": partial(step, LoopObjective(model, VARIANTS[name]), plain) for name in PLAIN}
     timed = interleaved(calls, rounds=options.rounds, device=options.device)
     speed = matmul_speed(options.device, PRECISIONS[options.precision])
-    print(f"{options.vision} {options.image_size} px, {options.text_layers} + {options.fusion_layers} layers, "
-          f"B={options.batch_size}, {options.precision}, {options.device}, {torch.get_num_threads()} threads, "
-          f"matrix product {speed / 1e9:.0f} GFLOP/s")
+    print(
+        f"{options.vision} {options.image_size} px, {options.text_layers} + {options.fusion_layers} layers, "
+        f"B={options.batch_size}, {options.precision}, {options.device}, {torch.get_num_threads()} threads, "
+        f"matrix product {speed / 1e9:.0f} GFLOP/s"
+    )
     base, figures, rows = timed["ITC only"], {}, []
     for name, timing in timed.items():
         figures[name] = {
@@ -88,8 +90,16 @@ def main() -> None:
             "flops_ratio": timing.flops / base.flops,
             "of_peak": timing.flops / timing.median / speed,
         }
-        rows.append([name, f"{timing.median:.3f}", f"{timing.ratio(base):.2f}", f"{timing.flops / 1e9:.1f}",
-                     f"{timing.flops / base.flops:.2f}", f"{figures[name]['of_peak']:.2f}"])
+        rows.append(
+            [
+                name,
+                f"{timing.median:.3f}",
+                f"{timing.ratio(base):.2f}",
+                f"{timing.flops / 1e9:.1f}",
+                f"{timing.flops / base.flops:.2f}",
+                f"{figures[name]['of_peak']:.2f}",
+            ]
+        )
     print(markdown_table(["variant", "seconds", "ratio", "GFLOP", "ratio", "of peak"], rows))
     if options.output:
         write_json(Path(options.output), {"options": vars(options), "figures": figures})

@@ -3,15 +3,15 @@
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file, save_file
 from helpers.support import VIT
-from timm.layers import resample_abs_pos_embed
 from helpers.tiny_building import CNN, DEPTH, SMALL, build, save_bert, save_text, scratch, with_text, with_vit
+from safetensors.torch import load_file, save_file
+from timm.layers import resample_abs_pos_embed
 from transformers import RobertaConfig, RobertaModel
 
-from loopitr.objective.word_masking import token_masking
-from loopitr.data import SceneRecords
 from loopitr.building.options import FusionOptions, TextOptions, VisionOptions
+from loopitr.data import SceneRecords
+from loopitr.objective.word_masking import token_masking
 
 SAME_PART = {  # name in a fusion layer -> name in a BERT layer
     "query": "attention.self.query",
@@ -119,8 +119,10 @@ def test_text_backbone_keeps_its_lower_layers_exactly(bert):
 def test_random_fusion_does_not_copy(bert):
     model, _ = build(with_text(bert, 2, FusionOptions(num_layers=2, num_heads=4, intermediate_size=48)))
     source = load_file(f"{bert}/model.safetensors")
-    copied = [torch.equal(model.fusion.text[0].query.weight, source[f"encoder.layer.{i}.attention.self.query.weight"])
-              for i in range(DEPTH)]
+    copied = [
+        torch.equal(model.fusion.text[0].query.weight, source[f"encoder.layer.{i}.attention.self.query.weight"])
+        for i in range(DEPTH)
+    ]
     assert copied == [False] * DEPTH
 
 

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from helpers.tiny_building import DEPTH, build, save_bert, save_text, save_tiny, scratch, with_text, with_vit
 from helpers.tiny_gallery import picture, tiny_processor
+from safetensors.torch import load_file
 from transformers import DistilBertConfig, DistilBertModel
 
 from loopitr import DualEncoder, LoopITRModel

@@ -25,11 +25,11 @@ from transformers import (
 
 from loopitr import LoopITRModel, LoopITRProcessor
 from loopitr.building.build import build_model
+from loopitr.building.folders import load_saved
+from loopitr.building.options import FusionOptions, ModelOptions
 from loopitr.data.collate import Collator
 from loopitr.export.dual import export_dual
-from loopitr.building.options import FusionOptions, ModelOptions
 from loopitr.training.optimization import parameter_groups
-from loopitr.building.folders import load_saved
 
 FUSION = FusionOptions(num_layers=2, num_heads=4, intermediate_size=48, dropout=0.0)
 

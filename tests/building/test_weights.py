@@ -122,20 +122,17 @@ def test_text_source_prefers_a_folder_then_a_package_then_the_hub(packages, tmp_
 
 
 def test_hub_access_says_what_to_install_in_one_line():
-    with pytest.raises(OSError) as raised:
-        with pretrained.hub_access("minilm-l6"):
-            raise FileNotFoundError("cannot find\nthe requested files")
+    with pytest.raises(OSError) as raised, pretrained.hub_access("minilm-l6"):
+        raise FileNotFoundError("cannot find\nthe requested files")
     message = str(raised.value)
     assert "\n" not in message and "'minilm-l6'" in message and pretrained.INSTALL in message
 
 
 def test_hub_access_leaves_other_errors_alone():
-    with pytest.raises(OSError, match="No space left"):
-        with pretrained.hub_access("minilm-l6"):
-            raise OSError(errno.ENOSPC, "No space left on device")
-    with pytest.raises(KeyError):
-        with pretrained.hub_access("minilm-l6"):
-            raise KeyError("model_type")
+    with pytest.raises(OSError, match="No space left"), pretrained.hub_access("minilm-l6"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(KeyError), pretrained.hub_access("minilm-l6"):
+        raise KeyError("model_type")
 
 
 @needs_vision

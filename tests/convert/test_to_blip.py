@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from helpers.support import BERT, CNN, VIT, images, ragged_texts, tiny_model
 from helpers.tiny_blip import actual, assert_equal, expected, saved
+from PIL import Image
 from transformers import AutoProcessor, BlipForImageTextRetrieval, BlipProcessor
 
 from loopitr import LoopITRModel, LoopITRProcessor

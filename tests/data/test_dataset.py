@@ -53,8 +53,9 @@ def test_two_workers_give_the_batches_of_none(tokenizer, captions):
     sampler.set_epoch(2)
     batches = []
     for workers in (0, 2):
-        loader = DataLoader(dataset, batch_size=4, sampler=sampler, num_workers=workers,
-                            collate_fn=Collator(tokenizer, max_length=30))
+        loader = DataLoader(
+            dataset, batch_size=4, sampler=sampler, num_workers=workers, collate_fn=Collator(tokenizer, max_length=30)
+        )
         torch.manual_seed(workers)  # the global state must not matter
         batches.append(list(loader))
     assert len(batches[0]) == len(batches[1]) == (3 if captions == "one" else 12)
@@ -76,8 +77,15 @@ def test_items_depend_on_seed_epoch_and_index_alone():
 
 
 def test_all_captions_in_order():
-    records = [Record(image=Image.new("RGB", (2 + i, 2)), captions=tuple(f"{i}.{j}" for j in range(i + 1)), identity=i,
-                      name=str(i)) for i in range(3)]
+    records = [
+        Record(
+            image=Image.new("RGB", (2 + i, 2)),
+            captions=tuple(f"{i}.{j}" for j in range(i + 1)),
+            identity=i,
+            name=str(i),
+        )
+        for i in range(3)
+    ]
     dataset = CaptionDataset(records, transform=size_transform, captions="all")
     assert [dataset[i]["caption"] for i in range(len(dataset))] == ["0.0", "1.0", "1.1", "2.0", "2.1", "2.2"]
     assert [dataset[i]["identity"] for i in range(6)] == [0, 1, 1, 2, 2, 2]
@@ -87,8 +95,10 @@ def test_all_captions_in_order():
 
 def broken_records(flags):
     good = Image.new("RGB", (4, 4))
-    return [Record(image=b"junk" if broken else good, captions=(f"c{i}",), identity=i, name=f"{i}.jpg")
-            for i, broken in enumerate(flags)]
+    return [
+        Record(image=b"junk" if broken else good, captions=(f"c{i}",), identity=i, name=f"{i}.jpg")
+        for i, broken in enumerate(flags)
+    ]
 
 
 @pytest.mark.parametrize("captions", ["one", "all"])
@@ -113,11 +123,17 @@ def test_too_many_unreadable_images_stop():
 
 def test_dataset_refuses():
     records = broken_records([0])
-    for arguments, match in [(([],), "at least one record"), ((records, "each"), "'one' or 'all', got 'each'"),
-                             ((records, "one", None), "transform is needed")]:
+    for arguments, match in [
+        (([],), "at least one record"),
+        ((records, "each"), "'one' or 'all', got 'each'"),
+        ((records, "one", None), "transform is needed"),
+    ]:
         with pytest.raises(ValueError, match=match):
-            CaptionDataset(arguments[0], captions=(arguments[1:] or ["one"])[0],
-                           transform=size_transform if len(arguments) < 3 else None)
+            CaptionDataset(
+                arguments[0],
+                captions=(arguments[1:] or ["one"])[0],
+                transform=size_transform if len(arguments) < 3 else None,
+            )
 
 
 def test_epoch_sampler_is_a_permutation_per_epoch():
@@ -190,8 +206,9 @@ def example(caption, identity=0, **more):
 
 def test_collator(tokenizer):
     caption = "a small red circle left of a large blue square"  # 10 words and 2 special tokens
-    batch = Collator(tokenizer, max_length=12)([example(caption, 2**60), example("a ring", 7, skipped=[("x", "y")]),
-                                                example("A  Ring", 7)])
+    batch = Collator(tokenizer, max_length=12)(
+        [example(caption, 2**60), example("a ring", 7, skipped=[("x", "y")]), example("A  Ring", 7)]
+    )
     assert batch["pixel_values"].shape == (3, 3, 4, 4) and batch["input_ids"].shape == (3, 12)
     assert batch["attention_mask"].sum(1).tolist() == [12, 4, 4] and batch["truncated"] == 0
     assert batch["identities"].tolist() == [2**60, 7, 7] and batch["identities"].dtype == torch.int64
@@ -227,8 +244,10 @@ def stream(tmp_path, monkeypatch):
                 buffer = io.BytesIO()
                 Image.new("RGB", (8, 8), (number, 0, 0)).save(buffer, "PNG")
                 captions = [] if number == 3 else [f"a {number}", f"b {number}"]
-                for name, data in ((f"{number}.png", b"junk" if number == 2 else buffer.getvalue()),
-                                   (f"{number}.json", json.dumps({"captions": captions}).encode())):
+                for name, data in (
+                    (f"{number}.png", b"junk" if number == 2 else buffer.getvalue()),
+                    (f"{number}.json", json.dumps({"captions": captions}).encode()),
+                ):
                     info = tarfile.TarInfo(name)
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
@@ -239,8 +258,9 @@ def stream(tmp_path, monkeypatch):
 def test_stream_covers_everything_once_over_workers_and_ranks(stream, workers):
     seen, skipped = [], []
     for rank in range(2):
-        dataset = StreamDataset(stream, transform=size_transform, captions="all", num_shards=2, index=rank,
-                                shuffle_buffer=3)
+        dataset = StreamDataset(
+            stream, transform=size_transform, captions="all", num_shards=2, index=rank, shuffle_buffer=3
+        )
         for item in DataLoader(dataset, batch_size=None, num_workers=workers):
             assert item["pixel_values"][1] == float(item["caption"][2:])
             seen.append(item["caption"])
@@ -249,7 +269,9 @@ def test_stream_covers_everything_once_over_workers_and_ranks(stream, workers):
     assert sorted(seen) == sorted(f"{letter} {i}" for i in good for letter in "ab")
     if workers == 0:
         assert sorted((name.split("::")[1], reason) for name, reason in skipped) == [
-            ("2", "unreadable image: not a known image format"), ("3", "no captions")]
+            ("2", "unreadable image: not a known image format"),
+            ("3", "no captions"),
+        ]
 
 
 def test_stream_draws_by_seed_and_epoch(stream):

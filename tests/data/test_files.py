@@ -9,8 +9,13 @@ from loopitr.data import DataError, LoadReport, load_albef, load_karpathy, load_
 
 
 def entry(index, split, captions, **more):
-    return {"filename": f"{index}.png", "split": split, "imgid": index, "sentences": [{"raw": c} for c in captions],
-            **more}
+    return {
+        "filename": f"{index}.png",
+        "split": split,
+        "imgid": index,
+        "sentences": [{"raw": c} for c in captions],
+        **more,
+    }
 
 
 def write(path, content):
@@ -23,8 +28,10 @@ def karpathy(tmp_path, entries):
 
 
 def test_karpathy_reads_a_split(tmp_path, image_dir):
-    path = karpathy(tmp_path, [entry(0, "train", ["a cat", "two  cats "]), entry(1, "val", ["a dog"]),
-                               entry(2, "restval", ["a cow"])])
+    path = karpathy(
+        tmp_path,
+        [entry(0, "train", ["a cat", "two  cats "]), entry(1, "val", ["a dog"]), entry(2, "restval", ["a cow"])],
+    )
     report = LoadReport()
     train = load_karpathy(path, image_dir, "train", report)
     assert [r.captions for r in train] == [("a cat", "two cats"), ("a cow",)]
@@ -76,17 +83,23 @@ def test_karpathy_refuses(tmp_path, image_dir):
     fails("no such image folder", good, images=tmp_path / "nowhere")
     fails("no split 'test'; it has dev, val", good, split="test")
     fails("none of its first 1 images exists; tried .*tmp", good, images=tmp_path)
-    fails("no image with a caption in split 'x'", write(tmp_path / "e.json", {"images": [entry(0, "x", [" "])]}),
-          split="x")
+    fails(
+        "no image with a caption in split 'x'",
+        write(tmp_path / "e.json", {"images": [entry(0, "x", [" "])]}),
+        split="x",
+    )
 
 
 def test_albef_groups_by_image_and_never_splits_strings(tmp_path, image_dir):
-    path = write(tmp_path / "a.json", [
-        {"image": "0.png", "caption": "a cat", "image_id": "coco_7"},
-        {"image": "1.png", "caption": ["a dog", "", "two dogs"], "image_id": "coco_8"},
-        {"image": "0.png", "caption": "one cat", "image_id": "coco_7"},
-        {"image": "2.png", "caption": "the same cat", "image_id": "coco_7"},
-    ])
+    path = write(
+        tmp_path / "a.json",
+        [
+            {"image": "0.png", "caption": "a cat", "image_id": "coco_7"},
+            {"image": "1.png", "caption": ["a dog", "", "two dogs"], "image_id": "coco_8"},
+            {"image": "0.png", "caption": "one cat", "image_id": "coco_7"},
+            {"image": "2.png", "caption": "the same cat", "image_id": "coco_7"},
+        ],
+    )
     report = LoadReport()
     records = load_albef(path, image_dir, report)
     assert [r.captions for r in records] == [("a cat", "one cat"), ("a dog", "two dogs"), ("the same cat",)]
@@ -95,11 +108,14 @@ def test_albef_groups_by_image_and_never_splits_strings(tmp_path, image_dir):
 
 
 def test_albef_refuses(tmp_path, image_dir):
-    for content, match in [({"images": []}, "data.karpathy"), ([{"image": "0.png"}], "item 0 needs"),
-                           ([{"image": "0.png", "caption": 5}], "must be text or a list"),
-                           ([{"image": "0.png", "caption": [5]}], "must be text, got int"),
-                           ([{"image": "0.png", "caption": ""}], "no image with a caption"),
-                           ([{"image": "x.png", "caption": "a"}], "tried")]:
+    for content, match in [
+        ({"images": []}, "data.karpathy"),
+        ([{"image": "0.png"}], "item 0 needs"),
+        ([{"image": "0.png", "caption": 5}], "must be text or a list"),
+        ([{"image": "0.png", "caption": [5]}], "must be text, got int"),
+        ([{"image": "0.png", "caption": ""}], "no image with a caption"),
+        ([{"image": "x.png", "caption": "a"}], "tried"),
+    ]:
         with pytest.raises(DataError, match=match):
             load_albef(write(tmp_path / "a.json", content), image_dir, LoadReport())
 
@@ -113,13 +129,23 @@ def table(path, rows, header=("image", "caption", "split")):
 
 @pytest.mark.parametrize("name", ["t.csv", "t.tsv"])
 def test_table_groups_rows(tmp_path, image_dir, name):
-    path = table(tmp_path / name, [("0.png", "a cat, asleep", "train"), ("1.png", '["a dog", "[sic] dogs"]', "train"),
-                                   ("0.png", "[one] cat", "train"), ("2.png", "a cow", "val"), ("3.png", " ", "train"),
-                                   ("", "lost", "train")])
+    path = table(
+        tmp_path / name,
+        [
+            ("0.png", "a cat, asleep", "train"),
+            ("1.png", '["a dog", "[sic] dogs"]', "train"),
+            ("0.png", "[one] cat", "train"),
+            ("2.png", "a cow", "val"),
+            ("3.png", " ", "train"),
+            ("", "lost", "train"),
+        ],
+    )
     report = LoadReport()
     records = load_table(path, image_dir, report, split="train")
-    assert [(r.name, r.captions) for r in records] == [("0.png", ("a cat, asleep", "[one] cat")),
-                                                       ("1.png", ("a dog", "[sic] dogs"))]
+    assert [(r.name, r.captions) for r in records] == [
+        ("0.png", ("a cat, asleep", "[one] cat")),
+        ("1.png", ("a dog", "[sic] dogs")),
+    ]
     assert report.counts == {"no image path": 1, "empty caption": 1, "no captions": 1}
     assert len(load_table(path, image_dir, LoadReport())) == 3
 

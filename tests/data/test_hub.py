@@ -41,8 +41,10 @@ def make_tars(folder, shards=2, per_shard=3):
         samples = []
         for number in range(shard * per_shard, (shard + 1) * per_shard):
             captions = [f"caption {number}", f"again {number}", " "]
-            samples += [(f"{number:03d}.jpg", png(number)),
-                        (f"{number:03d}.json", json.dumps({"captions": captions}).encode())]
+            samples += [
+                (f"{number:03d}.jpg", png(number)),
+                (f"{number:03d}.json", json.dumps({"captions": captions}).encode()),
+            ]
         write_tar(folder / f"train-{shard:05d}.tar", samples)
     return folder
 
@@ -100,8 +102,12 @@ def test_parquet_lists_strings_and_repeated_images(tmp_path, streaming):
 
 
 def test_equal_base_names_of_different_images_do_not_share_identity(tmp_path):
-    rows = [(embedded(0, "0.png"), "black"), ({"bytes": png(200) + b"x", "path": "0.png"}, "red"),
-            (embedded(0, None), "no name"), (embedded(0, None), "no name")]
+    rows = [
+        (embedded(0, "0.png"), "black"),
+        ({"bytes": png(200) + b"x", "path": "0.png"}, "red"),
+        (embedded(0, None), "no name"),
+        (embedded(0, None), "no name"),
+    ]
     records = load_hub("parquet", "train", LoadReport(), data_files=make_parquet(tmp_path / "x.parquet", rows))
     assert len({r.identity for r in records}) == 4
 
@@ -167,31 +173,69 @@ def fails(match, *args, **options):
 def test_refuses(tmp_path, streaming):
     tars = str(make_tars(tmp_path / "tars"))
     fails("no split 'val'; it has train", tars, "val", streaming=streaming)
-    fails(r"no caption column 'json.text'; its columns are jpg, json \(fields: captions\)", tars, "train",
-          caption_column="json.text", streaming=streaming)
+    fails(
+        r"no caption column 'json.text'; its columns are jpg, json \(fields: captions\)",
+        tars,
+        "train",
+        caption_column="json.text",
+        streaming=streaming,
+    )
     fails("no image column 'img'", tars, "train", image_column="img", streaming=streaming)
     fails("cannot load it: .*nowhere", str(tmp_path / "nowhere"), "train", streaming=streaming)
     path = tmp_path / "x.parquet"
-    features = datasets.Features({"image": datasets.Image(), "png": datasets.Image(), "label": datasets.Value("int64"),
-                                  "sentences": [{"raw": datasets.Value("string")}]})
-    row = {"image": [embedded(0, "a.png")], "png": [embedded(1, "a.png")], "label": [3],
-           "sentences": [[{"raw": "a cat"}, {"raw": "two cats"}]]}
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "png": datasets.Image(),
+            "label": datasets.Value("int64"),
+            "sentences": [{"raw": datasets.Value("string")}],
+        }
+    )
+    row = {
+        "image": [embedded(0, "a.png")],
+        "png": [embedded(1, "a.png")],
+        "label": [3],
+        "sentences": [[{"raw": "a cat"}, {"raw": "two cats"}]],
+    }
     datasets.Dataset.from_dict(row, features=features).to_parquet(str(path))
     options = {"data_files": str(path), "streaming": streaming}
     fails("the image column may be image or png", "parquet", "train", **options)
     fails(r"no caption column found.*sentences \(fields: raw\)", "parquet", "train", image_column="png", **options)
-    fails("must be text or a list of texts, got int", "parquet", "train", image_column="png", caption_column="label",
-          **options)
-    fails("must be bytes or a path, got int", "parquet", "train", image_column="label", caption_column="sentences.raw",
-          **options)
-    records = list(load_hub("parquet", "train", LoadReport(), image_column="png", caption_column="sentences.raw",
-                            **options))
+    fails(
+        "must be text or a list of texts, got int",
+        "parquet",
+        "train",
+        image_column="png",
+        caption_column="label",
+        **options,
+    )
+    fails(
+        "must be bytes or a path, got int",
+        "parquet",
+        "train",
+        image_column="label",
+        caption_column="sentences.raw",
+        **options,
+    )
+    records = list(
+        load_hub("parquet", "train", LoadReport(), image_column="png", caption_column="sentences.raw", **options)
+    )
     assert records[0].captions == ("a cat", "two cats")
     (tmp_path / "bad.parquet").write_bytes(b"xx")
-    fails(r"parquet with data_files /nope/\*.parquet: datasets cannot load it", "parquet", "train",
-          data_files="/nope/*.parquet", streaming=streaming)
-    fails("(cannot load it|cannot read on)", "parquet", "train", data_files=str(tmp_path / "bad.parquet"),
-          streaming=streaming)
+    fails(
+        r"parquet with data_files /nope/\*.parquet: datasets cannot load it",
+        "parquet",
+        "train",
+        data_files="/nope/*.parquet",
+        streaming=streaming,
+    )
+    fails(
+        "(cannot load it|cannot read on)",
+        "parquet",
+        "train",
+        data_files=str(tmp_path / "bad.parquet"),
+        streaming=streaming,
+    )
 
 
 def test_no_captions_at_all(tmp_path):

@@ -27,9 +27,9 @@ from loopitr.data import (
     TrainTransform,
     decode_image,
     decoded,
+    names_digest,
 )
 from loopitr.data import image_cache as image_cache_module
-from loopitr.data import names_digest
 
 SIZES = [(40, 30), (30, 40), (200, 100), (97, 161), (16, 16), (10, 90), (64, 48)]
 TRANSFORM = TrainTransform(16, (0.5,) * 3, (0.25,) * 3, crop_scale=(0.3, 1.0), flip=True, randaugment=True)
@@ -71,7 +71,12 @@ def test_images_are_shrunk_to_the_shorter_side_and_never_enlarged(files, folder,
     cache = build(folder, files, **options)
     assert len(cache) == 7 and cache.unreadable == {1: "truncated", 3: "no such file"}
     assert [tuple(cache[i].shape) for i in (0, 2, 4, 5, 6)] == [
-        (3, 24, 32), (3, 24, 48), (3, 16, 16), (3, 90, 10), (3, 24, 32)]
+        (3, 24, 32),
+        (3, 24, 48),
+        (3, 16, 16),
+        (3, 90, 10),
+        (3, 24, 32),
+    ]
     for i in (0, 2, 4, 5, 6):
         whole = decode_image(files[i].image)
         wanted = np.asarray(whole.resize((cache[i].shape[2], cache[i].shape[1]), Image.Resampling.BOX), dtype=float)
@@ -144,8 +149,14 @@ def test_the_dataset_refuses_what_does_not_fit(files, folder, tmp_path):
         CaptionDataset(files[:6], transform=TRANSFORM, images=cache)
     with pytest.raises(ValueError, match="transform is needed"):
         CaptionDataset(files, transform=None, images=cache)
-    tokens = TokenCache.open_or_build(tmp_path / "tokens", key="0" * 16, records=files, transform=TRANSFORM,
-                                      encode=lambda pixels: pixels.flatten(2), progress=False)
+    tokens = TokenCache.open_or_build(
+        tmp_path / "tokens",
+        key="0" * 16,
+        records=files,
+        transform=TRANSFORM,
+        encode=lambda pixels: pixels.flatten(2),
+        progress=False,
+    )
     with pytest.raises(ValueError, match="got both"):
         CaptionDataset(files, transform=TRANSFORM, images=cache, tokens=tokens)
 
@@ -182,8 +193,14 @@ def test_a_folder_that_cannot_be_made_is_named(files, tmp_path):
     with pytest.raises(DataError, match=r"file/cache: cannot make a folder for the cache \(Not a directory\)"):
         build(file / "cache", files)
     with pytest.raises(DataError, match=r"file: cannot make a folder for the cache \(File exists\)"):
-        TokenCache.open_or_build(file, key="0" * 16, records=files, transform=TRANSFORM,
-                                 encode=lambda pixels: pixels.flatten(2), progress=False)
+        TokenCache.open_or_build(
+            file,
+            key="0" * 16,
+            records=files,
+            transform=TRANSFORM,
+            encode=lambda pixels: pixels.flatten(2),
+            progress=False,
+        )
 
 
 def test_too_small_a_disk_is_named_before_it_is_full(files, folder, monkeypatch):
@@ -222,8 +239,12 @@ ImageCache.open_or_build(sys.argv[1], records=Slow("val", 40), shortest=32, batc
 
 
 def test_killed_build_leaves_no_cache(folder):
-    process = subprocess.Popen([sys.executable, "-c", SLOW_BUILD, str(folder)], stdout=subprocess.PIPE, text=True,
-                               env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_BUILD, str(folder)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
     for _ in range(3):  # in the middle of its third image, so two are written
         assert process.stdout.readline() == "image\n"
     process.send_signal(signal.SIGKILL)

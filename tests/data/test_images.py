@@ -136,11 +136,19 @@ def close_to_shrunk(image, whole, tolerance=3.0):
     return np.abs(np.asarray(image) - shrunk).mean() < tolerance
 
 
-@pytest.mark.parametrize("size, shortest, expected", [
-    ((400, 300), 300, (400, 300)), ((400, 300), 151, (400, 300)), ((400, 300), 150, (200, 150)),
-    ((300, 400), 75, (75, 100)), ((301, 403), 37, (38, 51)), ((400, 300), 1, (50, 38)), ((400, 300), 500, (400, 300)),
-    ((800, 50), 40, (800, 50)),
-])
+@pytest.mark.parametrize(
+    "size, shortest, expected",
+    [
+        ((400, 300), 300, (400, 300)),
+        ((400, 300), 151, (400, 300)),
+        ((400, 300), 150, (200, 150)),
+        ((300, 400), 75, (75, 100)),
+        ((301, 403), 37, (38, 51)),
+        ((400, 300), 1, (50, 38)),
+        ((400, 300), 500, (400, 300)),
+        ((800, 50), 40, (800, 50)),
+    ],
+)
 def test_a_jpeg_is_decoded_small_but_not_below_shortest(tmp_path, size, shortest, expected):
     data = encode(smooth(size), "JPEG", quality=95)
     (tmp_path / "x.jpg").write_bytes(data)
@@ -152,12 +160,16 @@ def test_a_jpeg_is_decoded_small_but_not_below_shortest(tmp_path, size, shortest
     assert decode_image(data, shortest=max(size)).tobytes() == whole.tobytes()
 
 
-@pytest.mark.parametrize("image, options", [
-    (smooth((160, 120)).convert("CMYK"), {}),
-    (smooth((160, 120)).convert("L"), {}),
-    (smooth((160, 120)), {"progressive": True}),
-    (smooth((160, 120)), {"subsampling": 2}),
-], ids=["CMYK", "greyscale", "progressive", "subsampled"])
+@pytest.mark.parametrize(
+    "image, options",
+    [
+        (smooth((160, 120)).convert("CMYK"), {}),
+        (smooth((160, 120)).convert("L"), {}),
+        (smooth((160, 120)), {"progressive": True}),
+        (smooth((160, 120)), {"subsampling": 2}),
+    ],
+    ids=["CMYK", "greyscale", "progressive", "subsampled"],
+)
 def test_colours_of_a_scaled_jpeg_are_those_of_the_whole(image, options):
     data = encode(image, "JPEG", quality=95, **options)
     small, whole = decode_image(data, shortest=30), decode_image(data)
@@ -191,7 +203,7 @@ def test_a_truncated_jpeg_stays_unreadable_when_scaled(part):
     data = encode(noise((160, 120)), "JPEG")
     for shortest in (None, 15):
         with pytest.raises(UnreadableImage, match="^x.jpg: unreadable image .truncated.$"):
-            decode_image(data[:int(len(data) * part)], "x.jpg", shortest=shortest)
+            decode_image(data[: int(len(data) * part)], "x.jpg", shortest=shortest)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

@@ -22,8 +22,10 @@ def test_scenes_are_distinct_and_splits_disjoint_for_any_seed(train):
     scenes = {train.scene(i) for i in range(len(train))}
     assert len(scenes) == 4000
     all_train = {SceneRecords("train", 5000, seed=3).scene(i) for i in range(5000)}
-    val, test = ({records.scene(i) for i in range(len(records))}
-                 for records in (SceneRecords("val", 880), SceneRecords("test", 880, seed=1)))
+    val, test = (
+        {records.scene(i) for i in range(len(records))}
+        for records in (SceneRecords("val", 880), SceneRecords("test", 880, seed=1))
+    )
     assert len(val) == len(test) == 880
     assert not all_train & val and not all_train & test and not val & test and scenes <= all_train
     captions = {c for s in all_train for c in scene_captions(s)}
@@ -55,8 +57,12 @@ def test_captions_name_every_attribute(train):
 
 
 def test_both_directions_of_a_relation_are_told(train):
-    told = Counter(word for i in range(400) for word in train.paraphrases(i)[0].split()
-                   if word in ("left", "right", "above", "below"))
+    told = Counter(
+        word
+        for i in range(400)
+        for word in train.paraphrases(i)[0].split()
+        if word in ("left", "right", "above", "below")
+    )
     assert min(told.values()) > 50 and len(told) == 4
 
 
@@ -78,7 +84,7 @@ def test_larger_train_repeats_scenes_under_one_identity():
 
 def centroid_and_area(image, colour):
     pixels = np.asarray(image, dtype=int)
-    near = (np.abs(pixels - np.array(RGB[colour])).max(axis=2) <= 16)
+    near = np.abs(pixels - np.array(RGB[colour])).max(axis=2) <= 16
     rows, columns = near.nonzero()
     return rows.mean(), columns.mean(), near.sum()
 
@@ -89,8 +95,9 @@ def test_pictures_show_their_scene(train):
         scene = train.scene(i)
         if scene.first.colour == scene.second.colour:
             continue
-        (y1, x1, area1), (y2, x2, area2) = (centroid_and_area(train[i].image, o.colour)
-                                            for o in (scene.first, scene.second))
+        (y1, x1, area1), (y2, x2, area2) = (
+            centroid_and_area(train[i].image, o.colour) for o in (scene.first, scene.second)
+        )
         along, across = (x2 - x1, y2 - y1) if scene.relation == "left of" else (y2 - y1, x2 - x1)
         assert along > 0.3 * 64 and abs(across) < 0.2 * 64
         if scene.first.shape == scene.second.shape and scene.first.size != scene.second.size:

@@ -42,9 +42,20 @@ def test_two_sources_are_refused():
 
 
 def test_karpathy(tmp_path, image_dir):
-    path = write(tmp_path / "k.json", {"images": [
-        {"filename": f"{i}.png", "split": "train" if i < 5 else "val", "imgid": i, "sentences": [{"raw": f"c {i}"}]}
-        for i in range(8)]})
+    path = write(
+        tmp_path / "k.json",
+        {
+            "images": [
+                {
+                    "filename": f"{i}.png",
+                    "split": "train" if i < 5 else "val",
+                    "imgid": i,
+                    "sentences": [{"raw": f"c {i}"}],
+                }
+                for i in range(8)
+            ]
+        },
+    )
     assert len(load(karpathy=path, images=str(image_dir))) == 5
     assert [r.identity for r in load("val", karpathy=path, images=str(image_dir), limit=2)] == [5, 6]
     fails("needs data.images", karpathy=path)
@@ -59,7 +70,10 @@ def test_several_albef_lists_are_one(tmp_path, image_dir):
         paths.append(write(tmp_path / f"{number}.json", rows))
     records = load("train", albef=paths, images=str(image_dir), val_fraction=0.0)
     assert [(Path(str(r.image)).name, r.captions) for r in records] == [
-        ("0.png", ("a",)), ("1.png", ("b", "bb")), ("2.png", ("c",))]
+        ("0.png", ("a",)),
+        ("1.png", ("b", "bb")),
+        ("2.png", ("c",)),
+    ]
     assert len({r.identity for r in records}) == 3  # the second list's ids 1 and 2 are other images
     fails("empty list", "train", albef=[], images=str(image_dir), val_fraction=0.0)
 
@@ -126,11 +140,22 @@ def test_too_much_skipped_stops(tmp_path, image_dir):
 def test_options_are_read_by_jsonargparse(tmp_path):
     parser = jsonargparse.ArgumentParser()
     parser.add_argument("--data", type=DataOptions, default=DataOptions())
-    config = parser.parse_args(["--data.hub", "webdataset", "--data.data_files", '{"train": "a-*.tar", "val": "b.tar"}',
-                                "--data.captions", "all", "--data.limit", "5"])
+    config = parser.parse_args(
+        [
+            "--data.hub",
+            "webdataset",
+            "--data.data_files",
+            '{"train": "a-*.tar", "val": "b.tar"}',
+            "--data.captions",
+            "all",
+            "--data.limit",
+            "5",
+        ]
+    )
     instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # its name before 4.49
     options = instantiate(config).data
-    assert options == DataOptions(hub="webdataset", data_files={"train": "a-*.tar", "val": "b.tar"}, captions="all",
-                                  limit=5)
+    assert options == DataOptions(
+        hub="webdataset", data_files={"train": "a-*.tar", "val": "b.tar"}, captions="all", limit=5
+    )
     assert parser.parse_args(["--data.data_files", "a.tar"]).data.data_files == "a.tar"
     assert parser.parse_args(["--data.data_files", '["a", "b"]']).data.data_files == ["a", "b"]

@@ -29,8 +29,9 @@ def encode(pixels):
 
 
 def build(folder, records, key=KEY, encode=encode, **options):
-    return TokenCache.open_or_build(folder, key=key, records=records, transform=to_tensor, encode=encode,
-                                    progress=False, **options)
+    return TokenCache.open_or_build(
+        folder, key=key, records=records, transform=to_tensor, encode=encode, progress=False, **options
+    )
 
 
 def never(pixels):
@@ -38,8 +39,10 @@ def never(pixels):
 
 
 def broken(records, *indices):
-    return [Record(image=b"junk", captions=r.captions, identity=r.identity, name=r.name) if i in indices else r
-            for i, r in enumerate(records)]
+    return [
+        Record(image=b"junk", captions=r.captions, identity=r.identity, name=r.name) if i in indices else r
+        for i, r in enumerate(records)
+    ]
 
 
 @pytest.mark.parametrize("options", [{}, {"batch_size": 3, "num_workers": 2}])
@@ -129,9 +132,12 @@ build(sys.argv[1], SceneRecords("val", 40), encode=slow, batch_size=1)
 
 
 def test_killed_build_leaves_no_cache(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", SLOW_BUILD, str(tmp_path), os.path.dirname(__file__)],
-                               stdout=subprocess.PIPE, text=True,
-                               env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_BUILD, str(tmp_path), os.path.dirname(__file__)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
     for _ in range(3):  # in the middle of its third batch, so two are written
         assert process.stdout.readline() == "batch\n"
     process.send_signal(signal.SIGKILL)
@@ -154,5 +160,6 @@ def test_concurrent_builders_agree(tmp_path):
     with ThreadPoolExecutor(3) as pool:
         caches = list(pool.map(lambda _: build(tmp_path, records, encode=slow, batch_size=2), range(3)))
     assert len({cache.folder for cache in caches}) == 1 and os.listdir(tmp_path) == [caches[0].folder.name]
-    assert all(torch.equal(cache[i], encode(to_tensor(records[i].image)[None])[0].half())
-               for cache in caches for i in range(8))
+    assert all(
+        torch.equal(cache[i], encode(to_tensor(records[i].image)[None])[0].half()) for cache in caches for i in range(8)
+    )

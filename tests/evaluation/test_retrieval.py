@@ -208,7 +208,7 @@ def test_dual_only_and_the_exported_dual():
     assert_same(alone.rankings, {"dual": evaluate(model, records, rerank=3).rankings["dual"]})
     assert_same(evaluate(model.dual_encoder(), records, rerank=0).rankings, alone.rankings)
     found = alone.to_json()
-    assert KEYS <= found.keys() and found["k"] == 0
+    assert found.keys() >= KEYS and found["k"] == 0
     assert all(found[name] is None for name in ("match", "match_plus_similarity", "ceiling", "pairs_per_second"))
     assert "match" not in alone.table() and alone.mean_r1().keys() == {"dual"}
     with pytest.raises(ValueError, match="no fusion head"):

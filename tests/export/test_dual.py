@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
-from safetensors import safe_open
 from helpers.support import CNN, images, ragged_texts, tiny_model
 from helpers.tiny_gallery import captions, picture, tiny_processor
+from safetensors import safe_open
 from transformers import AutoModel, AutoProcessor, BertConfig, BertModel
 
 from loopitr import DualEncoder, LoopITRModel
-from loopitr.export.dual import export_dual
 from loopitr.building.folders import load_saved
+from loopitr.export.dual import export_dual
 
 
 def embeds(model, size=32):

@@ -10,8 +10,8 @@ from helpers.support import images, plain_score, ragged_texts, tiny_model
 from torch import Tensor, nn
 
 from loopitr import LoopITRModel, TextState
-from loopitr.objective.word_masking import TokenMasking
 from loopitr.objective.step import LoopObjective, ObjectiveOptions, StepOutput
+from loopitr.objective.word_masking import TokenMasking
 
 # Image 0 is in three rows and caption 2 in two; caption 2 describes image 0 and image 2, caption 1 image 1 and image 4.
 IDENTITIES = [0, 1, 2, 0, 3, 4, 5, 0]
@@ -25,7 +25,6 @@ CASES: dict[str, dict[str, Any]] = {
     "teacher_only": {"itm": 0.0, "distillation_loss": "kl"},
     "sigmoid": {"itc_loss": "sigmoid", "distillation": 0.0},
 }
-
 
 
 def step_batch(

@@ -12,8 +12,8 @@ from transformers import BertConfig, BertModel
 
 from loopitr import LoopITRModel, LoopITRProcessor
 from loopitr.building.build import build_model
-from loopitr.data import scene_vocabulary
 from loopitr.building.options import FusionOptions, ModelOptions, TextOptions, VisionOptions
+from loopitr.data import scene_vocabulary
 from loopitr.models.processing import word_tokenizer
 
 DEPTH = 4

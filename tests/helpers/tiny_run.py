@@ -11,14 +11,14 @@ from typing import Any
 import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState
-from safetensors.torch import load_file
 from helpers.tiny_gallery import captions, jpeg
+from safetensors.torch import load_file
 from torch import Tensor
 
 from loopitr.cli import parse
-from loopitr.training.setup import Experiment
 from loopitr.training.options import PretrainOptions
 from loopitr.training.reporting import read_history
+from loopitr.training.setup import Experiment
 from loopitr.training.trainer import train
 
 OPTIONS: dict[str, Any] = {

@@ -7,9 +7,9 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from helpers.support import BERT, VIT, images, ragged_texts, tiny_model
 from helpers.tiny_outputs import VISION, assert_same_tensors, outputs
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, BertConfig, BertModel
 
 from loopitr import DualEncoder, DualEncoderConfig, LoopITRConfig, LoopITRModel

@@ -11,8 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from loopitr import LoopITRModel
 from loopitr.building.build import build_model
-from loopitr.data import scene_vocabulary
 from loopitr.building.options import ModelOptions, VisionOptions
+from loopitr.data import scene_vocabulary
 
 
 def built(options: ModelOptions) -> LoopITRModel:

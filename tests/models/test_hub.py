@@ -10,9 +10,9 @@ from transformers import AutoModel, AutoProcessor
 
 from loopitr import DualEncoder, DualEncoderConfig, LoopITRConfig, LoopITRModel, LoopITRProcessor
 from loopitr.building.build import build_model
-from loopitr.export.dual import export_dual
-from loopitr.building.options import ModelOptions
 from loopitr.building.folders import load_saved
+from loopitr.building.options import ModelOptions
+from loopitr.export.dual import export_dual
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -7,16 +7,16 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from helpers.step_reference import assert_same_gradients, gradients, step, step_batch
 from helpers.support import images, ragged_texts, tiny_model
 from helpers.tiny_adapters import PAIRS, RANKS, adapted_model, plain_model, trained
 from helpers.tiny_gallery import tiny_processor
 from helpers.tiny_outputs import assert_same_tensors, outputs
+from safetensors.torch import load_file
 
 from loopitr import DualEncoder, LoopITRModel
-from loopitr.models.lora import add_lora, is_adapter
 from loopitr.export.dual import export_dual
+from loopitr.models.lora import add_lora, is_adapter
 
 pytest.importorskip("peft", reason="LoRA adapters are made by peft (extra `lora`)")
 

@@ -13,6 +13,7 @@ from loopitr.objective import grad_cache
 from loopitr.objective.grad_cache import cached_backward
 from loopitr.objective.step import LoopObjective, ObjectiveOptions
 
+
 def objective_of(case="cprd", *, style="late", pair_block=None, **model):
     options = ObjectiveOptions(**CASES[case])
     bias = -1.0 if options.itc_loss == "sigmoid" else None

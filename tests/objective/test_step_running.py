@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from helpers.step_reference import EveryThirdWord, assert_same_gradients, gradients, reference_mlm, step, step_batch
 from helpers.support import tiny_model
 
-from loopitr.objective.word_masking import TokenMasking
 from loopitr.objective.step import LoopObjective, ObjectiveOptions
+from loopitr.objective.word_masking import TokenMasking
 
 
 @pytest.mark.parametrize("style", ["late", "shared"])

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import shared as benchmarking
 import torch
 from helpers.recipe_process import ROOT, call, told
-
-import shared as benchmarking
 from shared import Timing, check_options, interleaved, peak_memory
+
 from loopitr.cli import check_output_file
 
 NAMES = ["encode", "evaluate", "grad_cache", "input", "pairs", "step"]
@@ -24,6 +24,7 @@ def recipe(name: str) -> SimpleNamespace:
 
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, *arguments: Any) -> str:
     """The line that says why, before anything is built or timed."""
+
     def too_late(*_: Any, **__: Any) -> None:
         raise AssertionError("the options were not looked at first")
 

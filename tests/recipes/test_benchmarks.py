@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from helpers.recipe_process import call, launch
-
 import shared
+from helpers.recipe_process import call, launch
 
 SMALL = {
     "pairs.py": ["--pairs", "3", "--width", "96", "--tokens", "10", "--rounds", "1"],

@@ -18,8 +18,8 @@ from loopitr import LoopITRModel
 from loopitr.cli import parse
 from loopitr.convert.__main__ import main as convert
 from loopitr.data import scene_vocabulary
-from loopitr.training.options import PretrainOptions
 from loopitr.models.processing import word_tokenizer
+from loopitr.training.options import PretrainOptions
 from loopitr.training.trainer import train
 
 CONFIGS = Path(__file__).resolve().parents[2] / "recipes" / "configs"

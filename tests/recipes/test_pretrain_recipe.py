@@ -14,7 +14,6 @@ import pytest
 import torch
 import yaml
 from helpers.recipe_process import ACCELERATE, ROOT, TWO_ON_CPU, call, command, environment, launch, told
-from safetensors.torch import load_file
 from helpers.tiny_run import (
     NO_AUGMENTATION,
     NO_DROPOUT,
@@ -28,6 +27,7 @@ from helpers.tiny_run import (
     write_config,
     write_table,
 )
+from safetensors.torch import load_file
 from transformers import AutoModel
 
 from loopitr import LoopITRModel

@@ -65,7 +65,14 @@ def test_a_loaded_checkpoint_goes_on_bit_for_bit(tmp_path):
 
 def test_progress_comes_back_whole(tmp_path):
     progress = Progress(
-        step=3, epoch=2, batch=1, best=12.5, best_step=2, rows=9, skipped={"truncated": 2}, truncated=4,
+        step=3,
+        epoch=2,
+        batch=1,
+        best=12.5,
+        best_step=2,
+        rows=9,
+        skipped={"truncated": 2},
+        truncated=4,
         places=[[2, 1]],
     )
     work = Work()

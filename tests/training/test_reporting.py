@@ -33,7 +33,9 @@ def test_a_resumed_history_keeps_the_rows_of_its_checkpoint(tmp_path):
     resumed = History(tmp_path, keep=2)
     resumed.add(3, {"loss/total": 30.0})
     assert read_history(tmp_path) == [
-        {"step": 1, "loss/total": 1.0}, {"step": 2, "loss/total": 2.0}, {"step": 3, "loss/total": 30.0}
+        {"step": 1, "loss/total": 1.0},
+        {"step": 2, "loss/total": 2.0},
+        {"step": 3, "loss/total": 30.0},
     ]
 
 

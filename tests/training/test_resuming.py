@@ -18,8 +18,14 @@ class Killed(Exception):
     "changes",
     [
         {"train__epochs": 2, "train__checkpoint_every": 3, "validation__every_steps": 4},
-        {"train__epochs": 3, "train__checkpoint_every": 2, "train__accumulation": 3, "data__captions": "all",
-         "train__batch_size": 24, "data__num_workers": 1},
+        {
+            "train__epochs": 3,
+            "train__checkpoint_every": 2,
+            "train__accumulation": 3,
+            "data__captions": "all",
+            "train__batch_size": 24,
+            "data__num_workers": 1,
+        },
         {"train__epochs": 2, "train__checkpoint_every": 8, "objective__mining": "sample"},  # at an epoch's end
         {"train__epochs": 2, "train__checkpoint_every": 5, "model__freeze": ["vision"], "cache": True},
     ],
@@ -64,8 +70,12 @@ def test_resume_without_a_checkpoint_starts_from_scratch(tmp_path, capsys):
 
 def test_an_earlier_run_is_moved_aside_but_not_by_a_mistake(tmp_path, capsys):
     first = run(tmp_path, train__max_steps=1)
-    for mistake in ({"data__table": "absent.csv"}, {"model__init": "absent"}, {"validation__final_split": "tset"},
-                    {"data__val_split": "absent"}):
+    for mistake in (
+        {"data__table": "absent.csv"},
+        {"model__init": "absent"},
+        {"validation__final_split": "tset"},
+        {"data__val_split": "absent"},
+    ):
         with pytest.raises((ValueError, OSError)):
             run(tmp_path, **mistake)
         assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == first

@@ -6,11 +6,11 @@ import pytest
 import torch
 from helpers.tiny_run import NO_AUGMENTATION, NO_DROPOUT, equal, logged, run, weights, write_table
 
-from loopitr.training import trainer as training
-from loopitr.models.image_backbone import VisionBackbone
 from loopitr.data import DataError
 from loopitr.data import token_cache as token_cache_module
+from loopitr.models.image_backbone import VisionBackbone
 from loopitr.objective.step import LoopObjective
+from loopitr.training import trainer as training
 from loopitr.training.reporting import read_history
 
 # What a run leaves behind
@@ -26,8 +26,18 @@ def test_a_run_returns_and_writes_its_metrics(tmp_path):
     history = read_history(tmp_path / "run")
     steps = [row["step"] for row in history if "loss/total" in row]
     assert steps == list(range(1, 17))
-    for name in ("loss/itc", "loss/itm", "loss/distillation", "train/itm_accuracy", "train/rank_agreement",
-                 "train/valid_length", "train/temperature", "train/lr", "train/skipped", "train/truncated"):
+    for name in (
+        "loss/itc",
+        "loss/itm",
+        "loss/distillation",
+        "train/itm_accuracy",
+        "train/rank_agreement",
+        "train/valid_length",
+        "train/temperature",
+        "train/lr",
+        "train/skipped",
+        "train/truncated",
+    ):
         values = logged(tmp_path, name)
         assert len(values) == 16 and all(-1e3 < value < 1e3 for value in values)
     assert [row["step"] for row in history if "val/dual" in row] == [8, 16]  # each epoch once, the last one too
@@ -102,9 +112,9 @@ def test_the_best_validated_model_is_the_one_that_is_kept(tmp_path, monkeypatch,
     assert len(states) == 4
     assert metrics["training"]["best_step"] == best
     assert equal(weights(tmp_path), states[best])
-    assert metrics["training"]["best_val_mean_r1"] == results[best][
-        {"auto": "match_plus_similarity"}.get(select, select)
-    ]
+    assert (
+        metrics["training"]["best_val_mean_r1"] == results[best][{"auto": "match_plus_similarity"}.get(select, select)]
+    )
 
 
 def test_an_accumulated_step_is_one_step_of_the_schedule(tmp_path):

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from helpers.tiny_gallery import captions, jpeg
 from helpers.tiny_run import NO_DROPOUT, VIT, broken_table, equal, logged, run, weights
+from safetensors.torch import load_file
 
 from loopitr import LoopITRModel, LoopITRProcessor
 from loopitr.data import DataError, dataset, decode_image
@@ -31,8 +31,10 @@ def changed_parts(folder):
         ({"objective__itm": 0}, {"vision", "text", "dual_head"}),  # a teacher that stays as it is
         ({"objective__itc": 0, "objective__distillation": 0}, {"vision", "text", "fusion", "itm"}),
         ({"objective__mlm": 1, "model__mlm_head": True}, {"vision", "text", "fusion", "itm", "dual_head"}),
-        ({"objective__mlm": 1, "model__mlm_head": True, "objective__itm": 0, "objective__distillation": 0},
-         {"vision", "text", "fusion", "dual_head"}),
+        (
+            {"objective__mlm": 1, "model__mlm_head": True, "objective__itm": 0, "objective__distillation": 0},
+            {"vision", "text", "fusion", "dual_head"},
+        ),
         ({"model__mlm_head": True}, {"vision", "text", "fusion", "itm", "dual_head"}),
         ({"model__freeze": ["vision", "text"]}, {"fusion", "itm", "dual_head"}),
         ({"model__fusion__style": "shared"}, {"vision", "text", "fusion", "itm", "dual_head"}),
