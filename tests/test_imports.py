@@ -82,7 +82,7 @@ def direction_faults(source: str, module: str, allowed: dict[str, set[str]], *, 
 
 
 def recipe_faults(source: str, module: str, recipes: set[str]) -> list[str]:
-    """Imports of a recipe, as `recipes.x` or, as a script's neighbour, as `x`; the benchmarks have one `shared` file."""
+    """Imports of a recipe, as `recipes.x` or, as a script's neighbour, as `x`. The benchmarks share `shared.py`."""
     found = ((line, name) for line, name in imports(source, module) if name.split(".")[0] in {"recipes", *recipes})
     return [f"{module}:{line} imports the recipe {name}" for line, name in found]
 

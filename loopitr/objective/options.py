@@ -31,7 +31,7 @@ class ObjectiveOptions:
     mlm: float = 0.0
     """Weight of masked language modelling on the fused tokens (needs a model with an mlm_head)."""
     mlm_probability: float = 0.15
-    """Part of a caption's tokens that `mlm` masks. 0.15 is BERT's; a fusion head from scratch learns faster from 0.3."""
+    """Part of a caption's tokens that `mlm` masks. BERT's is 0.15; a fusion head from scratch learns faster from 0.3."""
     num_negatives: int = 4
     """K, hard negatives per image and per text."""
     itm_negatives: int | None = None

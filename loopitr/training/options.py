@@ -38,8 +38,8 @@ class TrainOptions:
     warmup: float = 0.1
     """Part of the steps over which the learning rate rises."""
     schedule: Literal["cosine", "warmup_stable_decay"] = "cosine"
-    """After the warm-up: a cosine down to `min_lr`, one before `fusion_start` and another from there on; or one schedule
-    for the whole run, which stays at the peak until `decay_start` and then falls linearly to `min_lr`."""
+    """After the warm-up: a cosine down to `min_lr`, one before `fusion_start` and another from there on; or one
+    schedule for the whole run, which stays at the peak until `decay_start` and then falls linearly to `min_lr`."""
     decay_start: float = 0.7
     """`schedule: warmup_stable_decay`: part of the steps after which the learning rate falls."""
     min_lr: float = 0.0
@@ -47,9 +47,9 @@ class TrainOptions:
     clip: float = 1.0
     """Gradient norm is clipped to this."""
     fusion_start: float = 0.0
-    """Part of the steps before the fusion head scores pairs; the dual head trains alone until then (beside word
-    prediction, if there is any), with `schedule: cosine` to the end of a schedule of its own. From scratch 0.4 is a good value: a fusion head learns slowly from tokens
-    that do not mean anything yet."""
+    """Part of the steps before the fusion head scores pairs. Until then the dual head trains alone (beside word
+    prediction, if there is any), with `schedule: cosine` to the end of a schedule of its own. A new fusion head learns
+    little from the tokens of backbones that have not learned anything yet."""
     loop_backbone_lr: float | None = None
     """Peak learning rate of the backbones from `fusion_start` on; unset: `backbone_lr`. A tenth of it keeps the tokens
     still that the fusion head learns to read."""
@@ -88,7 +88,8 @@ class TrainOptions:
             raise ValueError("train.loop_backbone_lr needs train.fusion_start above 0; otherwise it is backbone_lr")
         if self.schedule == "warmup_stable_decay" and not self.warmup <= self.decay_start <= 1:
             raise ValueError(
-                f"train.decay_start is a part of the steps, from train.warmup {self.warmup} to 1, got {self.decay_start}"
+                f"train.decay_start is a part of the steps, from train.warmup ({self.warmup}) to 1, "
+                f"got {self.decay_start}"
             )
         if not 0 <= self.min_lr <= 1:
             raise ValueError(f"train.min_lr is a part of the peak learning rate, from 0 to 1, got {self.min_lr}")
