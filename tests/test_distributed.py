@@ -14,9 +14,11 @@ from helpers.step_reference import EveryThirdWord, step_batch
 from helpers.support import tiny_model
 
 from loopitr.distributed import all_gather, all_gather_padded, all_sum, average_gradients, rank, world_size
+from loopitr.objective.build import build_objective
 from loopitr.objective.grad_cache import cached_backward
-from loopitr.objective.mining import Mined
-from loopitr.objective.step import LoopObjective, ObjectiveOptions
+from loopitr.objective.loop_objective import LoopObjective
+from loopitr.objective.mining import Mined, Miner
+from loopitr.objective.options import ObjectiveOptions
 
 SIZE = 5
 # Image 0 and caption 2 are on both ranks, caption 1 twice on one rank; captions of ranks differ in length.
@@ -33,13 +35,16 @@ class Case:
     def uses_all(self) -> bool:
         return self.options.get("itm", 1.0) > 0
 
-    def objective(self, kind: type[LoopObjective] = LoopObjective) -> LoopObjective:
+    def objective(self, *, in_blocks: bool = False) -> LoopObjective:
         options = ObjectiveOptions(**{"num_negatives": 3, "itc": 0.7, "itm": 1.3, "distillation": 2.0, **self.options})
         bias = -1.0 if options.itc_loss == "sigmoid" else None
         model = tiny_model(style=self.style, mlm_head=options.mlm > 0, initial_logit_bias=bias).train()
         with torch.no_grad():
             model.itm_head.weight.mul_(30)  # match scores spread out
-        return kind(model, options, token_masking=EveryThirdWord())
+        objective = build_objective(model, options, token_masking=EveryThirdWord())
+        if in_blocks:
+            objective.miner = BlockMining(objective.miner)
+        return objective
 
 
 CASES = {
@@ -132,12 +137,19 @@ def ranks(tmp_path_factory) -> list[dict[str, Any]]:
     return start_ranks(__file__, tmp_path_factory.mktemp("ranks"))
 
 
-class BlockMining(LoopObjective):
+@dataclass(frozen=True)
+class BlockMining:
     """One process that mines as the ranks do: each block of rows in its own block of columns."""
 
-    def _mine(self, similarity: torch.Tensor, positives: torch.Tensor, groups: torch.Tensor) -> Mined:
+    miner: Miner
+
+    @property
+    def num_negatives(self) -> int:
+        return self.miner.num_negatives
+
+    def __call__(self, similarity: torch.Tensor, positives: torch.Tensor, groups: torch.Tensor) -> Mined:
         blocks = [slice(start, start + SIZE) for start in range(0, len(groups), SIZE)]
-        mined = [super(BlockMining, self)._mine(similarity[b, b], positives[b, b], groups[b]) for b in blocks]
+        mined = [self.miner(similarity[b, b], positives[b, b], groups[b]) for b in blocks]
         indices = torch.cat([m.indices + b.start for m, b in zip(mined, blocks, strict=True)])
         return Mined(indices, torch.cat([m.valid for m in mined]))
 
@@ -145,7 +157,7 @@ class BlockMining(LoopObjective):
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_are_one_on_the_concatenated_batch(ranks, name):
     case = CASES[name]
-    objective = case.objective(LoopObjective if case.options.get("mine_across_ranks") else BlockMining)
+    objective = case.objective(in_blocks=not case.options.get("mine_across_ranks"))
     out = objective(**whole_batch())
     out.loss.backward()
     results = [result[name] for result in ranks]
@@ -177,7 +189,7 @@ def test_two_processes_are_one_on_the_concatenated_batch(ranks, name):
 def test_the_cases_would_show_a_difference():
     """Mining in blocks, and leaving out a gradient or a twin across ranks, must not look like the whole."""
     case = CASES["across_cprd"]
-    whole, blocks = (case.objective(kind)(**whole_batch()) for kind in (LoopObjective, BlockMining))
+    whole, blocks = (case.objective(in_blocks=blocks)(**whole_batch()) for blocks in (False, True))
     assert (whole.terms["itm"] - blocks.terms["itm"]).abs() > 1e-3
     batches = [rank_batch(index) for index in range(RANKS)]
     assert batches[0]["input_ids"].shape[1] != batches[1]["input_ids"].shape[1]

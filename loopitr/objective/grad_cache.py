@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from loopitr.memory import trim_memory
+from loopitr.objective.loop_objective import LoopObjective
 from loopitr.objective.parts import Encoded, StepOutput
-from loopitr.objective.step import LoopObjective
 
 INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_tokens")  # of `LoopObjective.encode`
 
@@ -53,8 +53,7 @@ def cached_backward(
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     check_batch_statistics(objective.model)
-    pairs = objective.options.scores_pairs and with_pairs
-    keeps_tokens = pairs or objective.options.mlm > 0
+    keeps_tokens = (objective.uses_pairs and with_pairs) or objective.predicts_words
     inputs = {name: batch[name] for name in INPUTS if name in batch}
     starts = range(0, len(batch["input_ids"]), chunk_size)
     chunks = [{name: value[start : start + chunk_size] for name, value in inputs.items()} for start in starts]

@@ -11,6 +11,7 @@ batch: a row gets at most one of a group, and none of a group that holds one of 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -130,3 +131,50 @@ def _take_best(scores: Tensor, negatives: Tensor, k: int) -> Mined:
     valid = negatives.gather(-1, indices)
     missing = (0, k - indices.shape[1])
     return Mined(indices=F.pad(indices.where(valid, 0), missing), valid=F.pad(valid, missing))  # [Q, K]
+
+
+class Miner(Protocol):
+    """Chooses `num_negatives` hard negatives for each query, as the functions above do."""
+
+    @property
+    def num_negatives(self) -> int: ...
+
+    def __call__(self, similarity: Tensor, positives: Tensor, groups: Tensor | None = None) -> Mined: ...
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The hardest negatives: `mine_topk`.
+
+    Example:
+        >>> import torch
+        >>> TopK(1)(torch.tensor([[0.9, 0.2, 0.7]]), torch.tensor([[True, False, False]])).indices
+        tensor([[2]])
+    """
+
+    num_negatives: int = 4
+
+    def __call__(self, similarity: Tensor, positives: Tensor, groups: Tensor | None = None) -> Mined:
+        return mine_topk(similarity, positives, self.num_negatives, groups=groups)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Negatives drawn by their similarity: `mine_sample`."""
+
+    num_negatives: int = 4
+
+    def __call__(self, similarity: Tensor, positives: Tensor, groups: Tensor | None = None) -> Mined:
+        return mine_sample(similarity, positives, self.num_negatives, groups=groups)
+
+
+@dataclass(frozen=True)
+class Stratified:
+    """Negatives from all over the first `pool` of the ranking: `mine_stratified`."""
+
+    num_negatives: int = 4
+    pool: int = 32
+
+    def __call__(self, similarity: Tensor, positives: Tensor, groups: Tensor | None = None) -> Mined:
+        pool = max(self.pool, self.num_negatives)
+        return mine_stratified(similarity, positives, self.num_negatives, pool=pool, groups=groups)

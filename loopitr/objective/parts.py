@@ -1,10 +1,11 @@
-"""What the parts of a training step hand to each other (`objective.py`)."""
+"""What the parts of a training step hand to each other (`step.py`)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -21,18 +22,6 @@ class StepOutput:
 
 
 @dataclass(frozen=True)
-class Candidates:
-    """One direction's queries and what each is compared with, its positive first.
-
-    `indices [B, 1 + K]` into the batch mined from, `valid [B, 1 + K]`, `student [B, 1 + K]` similarity / temperature.
-    """
-
-    indices: Tensor
-    valid: Tensor
-    student: Tensor
-
-
-@dataclass(frozen=True)
 class Encoded:
     """What the backbones make of a batch: all that the losses need of it."""
 
@@ -42,8 +31,32 @@ class Encoded:
 
 
 @dataclass(frozen=True)
+class MaskedTexts:
+    """The masked captions' state and, at masked tokens, the original ids: `labels [B, L]`, -100 elsewhere."""
+
+    state: TextState
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """`identities [G]` and `caption_ids [G]` of the pairs of all ranks, in rank order."""
+
+    identities: Tensor
+    caption_ids: Tensor
+
+
+@dataclass(frozen=True)
+class Embeds:
+    """Unit vectors of all ranks, in rank order, with gradient: `images [G, E]` and `texts [G, E]`, row i a pair."""
+
+    images: Tensor
+    texts: Tensor
+
+
+@dataclass(frozen=True)
 class Similarities:
-    """Similarity / temperature: images against all texts `[B, R B]`, texts against all images `[B, R B]`."""
+    """Similarity / temperature: images against all texts `[B, G]`, texts against all images `[B, G]`."""
 
     per_image: Tensor
     per_text: Tensor
@@ -51,15 +64,59 @@ class Similarities:
 
 @dataclass(frozen=True)
 class Positives:
-    """Masks that go with `Similarities`: images against all texts, texts against all images, `[B, R B]` bool each."""
+    """Masks that go with `Similarities`: images against all texts, texts against all images, `[B, G]` bool each."""
 
     per_image: Tensor
     per_text: Tensor
 
 
 @dataclass(frozen=True)
-class MaskedTexts:
-    """The masked captions' state and, at masked tokens, the original ids: `labels [B, L]`, -100 elsewhere."""
+class Candidates:
+    """What each query is compared with: its positive, then its K hard negatives.
 
-    state: TextState
+    The first axis is the direction: 0 images that look for texts, 1 texts that look for images. `pairs
+    [2, B, 1 + K, 2]` are (image, text) indices into `images` and `texts`, the states mined from; `valid
+    [2, B, 1 + K]` is false where a query has fewer negatives; `student [2, B, 1 + K]` is similarity / temperature.
+    """
+
+    images: ImageState
+    texts: TextState
+    pairs: Tensor
+    valid: Tensor
+    student: Tensor
+
+
+@dataclass(frozen=True)
+class MatchScores:
+    """The cross head's view of the candidates of all ranks, directions as in `Candidates`.
+
+    `logits [2, G, 1 + K, 2]` (no match, match), `valid [2, G, 1 + K]`, `student [2, G, 1 + K]`.
+    """
+
+    logits: Tensor
+    valid: Tensor
+    student: Tensor
+
+    @property
+    def scores(self) -> Tensor:
+        """Match scores (log-odds) `[2, G, 1 + K]`."""
+        return self.logits[..., 1] - self.logits[..., 0]
+
+    def as_pairs(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits `[P, 2]`, matching and valid `[P]` bool of the first `count` candidates of every query.
+
+        The positives are the same pairs in both directions: they are valid once.
+        """
+        valid = self.valid[..., :count].clone()
+        valid[1, :, 0] = False
+        matching = torch.zeros_like(valid)
+        matching[..., 0] = True
+        return self.logits[..., :count, :].flatten(0, 2), matching.flatten(), valid.flatten()
+
+
+@dataclass(frozen=True)
+class PredictedWords:
+    """`logits [M, V]` and `labels [M]` of this rank's M masked tokens."""
+
+    logits: Tensor
     labels: Tensor

@@ -20,8 +20,10 @@ from shared import check_options, peak_memory, random_batch, random_model, secon
 
 from loopitr.cli import parse, run
 from loopitr.evaluation.report import markdown_table
+from loopitr.objective.build import build_objective
 from loopitr.objective.grad_cache import cached_backward
-from loopitr.objective.step import LoopObjective, ObjectiveOptions
+from loopitr.objective.loop_objective import LoopObjective
+from loopitr.objective.options import ObjectiveOptions
 from loopitr.training.reporting import write_json
 
 
@@ -48,7 +50,7 @@ def build(options: Options) -> LoopObjective:
     model = random_model(options)
     weights = {} if options.loop else {"itm": 0.0, "distillation": 0.0}
     chosen = ObjectiveOptions(num_negatives=4, **weights)  # type: ignore[arg-type]
-    return LoopObjective(model, chosen, pair_block=options.chunk_size * 9)
+    return build_objective(model, chosen, pair_block=options.chunk_size * 9)
 
 
 def measure(options: Options, side: str) -> dict[str, float]:

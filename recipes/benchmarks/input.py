@@ -34,7 +34,8 @@ from loopitr.data import CaptionDataset, Collator, ImageCache, Record, TrainTran
 from loopitr.data.loader import EpochLoader
 from loopitr.evaluation.report import markdown_table
 from loopitr.models.processing import word_tokenizer
-from loopitr.objective.step import LoopObjective, ObjectiveOptions
+from loopitr.objective.build import build_objective
+from loopitr.objective.options import ObjectiveOptions
 from loopitr.training.reporting import write_json
 
 SIZES = ((500, 375), (1600, 1200))
@@ -143,7 +144,7 @@ def training_step(options: Options) -> Callable[[], None]:
     )
     torch.manual_seed(0)
     model: Any = LoopITRModel(config).train().to(torch.device(options.device))  # type: ignore[arg-type]
-    objective = LoopObjective(model, ObjectiveOptions(itm=0.0, distillation=0.0))
+    objective = build_objective(model, ObjectiveOptions(itm=0.0, distillation=0.0))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     size = options.batch_size
     batch = {

@@ -30,7 +30,9 @@ from shared import (
 from loopitr.cli import parse, run
 from loopitr.evaluation.report import markdown_table
 from loopitr.models.outputs import PairScores
-from loopitr.objective.step import LoopObjective, ObjectiveOptions
+from loopitr.objective.build import build_objective
+from loopitr.objective.loop_objective import LoopObjective
+from loopitr.objective.options import ObjectiveOptions
 from loopitr.training.reporting import write_json
 
 VARIANTS = {
@@ -72,8 +74,8 @@ def main() -> None:
             loss = objective(**inputs).loss
         loss.backward()
 
-    calls = {name: partial(step, LoopObjective(model, o), model.score_pairs) for name, o in VARIANTS.items()}
-    calls |= {f"{name}, plain": partial(step, LoopObjective(model, VARIANTS[name]), plain) for name in PLAIN}
+    calls = {name: partial(step, build_objective(model, o), model.score_pairs) for name, o in VARIANTS.items()}
+    calls |= {f"{name}, plain": partial(step, build_objective(model, VARIANTS[name]), plain) for name in PLAIN}
     timed = interleaved(calls, rounds=options.rounds, device=options.device)
     speed = matmul_speed(options.device, PRECISIONS[options.precision])
     print(

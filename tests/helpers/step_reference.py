@@ -10,7 +10,9 @@ from helpers.support import images, plain_score, ragged_texts, tiny_model
 from torch import Tensor, nn
 
 from loopitr import LoopITRModel, TextState
-from loopitr.objective.step import LoopObjective, ObjectiveOptions, StepOutput
+from loopitr.objective.build import build_objective
+from loopitr.objective.options import ObjectiveOptions
+from loopitr.objective.parts import StepOutput
 from loopitr.objective.word_masking import TokenMasking
 
 # Image 0 is in three rows and caption 2 in two; caption 2 describes image 0 and image 2, caption 1 image 1 and image 4.
@@ -49,7 +51,7 @@ def step(
     scale: float = 1.0,
     **options: Any,
 ) -> StepOutput:
-    objective = LoopObjective(model or tiny_model().train(), ObjectiveOptions(**options), token_masking=token_masking)
+    objective = build_objective(model or tiny_model().train(), ObjectiveOptions(**options), token_masking=token_masking)
     return objective(**(batch or step_batch()), distillation_scale=scale)
 
 

@@ -9,8 +9,9 @@ from helpers.step_reference import EveryThirdWord, assert_same_gradients, gradie
 from helpers.support import CNN, VIT, images, ragged_texts, tiny_model
 from torch._dynamo.utils import counters
 
+from loopitr.objective.build import build_objective
 from loopitr.objective.grad_cache import cached_backward
-from loopitr.objective.step import LoopObjective, ObjectiveOptions
+from loopitr.objective.options import ObjectiveOptions
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +69,7 @@ def test_chunks_and_validation_need_a_graph_for_each_use_and_no_more():
     """Everything at once: chunks, blocks of any size, MLM, teachers without gradient, scoring with keys and values."""
     model = compiled(VIT, mlm_head=True)
     options = ObjectiveOptions(num_negatives=4, itm_negatives=1, mlm=1.0)
-    objective = LoopObjective(model, options, token_masking=EveryThirdWord(), pair_block=11)
+    objective = build_objective(model, options, token_masking=EveryThirdWord(), pair_block=11)
     graphs = []
     for epoch in range(5):
         model.train()

@@ -11,8 +11,9 @@ from helpers.support import images, ragged_texts, tiny_model
 from helpers.tiny_gallery import tiny_processor, tiny_records
 
 from loopitr.evaluation import evaluate_retrieval, retrieval
+from loopitr.objective.build import build_objective
 from loopitr.objective.grad_cache import cached_backward
-from loopitr.objective.step import LoopObjective, ObjectiveOptions
+from loopitr.objective.options import ObjectiveOptions
 
 
 def test_pretending_finds_what_a_gpu_would_refuse(gpu):
@@ -56,7 +57,7 @@ def test_a_step(gpu, case, chunk_size, monkeypatch):
     options = ObjectiveOptions(**CASES[case])
     bias = -1.0 if options.itc_loss == "sigmoid" else None
     model = tiny_model(mlm_head=options.mlm > 0, initial_logit_bias=bias).train()
-    objective = LoopObjective(model, options, token_masking=EveryThirdWord())
+    objective = build_objective(model, options, token_masking=EveryThirdWord())
     expected = objective(**step_batch())
     expected.loss.backward()
     wanted = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

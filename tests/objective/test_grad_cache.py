@@ -10,15 +10,16 @@ from helpers.step_reference import CASES, EveryThirdWord, assert_same_gradients,
 from helpers.support import BERT, CNN, tiny_model
 
 from loopitr.objective import grad_cache
+from loopitr.objective.build import build_objective
 from loopitr.objective.grad_cache import cached_backward
-from loopitr.objective.step import LoopObjective, ObjectiveOptions
+from loopitr.objective.options import ObjectiveOptions
 
 
 def objective_of(case="cprd", *, style="late", pair_block=None, **model):
     options = ObjectiveOptions(**CASES[case])
     bias = -1.0 if options.itc_loss == "sigmoid" else None
     made = tiny_model(style=style, mlm_head=options.mlm > 0, initial_logit_bias=bias, **model).train()
-    return LoopObjective(made, options, token_masking=EveryThirdWord(), pair_block=pair_block)
+    return build_objective(made, options, token_masking=EveryThirdWord(), pair_block=pair_block)
 
 
 def chunked_gradients(objective, **arguments):

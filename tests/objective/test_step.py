@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,10 @@ from helpers.step_reference import (
 )
 from helpers.support import CNN, VIT, tiny_model
 
-from loopitr.objective.step import DISTILLATION, LoopObjective, ObjectiveOptions
+from loopitr.objective.build import build_objective
+from loopitr.objective.loop_objective import LoopObjective
+from loopitr.objective.options import DistillationName, ObjectiveOptions
+from loopitr.objective.step import Step
 
 
 @pytest.mark.parametrize(
@@ -37,7 +42,7 @@ def test_the_step_is_the_one_written_out_in_loops(style, layers, options):
     # Scores spread out, so that the hard rules have something to choose from.
     with torch.no_grad():
         model.itm_head.weight.mul_(30)
-    out = LoopObjective(model, options)(**batch)
+    out = build_objective(model, options)(**batch)
     expected = reference_step(model, batch, options)
     for name in ("itc", "itm", "lce", "distillation"):
         torch.testing.assert_close(out.terms[name], expected[name], atol=1e-5, rtol=1e-4, msg=lambda m: f"{name}: {m}")
@@ -97,9 +102,15 @@ def test_the_sigmoid_loss_needs_its_bias():
 # Positives and negatives
 
 
+def encoded_step(objective: LoopObjective, batch: dict[str, torch.Tensor]) -> Step:
+    ids = {name: batch[name] for name in ("identities", "caption_ids")}
+    inputs = {name: value for name, value in batch.items() if name not in ids}
+    return Step(objective, objective.encode(**inputs), **ids)
+
+
 def test_positives_reach_over_twins_in_both_directions():
     batch = step_batch()
-    positives = LoopObjective(tiny_model())._positives(batch["identities"], batch["caption_ids"])
+    positives = encoded_step(build_objective(tiny_model()), batch).positives
     expected = torch.tensor([[is_positive(batch, i, j) for j in range(8)] for i in range(8)])
     assert torch.equal(positives.per_image, expected) and torch.equal(positives.per_text, expected.T)
     assert not torch.equal(expected, expected.T)
@@ -112,23 +123,17 @@ def test_positives_reach_over_twins_in_both_directions():
 
 @pytest.mark.parametrize("mining", ["topk", "sample", "stratified"])
 @pytest.mark.parametrize("count", [2, 5, 20])
-def test_no_positive_and_no_twin_is_a_negative(mining, count, monkeypatch):
+def test_no_positive_and_no_twin_is_a_negative(mining, count):
     model, batch = tiny_model().train(), step_batch()
-    objective = LoopObjective(model, ObjectiveOptions(mining=mining, num_negatives=count, mining_pool=count))
-    calls = []
-
-    def spy(similarity, positives, own, groups):
-        candidates = type(objective)._candidates(objective, similarity, positives, own, groups)
-        calls.append((candidates, groups))
-        return candidates
-
-    monkeypatch.setattr(objective, "_candidates", spy)
-    objective(**batch)
-    (to_text, captions), (to_image, identities) = calls
+    objective = build_objective(model, ObjectiveOptions(mining=mining, num_negatives=count, mining_pool=count))
+    candidates = encoded_step(objective, batch).candidates
+    assert (candidates.pairs[0, ..., 0] == torch.arange(8)[:, None]).all()  # images ask for texts
+    assert (candidates.pairs[1, ..., 1] == torch.arange(8)[:, None]).all()  # texts ask for images
     for query in range(8):
-        for found, groups, side in ((to_text, captions, 0), (to_image, identities, 1)):
-            assert found.indices[query, 0] == query and found.valid[query, 0]
-            negatives = found.indices[query, 1:][found.valid[query, 1:]].tolist()
+        for side, groups in ((0, batch["caption_ids"]), (1, batch["identities"])):
+            indices, valid = candidates.pairs[side, query, :, 1 - side], candidates.valid[side, query]
+            assert indices[0] == query and valid[0]
+            negatives = indices[1:][valid[1:]].tolist()
             pairs = [(query, j) if side == 0 else (j, query) for j in negatives]
             assert not any(is_positive(batch, i, j) for i, j in pairs)
             assert len({int(groups[j]) for j in negatives}) == len(negatives)
@@ -136,7 +141,7 @@ def test_no_positive_and_no_twin_is_a_negative(mining, count, monkeypatch):
                 int(groups[j]) for j in range(8) if not is_positive(batch, *((query, j) if side == 0 else (j, query)))
             }
             assert len(negatives) == min(count, len(possible))
-            assert (found.indices[query][~found.valid[query]] == query).all()  # masked: the own pair, scored anyway
+            assert (indices[~valid] == query).all()  # masked: the own pair, scored anyway
 
 
 @pytest.mark.parametrize("loss", ["kl", "cprd"])
@@ -197,7 +202,7 @@ def test_every_parameter_gets_a_gradient(style, vision, mlm):
     assert not dead
 
 
-@pytest.mark.parametrize("loss", list(DISTILLATION))
+@pytest.mark.parametrize("loss", get_args(DistillationName))
 def test_every_distillation_loss_teaches_the_dual_and_not_the_teacher(loss):
     model = tiny_model(style="late").train()
     out = step(model, itc=0, itm=0, distillation_loss=loss)

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from helpers.step_reference import EveryThirdWord, assert_same_gradients, gradients, reference_mlm, step, step_batch
 from helpers.support import tiny_model
 
-from loopitr.objective.step import LoopObjective, ObjectiveOptions
+from loopitr.objective.build import build_objective
+from loopitr.objective.options import ObjectiveOptions
 from loopitr.objective.word_masking import TokenMasking
 
 
@@ -64,7 +65,7 @@ def test_keys_and_values_of_two_uses_are_projected_once(monkeypatch, options):
     for block, expected in ((None, [8]), (5, [])):
         projected.clear()
         chosen = ObjectiveOptions(num_negatives=4, **options)
-        LoopObjective(model, chosen, token_masking=EveryThirdWord(), pair_block=block)(**step_batch())
+        build_objective(model, chosen, token_masking=EveryThirdWord(), pair_block=block)(**step_batch())
         assert projected == expected
 
 
@@ -165,4 +166,4 @@ def test_mlm_leaves_the_other_terms_alone_and_survives_a_batch_without_masks():
 def test_mlm_needs_a_head_and_a_mask_token():
     for model, masking in ((tiny_model(), EveryThirdWord()), (tiny_model(mlm_head=True), None)):
         with pytest.raises(ValueError, match="objective.mlm needs a model with an mlm_head and a tokenizer"):
-            LoopObjective(model, ObjectiveOptions(mlm=1.0), token_masking=masking)
+            build_objective(model, ObjectiveOptions(mlm=1.0), token_masking=masking)

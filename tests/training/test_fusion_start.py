@@ -7,14 +7,16 @@ from helpers.support import tiny_model
 from helpers.tiny_run import run
 
 from loopitr import LoopITRModel
-from loopitr.objective.step import LoopObjective, ObjectiveOptions
+from loopitr.objective.build import build_objective
+from loopitr.objective.loop_objective import LoopObjective
+from loopitr.objective.options import ObjectiveOptions
 from loopitr.training.options import TrainOptions
 from loopitr.training.reporting import read_history
 
 
 def test_without_pairs_the_dual_trains_alone_and_every_parameter_has_a_gradient():
     model = tiny_model().train()
-    alone = LoopObjective(model, ObjectiveOptions())(**step_batch(), with_pairs=False)
+    alone = build_objective(model, ObjectiveOptions())(**step_batch(), with_pairs=False)
     assert set(alone.terms) == {"itc"} and set(alone.metrics) == {"temperature"}
     torch.testing.assert_close(alone.loss, alone.terms["itc"])
     alone.loss.backward()

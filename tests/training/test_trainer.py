@@ -9,7 +9,7 @@ from helpers.tiny_run import NO_AUGMENTATION, NO_DROPOUT, equal, logged, run, we
 from loopitr.data import DataError
 from loopitr.data import token_cache as token_cache_module
 from loopitr.models.image_backbone import VisionBackbone
-from loopitr.objective.step import LoopObjective
+from loopitr.objective.loop_objective import LoopObjective
 from loopitr.training import trainer as training
 from loopitr.training.reporting import read_history
 

@@ -7,6 +7,9 @@ least float32.
 from .agreement import kendall_tau
 from .contrastive import itc_loss, siglip_loss, soft_cross_entropy
 from .distillation import (
+    DistillationLoss,
+    PartialRanking,
+    WholeList,
     adr_mse,
     cprd,
     hard_above_mean,
@@ -23,6 +26,9 @@ from .structure import cmc_loss, cmd_loss
 
 __all__ = [
     "IGNORE_INDEX",
+    "DistillationLoss",
+    "PartialRanking",
+    "WholeList",
     "adr_mse",
     "balanced_itm_loss",
     "cmc_loss",

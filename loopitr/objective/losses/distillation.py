@@ -9,6 +9,9 @@ and attached to the graph. Equal teacher scores keep the order of their columns.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -130,6 +133,44 @@ def hard_top(teacher: Tensor, valid: Tensor, m: int) -> Tensor:
         raise ValueError(f"expected m >= 1, got {m}")
     rank = _teacher_order(teacher, valid, first=valid).argsort(dim=-1)  # [Q, C] from 0
     return valid & (rank < m)
+
+
+class DistillationLoss(ABC):
+    """A loss on all candidates of a query, `[Q, 1 + K]`, the positive first, which knows which of them it ranks."""
+
+    @abstractmethod
+    def __call__(self, student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
+        """The scalar loss."""
+
+    @abstractmethod
+    def ranked(self, teacher: Tensor, valid: Tensor) -> Tensor:
+        """The candidates whose order is taught: bool, `[Q, C]`."""
+
+
+@dataclass(frozen=True)
+class WholeList(DistillationLoss):
+    """A function of this file on all candidates, the positive included."""
+
+    function: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+    def __call__(self, student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
+        return self.function(student, teacher, valid)
+
+    def ranked(self, teacher: Tensor, valid: Tensor) -> Tensor:
+        return valid
+
+
+@dataclass(frozen=True)
+class PartialRanking(DistillationLoss):
+    """`cprd` of a query's negatives alone; `hard_rule(teacher, valid)` says which of them are hard."""
+
+    hard_rule: Callable[[Tensor, Tensor], Tensor] = hard_above_mean
+
+    def __call__(self, student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
+        return cprd(student[:, 1:], teacher[:, 1:], valid[:, 1:], self.ranked(teacher, valid))
+
+    def ranked(self, teacher: Tensor, valid: Tensor) -> Tensor:
+        return self.hard_rule(teacher[:, 1:], valid[:, 1:])
 
 
 def _masked(scores: Tensor, valid: Tensor, fill: float | None = None) -> Tensor:

@@ -1,0 +1,100 @@
+"""Options -> the objects of a step: terms, miner, objective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from loopitr.objective import losses
+from loopitr.objective.loop_objective import LoopObjective
+from loopitr.objective.mining import Miner, Sample, Stratified, TopK
+from loopitr.objective.options import ObjectiveOptions
+from loopitr.objective.terms import (
+    Contrastive,
+    Distillation,
+    FrozenContrast,
+    Matching,
+    Ranking,
+    SigmoidContrastive,
+    StructureTransfer,
+    Term,
+    WordPrediction,
+)
+
+if TYPE_CHECKING:
+    from loopitr.models.loop_model import LoopITRModel
+    from loopitr.objective.word_masking import TokenMasking
+
+
+def build_objective(
+    model: LoopITRModel,
+    options: ObjectiveOptions | None = None,
+    *,
+    token_masking: TokenMasking | None = None,
+    pair_block: int | None = None,
+) -> LoopObjective:
+    """The objective that the options describe.
+
+    Args:
+        token_masking: hides words for `options.mlm`.
+        pair_block: pairs scored at a time; None: all.
+
+    Raises:
+        ValueError: a term that the model has no head for.
+    """
+    options = options or ObjectiveOptions()
+    return LoopObjective(
+        model,
+        build_terms(options, token_masking),
+        miner=build_miner(options),
+        mine_across_ranks=options.mine_across_ranks,
+        pair_block=pair_block,
+    )
+
+
+def build_terms(options: ObjectiveOptions, token_masking: TokenMasking | None = None) -> list[Term]:
+    """One term for each weight; those of weight 0 are left out."""
+    contrastive = Contrastive if options.itc_loss == "softmax" else SigmoidContrastive
+    terms: list[Term] = [
+        contrastive(options.itc),
+        Matching(options.itm, balanced=options.balance_itm, negatives=options.itm_negatives),
+        Ranking(options.lce, negatives=options.itm_negatives),
+        Distillation(distillation_loss(options), options.distillation),
+        StructureTransfer(options.cmd, source=options.structure_source),
+        FrozenContrast(options.cmc, source=options.structure_source),
+        WordPrediction(token_masking, options.mlm),
+    ]
+    return [term for term in terms if term.weight]
+
+
+def build_miner(options: ObjectiveOptions) -> Miner:
+    miners: dict[str, Miner] = {
+        "topk": TopK(options.num_negatives),
+        "sample": Sample(options.num_negatives),
+        "stratified": Stratified(options.num_negatives, options.mining_pool),
+    }
+    return miners[options.mining]
+
+
+def distillation_loss(
+    options: ObjectiveOptions,
+) -> losses.DistillationLoss | Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The loss that `options.distillation_loss` names; a new one is a function in `losses/` and a line here."""
+    hard_rules: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "threshold": partial(losses.hard_above_threshold, probability=options.hard_threshold),
+        "mean": losses.hard_above_mean,
+        "top": partial(losses.hard_top, m=options.hard_top),
+    }
+    known: dict[str, losses.DistillationLoss | Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+        "kl": partial(losses.kl, teacher_temperature=options.teacher_temperature),
+        "cprd": losses.PartialRanking(hard_rules[options.hard_rule]),
+        "margin_mse": losses.margin_mse,
+        "ranknet": losses.ranknet,
+        "listnet": losses.listnet,
+        "listmle": losses.listmle,
+        "adr_mse": losses.adr_mse,
+    }
+    return known[options.distillation_loss]

@@ -1,0 +1,157 @@
+"""`LoopObjective`: the losses of a batch. `step.py` computes its parts, `terms.py` has what it is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from loopitr.objective.mining import Miner, TopK
+from loopitr.objective.parts import Encoded, MaskedTexts, StepOutput
+from loopitr.objective.step import Step
+from loopitr.objective.terms import Contrastive, Matching, Term, TermOutput
+
+if TYPE_CHECKING:
+    from loopitr.models.loop_model import LoopITRModel
+
+
+class LoopObjective(nn.Module):
+    """The losses of a batch for a model; the model's parameters are this module's, so DDP or FSDP wrap one thing.
+
+    Example:
+        >>> from loopitr.objective import Contrastive, Matching, Ranking, TopK
+        >>> objective = LoopObjective(model, terms=[Contrastive(), Matching(), Ranking(0.5)], miner=TopK(4))
+        >>> objective(**batch).loss.backward()
+    """
+
+    def __init__(
+        self,
+        model: LoopITRModel,
+        terms: Sequence[Term] | None = None,
+        *,
+        miner: Miner | None = None,
+        mine_across_ranks: bool = False,
+        pair_block: int | None = None,
+    ) -> None:
+        """
+        Args:
+            terms: what to train on (`terms.py`, or of your own); None: contrastive and matching. A term of weight 0
+                is left out.
+            miner: chooses the hard negatives; None: the 4 most similar.
+            mine_across_ranks: mine in the batch of all ranks (tokens are gathered) instead of the local one.
+            pair_block: pairs scored at a time (`score_pairs`); None: all.
+
+        Raises:
+            ValueError: two terms of one name, or one that the model has no head for.
+        """
+        super().__init__()
+        self.model = model
+        self.terms = [term for term in ([Contrastive(), Matching()] if terms is None else terms) if term.weight]
+        self.miner = miner or TopK(4)
+        self.mine_across_ranks, self.pair_block = mine_across_ranks, pair_block
+        names = [term.name for term in self.terms]
+        if len(set(names)) < len(names):
+            raise ValueError(f"terms must have names of their own, got {', '.join(names)}")
+        for term in self.terms:
+            term.check(model)
+
+    @property
+    def uses_pairs(self) -> bool:
+        """Whether a term asks for match scores."""
+        return any(term.uses_pairs for term in self.terms)
+
+    @property
+    def predicts_words(self) -> bool:
+        """Whether a term asks for predicted words."""
+        return any(term.masking is not None for term in self.terms)
+
+    @property
+    def trained_negatives(self) -> int:
+        """How many of a query's K negatives the fusion head learns from; the scores of the others only teach."""
+        return max((term.trained_negatives(self.miner.num_negatives) for term in self.terms), default=0)
+
+    def forward(
+        self,
+        *,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        identities: Tensor,
+        caption_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        image_tokens: Tensor | None = None,
+        distillation_scale: float = 1.0,
+        with_pairs: bool = True,
+    ) -> StepOutput:
+        """Losses of one batch of `B` image-caption pairs.
+
+        Args:
+            input_ids, attention_mask: `[B, L]`.
+            identities: `[B]` int64: rows with the same number show the same image.
+            caption_ids: `[B]` int64: rows with the same number carry the same caption.
+            pixel_values: `[B, 3, S, S]`, or instead `image_tokens [B, N, D]` of a frozen backbone.
+            distillation_scale: factor on the weight of the distillation (its warm-up).
+            with_pairs: False leaves the terms that score pairs out, while the dual head trains alone.
+        """
+        encoded = self.encode(input_ids, attention_mask, pixel_values=pixel_values, image_tokens=image_tokens)
+        return self.compare(
+            encoded, identities, caption_ids, distillation_scale=distillation_scale, with_pairs=with_pairs
+        )
+
+    def encode(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        pixel_values: Tensor | None = None,
+        image_tokens: Tensor | None = None,
+    ) -> Encoded:
+        """One run of each backbone; captions and, for word prediction, their masked copies in the same run."""
+        if pixel_values is not None:
+            images = self.model.encode_images(pixel_values)
+        elif image_tokens is not None:
+            images = self.model.image_state(image_tokens)
+        else:
+            raise ValueError("a batch needs pixel_values or image_tokens")
+        masking = next((term.masking for term in self.terms if term.masking is not None), None)
+        if masking is None:
+            return Encoded(images, self.model.encode_texts(input_ids, attention_mask))
+        changed, labels = masking(input_ids, attention_mask)
+        both = self.model.encode_texts(torch.cat([input_ids, changed]), attention_mask.repeat(2, 1))
+        size = len(input_ids)
+        texts = type(both)(both.embeds[:size], both.tokens[:size], both.mask[:size])
+        masked = type(both)(both.embeds[size:], both.tokens[size:], both.mask[size:])
+        return Encoded(images, texts, MaskedTexts(masked, labels))
+
+    def compare(
+        self,
+        encoded: Encoded,
+        identities: Tensor,
+        caption_ids: Tensor,
+        *,
+        distillation_scale: float = 1.0,
+        with_pairs: bool = True,
+    ) -> StepOutput:
+        """The losses of encoded pairs; arguments as of `forward`."""
+        step = Step(self, encoded, identities, caption_ids, distillation_scale=distillation_scale)
+        outputs: dict[str, TermOutput] = {}
+        loss = self._touch(step, with_pairs=with_pairs)
+        for term in self.terms:
+            if with_pairs or not term.uses_pairs:
+                output = term(step)
+                output = output if isinstance(output, TermOutput) else TermOutput(output)
+                outputs[term.name] = output
+                loss = loss + term.weight_in(step) * output.loss
+        metrics = {"temperature": 1 / self.model.dual.scale.detach(), **step.metrics()}
+        for output in outputs.values():
+            metrics |= output.metrics
+        return StepOutput(loss, {name: output.loss for name, output in outputs.items()}, metrics)
+
+    def _touch(self, step: Step, *, with_pairs: bool) -> Tensor:
+        """Zero, connected to every trained parameter that this step's terms may leave alone: DDP waits for each."""
+        parameters = [] if self.model.dual.logit_bias is None else [self.model.dual.logit_bias]
+        if self.uses_pairs and not with_pairs:
+            parameters += [*self.model.fusion.parameters(), *self.model.itm_head.parameters()]
+        zero = step.similarities.per_image.sum() * 0  # so that there is a loss even without a term
+        return sum((parameter.sum() * 0 for parameter in parameters if parameter.requires_grad), zero)

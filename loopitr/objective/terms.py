@@ -1,0 +1,223 @@
+"""What a step is trained on: small objects, each with a name, a weight and a call on the step (`step.py`).
+
+A term asks the step for what it needs (`similarities`, `positives`, `candidates`, `match`, `words`, `embeds`), which
+the step computes once. A term of your own is a subclass with a `__call__` that returns a scalar: see
+`recipes/examples/own_term.py`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from loopitr.distributed import all_sum, world_size
+from loopitr.objective import losses
+from loopitr.objective.losses.distillation import DistillationLoss, WholeList
+
+if TYPE_CHECKING:
+    from loopitr.models.loop_model import LoopITRModel
+    from loopitr.objective.step import Step
+    from loopitr.objective.word_masking import TokenMasking
+
+
+@dataclass(frozen=True)
+class TermOutput:
+    """A scalar `loss`, not weighted, and `metrics` for the log."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Term(ABC):
+    """One loss of the step.
+
+    `name` is what it is called in the log; `weight` its factor in the total, 0: left out. `uses_pairs` says that it
+    asks for match scores, so that it is left out while the dual head trains alone. `masking` hides words of the
+    captions, whose copies then are in `step.encoded.masked`.
+    """
+
+    name: ClassVar[str]
+    weight: float
+    uses_pairs: ClassVar[bool] = False
+    masking: TokenMasking | None = None
+
+    @abstractmethod
+    def __call__(self, step: Step) -> Tensor | TermOutput:
+        """The loss of the whole batch, or this rank's share of it, whose mean over ranks is that."""
+
+    def weight_in(self, step: Step) -> float:
+        """The weight in this step; the same in every step unless a term says otherwise."""
+        return self.weight
+
+    def trained_negatives(self, num_negatives: int) -> int:
+        """How many of a query's negatives need match scores with gradient."""
+        return 0
+
+    def check(self, model: LoopITRModel) -> None:  # noqa: B027  most terms need nothing
+        """Raise a ValueError if `model` lacks what this term needs."""
+
+
+@dataclass(frozen=True)
+class Contrastive(Term):
+    """ITC: symmetric InfoNCE of the dual head's similarities, with all positives of a query (`losses.itc_loss`)."""
+
+    weight: float = 1.0
+    name = "itc"
+
+    def __call__(self, step: Step) -> Tensor:
+        similarities, positives = step.similarities, step.positives
+        return losses.itc_loss(
+            similarities.per_image, similarities.per_text, positives.per_image, positives.per_text
+        )  # of this rank's queries
+
+
+@dataclass(frozen=True)
+class SigmoidContrastive(Term):
+    """Each image-text pair of the batch by itself (`losses.siglip_loss`); needs a model with a logit bias."""
+
+    weight: float = 1.0
+    name = "itc"
+
+    def __call__(self, step: Step) -> Tensor:
+        bias = step.model.dual.logit_bias
+        assert bias is not None
+        return losses.siglip_loss(step.similarities.per_image + bias.float(), step.positives.per_image)
+
+    def check(self, model: LoopITRModel) -> None:
+        if model.dual.logit_bias is None:
+            raise ValueError("objective.itc_loss 'sigmoid' needs a model with a logit_bias (model.logit_bias -10)")
+
+
+@dataclass(frozen=True)
+class Matching(Term):
+    """ITM: does the pair match? Two-way cross entropy of the fusion head on each query's candidates.
+
+    `balanced` gives positives and negatives one half each. `negatives`: train on only so many, the first mined.
+    """
+
+    weight: float = 1.0
+    balanced: bool = True
+    negatives: int | None = None
+    name = "itm"
+    uses_pairs = True
+
+    def __call__(self, step: Step) -> Tensor:
+        loss = losses.balanced_itm_loss if self.balanced else losses.itm_loss
+        return loss(*step.match.as_pairs(1 + self.trained_negatives(step.objective.miner.num_negatives)))
+
+    def trained_negatives(self, num_negatives: int) -> int:
+        return self.negatives or num_negatives
+
+
+@dataclass(frozen=True)
+class Ranking(Term):
+    """LCE: each query's positive above its own negatives by match score (`losses.lce_loss`)."""
+
+    weight: float = 1.0
+    negatives: int | None = None
+    name = "lce"
+    uses_pairs = True
+
+    def __call__(self, step: Step) -> Tensor:
+        count = 1 + self.trained_negatives(step.objective.miner.num_negatives)
+        scores, valid = step.match.scores[..., :count], step.match.valid[..., :count]  # [2, G, count]
+        return losses.lce_loss(scores.flatten(0, 1), valid.flatten(0, 1))
+
+    def trained_negatives(self, num_negatives: int) -> int:
+        return self.negatives or num_negatives
+
+
+class Distillation(Term):
+    """The detached match scores of a query's candidates teach the dual's similarities of the same candidates.
+
+    `loss` is a function `(student, teacher, valid) -> scalar` on `[Q, 1 + K]`, the positive first, or a
+    `DistillationLoss`, such as `PartialRanking()` (CPRD).
+    """
+
+    name = "distillation"
+    uses_pairs = True
+
+    def __init__(
+        self, loss: DistillationLoss | Callable[[Tensor, Tensor, Tensor], Tensor], weight: float = 1.0
+    ) -> None:
+        self.loss = loss if isinstance(loss, DistillationLoss) else WholeList(loss)
+        self.weight = weight
+
+    def __call__(self, step: Step) -> TermOutput:
+        match = step.match
+        student, teacher, valid = match.student, match.scores.detach(), match.valid  # [2, G, 1 + K] each
+        directions = [(student[side], teacher[side], valid[side]) for side in (0, 1)]
+        image_loss, text_loss = (self.loss(*direction) for direction in directions)
+        image_length, text_length = (
+            self.loss.ranked(teacher, valid).sum(1).float().mean() for _, teacher, valid in directions
+        )
+        lengths = {"valid_length": (image_length + text_length) / 2}  # candidates per query that were ranked
+        return TermOutput((image_loss + text_loss) / 2, lengths)
+
+    def weight_in(self, step: Step) -> float:
+        return self.weight * step.distillation_scale
+
+
+@dataclass(frozen=True)
+class WordPrediction(Term):
+    """MLM on the fused tokens of masked captions: it teaches the fusion head which word belongs to which region."""
+
+    masking: TokenMasking | None = None
+    weight: float = 1.0
+    name = "mlm"
+
+    def __call__(self, step: Step) -> Tensor:
+        words = step.words
+        # Ranks hold different numbers of masked tokens: weigh so that the average over ranks is the mean over tokens.
+        count = torch.ones_like(words.labels).sum()
+        return losses.mlm_loss(words.logits, words.labels) * count * world_size() / all_sum(count).clamp(min=1)
+
+    def check(self, model: LoopITRModel) -> None:
+        if model.mlm_head is None or self.masking is None:
+            raise ValueError("objective.mlm needs a model with an mlm_head and a tokenizer with a mask token")
+
+
+@dataclass(frozen=True)
+class StructureTransfer(Term):
+    """CMD: the batch's similarities within the `source` modality teach those within the other (`losses.cmd_loss`)."""
+
+    weight: float = 1.0
+    source: Literal["image", "text"] = "image"
+    name = "cmd"
+
+    def __call__(self, step: Step) -> Tensor:
+        source, target = _source_and_target(step, self.source)
+        return losses.cmd_loss(source, target)
+
+
+@dataclass(frozen=True)
+class FrozenContrast(Term):
+    """CMC: each embed picks its own among those of the `source` modality, which gets no gradient (`losses.cmc_loss`).
+
+    Only the first of several rows that show one image, or carry one caption, counts: the others are no negatives.
+    """
+
+    weight: float = 1.0
+    source: Literal["image", "text"] = "image"
+    name = "cmc"
+
+    def __call__(self, step: Step) -> Tensor:
+        source, target = _source_and_target(step, self.source)
+        first = _first(step.gathered.identities) & _first(step.gathered.caption_ids)  # [G]
+        return losses.cmc_loss(source[first], target[first])
+
+
+def _source_and_target(step: Step, source: str) -> tuple[Tensor, Tensor]:
+    """Embeds `[G, E]` of the modality that teaches, detached, and of the one that learns."""
+    images, texts = step.embeds.images, step.embeds.texts
+    return (images.detach(), texts) if source == "image" else (texts.detach(), images)
+
+
+def _first(ids: Tensor) -> Tensor:
+    """`[G]` bool: whether no earlier row has the same id."""
+    return (ids[:, None] == ids).int().argmax(1) == torch.arange(len(ids), device=ids.device)
