@@ -8,22 +8,57 @@ goes on after a kill; `--print_config` shows every option.
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loopitr.cli import parse, run
 from loopitr.training.launching import start_all_processes
 from loopitr.training.options import PretrainOptions
-from loopitr.training.trainer import train
+
+if TYPE_CHECKING:
+    from loopitr.training.trainer import Trainer
 
 SCENES = Path(__file__).parent / "configs" / "scenes.yaml"
 OWN = ("--config", "--model.init", "--model.pair", "--data.karpathy", "--data.albef", "--data.table", "--data.hub")
+
+
+def make_trainer(options: PretrainOptions) -> Trainer:
+    """The objects that a run is composed of; any of them can be one of your own (recipes/examples)."""
+    # Imported here, since --help must not wait for torch.
+    from loopitr.building.build import build_model
+    from loopitr.data import scene_vocabulary
+    from loopitr.objective.build import build_objective
+    from loopitr.objective.word_masking import token_masking
+    from loopitr.training.setup import load_run_records, start
+    from loopitr.training.trainer import Trainer
+
+    accelerator = start(options.train)
+    model, processor = build_model(options.model, vocabulary=scene_vocabulary())
+    masking = token_masking(processor.tokenizer, options.objective.mlm_probability)
+    objective = build_objective(model, options.objective, token_masking=masking)
+    records = load_run_records(options.data, options.validation, log=accelerator.print)
+    return Trainer(
+        objective,
+        processor,
+        records.train,
+        records.val,
+        options.train,
+        data=options.data,
+        validation=options.validation,
+        test=records.test,
+        test_split=records.test_split,
+        accelerator=accelerator,
+        config=asdict(options),
+        resume=options.resume,
+    )
 
 
 def main() -> None:
     arguments = sys.argv[1:]
     if not any(a.split("=")[0] in OWN for a in arguments):
         arguments = [f"--config={SCENES}", *arguments]
-    train(parse(PretrainOptions, arguments, description=__doc__))
+    make_trainer(parse(PretrainOptions, arguments, description=__doc__)).run()
 
 
 if __name__ == "__main__" and not start_all_processes():

@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from loopitr.models.loop_model import LoopITRModel
 from loopitr.models.lora import is_adapter
+from loopitr.training.options import TrainOptions
 
 BACKBONES = ("vision", "text")
 LORA_FACTOR = 10.0  # what LoRA wants, of the rate that is best for all weights (thinkingmachines.ai/blog/lora, 2025)
@@ -106,3 +107,45 @@ def _factor(step: int, *, steps: int, warmup: int, floor: float) -> float:
         return (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def make_optimizer(model: LoopITRModel, options: TrainOptions) -> torch.optim.AdamW:
+    """AdamW on the groups of `parameter_groups`.
+
+    Raises:
+        ValueError: every part is frozen.
+    """
+    groups = parameter_groups(
+        model,
+        backbone_lr=options.backbone_lr,
+        lr=options.lr,
+        weight_decay=options.weight_decay,
+        lora_lr=options.lora_lr,
+    )
+    if not groups:
+        raise ValueError("nothing to train: model.freeze names every part")
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+
+
+def make_scheduler(
+    optimizer: torch.optim.Optimizer, options: TrainOptions, *, steps: int, fusion_start: int
+) -> LambdaLR:
+    """The schedule that the options name, for `steps` in all, of which `fusion_start` go before the fusion head."""
+    later = options.backbone_lr if options.loop_backbone_lr is None else options.loop_backbone_lr
+    scale = later / options.backbone_lr if options.backbone_lr else 1.0
+    if options.schedule == "warmup_stable_decay":
+        return warmup_stable_decay(
+            optimizer,
+            steps=steps,
+            first=fusion_start,
+            warmup=options.warmup,
+            decay_start=options.decay_start,
+            backbones=scale,
+            floor=options.min_lr,
+        )
+    if fusion_start:
+        return two_cycles(
+            optimizer, steps=steps, first=fusion_start, warmup=options.warmup, backbones=scale, floor=options.min_lr
+        )
+    warmup = max(1, int(options.warmup * steps))
+    return warmup_cosine(optimizer, steps=steps, warmup=warmup, floor=options.min_lr)

@@ -44,6 +44,13 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     partial.replace(path)
 
 
+def write_results(folder: Path, metrics: dict[str, Any], table: str, rows: list[dict[str, Any]]) -> None:
+    """`metrics.json`, `results.md` with the table, `curves.png` of the history's rows."""
+    write_json(folder / "metrics.json", metrics)
+    (folder / "results.md").write_text(f"# {folder.name}: {metrics['split']}\n\n{table}\n")
+    plot_curves(rows, folder / "curves.png")
+
+
 def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
     """Losses over steps on the left, recall on the right."""
     from matplotlib.figure import Figure  # no global state, no display

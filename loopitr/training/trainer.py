@@ -1,55 +1,129 @@
-"""The training loop, on accelerate: `train(options)` is what `recipes/pretrain.py` runs."""
+"""The training loop, on accelerate: `Trainer(objective, processor, train, val, options).run()`."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object, send_to_device
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from timm.layers import convert_sync_batchnorm
 from tqdm.auto import tqdm
 
-from loopitr.data import LoadReport, Record
+from loopitr.data import HubStream, Record
 from loopitr.data.loader import SkipCounter
+from loopitr.data.sources import DataOptions
 from loopitr.distributed import average_gradients
-from loopitr.evaluation.retrieval import RetrievalResult, evaluate_retrieval
 from loopitr.memory import trim_memory
-from loopitr.models.loop_model import LoopITRModel
+from loopitr.models.processing import LoopITRProcessor
 from loopitr.objective.grad_cache import cached_backward
-from loopitr.objective.step import StepOutput
-from loopitr.training.checkpoints import Progress, load_checkpoint, save_checkpoint
-from loopitr.training.options import PretrainOptions
-from loopitr.training.reporting import History, plot_curves, write_json
-from loopitr.training.setup import Experiment
+from loopitr.objective.loop_objective import LoopObjective
+from loopitr.objective.parts import StepOutput
+from loopitr.training.checkpoints import Progress, load_checkpoint, move_aside, save_checkpoint
+from loopitr.training.optimization import make_optimizer, make_scheduler
+from loopitr.training.options import TrainOptions, ValidationOptions
+from loopitr.training.reporting import History, write_results
+from loopitr.training.setup import Caches, make_loader, prepare_model, start
+from loopitr.training.skips import check_skips, lost_in_all
+from loopitr.training.validation import Validator
 
 TRIM_EVERY = 10  # steps; on the CPU
 
 
-def train(options: PretrainOptions) -> dict[str, Any]:
-    """Train, validate, keep the best model; returns what is written to `metrics.json`.
+class Trainer:
+    """Trains an objective's model, validates it, keeps the best one.
 
-    The run folder gets `config.json`, `model.safetensors` and the processor (the best model), `config.yaml`,
-    `metrics.json`, `results.md`, `history.jsonl`, `curves.png` and `checkpoints/`.
+    Everything is built and checked when the trainer is made; nothing is written to the run folder before `run`.
+    `objective` and `optimizer` are accelerate's, `bare_objective` and `model` what is in them; `scheduler` steps once
+    per optimiser step, `total_steps` in all.
+
+    Example (`recipes/examples/own_records.py` runs it):
+        >>> trainer = Trainer(objective, processor, train_records, val_records, TrainOptions(epochs=3))
+        >>> metrics = trainer.run()
     """
-    return _Loop(Experiment(options)).run()
 
+    def __init__(
+        self,
+        objective: LoopObjective,
+        processor: LoopITRProcessor,
+        train: Sequence[Record] | HubStream,
+        val: Sequence[Record],
+        options: TrainOptions | None = None,
+        *,
+        data: DataOptions | None = None,
+        validation: ValidationOptions | None = None,
+        test: Sequence[Record] | None = None,
+        test_split: str = "val",
+        accelerator: Accelerator | None = None,
+        config: dict[str, Any] | None = None,
+        resume: bool = False,
+    ) -> None:
+        """
+        Args:
+            train, val: records (a list will do), or a stream to train on.
+            data: how records become batches (augmentation, workers, caches); its source is not looked at.
+            test, test_split: what the final table is about, and its name; None: `val`.
+            accelerator: what `start` returned, if the caller needed it earlier; it must then be of these `options`.
+            config: what is written to `config.yaml`; None: the options given here.
+            resume: continue from the newest checkpoint in `options.output_dir`.
 
-class _Loop:
-    def __init__(self, experiment: Experiment) -> None:
-        self.experiment = experiment
-        self.options, self.accelerator, self.log = experiment.options, experiment.accelerator, experiment.log
-        self.folder, self.total_steps = experiment.folder, experiment.total_steps
-        self.fusion_start = experiment.fusion_start
+        Raises:
+            ValueError, OSError: options that do not fit together, or data that cannot be read.
+        """
+        self.options = options or TrainOptions()
+        self.data, self.validation = data or DataOptions(), validation or ValidationOptions()
+        given = _Given(self.options, self.data, self.validation)
+        self.config = config or dataclasses.asdict(given)
+        self.resume, self.folder = resume, Path(self.options.output_dir)
+        self.accelerator = accelerator or start(self.options)
+        self.log = self.accelerator.print
+        self.bare_objective, self.model, self.processor = objective, objective.model, processor
+        self.test, self.test_split = val if test is None else test, test_split
+        prepare_model(objective, self.options, self.data)
+        self.caches = Caches(self.model, processor, self.data, self.accelerator)
+        self.loader = make_loader(train, self.options, self.caches)
+        self._prepare()
+        self.validator = Validator(
+            objective, self.caches, self.validation, folder=self.folder, records=val, fusion_start=self.fusion_start
+        )
+
+    def _prepare(self) -> None:
+        options, accelerator = self.options, self.accelerator
+        self.total_steps = options.max_steps or options.epochs * (len(self.loader) // options.accumulation)
+        self.fusion_start = int(options.fusion_start * self.total_steps)
+        if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+            # Batch statistics of all ranks, as of one; torch's own conversion drops timm's fused activations.
+            convert_sync_batchnorm(self.model)
+        optimizer = make_optimizer(self.model, options)
+        self.objective, self.optimizer = accelerator.prepare(self.bare_objective, optimizer)
+        # The scheduler is not prepared: accelerate would step it once per process.
+        self.scheduler = make_scheduler(optimizer, options, steps=self.total_steps, fusion_start=self.fusion_start)
+        accelerator.register_for_checkpointing(self.scheduler)
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        self.log(
+            f"{sum(p.numel() for p in self.model.parameters()) / 1e6:.1f}M parameters, {trained / 1e6:.1f}M trained; "
+            f"{self.total_steps} steps of {options.batch_size} x {accelerator.num_processes} x {options.accumulation}"
+        )
 
     def run(self) -> dict[str, Any]:
-        accelerator, options = self.accelerator, self.options
+        """Train to the end; returns what is written to `metrics.json`.
+
+        The run folder gets `config.json`, `model.safetensors` and the processor (the best model), `config.yaml`,
+        `metrics.json`, `results.md`, `history.jsonl`, `curves.png` and `checkpoints/`. An earlier run there is moved
+        aside unless it is resumed.
+        """
+        accelerator = self.accelerator
+        self._prepare_folder()
         progress = None
-        if options.resume:
+        if self.resume:
             progress = load_checkpoint(accelerator, self.folder / "checkpoints")
             where = f"step {progress.step}" if progress else f"scratch: no checkpoint in {self.folder}"
             self.log(f"resuming from {where}")
@@ -59,7 +133,7 @@ class _Loop:
         if accelerator.log_with:
             accelerator.init_trackers("logs")
         self.micro = 0  # batches of the step that is being accumulated
-        self.skips = SkipCounter(max_fraction=options.data.max_skipped_fraction, log=print)  # of every rank
+        self.skips = SkipCounter(max_fraction=self.data.max_skipped_fraction, log=print)  # of every rank
         started = time.perf_counter()
         with tqdm(
             total=self.total_steps,
@@ -70,24 +144,34 @@ class _Loop:
         ) as bar:
             while self.progress.step < self.total_steps:
                 self._epoch(bar)
-                self._check_skips()
+                check_skips(self.skips, self.loader, accumulation=self.options.accumulation)
         self._validate()
-        seconds = time.perf_counter() - started
-        metrics = self._finish(seconds)
+        metrics = self._finish(time.perf_counter() - started)
         accelerator.end_training()
         return metrics
 
+    def _prepare_folder(self) -> None:
+        self.accelerator.wait_for_everyone()  # to have read model.init, which may lie there
+        if self.accelerator.is_main_process:
+            if not self.resume:
+                aside = move_aside(self.folder)
+                if aside is not None:
+                    self.log(f"moved the earlier run in {self.folder} to {aside}")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.yaml").write_text(yaml.safe_dump(self.config, sort_keys=False))
+        self.accelerator.wait_for_everyone()
+
     def _epoch(self, bar: tqdm) -> None:
-        options, progress = self.options, self.progress
-        self.experiment.objective.train()
+        options, validation, progress = self.options, self.validation, self.progress
+        self.objective.train()
         logged: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
         batches = 0
-        for batch in self.experiment.loader.epoch(progress.epoch, start=progress.batch):
+        for batch in self.loader.epoch(progress.epoch, start=progress.batch):
             batches += 1
             self.skips.update(batch)
             batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
             self.micro += 1
-            last = self.micro == options.train.accumulation
+            last = self.micro == options.accumulation
             output = self._backward(batch, last=last)
             progress.batch += 1
             for name, value in self._named(output).items():
@@ -97,40 +181,40 @@ class _Loop:
             self.micro = 0
             self._step()
             bar.update()
-            if progress.step % options.train.log_every == 0 or progress.step == self.total_steps:
+            if progress.step % options.log_every == 0 or progress.step == self.total_steps:
                 self._log(bar, {name: torch.stack(values).mean() for name, values in logged.items()})
                 logged.clear()
-            every = options.validation.every_steps
+            every = validation.every_steps
             if every and progress.step % every == 0 and progress.step < self.total_steps:
                 self._validate()
-            if options.train.checkpoint_every and progress.step % options.train.checkpoint_every == 0:
+            if options.checkpoint_every and progress.step % options.checkpoint_every == 0:
                 self._checkpoint()
             if progress.step >= self.total_steps:
                 return
         if batches == 0 and progress.batch == 0:
             raise ValueError("the training data gave not one full batch")
         progress.epoch, progress.batch = progress.epoch + 1, 0
-        if self.experiment.loader.sampler is None:
+        if self.loader.sampler is None:
             return  # ranks reach the end of their streams at different batches: nothing ends that they do together
         self.micro = 0
-        self.experiment.optimizer.zero_grad()  # of batches that did not fill an accumulated step
-        every = options.validation.every_epochs
+        self.optimizer.zero_grad()  # of batches that did not fill an accumulated step
+        every = validation.every_epochs
         if every and progress.epoch % every == 0 and progress.step < self.total_steps:
             self._validate()
 
     def _backward(self, batch: dict[str, Any], *, last: bool) -> StepOutput:
-        train, accelerator = self.options.train, self.accelerator
-        warmup = train.distillation_warmup * self.total_steps
+        options, accelerator = self.options, self.accelerator
+        warmup = options.distillation_warmup * self.total_steps
         scale = min(1.0, (self.progress.step + 1 - self.fusion_start) / warmup) if warmup > 0 else 1.0
         stage: dict[str, Any] = {"distillation_scale": scale, "with_pairs": self.progress.step >= self.fusion_start}
-        chunk_size = train.chunk_size
-        with nullcontext() if last and chunk_size is None else accelerator.no_sync(self.experiment.objective):
+        chunk_size = options.chunk_size
+        with nullcontext() if last and chunk_size is None else accelerator.no_sync(self.objective):
             if chunk_size is None:
-                output = self.experiment.objective(**batch, **stage)  # autocast is inside
+                output = self.objective(**batch, **stage)  # autocast is inside
                 self._backward_from(output)
             else:
                 output = cached_backward(
-                    self.experiment.bare_objective,
+                    self.bare_objective,
                     batch,
                     chunk_size=chunk_size,
                     backward=self._backward_from,
@@ -152,13 +236,13 @@ class _Loop:
 
     @property
     def _parameters(self) -> list[torch.Tensor]:
-        return [p for group in self.experiment.optimizer.param_groups for p in group["params"]]
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _step(self) -> None:
-        self.accelerator.clip_grad_norm_(self._parameters, self.options.train.clip)
-        self.experiment.optimizer.step()
-        self.experiment.optimizer.zero_grad()
-        self.experiment.scheduler.step()
+        self.accelerator.clip_grad_norm_(self._parameters, self.options.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
         self.progress.step += 1
         if self.accelerator.device.type == "cpu" and self.progress.step % TRIM_EVERY == 0:
             trim_memory()
@@ -174,7 +258,7 @@ class _Loop:
         lost = torch.tensor([self.skips.report.skipped, self.skips.truncated], device=averaged.device)
         skipped, truncated = self.accelerator.reduce(lost, "sum").tolist()
         values = dict(zip(means, averaged.tolist(), strict=True))
-        values["train/lr"] = float(self.experiment.scheduler.get_last_lr()[-1])
+        values["train/lr"] = float(self.scheduler.get_last_lr()[-1])
         values["train/skipped"] = float(sum(self.progress.skipped.values()) + skipped)
         values["train/truncated"] = float(self.progress.truncated + truncated)
         shown = {name.removeprefix("loss/"): f"{v:.3f}" for name, v in values.items() if name.startswith("loss/")}
@@ -188,77 +272,25 @@ class _Loop:
 
     # Validation and saving
 
-    def _evaluate(self, model: LoopITRModel, records: Sequence[Record], *, final: bool) -> RetrievalResult:
-        validation = self.options.validation
-        rerank = validation.final_rerank if final else validation.rerank
-        started = not self.fusion_start or self.progress.step > self.fusion_start
-        tokens = self.experiment.tokens(records)  # in float32, whatever the precision of the run that computes them
-        with self.accelerator.autocast():
-            return evaluate_retrieval(
-                model,
-                self.experiment.processor,
-                records,
-                rerank=rerank if self.options.objective.scores_pairs and started else 0,
-                batch_size=validation.batch_size,
-                num_workers=self.options.data.num_workers,
-                max_images=None if final else validation.max_images,
-                max_skipped_fraction=self.options.data.max_skipped_fraction,
-                tokens=tokens,
-            )
-
     def _validate(self) -> None:
-        """Measure, all ranks together, and keep the model if it is the best so far."""
-        scores = self._evaluate(self.experiment.model, self.experiment.val_records, final=False).mean_r1()
-        chosen = self.options.validation.select
-        if chosen == "auto":
-            reranks = self.options.objective.scores_pairs and self.options.validation.rerank > 0
-            chosen = "match_plus_similarity" if reranks else "dual"
-        self.log(f"step {self.progress.step}: mean R@1 " + ", ".join(f"{k} {v:.1f}" for k, v in scores.items()))
-        score = scores.get(chosen, -math.inf)  # the fusion head may not have started
-        if score > (-math.inf if self.progress.best is None else self.progress.best):
-            self.progress.best, self.progress.best_step = score, self.progress.step
-            if self.accelerator.is_main_process:
-                self.experiment.model.save_pretrained(self.folder)
-                self.experiment.processor.save_pretrained(self.folder)
+        scores = self.validator.validate(self.progress)
         self._record({f"val/{name}": value for name, value in scores.items()})
         self.accelerator.wait_for_everyone()
-        self.experiment.objective.train()
+        self.objective.train()
 
     def _checkpoint(self) -> None:
         progress = dataclasses.replace(self.progress)
-        progress.skipped, progress.truncated = self._lost()
+        progress.skipped, progress.truncated = lost_in_all(self.progress, self.skips)
         if self.accelerator.is_main_process:
             progress.rows = len(self.history.rows)
-        save_checkpoint(
-            self.accelerator, self.folder / "checkpoints", progress, keep=self.options.train.keep_checkpoints
-        )
-
-    def _lost(self) -> tuple[dict[str, int], int]:
-        """What was skipped, and how many captions were cut, on all ranks since the very start of the run."""
-        skipped, truncated = Counter(self.progress.skipped), self.progress.truncated
-        for counts, cut in gather_object([(self.skips.report.counts, self.skips.truncated)]):
-            skipped.update(counts)
-            truncated += cut
-        return dict(skipped), truncated
-
-    def _check_skips(self) -> None:
-        """Judge data of fewer examples than `SkipCounter` waits for, once the ranks have read all of it."""
-        sampler, accumulation = self.experiment.loader.sampler, self.options.train.accumulation
-        if sampler is None or self.skips.batches < len(sampler) // accumulation * accumulation:
-            return
-        report, seen = LoadReport(), 0
-        for part, count in gather_object([(self.skips.report, self.skips.seen)]):
-            report.merge_skips(part)
-            seen += count
-        report.check(self.skips.max_fraction, seen=seen)
+        save_checkpoint(self.accelerator, self.folder / "checkpoints", progress, keep=self.options.keep_checkpoints)
 
     def _finish(self, seconds: float) -> dict[str, Any]:
         """Evaluate the best model on the final split, all ranks together, and write the results."""
-        skipped, truncated = self._lost()
-        model = LoopITRModel.from_pretrained(self.folder).to(self.accelerator.device)
-        result = self._evaluate(model, self.experiment.final_records, final=True)
+        skipped, truncated = lost_in_all(self.progress, self.skips)
+        result = self.validator.final(self.test, step=self.progress.step)
         metrics = {
-            "split": self.experiment.final_split,
+            "split": self.test_split,
             **result.to_json(),
             "training": {
                 "seconds": round(seconds, 1),
@@ -270,9 +302,16 @@ class _Loop:
             },
         }
         if self.accelerator.is_main_process:
-            write_json(self.folder / "metrics.json", metrics)
-            (self.folder / "results.md").write_text(f"# {self.folder.name}: {metrics['split']}\n\n{result.table()}\n")
-            plot_curves(self.history.rows, self.folder / "curves.png")
+            write_results(self.folder, metrics, result.table(), self.history.rows)
             self.log(f"\n{result.table()}\n\nsaved in {self.folder}, trained in {seconds:.0f} s")
         self.accelerator.wait_for_everyone()
         return metrics
+
+
+@dataclasses.dataclass
+class _Given:
+    """The options of a trainer that was made without a whole tree of them."""
+
+    train: TrainOptions
+    data: DataOptions
+    validation: ValidationOptions

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import runpy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState
+from helpers.recipe_process import ROOT
 from helpers.tiny_gallery import captions, jpeg
 from safetensors.torch import load_file
 from torch import Tensor
@@ -18,8 +20,7 @@ from torch import Tensor
 from loopitr.cli import parse
 from loopitr.training.options import PretrainOptions
 from loopitr.training.reporting import read_history
-from loopitr.training.setup import Experiment
-from loopitr.training.trainer import train
+from loopitr.training.trainer import Trainer
 
 OPTIONS: dict[str, Any] = {
     "model": {
@@ -103,6 +104,11 @@ def tiny_options(folder: Path, **changes: Any) -> PretrainOptions:
     return parse(PretrainOptions, [f"--config={write_config(folder, **changes)}"])
 
 
+def make_trainer(options: PretrainOptions) -> Trainer:
+    """What the recipe runs."""
+    return runpy.run_path(str(ROOT / "recipes" / "pretrain.py"))["make_trainer"](options)
+
+
 def reset_accelerate() -> None:
     """accelerate keeps one state per process; another run in it starts anew."""
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -110,12 +116,12 @@ def reset_accelerate() -> None:
 
 
 @contextmanager
-def experiment(folder: Path, **changes: Any) -> Iterator[Experiment]:
+def trainer(folder: Path, **changes: Any) -> Iterator[Trainer]:
     """All that a run is made of, before its first step."""
     folder.mkdir(exist_ok=True)
     reset_accelerate()
     try:
-        yield Experiment(tiny_options(folder, **changes))
+        yield make_trainer(tiny_options(folder, **changes))
     finally:
         reset_accelerate()
 
@@ -125,7 +131,7 @@ def run(folder: Path, **changes: Any) -> dict[str, Any]:
     folder.mkdir(exist_ok=True)
     reset_accelerate()
     try:
-        return train(tiny_options(folder, **changes))
+        return make_trainer(tiny_options(folder, **changes)).run()
     finally:
         reset_accelerate()
 

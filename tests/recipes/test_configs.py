@@ -11,7 +11,7 @@ from fixtures.albef_tiny.plain import TEXT_HEADS, VISION_HEADS
 from helpers.tiny_building import save_bert
 from helpers.tiny_gallery import captions, jpeg
 from helpers.tiny_pairs import save_pair
-from helpers.tiny_run import reset_accelerate
+from helpers.tiny_run import make_trainer, reset_accelerate
 from transformers import BlipConfig, BlipForImageTextRetrieval
 
 from loopitr import LoopITRModel
@@ -20,7 +20,6 @@ from loopitr.convert.__main__ import main as convert
 from loopitr.data import scene_vocabulary
 from loopitr.models.processing import word_tokenizer
 from loopitr.training.options import PretrainOptions
-from loopitr.training.trainer import train
 
 CONFIGS = Path(__file__).resolve().parents[2] / "recipes" / "configs"
 ALBEF_WEIGHTS = Path(__file__).resolve().parents[1] / "fixtures" / "albef_tiny" / "weights.safetensors"
@@ -94,7 +93,7 @@ def test_one_step(name, tmp_path):
     options = parse(PretrainOptions, [f"--config={CONFIGS / f'{name}.yaml'}", *overrides])
     reset_accelerate()
     try:
-        metrics = train(options)
+        metrics = make_trainer(options).run()
     finally:
         reset_accelerate()
     assert metrics["training"]["steps"] == 1 and metrics["num_images"] > 0

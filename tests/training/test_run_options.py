@@ -7,13 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.tiny_building import save_tiny
-from helpers.tiny_run import NO_AUGMENTATION, NO_DROPOUT, VIT, experiment, run
+from helpers.tiny_run import NO_AUGMENTATION, NO_DROPOUT, VIT, run, trainer
 from torch import nn
 from torchvision.transforms import InterpolationMode, v2
 from transformers.image_utils import PILImageResampling
 
 from loopitr import LoopITRProcessor
 from loopitr.data import DataError
+from loopitr.training.setup import make_loader
 
 EXACT = {**VIT, **NO_DROPOUT, **NO_AUGMENTATION, "train__max_steps": 1, "train__distillation_warmup": 0.0}
 
@@ -36,7 +37,7 @@ def stepped(monkeypatch):
 def test_an_accumulated_step_has_the_mean_of_its_batches_own_gradients(tmp_path, stepped, chunk_size):
     run(tmp_path / "run", **EXACT, train__accumulation=2, train__clip=1e9, train__chunk_size=chunk_size)
     own = []
-    with experiment(tmp_path / "alone", **EXACT) as made:
+    with trainer(tmp_path / "alone", **EXACT) as made:
         parameters = [p for group in made.optimizer.param_groups for p in group["params"]]
         made.bare_objective.train()
         for batch, _ in zip(made.loader.epoch(0), range(2)):
@@ -88,7 +89,7 @@ def test_tokens_are_cached_in_float32_whatever_the_precision(tmp_path):
 
 @pytest.mark.parametrize(("chunk_size", "block"), [(None, None), (3, 3 * (1 + 2 * 4))])
 def test_pairs_are_scored_in_blocks_of_a_chunks_queries(tmp_path, chunk_size, block):
-    with experiment(tmp_path, **EXACT, train__chunk_size=chunk_size, objective__num_negatives=4) as made:
+    with trainer(tmp_path, **EXACT, train__chunk_size=chunk_size, objective__num_negatives=4) as made:
         assert made.bare_objective.pair_block == block
 
 
@@ -97,29 +98,29 @@ def test_chunks_are_refused_for_batch_statistics_that_move_before_anything_is_ma
     moving = {"model__hold_batch_statistics": False}
     if start == "saved":
         moving["model__init"] = str(tmp_path / "saved")
-        with experiment(tmp_path / "first") as made:
+        with trainer(tmp_path / "first") as made:
             made.model.save_pretrained(tmp_path / "saved")
             made.processor.save_pretrained(tmp_path / "saved")
     cache = tmp_path / "cache"
     with pytest.raises(ValueError, match="takes those of the batch: set model.hold_batch_statistics"):
-        with experiment(tmp_path, **moving, train__chunk_size=3, data__cache_images=str(cache)):
+        with trainer(tmp_path, **moving, train__chunk_size=3, data__cache_images=str(cache)):
             pass
     assert not cache.exists() and not (tmp_path / "run").exists()
     for fine in ({"model__hold_batch_statistics": True}, {"model__freeze": ["vision"]}):
-        with experiment(tmp_path, **{**moving, **fine}, train__chunk_size=3):
+        with trainer(tmp_path, **{**moving, **fine}, train__chunk_size=3):
             pass
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_batches_for_a_gpu_are_pinned(tmp_path, device):
-    with experiment(tmp_path, **EXACT) as made:
-        made.accelerator = SimpleNamespace(device=torch.device(device), num_processes=1, process_index=0)
-        assert made._loader().loader.pin_memory == (device == "cuda")
+    with trainer(tmp_path, **EXACT) as made:
+        made.caches.accelerator = SimpleNamespace(device=torch.device(device), num_processes=1, process_index=0)
+        assert make_loader(made.test, made.options, made.caches).loader.pin_memory == (device == "cuda")
 
 
 @pytest.mark.parametrize("wanted", [False, True])
 def test_gradient_checkpointing_reaches_every_part(tmp_path, wanted):
-    with experiment(tmp_path, **EXACT, train__gradient_checkpointing=wanted) as made:
+    with trainer(tmp_path, **EXACT, train__gradient_checkpointing=wanted) as made:
         model = made.model
         layer = model.dual.text.model.encoder.layer[0]
         found = [model.fusion.gradient_checkpointing, model.dual.vision.model.grad_checkpointing]
@@ -128,7 +129,7 @@ def test_gradient_checkpointing_reaches_every_part(tmp_path, wanted):
 
 def test_learning_rates_and_weight_decay_reach_their_groups(tmp_path):
     rates = {"train__backbone_lr": 1e-4, "train__lr": 2e-3, "train__weight_decay": 0.3}
-    with experiment(tmp_path, **EXACT, **rates) as made:
+    with trainer(tmp_path, **EXACT, **rates) as made:
         groups = {(g["name"], g["weight_decay"]): g["initial_lr"] for g in made.optimizer.param_groups}
     assert groups == {("backbones", 0.3): 1e-4, ("backbones", 0.0): 1e-4, ("new", 0.3): 2e-3, ("new", 0.0): 2e-3}
 
@@ -137,7 +138,7 @@ def test_learning_rates_and_weight_decay_reach_their_groups(tmp_path):
 def test_adapters_learn_at_ten_times_the_backbones_rate_unless_told(tmp_path, given, rate):
     pytest.importorskip("peft", reason="LoRA adapters are made by peft (extra `lora`)")
     lora = {"model__lora": {"text_rank": 2}, "train__backbone_lr": 1e-4, "train__lora_lr": given}
-    with experiment(tmp_path, **EXACT, **lora) as made:
+    with trainer(tmp_path, **EXACT, **lora) as made:
         found = {g["initial_lr"] for g in made.optimizer.param_groups if g["name"] == "adapters"}
     assert found == {rate}
 
@@ -150,7 +151,7 @@ def steps_of(made):
 @pytest.mark.parametrize("randaugment", [False, True])
 def test_augmentation_is_what_was_asked_for(tmp_path, flip, randaugment):
     asked = {"data__flip": flip, "data__randaugment": randaugment, "data__crop_scale_min": 0.3}
-    with experiment(tmp_path, **{**EXACT, **asked}) as made:
+    with trainer(tmp_path, **{**EXACT, **asked}) as made:
         steps, processor = steps_of(made), made.processor.image_processor
     (crop,) = [step for step in steps if isinstance(step, v2.RandomResizedCrop)]
     assert tuple(crop.scale) == (0.3, 1.0) and tuple(crop.size) == (32, 32)
@@ -164,7 +165,7 @@ def test_training_images_are_resized_as_the_processor_says(tmp_path, resample):
     processor = LoopITRProcessor.from_pretrained(save_tiny(tmp_path / "saved"))
     processor.image_processor.resample = PILImageResampling[resample.upper()]
     processor.save_pretrained(tmp_path / "saved")
-    with experiment(tmp_path, model__init=str(tmp_path / "saved")) as made:
+    with trainer(tmp_path, model__init=str(tmp_path / "saved")) as made:
         (crop,) = [step for step in steps_of(made) if isinstance(step, v2.RandomResizedCrop)]
     known = {"bilinear": InterpolationMode.BILINEAR}  # tensors cannot be resized by all of the others
     assert crop.interpolation == known.get(resample, InterpolationMode.BICUBIC)
@@ -175,6 +176,6 @@ def test_a_cache_that_cannot_be_made_moves_no_run_aside(tmp_path):
     (good / "best").mkdir(parents=True)
     file = tmp_path / "file"
     file.touch()
-    with pytest.raises(DataError, match="cannot make a folder"), experiment(good, data__cache_images=str(file / "no")):
+    with pytest.raises(DataError, match="cannot make a folder"), trainer(good, data__cache_images=str(file / "no")):
         pass
     assert list(tmp_path.glob("run*")) == [good]

@@ -13,7 +13,7 @@ import pytest
 from accelerate import Accelerator
 from helpers.recipe_process import TWO_ON_CPU, command, environment
 from helpers.tiny_gallery import captions, jpeg
-from helpers.tiny_run import VIT, equal, experiment, logged, weights, write_config
+from helpers.tiny_run import VIT, equal, logged, trainer, weights, write_config
 
 TIMEOUT = 300  # seconds until a hang is a failure
 
@@ -41,20 +41,20 @@ def stream(folder, *sizes):
     }
 
 
-def order(experiment, epoch):
-    return [identity for batch in experiment.loader.epoch(epoch) for identity in batch["identities"].tolist()]
+def order(trainer, epoch):
+    return [identity for batch in trainer.loader.epoch(epoch) for identity in batch["identities"].tolist()]
 
 
 def test_a_stream_is_shuffled_by_seed_and_epoch(tmp_path):
     changes = stream(tmp_path, 16)
-    with experiment(tmp_path / "a", **changes) as first:
+    with trainer(tmp_path / "a", **changes) as first:
         orders = [order(first, epoch) for epoch in (0, 1)]
-    with experiment(tmp_path / "b", **changes) as second:
+    with trainer(tmp_path / "b", **changes) as second:
         assert [order(second, epoch) for epoch in (0, 1)] == orders
-    with experiment(tmp_path / "c", **changes, data__shuffle_buffer=0) as plain:
+    with trainer(tmp_path / "c", **changes, data__shuffle_buffer=0) as plain:
         by_file = order(plain, 0)
         assert order(plain, 1) == by_file
-    with experiment(tmp_path / "d", **changes, train__seed=1) as other:
+    with trainer(tmp_path / "d", **changes, train__seed=1) as other:
         orders.append(order(other, 0))
     assert len({tuple(found) for found in [*orders, by_file]}) == 4  # all different
     assert all(sorted(found) == sorted(by_file) for found in orders) and len(set(by_file)) == 16
@@ -67,7 +67,7 @@ def test_ranks_part_a_stream(tmp_path, monkeypatch, sizes):
         with monkeypatch.context() as two:
             two.setattr(Accelerator, "num_processes", 2)
             two.setattr(Accelerator, "process_index", rank)
-            with experiment(tmp_path / str(rank), **changes) as made:
+            with trainer(tmp_path / str(rank), **changes) as made:
                 parts.append(order(made, 0))
     assert [len(part) for part in parts] == [8, 8] and len({*parts[0], *parts[1]}) == 16
 

@@ -10,7 +10,7 @@ from loopitr.data import DataError
 from loopitr.data import token_cache as token_cache_module
 from loopitr.models.image_backbone import VisionBackbone
 from loopitr.objective.loop_objective import LoopObjective
-from loopitr.training import trainer as training
+from loopitr.training import validation
 from loopitr.training.reporting import read_history
 
 # What a run leaves behind
@@ -107,7 +107,7 @@ def test_the_best_validated_model_is_the_one_that_is_kept(tmp_path, monkeypatch,
             states[number] = {name: value.clone() for name, value in model.state_dict().items()}
         return Found(results[min(number, 4)])
 
-    monkeypatch.setattr(training, "evaluate_retrieval", evaluate)
+    monkeypatch.setattr(validation, "evaluate_retrieval", evaluate)
     metrics = run(tmp_path, train__max_steps=4, validation__every_steps=1, validation__select=select)
     assert len(states) == 4
     assert metrics["training"]["best_step"] == best

@@ -1,0 +1,36 @@
+"""What a run could not read, counted over all ranks."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from accelerate.utils import gather_object
+
+from loopitr.data import LoadReport
+from loopitr.data.loader import EpochLoader, SkipCounter
+from loopitr.training.checkpoints import Progress
+
+
+def lost_in_all(progress: Progress, skips: SkipCounter) -> tuple[dict[str, int], int]:
+    """What was skipped, by reason, and how many captions were cut, on all ranks since the very start of the run."""
+    skipped, truncated = Counter(progress.skipped), progress.truncated
+    for counts, cut in gather_object([(skips.report.counts, skips.truncated)]):
+        skipped.update(counts)
+        truncated += cut
+    return dict(skipped), truncated
+
+
+def check_skips(skips: SkipCounter, loader: EpochLoader, *, accumulation: int) -> None:
+    """Judge data of fewer examples than `SkipCounter` waits for, once the ranks have read all of it.
+
+    Raises:
+        DataError: more than the limit were skipped.
+    """
+    sampler = loader.sampler
+    if sampler is None or skips.batches < len(sampler) // accumulation * accumulation:
+        return
+    report, seen = LoadReport(), 0
+    for part, count in gather_object([(skips.report, skips.seen)]):
+        report.merge_skips(part)
+        seen += count
+    report.check(skips.max_fraction, seen=seen)
