@@ -13,7 +13,6 @@ from pathlib import Path
 from loopitr.cli import parse, run
 from loopitr.training.launching import start_all_processes
 from loopitr.training.options import PretrainOptions
-from loopitr.training.trainer import train
 
 SCENES = Path(__file__).parent / "configs" / "scenes.yaml"
 OWN = ("--config", "--model.init", "--model.pair", "--data.karpathy", "--data.albef", "--data.table", "--data.hub")
@@ -23,7 +22,10 @@ def main() -> None:
     arguments = sys.argv[1:]
     if not any(a.split("=")[0] in OWN for a in arguments):
         arguments = [f"--config={SCENES}", *arguments]
-    train(parse(PretrainOptions, arguments, description=__doc__))
+    options = parse(PretrainOptions, arguments, description=__doc__)
+    from loopitr.training.trainer import train  # after the options: --help does without torch
+
+    train(options)
 
 
 if __name__ == "__main__" and not start_all_processes():

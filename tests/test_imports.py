@@ -14,9 +14,10 @@ ROOT = Path(__file__).resolve().parents[1]
 MODELS_UP = {"models", "distributed", "memory"}
 ALLOWED: dict[str, set[str]] = {
     "cli": set(),
+    "lazy": set(),
     "distributed": set(),
     "memory": set(),
-    "data": {"distributed"},
+    "data": {"distributed", "lazy"},
     "models": set(),
     "objective.losses": set(),
     "objective.mining": set(),

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModel
+from transformers import AutoModel
 
 from loopitr.models.base import LoopITRPreTrainedModel
-from loopitr.models.config import DualEncoderConfig, LoopITRConfig
+from loopitr.models.config import LoopITRConfig
 from loopitr.models.dual_encoder import DualEncoder
 from loopitr.models.fusion import FusionEncoder
 from loopitr.models.heads import MLMHead
@@ -279,8 +279,4 @@ class LoopITRModel(LoopITRPreTrainedModel):
         self.fusion.gradient_checkpointing = enable
 
 
-def register() -> None:
-    """Make `AutoConfig` and `AutoModel` know this package's models."""
-    for config, model in ((LoopITRConfig, LoopITRModel), (DualEncoderConfig, DualEncoder)):
-        AutoConfig.register(config.model_type, config, exist_ok=True)
-        AutoModel.register(config, model, exist_ok=True)
+AutoModel.register(LoopITRConfig, LoopITRModel, exist_ok=True)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import (
-    AutoProcessor,
-    CLIPImageProcessor,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    ProcessorMixin,
-)
+from transformers import AutoProcessor, PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.image_utils import PILImageResampling
 
 from loopitr.models.config import DualEncoderConfig, LoopITRConfig
+
+if TYPE_CHECKING:
+    from transformers import CLIPImageProcessor
 
 
 class LoopITRProcessor(ProcessorMixin):
@@ -35,6 +32,8 @@ def image_processor(
     image_size: int, *, mean: tuple[float, ...], std: tuple[float, ...], interpolation: str
 ) -> CLIPImageProcessor:
     """Whole image to a square, as ALBEF and BLIP evaluate (no crop: captions describe the borders too)."""
+    from transformers import CLIPImageProcessor
+
     resample = getattr(PILImageResampling, interpolation.upper(), None)
     if resample is None:
         raise ValueError(f"unknown interpolation {interpolation!r}, wanted bicubic, bilinear, nearest or lanczos")
@@ -81,7 +80,5 @@ def word_tokenizer(words: list[str], *, max_length: int) -> PreTrainedTokenizerB
     )
 
 
-def register() -> None:
-    """Make `AutoProcessor` know this package's models."""
-    for config in (LoopITRConfig, DualEncoderConfig):
-        AutoProcessor.register(config, LoopITRProcessor, exist_ok=True)
+AutoProcessor.register(DualEncoderConfig, LoopITRProcessor, exist_ok=True)
+AutoProcessor.register(LoopITRConfig, LoopITRProcessor, exist_ok=True)
