@@ -3,9 +3,10 @@
 The public names are imported when they are first used. `import loopitr` itself takes no time and makes `AutoConfig`,
 `AutoModel` and `AutoProcessor` of transformers know the models of this package.
 
->>> import loopitr
->>> loopitr.LoopITRModel.config_class is loopitr.LoopITRConfig
-True
+Example:
+    >>> import loopitr
+    >>> loopitr.LoopITRModel.config_class is loopitr.LoopITRConfig
+    True
 """
 
 # ruff: noqa: F401 (the imports under TYPE_CHECKING tell type checkers and editors what the names are)

@@ -82,23 +82,6 @@ def load_saved(path: str | Path, *, dtype: torch.dtype | None = None) -> Saved:
 def load(path: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Loaded:
     """Load the model and the processor of a run folder, an exported dual encoder, or a hub id.
 
-    The model in the example is small and untrained; `folder` would be a run's folder or a hub id.
-
-    >>> import tempfile
-    >>> from loopitr import build_model, load
-    >>> from loopitr.building.options import ModelOptions, TextOptions, VisionOptions
-    >>> options = ModelOptions(
-    ...     embed_dim=16,
-    ...     vision=VisionOptions("test_vit", image_size=32, pretrained=False),
-    ...     text=TextOptions("scenes", pretrained=False, kwargs={"hidden_size": 48, "num_hidden_layers": 2}),
-    ... )
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     for part in build_model(options, vocabulary=["a", "dog"]):
-    ...         _ = part.save_pretrained(folder)
-    ...     model, processor = load(folder)
-    >>> model.get_text_features(**processor(text=["a dog"])).shape
-    torch.Size([1, 16])
-
     Args:
         device: where the model goes; None: the CPU.
         dtype: of the weights; None: as saved.
@@ -110,6 +93,21 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: t
         OSError: nothing there, or damaged weights; the hub cannot be reached or does not know the id.
         ValueError: a model of another kind.
         RuntimeError: torch does not know the device, or this machine does not have it.
+
+    Example:
+        >>> import tempfile
+        >>> from loopitr import build_model, load
+        >>> from loopitr.building.options import ModelOptions, TextOptions, VisionOptions
+        >>> options = ModelOptions(
+        ...     vision=VisionOptions("test_vit", image_size=32, pretrained=False),
+        ...     text=TextOptions("scenes", pretrained=False, kwargs={"hidden_size": 48, "num_hidden_layers": 2}),
+        ... )
+        >>> with tempfile.TemporaryDirectory() as folder:  # in the place of a run
+        ...     for part in build_model(options, vocabulary=["a", "dog"]):
+        ...         _ = part.save_pretrained(folder)
+        ...     model, processor = load(folder)
+        >>> model.get_text_features(**processor(text=["a dog"])).shape
+        torch.Size([1, 256])
     """
     saved = load_saved(path, dtype=dtype)
     model: Any = saved.model

@@ -35,7 +35,22 @@ def _in_a_row(rows: Tensor) -> bool:
 
 
 class LoopITRModel(LoopITRPreTrainedModel):
-    """A dual encoder (`.dual`) and a fusion head that scores pairs from the same backbones' tokens."""
+    """A dual encoder (`.dual`) and a fusion head that scores pairs from the same backbones' tokens.
+
+    Example:
+        >>> import torch
+        >>> from loopitr import LoopITRConfig, LoopITRModel
+        >>> config = LoopITRConfig(
+        ...     vision={"name": "test_vit", "image_size": 32},
+        ...     text={"model_type": "bert", "vocab_size": 99, "hidden_size": 48, "num_hidden_layers": 2},
+        ...     fusion={"num_layers": 1, "num_heads": 4},
+        ... )
+        >>> model = LoopITRModel(config).eval()
+        >>> images = model.encode_images(torch.zeros(2, 3, 32, 32))
+        >>> texts = model.encode_texts(torch.tensor([[2, 7, 3], [2, 8, 3]]))
+        >>> model.score_pairs(images, texts, torch.tensor([[0, 0], [1, 0], [1, 1]])).score.shape
+        torch.Size([3])
+    """
 
     config_class = LoopITRConfig
     base_model_prefix = "loopitr"

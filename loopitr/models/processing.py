@@ -14,7 +14,18 @@ if TYPE_CHECKING:
 
 
 class LoopITRProcessor(ProcessorMixin):
-    """Images -> `pixel_values`, captions -> `input_ids` and `attention_mask`."""
+    """Images -> `pixel_values`, captions -> `input_ids` and `attention_mask`.
+
+    Example:
+        >>> from PIL import Image
+        >>> from loopitr import LoopITRProcessor
+        >>> from loopitr.models.processing import image_processor, word_tokenizer
+        >>> pixels = image_processor(32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bicubic")
+        >>> processor = LoopITRProcessor(pixels, word_tokenizer(["a", "dog"], max_length=8))
+        >>> batch = processor(images=[Image.new("RGB", (40, 30))], text=["a dog", "a"])
+        >>> batch["pixel_values"].shape, batch["input_ids"].shape
+        (torch.Size([1, 3, 32, 32]), torch.Size([2, 4]))
+    """
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any) -> None:
         super().__init__(image_processor, tokenizer)
