@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "objective.mining": set(),
     "objective": {"objective.losses", "objective.mining", *MODELS_UP},
     "building": {"models"},
-    "evaluation": {"data", *MODELS_UP},
+    "evaluation": {"data", "lazy", *MODELS_UP},
     "convert": {"building", "cli", "models"},
     "export": {"building", "models"},
     "training": {"building", "data", "evaluation", "objective", "objective.losses", "objective.mining", *MODELS_UP},

@@ -14,6 +14,7 @@ from helpers.tiny_building import save_tiny
 
 import loopitr
 import loopitr.data
+import loopitr.evaluation
 
 HEAVY = ("timm", "torchvision", "datasets", "accelerate", "matplotlib")
 # These have an example each; a class of plain fields, such as an output, needs none.
@@ -42,7 +43,7 @@ def imported_for_types(package) -> dict[str, str]:
     return names
 
 
-@pytest.mark.parametrize("package", [loopitr, loopitr.data], ids=lambda package: package.__name__)
+@pytest.mark.parametrize("package", [loopitr, loopitr.data, loopitr.evaluation], ids=lambda package: package.__name__)
 def test_lazy_names_are_what_type_checkers_see(package):
     assert imported_for_types(package) == package._MODULES
     assert list(package._MODULES) == sorted(package._MODULES) == package.__all__
@@ -105,7 +106,7 @@ print(type(AutoModel.from_pretrained(sys.argv[1])).__name__, type(AutoProcessor.
 """
 OURS_FIRST = """
 import sys
-from loopitr import LoopITRModel, LoopITRProcessor
+from loopitr import DualEncoder, LoopITRModel, LoopITRProcessor
 from transformers import AutoModel, AutoProcessor
 assert type(AutoModel.from_pretrained(sys.argv[1])) is LoopITRModel
 assert type(AutoProcessor.from_pretrained(sys.argv[1])) is LoopITRProcessor
@@ -132,6 +133,13 @@ print(type(AutoModel.from_pretrained(sys.argv[1])).__name__)
 )
 def test_auto_classes_know_our_models_in_whatever_order_they_are_imported(code, printed, tmp_path):
     assert run(code, save_tiny(tmp_path / "saved")) == printed
+
+
+def test_no_module_of_the_models_loads_the_auto_classes_it_registers_with():
+    names = sorted(f"loopitr.models.{file.stem}" for file in (Path(loopitr.__file__).parent / "models").glob("*.py"))
+    auto = ("transformers.models.auto.modeling_auto", "transformers.models.auto.processing_auto")
+    code = f"import importlib, sys\nfor name in {names}: importlib.import_module(name)\n"
+    assert run(code + f"print([name for name in {auto} if name in sys.modules])") == "[]"
 
 
 def test_load_gives_model_and_processor(tmp_path):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 POOLINGS = ("first", "mean", "backbone")
 PROJECTIONS = ("affine", "linear", "none")
@@ -169,7 +169,3 @@ class LoopITRConfig(DualEncoderConfig):
             initial_logit_bias=self.initial_logit_bias,
             lora=self.lora,
         )
-
-
-AutoConfig.register(DualEncoderConfig.model_type, DualEncoderConfig, exist_ok=True)
-AutoConfig.register(LoopITRConfig.model_type, LoopITRConfig, exist_ok=True)

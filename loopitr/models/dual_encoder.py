@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel
 
 from loopitr.models.base import LoopITRPreTrainedModel
 from loopitr.models.config import DualEncoderConfig
@@ -86,6 +85,3 @@ class DualEncoder(LoopITRPreTrainedModel):
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         self.vision.set_gradient_checkpointing(enable)
         self.text.model._set_gradient_checkpointing(enable, *args, **kwargs)
-
-
-AutoModel.register(DualEncoderConfig, DualEncoder, exist_ok=True)

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel
 
 from loopitr.models.base import LoopITRPreTrainedModel
 from loopitr.models.config import LoopITRConfig
@@ -292,6 +291,3 @@ class LoopITRModel(LoopITRPreTrainedModel):
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         self.dual._set_gradient_checkpointing(enable, *args, **kwargs)
         self.fusion.gradient_checkpointing = enable
-
-
-AutoModel.register(LoopITRConfig, LoopITRModel, exist_ok=True)

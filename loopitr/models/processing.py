@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoProcessor, PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.image_utils import PILImageResampling
-
-from loopitr.models.config import DualEncoderConfig, LoopITRConfig
 
 if TYPE_CHECKING:
     from transformers import CLIPImageProcessor
@@ -89,7 +87,3 @@ def word_tokenizer(words: list[str], *, max_length: int) -> PreTrainedTokenizerB
         sep_token="[SEP]",
         mask_token="[MASK]",
     )
-
-
-AutoProcessor.register(DualEncoderConfig, LoopITRProcessor, exist_ok=True)
-AutoProcessor.register(LoopITRConfig, LoopITRProcessor, exist_ok=True)

@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from loopitr.models.config import DualEncoderConfig
 
@@ -56,7 +56,7 @@ def text_class(model_type: str) -> Any:
 
 def _new_text_model(config: PreTrainedConfig) -> Any:
     known = text_class(config.model_type)
-    return AutoModel.from_config(config) if known is AutoModel else known(config)
+    return known(config) if config.model_type in ALWAYS_FULL else known.from_config(config)
 
 
 def _length_buckets(attention_mask: Tensor) -> list[tuple[Tensor, int]]:
@@ -100,7 +100,7 @@ class TextBackbone(nn.Module):
     def __init__(self, config: DualEncoderConfig) -> None:
         super().__init__()
         arguments = dict(config.text)
-        text_config = AutoConfig.for_model(arguments.pop("model_type"), **arguments)
+        text_config = transformers.AutoConfig.for_model(arguments.pop("model_type"), **arguments)
         text_config = getattr(text_config, "text_config", text_config)
         self.pooling = config.text_pooling
         self.model: Any = _new_text_model(text_config)
