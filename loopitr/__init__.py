@@ -1,29 +1,76 @@
 """loopitr: a dual encoder and a cross encoder in one network, trained in a loop.
 
-Map: `config`, `backbones`, `fusion` (with `packing`, `heads`) and `model` are the network; `losses`, `mining` and
-`objective` the training step; `data` the sources; `building` and `training` make a model and train it; `evaluation`
-measures recall, dual and reranked.
+The public names are imported when they are first used. `import loopitr` itself takes no time and makes `AutoConfig`,
+`AutoModel` and `AutoProcessor` of transformers know the models of this package.
+
+Example:
+    >>> import loopitr
+    >>> loopitr.LoopITRModel.config_class is loopitr.LoopITRConfig
+    True
 """
 
-from loopitr.models import loop_model as _model
-from loopitr.models import processing as _processing
-from loopitr.models.config import DualEncoderConfig, LoopITRConfig
-from loopitr.models.loop_model import DualEncoder, LoopITRModel
-from loopitr.models.outputs import DualOutput, ImageState, PairScores, TextState
-from loopitr.models.processing import LoopITRProcessor
+# ruff: noqa: F401 (the imports under TYPE_CHECKING tell type checkers and editors what the names are)
+
+from typing import TYPE_CHECKING
+
+from loopitr.lazy import lazy_names
+from loopitr.models import registration as _registration
 
 __version__ = "0.1.0"
-__all__ = [
-    "DualEncoder",
-    "DualEncoderConfig",
-    "DualOutput",
-    "ImageState",
-    "LoopITRConfig",
-    "LoopITRModel",
-    "LoopITRProcessor",
-    "PairScores",
-    "TextState",
-]
 
-_model.register()
-_processing.register()
+if TYPE_CHECKING:
+    from loopitr.building.build import build_model
+    from loopitr.building.folders import load
+    from loopitr.data.sources import load_records
+    from loopitr.evaluation.retrieval import evaluate_retrieval
+    from loopitr.export.dual import export_dual
+    from loopitr.models.config import DualEncoderConfig, LoopITRConfig
+    from loopitr.models.dual_encoder import DualEncoder
+    from loopitr.models.loop_model import LoopITRModel
+    from loopitr.models.outputs import DualOutput, ImageState, PairScores, TextState
+    from loopitr.models.processing import LoopITRProcessor
+    from loopitr.objective.loop_objective import LoopObjective
+    from loopitr.objective.mining import Sample, Stratified, TopK
+    from loopitr.objective.terms import (
+        Contrastive,
+        Distillation,
+        Matching,
+        Ranking,
+        SigmoidContrastive,
+        WordPrediction,
+    )
+    from loopitr.training.options import TrainOptions
+
+_MODULES = {
+    "Contrastive": "loopitr.objective.terms",
+    "Distillation": "loopitr.objective.terms",
+    "DualEncoder": "loopitr.models.dual_encoder",
+    "DualEncoderConfig": "loopitr.models.config",
+    "DualOutput": "loopitr.models.outputs",
+    "ImageState": "loopitr.models.outputs",
+    "LoopITRConfig": "loopitr.models.config",
+    "LoopITRModel": "loopitr.models.loop_model",
+    "LoopITRProcessor": "loopitr.models.processing",
+    "LoopObjective": "loopitr.objective.loop_objective",
+    "Matching": "loopitr.objective.terms",
+    "PairScores": "loopitr.models.outputs",
+    "Ranking": "loopitr.objective.terms",
+    "Sample": "loopitr.objective.mining",
+    "SigmoidContrastive": "loopitr.objective.terms",
+    "Stratified": "loopitr.objective.mining",
+    "TextState": "loopitr.models.outputs",
+    "TopK": "loopitr.objective.mining",
+    "TrainOptions": "loopitr.training.options",
+    "WordPrediction": "loopitr.objective.terms",
+    "build_model": "loopitr.building.build",
+    "evaluate_retrieval": "loopitr.evaluation.retrieval",
+    "export_dual": "loopitr.export.dual",
+    "load": "loopitr.building.folders",
+    "load_records": "loopitr.data.sources",
+}
+__all__ = [*_MODULES]
+
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy_names(__name__, _MODULES)
+
+_registration.register_when_loaded()

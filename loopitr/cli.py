@@ -8,10 +8,12 @@ import tempfile
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from jsonargparse import ArgumentParser, set_parsing_settings
+
+if TYPE_CHECKING:
+    import torch
 
 Options = TypeVar("Options")
 USAGE_ERROR = 2
@@ -62,6 +64,8 @@ def usable_device(name: str) -> torch.device:
     Raises:
         ValueError: torch does not know it, or this machine does not have it.
     """
+    import torch  # on use: --help does without it
+
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -6,28 +6,26 @@ exported dual encoder (with `--rerank 0`) or a hub id. Without a data source: th
 recipes/evaluate.py ...` (`--cpu`: without a GPU) gives the same figures sooner.
 """
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
-
-from loopitr.building.build import token_cache_key
-from loopitr.building.folders import Saved, load_saved
 from loopitr.cli import check_output_file, parse, run, usable_device
-from loopitr.data import DataError, DataOptions, HubStream, LoadReport, Record, TokenCache, load_records
-from loopitr.distributed import first_rank
-from loopitr.evaluation import evaluate_retrieval, evaluation_transform
-from loopitr.models.loop_model import LoopITRModel
+from loopitr.data import DataError, DataOptions, HubStream, LoadReport, Record, load_records
 from loopitr.training.launching import start_all_processes
 from loopitr.training.reporting import write_json
+
+# What the options do without is imported where it is used, so that --help does not wait for it. Annotations with it are
+# quoted one by one: were all of them postponed, jsonargparse would import what stands here.
+if TYPE_CHECKING:
+    import torch
+    from accelerate import PartialState
+
+    from loopitr.building.folders import Saved
+    from loopitr.data import TokenCache
 
 
 @dataclass
@@ -66,6 +64,12 @@ class EvaluateOptions:
 
 def main() -> None:
     options = parse(EvaluateOptions, description=__doc__)
+    import torch
+
+    from loopitr.building.folders import load_saved
+    from loopitr.distributed import first_rank
+    from loopitr.evaluation.retrieval import evaluate_retrieval
+
     state = _state(options.device)
     if options.data.split == "train" and state.is_main_process:
         print("warning: these are figures on the training split; they say nothing about new data", file=sys.stderr)
@@ -105,12 +109,16 @@ def main() -> None:
     state.destroy_process_group()
 
 
-def _state(device: str | None) -> PartialState:
+def _state(device: str | None) -> "PartialState":
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
     cpu = device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     return PartialState(cpu=cpu, timeout=timedelta(days=1))  # ranks wait for each other's pairs, hours on CPUs
 
 
-def _device(name: str | None, state: PartialState) -> torch.device:
+def _device(name: str | None, state: "PartialState") -> "torch.device":
     if state.num_processes > 1 and name not in (None, state.device.type):
         raise ValueError(f"device {name!r}: {state.num_processes} processes have a {state.device.type} each")
     return usable_device(name if name and state.num_processes == 1 else str(state.device))
@@ -126,8 +134,13 @@ def _records(options: DataOptions, report: LoadReport) -> list[Record]:
 
 
 def _tokens(
-    options: DataOptions, saved: Saved, records: list[Record], device: torch.device, *, progress: bool
-) -> TokenCache | None:
+    options: DataOptions, saved: "Saved", records: list[Record], device: "torch.device", *, progress: bool
+) -> "TokenCache | None":
+    from loopitr.building.build import token_cache_key
+    from loopitr.data import TokenCache
+    from loopitr.evaluation.gallery import evaluation_transform
+    from loopitr.models.loop_model import LoopITRModel
+
     if options.cache_tokens is None or not isinstance(saved.model, LoopITRModel):
         return None  # a dual encoder alone looks at every image once
     return TokenCache.open_or_build(

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loopitr.cli import parse, run
-from loopitr.export.dual import export_dual
 
 
 @dataclass
@@ -24,6 +23,8 @@ class ExportOptions:
 
 def main() -> None:
     options = parse(ExportOptions, description=__doc__)
+    from loopitr.export.dual import export_dual  # after the options: --help does without torch
+
     dual = export_dual(options.model, options.output)
     parameters = sum(parameter.numel() for parameter in dual.parameters())
     print(f"dual encoder with {parameters / 1e6:.1f}M parameters in {options.output}")

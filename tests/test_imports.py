@@ -14,15 +14,16 @@ ROOT = Path(__file__).resolve().parents[1]
 MODELS_UP = {"models", "distributed", "memory"}
 ALLOWED: dict[str, set[str]] = {
     "cli": set(),
+    "lazy": set(),
     "distributed": set(),
     "memory": set(),
-    "data": {"distributed"},
+    "data": {"distributed", "lazy"},
     "models": set(),
     "objective.losses": set(),
     "objective.mining": set(),
     "objective": {"objective.losses", "objective.mining", *MODELS_UP},
     "building": {"models"},
-    "evaluation": {"data", *MODELS_UP},
+    "evaluation": {"data", "lazy", *MODELS_UP},
     "convert": {"building", "cli", "models"},
     "export": {"building", "models"},
     "training": {"building", "data", "evaluation", "objective", "objective.losses", "objective.mining", *MODELS_UP},

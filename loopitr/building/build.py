@@ -34,6 +34,17 @@ def build_model(options: ModelOptions, *, vocabulary: list[str] | None = None) -
 
     Raises:
         ValueError, OSError: an unknown name or option, or weights that cannot be found; one line says which.
+
+    Example:
+        >>> from loopitr import build_model
+        >>> from loopitr.building.options import ModelOptions, TextOptions, VisionOptions
+        >>> options = ModelOptions(
+        ...     vision=VisionOptions("test_vit", image_size=32, pretrained=False),
+        ...     text=TextOptions("scenes", pretrained=False, kwargs={"hidden_size": 48, "num_hidden_layers": 2}),
+        ... )
+        >>> model, processor = build_model(options, vocabulary=["a", "dog"])
+        >>> model.config.fusion["style"]
+        'late'
     """
     if options.init is not None and options.pair is not None:
         raise ValueError(f"model.init {options.init} and model.pair {options.pair} are two starts; give one")

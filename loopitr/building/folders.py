@@ -7,6 +7,7 @@ import re
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -29,6 +30,13 @@ class Saved:
     model: LoopITRModel | DualEncoder
     processor: LoopITRProcessor
     source: str
+
+
+class Loaded(NamedTuple):
+    """A model in eval mode and its processor."""
+
+    model: LoopITRModel | DualEncoder
+    processor: LoopITRProcessor
 
 
 def model_source(path: str | Path) -> str:
@@ -69,6 +77,41 @@ def load_saved(path: str | Path, *, dtype: torch.dtype | None = None) -> Saved:
             return Saved(model.eval(), LoopITRProcessor.from_pretrained(source), source)
     except SafetensorError as error:
         raise OSError(f"{path}: its weights are damaged ({error})") from error
+
+
+def load(path: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Loaded:
+    """Load the model and the processor of a run folder, an exported dual encoder, or a hub id.
+
+    Args:
+        device: where the model goes; None: the CPU.
+        dtype: of the weights; None: as saved.
+
+    Returns:
+        The model, in eval mode, and the processor; `model, processor = load(...)`.
+
+    Raises:
+        OSError: nothing there, or damaged weights; the hub cannot be reached or does not know the id.
+        ValueError: a model of another kind.
+        RuntimeError: torch does not know the device, or this machine does not have it.
+
+    Example:
+        >>> import tempfile
+        >>> from loopitr import build_model, load
+        >>> from loopitr.building.options import ModelOptions, TextOptions, VisionOptions
+        >>> options = ModelOptions(
+        ...     vision=VisionOptions("test_vit", image_size=32, pretrained=False),
+        ...     text=TextOptions("scenes", pretrained=False, kwargs={"hidden_size": 48, "num_hidden_layers": 2}),
+        ... )
+        >>> with tempfile.TemporaryDirectory() as folder:  # in the place of a run
+        ...     for part in build_model(options, vocabulary=["a", "dog"]):
+        ...         _ = part.save_pretrained(folder)
+        ...     model, processor = load(folder)
+        >>> model.get_text_features(**processor(text=["a dog"])).shape
+        torch.Size([1, 256])
+    """
+    saved = load_saved(path, dtype=dtype)
+    model: Any = saved.model
+    return Loaded(model if device is None else model.to(device), saved.processor)
 
 
 def check_output(output: str | Path, kind: str) -> Path:

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
-    AutoModel,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from loopitr.models.text_backbone import ALWAYS_FULL
+from loopitr.models.text_backbone import ALWAYS_FULL, text_class
 
 DESCRIBED = (  # written out although they may be the defaults of the config's class: the fusion head may copy them
     *("num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_size"),
@@ -33,7 +32,7 @@ class PretrainedText:
 
 def load_text(source: str) -> PretrainedText:
     """The text encoder of a folder or hub id, also of one that holds a whole image-text model (CLIP, SigLIP)."""
-    model_class: Any = ALWAYS_FULL.get(AutoConfig.from_pretrained(source).model_type, AutoModel)
+    model_class = text_class(AutoConfig.from_pretrained(source).model_type)
     model, info = model_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
     made_up = {name.removeprefix("text_model.") for name in info["missing_keys"]}
     return PretrainedText(getattr(model, "text_model", model), made_up)

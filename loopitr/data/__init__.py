@@ -1,53 +1,67 @@
-"""Sources of images and captions -> records -> examples -> batches. Imports nothing else of the package."""
+"""Sources of images and captions -> records -> examples -> batches. Imports nothing else of the package.
 
-from .cache_folder import names_digest
-from .collate import Collator, caption_id
-from .dataset import CaptionDataset, EpochSampler, StreamDataset
-from .decoded import DecodedImages
-from .hub import HubRecords, HubStream, load_hub
-from .image_cache import ImageCache
-from .images import UnreadableImage, decode_image
-from .karpathy import load_albef, load_karpathy
-from .records import DataError, LazyRecords, LoadReport, Record, captions_of, identity_of, name_of, stable_hash
-from .scenes import Scene, SceneObject, SceneRecords, relevance, scene_captions, scene_vocabulary
-from .sources import DataOptions, load_records
-from .table import load_table
-from .token_cache import TokenCache
-from .transforms import TrainTransform
+The names are imported when they are first used: options can be read without torch.
+"""
 
-__all__ = [
-    "CaptionDataset",
-    "Collator",
-    "DataError",
-    "DataOptions",
-    "DecodedImages",
-    "EpochSampler",
-    "HubRecords",
-    "HubStream",
-    "ImageCache",
-    "LazyRecords",
-    "LoadReport",
-    "Record",
-    "Scene",
-    "SceneObject",
-    "SceneRecords",
-    "StreamDataset",
-    "TokenCache",
-    "TrainTransform",
-    "UnreadableImage",
-    "caption_id",
-    "captions_of",
-    "decode_image",
-    "identity_of",
-    "load_albef",
-    "load_hub",
-    "load_karpathy",
-    "load_records",
-    "load_table",
-    "name_of",
-    "names_digest",
-    "relevance",
-    "scene_captions",
-    "scene_vocabulary",
-    "stable_hash",
-]
+# ruff: noqa: F401 (the imports under TYPE_CHECKING tell type checkers and editors what the names are)
+
+from typing import TYPE_CHECKING
+
+from loopitr.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .cache_folder import names_digest
+    from .collate import Collator, caption_id
+    from .dataset import CaptionDataset, EpochSampler, StreamDataset
+    from .decoded import DecodedImages
+    from .hub import HubRecords, HubStream, load_hub
+    from .image_cache import ImageCache
+    from .images import UnreadableImage, decode_image
+    from .karpathy import load_albef, load_karpathy
+    from .records import DataError, LazyRecords, LoadReport, Record, captions_of, identity_of, name_of, stable_hash
+    from .scenes import Scene, SceneObject, SceneRecords, relevance, scene_captions, scene_vocabulary
+    from .sources import DataOptions, load_records
+    from .table import load_table
+    from .token_cache import TokenCache
+    from .transforms import TrainTransform
+
+_MODULES = {
+    "CaptionDataset": ".dataset",
+    "Collator": ".collate",
+    "DataError": ".records",
+    "DataOptions": ".sources",
+    "DecodedImages": ".decoded",
+    "EpochSampler": ".dataset",
+    "HubRecords": ".hub",
+    "HubStream": ".hub",
+    "ImageCache": ".image_cache",
+    "LazyRecords": ".records",
+    "LoadReport": ".records",
+    "Record": ".records",
+    "Scene": ".scenes",
+    "SceneObject": ".scenes",
+    "SceneRecords": ".scenes",
+    "StreamDataset": ".dataset",
+    "TokenCache": ".token_cache",
+    "TrainTransform": ".transforms",
+    "UnreadableImage": ".images",
+    "caption_id": ".collate",
+    "captions_of": ".records",
+    "decode_image": ".images",
+    "identity_of": ".records",
+    "load_albef": ".karpathy",
+    "load_hub": ".hub",
+    "load_karpathy": ".karpathy",
+    "load_records": ".sources",
+    "load_table": ".table",
+    "name_of": ".records",
+    "names_digest": ".cache_folder",
+    "relevance": ".scenes",
+    "scene_captions": ".scenes",
+    "scene_vocabulary": ".scenes",
+    "stable_hash": ".records",
+}
+__all__ = [*_MODULES]
+
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy_names(__name__, _MODULES)

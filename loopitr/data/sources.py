@@ -92,6 +92,13 @@ def load_records(options: DataOptions, split: str, report: LoadReport) -> Sequen
 
     `split` is usually `options.split` or `options.val_split`. ALBEF lists, and tables without a column "split", have no
     splits: the file itself stands for `options.split`, and `val_albef` or `val_table` for `options.val_split`.
+
+    Example:
+        >>> from loopitr import load_records
+        >>> from loopitr.data import DataOptions, LoadReport
+        >>> records = load_records(DataOptions(limit=3), "train", LoadReport())  # of the built-in scenes
+        >>> len(records)
+        3
     """
     given = [name for name in SOURCES if getattr(options, name) is not None]
     if len(given) > 1:

@@ -1,28 +1,40 @@
 """Retrieval evaluation. `ranking` turns scores into metrics and is pure; `retrieval` encodes, ranks and reranks."""
 
-from .ranking import (
-    Ranking,
-    candidate_ranks,
-    jaccard_at_k,
-    mean_average_precision_at_r,
-    ndcg,
-    overlap_at_k,
-    recall_at_k,
-)
-from .report import RetrievalResult, markdown_table, recall_table
-from .retrieval import evaluate_retrieval, evaluation_transform
+# ruff: noqa: F401 (the imports under TYPE_CHECKING tell type checkers and editors what the names are)
 
-__all__ = [
-    "Ranking",
-    "RetrievalResult",
-    "candidate_ranks",
-    "evaluate_retrieval",
-    "evaluation_transform",
-    "jaccard_at_k",
-    "markdown_table",
-    "mean_average_precision_at_r",
-    "ndcg",
-    "overlap_at_k",
-    "recall_at_k",
-    "recall_table",
-]
+from typing import TYPE_CHECKING
+
+from loopitr.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .gallery import evaluation_transform
+    from .ranking import (
+        Ranking,
+        candidate_ranks,
+        jaccard_at_k,
+        mean_average_precision_at_r,
+        ndcg,
+        overlap_at_k,
+        recall_at_k,
+    )
+    from .report import RetrievalResult, markdown_table, recall_table
+    from .retrieval import evaluate_retrieval
+
+_MODULES = {
+    "Ranking": ".ranking",
+    "RetrievalResult": ".report",
+    "candidate_ranks": ".ranking",
+    "evaluate_retrieval": ".retrieval",
+    "evaluation_transform": ".gallery",
+    "jaccard_at_k": ".ranking",
+    "markdown_table": ".report",
+    "mean_average_precision_at_r": ".ranking",
+    "ndcg": ".ranking",
+    "overlap_at_k": ".ranking",
+    "recall_at_k": ".ranking",
+    "recall_table": ".report",
+}
+__all__ = [*_MODULES]
+
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy_names(__name__, _MODULES)

@@ -84,6 +84,20 @@ def evaluate_retrieval(
     Raises:
         DataError: nothing to evaluate on, too much unreadable, or tokens that do not fit where they are to wait.
         ValueError: an option out of range, or `rerank` without a fusion head.
+
+    Example:
+        >>> from loopitr import build_model, evaluate_retrieval, load_records
+        >>> from loopitr.building.options import ModelOptions, TextOptions, VisionOptions
+        >>> from loopitr.data import DataOptions, LoadReport, scene_vocabulary
+        >>> options = ModelOptions(
+        ...     vision=VisionOptions("test_vit", image_size=32, pretrained=False),
+        ...     text=TextOptions("scenes", pretrained=False, kwargs={"hidden_size": 48, "num_hidden_layers": 2}),
+        ... )
+        >>> model, processor = build_model(options, vocabulary=scene_vocabulary())
+        >>> records = load_records(DataOptions(limit=4), "test", LoadReport())
+        >>> result = evaluate_retrieval(model, processor, records)
+        >>> result.num_images, sorted(result.rankings)
+        (4, ['dual', 'match', 'match_plus_similarity'])
     """
     _at_least(0, rerank=rerank, num_workers=num_workers, token_memory=token_memory)
     _at_least(1, batch_size=batch_size, image_block=image_block, pair_block=pair_block)

@@ -53,6 +53,20 @@ def export_dual(
     Raises:
         ValueError: no fusion model there, no processor, or `output` holds a model of another kind.
         OSError: no such model, or `output` cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from loopitr import DualEncoder, build_model, export_dual
+        >>> from loopitr.building.options import ModelOptions, TextOptions, VisionOptions
+        >>> options = ModelOptions(
+        ...     vision=VisionOptions("test_vit", image_size=32, pretrained=False),
+        ...     text=TextOptions("scenes", pretrained=False, kwargs={"hidden_size": 48, "num_hidden_layers": 2}),
+        ... )
+        >>> model, processor = build_model(options, vocabulary=["a", "dog"])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     dual = export_dual(model, folder, processor=processor)
+        ...     DualEncoder.from_pretrained(folder).config.model_type
+        'loopitr_dual'
     """
     folder = check_output(output, DualEncoder.config_class.model_type)
     if isinstance(model, LoopITRModel):

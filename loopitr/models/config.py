@@ -128,6 +128,17 @@ class LoopITRConfig(DualEncoderConfig):
             LoopITR) or `shared` (the text backbone's last `num_layers` layers run again with cross-attention
             inserted; BLIP).
         mlm_head: whether the model carries a masked-language-model head on the fused tokens.
+
+    Example:
+        >>> from loopitr import LoopITRConfig
+        >>> config = LoopITRConfig(
+        ...     vision={"name": "vit_tiny_patch16_224", "image_size": 32},
+        ...     text={"model_type": "bert", "hidden_size": 48, "num_hidden_layers": 2},
+        ...     fusion={"style": "shared", "num_layers": 1},
+        ...     embed_dim=16,
+        ... )
+        >>> config.dual_config().model_type
+        'loopitr_dual'
     """
 
     model_type = "loopitr"

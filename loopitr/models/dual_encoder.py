@@ -18,7 +18,22 @@ from loopitr.models.text_backbone import TextBackbone
 
 
 class DualEncoder(LoopITRPreTrainedModel):
-    """Image and text backbones with a projection each: `embeds` whose dot product is the similarity."""
+    """Image and text backbones with a projection each: `embeds` whose dot product is the similarity.
+
+    Example:
+        >>> import torch
+        >>> from loopitr import DualEncoder, DualEncoderConfig
+        >>> config = DualEncoderConfig(
+        ...     vision={"name": "test_vit", "image_size": 32},
+        ...     text={"model_type": "bert", "vocab_size": 99, "hidden_size": 48, "num_hidden_layers": 2},
+        ...     embed_dim=16,
+        ... )
+        >>> model = DualEncoder(config).eval()
+        >>> images = model.get_image_features(torch.zeros(2, 3, 32, 32))
+        >>> texts = model.get_text_features(torch.tensor([[2, 7, 3]]))
+        >>> (images @ texts.T).shape
+        torch.Size([2, 1])
+    """
 
     config_class = DualEncoderConfig
     base_model_prefix = "dual"

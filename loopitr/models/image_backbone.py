@@ -11,11 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import timm
 import torch
-from timm.data import resolve_data_config
-from timm.layers import LayerNorm
-from timm.models import VisionTransformer, eva, vision_transformer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -165,6 +161,9 @@ def create_timm(name: str, image_size: int, kwargs: dict[str, Any], *, pretraine
     Raises:
         ValueError: unknown name, or a patch that does not divide the image size.
     """
+    import timm  # on use: it takes a second
+    from timm.layers import LayerNorm
+
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('_')[0]}*")[:5]
         raise ValueError(f"timm has no model {name!r}" + (f"; similar: {', '.join(near)}" if near else ""))
@@ -183,6 +182,8 @@ def create_timm(name: str, image_size: int, kwargs: dict[str, Any], *, pretraine
 
 def fit_weights(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights of a ViT for `model`: positional embeddings are resampled to its image size."""
+    from timm.models import VisionTransformer, eva, vision_transformer
+
     if isinstance(model, VisionTransformer):
         return vision_transformer.checkpoint_filter_fn(weights, model)
     return eva.checkpoint_filter_fn(weights, model) if isinstance(model, eva.Eva) else weights  # DINOv3 is an Eva
@@ -205,6 +206,9 @@ class VisionData:
 
 def vision_data(name: str) -> VisionData:
     """timm's data config of a model name (no weights needed)."""
+    import timm
+    from timm.data import resolve_data_config
+
     cfg = timm.get_pretrained_cfg(name)
     data = resolve_data_config(pretrained_cfg=cfg.to_dict() if cfg is not None else {}, verbose=False)
     return VisionData(mean=tuple(data["mean"]), std=tuple(data["std"]), interpolation=data["interpolation"])

@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModel
 
 from loopitr.models.base import LoopITRPreTrainedModel
-from loopitr.models.config import DualEncoderConfig, LoopITRConfig
+from loopitr.models.config import LoopITRConfig
 from loopitr.models.dual_encoder import DualEncoder
 from loopitr.models.fusion import FusionEncoder
 from loopitr.models.heads import MLMHead
@@ -35,7 +34,22 @@ def _in_a_row(rows: Tensor) -> bool:
 
 
 class LoopITRModel(LoopITRPreTrainedModel):
-    """A dual encoder (`.dual`) and a fusion head that scores pairs from the same backbones' tokens."""
+    """A dual encoder (`.dual`) and a fusion head that scores pairs from the same backbones' tokens.
+
+    Example:
+        >>> import torch
+        >>> from loopitr import LoopITRConfig, LoopITRModel
+        >>> config = LoopITRConfig(
+        ...     vision={"name": "test_vit", "image_size": 32},
+        ...     text={"model_type": "bert", "vocab_size": 99, "hidden_size": 48, "num_hidden_layers": 2},
+        ...     fusion={"num_layers": 1, "num_heads": 4},
+        ... )
+        >>> model = LoopITRModel(config).eval()
+        >>> images = model.encode_images(torch.zeros(2, 3, 32, 32))
+        >>> texts = model.encode_texts(torch.tensor([[2, 7, 3], [2, 8, 3]]))
+        >>> model.score_pairs(images, texts, torch.tensor([[0, 0], [1, 0], [1, 1]])).score.shape
+        torch.Size([3])
+    """
 
     config_class = LoopITRConfig
     base_model_prefix = "loopitr"
@@ -277,10 +291,3 @@ class LoopITRModel(LoopITRPreTrainedModel):
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         self.dual._set_gradient_checkpointing(enable, *args, **kwargs)
         self.fusion.gradient_checkpointing = enable
-
-
-def register() -> None:
-    """Make `AutoConfig` and `AutoModel` know this package's models."""
-    for config, model in ((LoopITRConfig, LoopITRModel), (DualEncoderConfig, DualEncoder)):
-        AutoConfig.register(config.model_type, config, exist_ok=True)
-        AutoModel.register(config, model, exist_ok=True)

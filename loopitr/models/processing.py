@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import (
-    AutoProcessor,
-    CLIPImageProcessor,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    ProcessorMixin,
-)
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.image_utils import PILImageResampling
 
-from loopitr.models.config import DualEncoderConfig, LoopITRConfig
+if TYPE_CHECKING:
+    from transformers import CLIPImageProcessor
 
 
 class LoopITRProcessor(ProcessorMixin):
-    """Images -> `pixel_values`, captions -> `input_ids` and `attention_mask`."""
+    """Images -> `pixel_values`, captions -> `input_ids` and `attention_mask`.
+
+    Example:
+        >>> from PIL import Image
+        >>> from loopitr import LoopITRProcessor
+        >>> from loopitr.models.processing import image_processor, word_tokenizer
+        >>> pixels = image_processor(32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bicubic")
+        >>> processor = LoopITRProcessor(pixels, word_tokenizer(["a", "dog"], max_length=8))
+        >>> batch = processor(images=[Image.new("RGB", (40, 30))], text=["a dog", "a"])
+        >>> batch["pixel_values"].shape, batch["input_ids"].shape
+        (torch.Size([1, 3, 32, 32]), torch.Size([2, 4]))
+    """
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any) -> None:
         super().__init__(image_processor, tokenizer)
@@ -35,6 +41,8 @@ def image_processor(
     image_size: int, *, mean: tuple[float, ...], std: tuple[float, ...], interpolation: str
 ) -> CLIPImageProcessor:
     """Whole image to a square, as ALBEF and BLIP evaluate (no crop: captions describe the borders too)."""
+    from transformers import CLIPImageProcessor
+
     resample = getattr(PILImageResampling, interpolation.upper(), None)
     if resample is None:
         raise ValueError(f"unknown interpolation {interpolation!r}, wanted bicubic, bilinear, nearest or lanczos")
@@ -79,9 +87,3 @@ def word_tokenizer(words: list[str], *, max_length: int) -> PreTrainedTokenizerB
         sep_token="[SEP]",
         mask_token="[MASK]",
     )
-
-
-def register() -> None:
-    """Make `AutoProcessor` know this package's models."""
-    for config in (LoopITRConfig, DualEncoderConfig):
-        AutoProcessor.register(config, LoopITRProcessor, exist_ok=True)

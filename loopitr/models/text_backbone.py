@@ -10,16 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Siglip2TextModel,
-    SiglipTextModel,
-)
+from transformers import PreTrainedConfig
 
 from loopitr.models.config import DualEncoderConfig
 
@@ -29,11 +23,8 @@ ROWS = 32  # fewer captions than this are slower in two calls than padded in one
 NEAR = 0.9  # lengths this near are not worth a call of their own
 
 # Trained without an attention mask, always padded on the right to the full length, pooled at the last position.
-# AutoModel does not know them by themselves.
-ALWAYS_FULL: dict[str, type[PreTrainedModel]] = {
-    "siglip_text_model": SiglipTextModel,
-    "siglip2_text_model": Siglip2TextModel,
-}
+# AutoModel does not know them by themselves: model type -> the class's name in transformers.
+ALWAYS_FULL = {"siglip_text_model": "SiglipTextModel", "siglip2_text_model": "Siglip2TextModel"}
 
 
 def _max_length(model: nn.Module) -> int:
@@ -58,9 +49,14 @@ def bert_layers(model: nn.Module) -> list[nn.Module] | None:
     return list(layers) if layers is not None and all(_is_bert_layer(layer) for layer in layers) else None
 
 
+def text_class(model_type: str) -> Any:
+    """The class that makes and loads text encoders of this type."""
+    return getattr(transformers, ALWAYS_FULL.get(model_type, "AutoModel"))
+
+
 def _new_text_model(config: PreTrainedConfig) -> Any:
-    known = ALWAYS_FULL.get(config.model_type)
-    return AutoModel.from_config(config) if known is None else known(config)
+    known = text_class(config.model_type)
+    return known(config) if config.model_type in ALWAYS_FULL else known.from_config(config)
 
 
 def _length_buckets(attention_mask: Tensor) -> list[tuple[Tensor, int]]:
@@ -104,7 +100,7 @@ class TextBackbone(nn.Module):
     def __init__(self, config: DualEncoderConfig) -> None:
         super().__init__()
         arguments = dict(config.text)
-        text_config = AutoConfig.for_model(arguments.pop("model_type"), **arguments)
+        text_config = transformers.AutoConfig.for_model(arguments.pop("model_type"), **arguments)
         text_config = getattr(text_config, "text_config", text_config)
         self.pooling = config.text_pooling
         self.model: Any = _new_text_model(text_config)

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
-import torch
 
 LAUNCHERS = ("launch", "launch.py", "accelerate-launch", "accelerate.commands.launch")
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -31,6 +30,8 @@ def start_all_processes() -> bool:
     words = parent.cmdline() if parent is not None else []
     count = missing_processes(os.environ, words)
     if parent is not None and threads_by_default(os.environ, words, _environment(parent)):
+        import torch  # on use: --help does without it
+
         threads = max(1, _cores() // count)
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from shared import PRECISIONS, check_options, interleaved, matmul_speed
 
-from loopitr import DualEncoder, DualEncoderConfig
+import loopitr
 from loopitr.cli import parse, run
 from loopitr.evaluation.report import markdown_table
 from loopitr.training.reporting import write_json
@@ -38,7 +38,7 @@ class Options:
     """JSON file for the figures."""
 
 
-def build(options: Options) -> DualEncoder:
+def build(options: Options) -> loopitr.DualEncoder:
     width = options.hidden_size
     text = {
         "model_type": "bert",
@@ -47,9 +47,9 @@ def build(options: Options) -> DualEncoder:
         "num_attention_heads": max(1, width // 32),
         "intermediate_size": 4 * width,
     }
-    config = DualEncoderConfig(vision={"name": options.vision, "image_size": options.image_size}, text=text)
+    config = loopitr.DualEncoderConfig(vision={"name": options.vision, "image_size": options.image_size}, text=text)
     torch.manual_seed(0)
-    model: Any = DualEncoder(config).eval()
+    model: Any = loopitr.DualEncoder(config).eval()
     return model.to(options.device, PRECISIONS[options.precision])
 
 

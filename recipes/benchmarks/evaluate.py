@@ -36,16 +36,10 @@ from shared import (
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from loopitr import LoopITRModel, LoopITRProcessor
+import loopitr
 from loopitr.cli import parse, run
 from loopitr.data import LazyRecords, Record
-from loopitr.evaluation import evaluation_transform, markdown_table
-from loopitr.evaluation.image_tokens import ImageTokens
-from loopitr.evaluation.nearest import nearest
-from loopitr.evaluation.reranking import candidate_pairs, score_candidates
-from loopitr.evaluation.storage import TokenStorage
-from loopitr.evaluation.text_tokens import TextTokens
-from loopitr.models.processing import image_processor, word_tokenizer
+from loopitr.evaluation.report import markdown_table
 from loopitr.training.reporting import write_json
 
 LENGTH = 35
@@ -107,7 +101,7 @@ class Pictures(LazyRecords):
         return f"picture {index}"
 
 
-def build(options: Options) -> LoopITRModel:
+def build(options: Options) -> loopitr.LoopITRModel:
     return random_model(options, head_width=64).eval()
 
 
@@ -124,8 +118,14 @@ class Evaluation:
     """The steps of `evaluate_retrieval`, one by one, on the first images."""
 
     def __init__(self, options: Options, count: int) -> None:
+        from loopitr.evaluation.gallery import evaluation_transform
+        from loopitr.evaluation.image_tokens import ImageTokens
+        from loopitr.evaluation.storage import TokenStorage
+        from loopitr.evaluation.text_tokens import TextTokens
+        from loopitr.models.processing import image_processor, word_tokenizer
+
         self.options, self.model = options, build(options)
-        processor = LoopITRProcessor(
+        processor = loopitr.LoopITRProcessor(
             image_processor(options.image_size, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic"),
             word_tokenizer(WORDS, max_length=LENGTH),
         )
@@ -152,6 +152,8 @@ class Evaluation:
         self.texts.encode(which, progress=True)
 
     def score(self, pairs: Tensor, positions: list[int], *, progress: bool = False) -> Tensor:
+        from loopitr.evaluation.reranking import score_candidates
+
         blocks = self.images.blocks(positions, self.options.image_block)
         block = self.options.pair_block
         return score_candidates(self.model, blocks, self.texts, pairs, pair_block=block, progress=progress)
@@ -187,6 +189,9 @@ def measure(options: Options) -> tuple[dict[str, dict[str, Any]], dict[str, floa
     device, total = options.device, options.images * options.captions_per_image
     count = max(1, round(options.part * options.images))
     evaluation = Evaluation(options, count)
+    from loopitr.evaluation.nearest import nearest
+    from loopitr.evaluation.reranking import candidate_pairs
+
     ranked, candidates = embeds(options), list[Tensor]()
     with FlopCounterMode(display=False) as ranking:
         rank_seconds = seconds_of(lambda: candidates.append(candidate_pairs(nearest(*ranked, k=options.k))), device)

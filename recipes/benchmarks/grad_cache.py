@@ -18,11 +18,9 @@ from typing import Literal
 import torch
 from shared import check_options, peak_memory, random_batch, random_model, seconds_of
 
+import loopitr
 from loopitr.cli import parse, run
 from loopitr.evaluation.report import markdown_table
-from loopitr.objective.build import build_objective
-from loopitr.objective.grad_cache import cached_backward
-from loopitr.objective.loop_objective import LoopObjective
 from loopitr.objective.options import ObjectiveOptions
 from loopitr.training.reporting import write_json
 
@@ -46,10 +44,12 @@ class Options:
     """JSON file for the figures."""
 
 
-def build(options: Options) -> LoopObjective:
+def build(options: Options) -> loopitr.LoopObjective:
     model = random_model(options)
     weights = {} if options.loop else {"itm": 0.0, "distillation": 0.0}
     chosen = ObjectiveOptions(num_negatives=4, **weights)  # type: ignore[arg-type]
+    from loopitr.objective.build import build_objective
+
     return build_objective(model, chosen, pair_block=options.chunk_size * 9)
 
 
@@ -57,6 +57,8 @@ def measure(options: Options, side: str) -> dict[str, float]:
     objective, cuda = build(options), options.device.startswith("cuda")
     size = options.chunk_size if side == "plain" else options.batch_size
     batch = random_batch(size, image_size=options.image_size, device=options.device)
+
+    from loopitr.objective.grad_cache import cached_backward
 
     def autocast() -> torch.autocast:
         return torch.autocast(options.device.split(":")[0], torch.bfloat16, enabled=options.precision == "bf16")

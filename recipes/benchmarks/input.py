@@ -28,13 +28,11 @@ import torch
 from PIL import Image
 from shared import PRECISIONS, Timing, check_options, interleaved, matmul_speed
 
-from loopitr import LoopITRConfig, LoopITRModel
+import loopitr
 from loopitr.cli import parse, run
-from loopitr.data import CaptionDataset, Collator, ImageCache, Record, TrainTransform, scene_vocabulary
+from loopitr.data import CaptionDataset, Collator, ImageCache, Record, scene_vocabulary
 from loopitr.data.loader import EpochLoader
 from loopitr.evaluation.report import markdown_table
-from loopitr.models.processing import word_tokenizer
-from loopitr.objective.build import build_objective
 from loopitr.objective.options import ObjectiveOptions
 from loopitr.training.reporting import write_json
 
@@ -90,6 +88,9 @@ def photos(options: Options, scratch: Path) -> dict[str, list[Path]]:
 
 def loaders(options: Options, files: dict[str, list[Path]], scratch: Path) -> dict[str, EpochLoader]:
     """By set and variant; each has the batches of one round."""
+    from loopitr.data import TrainTransform
+    from loopitr.models.processing import word_tokenizer
+
     transform = TrainTransform(options.image_size, (0.5,) * 3, (0.5,) * 3, crop_scale=(options.crop_scale_min, 1.0))
     caption = " ".join(scene_vocabulary()[:12])
     collator = Collator(word_tokenizer(scene_vocabulary(), max_length=32), max_length=32)
@@ -139,11 +140,13 @@ def training_step(options: Options) -> Callable[[], None]:
         "intermediate_size": 1536,
         "attention_probs_dropout_prob": 0.0,
     }
-    config = LoopITRConfig(
+    config = loopitr.LoopITRConfig(
         vision={"name": options.vision, "image_size": options.image_size}, text=text, fusion={"num_layers": 1}
     )
     torch.manual_seed(0)
-    model: Any = LoopITRModel(config).train().to(torch.device(options.device))  # type: ignore[arg-type]
+    model: Any = loopitr.LoopITRModel(config).train().to(torch.device(options.device))  # type: ignore[arg-type]
+    from loopitr.objective.build import build_objective
+
     objective = build_objective(model, ObjectiveOptions(itm=0.0, distillation=0.0))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     size = options.batch_size

@@ -22,13 +22,10 @@ from typing import Any, Literal
 import torch
 from shared import PRECISIONS, PlainPairs, check_options, interleaved, matmul_speed
 from torch import Tensor
-from transformers import BlipConfig, BlipForImageTextRetrieval
 
-from loopitr import LoopITRConfig, LoopITRModel
+import loopitr
 from loopitr.cli import parse, run
-from loopitr.convert import convert_blip
 from loopitr.evaluation.report import markdown_table
-from loopitr.models.outputs import ImageState, TextState
 from loopitr.training.reporting import write_json
 
 LENGTH, HEADS = 35, 12
@@ -73,8 +70,8 @@ def cases(options: Options) -> list[Case]:
     every, first = torch.arange(count), torch.zeros(count, dtype=torch.long)
 
     late: Any = _late_model(options).to(device, dtype)  # type: ignore[arg-type]
-    captions, caption = TextState(embeds, words, mask), TextState(embeds[:1], words[:1], mask[:1])
-    image, images = ImageState(embeds[:1], tokens[:1]), ImageState(embeds, tokens)
+    captions, caption = loopitr.TextState(embeds, words, mask), loopitr.TextState(embeds[:1], words[:1], mask[:1])
+    image, images = loopitr.ImageState(embeds[:1], tokens[:1]), loopitr.ImageState(embeds, tokens)
     cached = late.project_images(images)
     one_image, one_caption = torch.stack([first, every], 1), torch.stack([every, first], 1)
 
@@ -104,7 +101,7 @@ def cases(options: Options) -> list[Case]:
     def ours_blip() -> Tensor:
         text = shared.dual.text
         embedded = text.model.embeddings(input_ids=ids)  # what its fusion starts from
-        return shared.score_pairs(image, TextState(embeds, embedded, mask), one_image).logits
+        return shared.score_pairs(image, loopitr.TextState(embeds, embedded, mask), one_image).logits
 
     return [
         Case(
@@ -126,20 +123,24 @@ def cases(options: Options) -> list[Case]:
     ]
 
 
-def _late_model(options: Options) -> LoopITRModel:
+def _late_model(options: Options) -> loopitr.LoopITRModel:
     """The fusion half of ALBEF; its backbones, which do not run here, are small."""
     width = options.width
-    config = LoopITRConfig(
+    config = loopitr.LoopITRConfig(
         vision={"name": "vit_tiny_patch16_224", "kwargs": {"embed_dim": width, "depth": 1, "num_heads": HEADS}},
         text={"model_type": "bert", "hidden_size": width, "num_hidden_layers": 1, "num_attention_heads": HEADS},
         vision_pooling="first",
         fusion={"style": "late", "num_layers": 6, "num_heads": HEADS},
     )
     torch.manual_seed(0)
-    return LoopITRModel(config).eval()
+    return loopitr.LoopITRModel(config).eval()
 
 
-def _blip_models(options: Options) -> tuple[BlipForImageTextRetrieval, LoopITRModel]:
+def _blip_models(options: Options) -> tuple[Any, loopitr.LoopITRModel]:
+    from transformers import BlipConfig, BlipForImageTextRetrieval
+
+    from loopitr.convert import convert_blip
+
     sizes = {"hidden_size": options.width, "intermediate_size": 4 * options.width, "num_attention_heads": HEADS}
     vision = {**sizes, "num_hidden_layers": 1, "image_size": 224, "patch_size": 16}  # does not run here
     config = BlipConfig(vision_config=vision, text_config={**sizes, "encoder_hidden_size": options.width})

@@ -16,10 +16,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
+import loopitr  # whose names are imported when they are used: --help does not wait for transformers
 from loopitr.cli import check_output_file, usable_device
-from loopitr.models.config import LoopITRConfig
-from loopitr.models.loop_model import LoopITRModel
-from loopitr.models.outputs import ImageState, PairScores, TextState
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -123,7 +121,7 @@ class ModelOptions(Protocol):
     device: str
 
 
-def random_model(options: ModelOptions, *, head_width: int = 32) -> LoopITRModel:
+def random_model(options: ModelOptions, *, head_width: int = 32) -> loopitr.LoopITRModel:
     """A model of random weights with a BERT-like text side of this width, in training mode."""
     width, heads = options.hidden_size, max(1, options.hidden_size // head_width)
     text = {
@@ -134,14 +132,14 @@ def random_model(options: ModelOptions, *, head_width: int = 32) -> LoopITRModel
         "intermediate_size": 4 * width,
         "attention_probs_dropout_prob": 0.0,
     }
-    config = LoopITRConfig(
+    config = loopitr.LoopITRConfig(
         vision={"name": options.vision, "image_size": options.image_size},
         text=text,
         vision_pooling="first",
         fusion={"style": "late", "num_layers": options.fusion_layers, "num_heads": heads},
     )
     torch.manual_seed(0)
-    model = LoopITRModel(config).train()
+    model = loopitr.LoopITRModel(config).train()
     model.to(torch.device(options.device))  # type: ignore[arg-type]
     return model
 
@@ -165,17 +163,17 @@ class PlainPairs:
     """In place of a model's `score_pairs` (style `late`), what public code does: a padded batch in which every pair has
     image tokens of its own, projects keys and values of its own, and computes every row of every layer."""
 
-    def __init__(self, model: LoopITRModel) -> None:
+    def __init__(self, model: loopitr.LoopITRModel) -> None:
         if model.fusion.text is None:
             raise ValueError("the plain way is written for fusion.style 'late'")
         self.model = model
 
     def __call__(
-        self, images: ImageState, texts: TextState, pairs: Tensor, *, block_size: int | None = None
-    ) -> PairScores:
+        self, images: loopitr.ImageState, texts: loopitr.TextState, pairs: Tensor, *, block_size: int | None = None
+    ) -> loopitr.PairScores:
         image, text = pairs.to(images.tokens.device).unbind(1)
         logits = self.logits(images.tokens[image], texts.tokens[text], texts.mask[text]).float()
-        return PairScores(logits=logits, score=logits[:, 1] - logits[:, 0])
+        return loopitr.PairScores(logits=logits, score=logits[:, 1] - logits[:, 0])
 
     def logits(self, image_tokens: Tensor, text_tokens: Tensor, mask: Tensor) -> Tensor:
         """`image_tokens [P, N, Dv]`, `text_tokens [P, L, D]`, `mask [P, L]` -> `[P, 2]`."""

@@ -27,11 +27,9 @@ from shared import (
     random_model,
 )
 
+import loopitr
 from loopitr.cli import parse, run
 from loopitr.evaluation.report import markdown_table
-from loopitr.models.outputs import PairScores
-from loopitr.objective.build import build_objective
-from loopitr.objective.loop_objective import LoopObjective
 from loopitr.objective.options import ObjectiveOptions
 from loopitr.training.reporting import write_json
 
@@ -67,12 +65,14 @@ def main() -> None:
     inputs = random_batch(options.batch_size, image_size=options.image_size, device=options.device)
     plain = PlainPairs(model)
 
-    def step(objective: LoopObjective, score_pairs: Callable[..., PairScores]) -> None:
+    def step(objective: loopitr.LoopObjective, score_pairs: Callable[..., loopitr.PairScores]) -> None:
         model.zero_grad()
         model.score_pairs = score_pairs  # type: ignore[method-assign]
         with torch.autocast(options.device.split(":")[0], torch.bfloat16, enabled=options.precision == "bf16"):
             loss = objective(**inputs).loss
         loss.backward()
+
+    from loopitr.objective.build import build_objective
 
     calls = {name: partial(step, build_objective(model, o), model.score_pairs) for name, o in VARIANTS.items()}
     calls |= {f"{name}, plain": partial(step, build_objective(model, VARIANTS[name]), plain) for name in PLAIN}

@@ -1,0 +1,162 @@
+"""`import loopitr`: its names, what it does not import, and the examples in the docstrings."""
+
+import ast
+import doctest
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.recipe_process import environment
+from helpers.tiny_building import save_tiny
+
+import loopitr
+import loopitr.data
+import loopitr.evaluation
+
+HEAVY = ("timm", "torchvision", "datasets", "accelerate", "matplotlib")
+# These have an example each; a class of plain fields, such as an output, needs none.
+SHOWN = (
+    *("DualEncoder", "LoopITRConfig", "LoopITRModel", "LoopITRProcessor", "LoopObjective"),
+    *("build_model", "evaluate_retrieval", "export_dual", "load", "load_records"),
+)
+
+
+def run(code: str, *arguments: object) -> str:
+    """What `python -c code arguments` prints."""
+    words = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.strip()
+
+
+def imported_for_types(package) -> dict[str, str]:
+    """Name -> module of what a package imports under `if TYPE_CHECKING:`."""
+    names = {}
+    for node in ast.walk(ast.parse(Path(package.__file__).read_text())):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            for statement in node.body:
+                module = "." * statement.level + statement.module
+                names.update({alias.name: module for alias in statement.names})
+    return names
+
+
+@pytest.mark.parametrize("package", [loopitr, loopitr.data, loopitr.evaluation], ids=lambda package: package.__name__)
+def test_lazy_names_are_what_type_checkers_see(package):
+    assert imported_for_types(package) == package._MODULES
+    assert list(package._MODULES) == sorted(package._MODULES) == package.__all__
+    assert set(package.__all__) <= set(dir(package))
+    for name, module in package._MODULES.items():
+        value = getattr(package, name)
+        assert value is getattr(importlib.import_module(module, package.__name__), name)
+        assert value.__doc__ or package is not loopitr, f"{name} has no docstring"
+    with pytest.raises(AttributeError, match="has no attribute 'Nonsense'"):
+        package.Nonsense  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'Nonsense'"):
+        exec(f"from {package.__name__} import Nonsense")
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_examples_run(name):
+    documented = getattr(loopitr, name)
+    (example,) = doctest.DocTestFinder(recurse=False).find(documented, name, globs={})
+    assert example.examples, f"{name} has no example"
+    assert doctest.DocTestRunner().run(example).failed == 0
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    wanted = (*HEAVY, "torch", "transformers", "numpy")
+    assert run(f"import sys, loopitr; print([name for name in {wanted} if name in sys.modules])") == "[]"
+
+
+@pytest.mark.parametrize("recipe", ["pretrain", "evaluate", "export_dual"])
+def test_help_does_without_torch(recipe):
+    code = """
+import runpy, sys
+sys.argv[1:] = ["--help"]
+try:
+    runpy.run_path(f"recipes/{sys.argv[0]}.py", run_name="__main__")
+except SystemExit as stop:
+    print("status", stop.code, [name for name in ("torch", "transformers") if name in sys.modules])
+""".replace("{sys.argv[0]}", recipe)
+    text = run(code)
+    assert "--config" in text and text.endswith("status 0 []")
+
+
+CONFIG_FIRST = """
+import sys, loopitr
+from transformers import AutoConfig
+print(type(AutoConfig.for_model("loopitr")).__name__, type(AutoConfig.for_model("loopitr_dual")).__name__)
+"""
+MODEL_FIRST = """
+import sys, loopitr
+from transformers import AutoModel, AutoProcessor
+AutoModel, AutoProcessor  # loads them, and our classes after them
+assert "loopitr.models.loop_model" in sys.modules and "timm" not in sys.modules
+print(type(AutoModel.from_pretrained(sys.argv[1])).__name__, type(AutoProcessor.from_pretrained(sys.argv[1])).__name__)
+"""
+OURS_LAST = """
+import sys
+from transformers import AutoModel, AutoProcessor
+AutoModel, AutoProcessor  # loads them
+import loopitr
+print(type(AutoModel.from_pretrained(sys.argv[1])).__name__, type(AutoProcessor.from_pretrained(sys.argv[1])).__name__)
+"""
+OURS_FIRST = """
+import sys
+from loopitr import DualEncoder, LoopITRModel, LoopITRProcessor
+from transformers import AutoModel, AutoProcessor
+assert type(AutoModel.from_pretrained(sys.argv[1])) is LoopITRModel
+assert type(AutoProcessor.from_pretrained(sys.argv[1])) is LoopITRProcessor
+"""
+# SigLIP's module imports the Auto classes at its beginning, before the classes exist that our text backbone uses.
+IN_THE_MIDDLE = """
+import sys, loopitr
+import transformers.models.siglip.modeling_siglip
+from transformers import AutoModel
+print(type(AutoModel.from_pretrained(sys.argv[1])).__name__)
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "printed"),
+    [
+        (CONFIG_FIRST, "LoopITRConfig DualEncoderConfig"),
+        (MODEL_FIRST, "LoopITRModel LoopITRProcessor"),
+        (OURS_LAST, "LoopITRModel LoopITRProcessor"),
+        (OURS_FIRST, ""),
+        (IN_THE_MIDDLE, "LoopITRModel"),
+    ],
+    ids=["config first", "model first", "ours last", "ours first", "in the middle"],
+)
+def test_auto_classes_know_our_models_in_whatever_order_they_are_imported(code, printed, tmp_path):
+    assert run(code, save_tiny(tmp_path / "saved")) == printed
+
+
+def test_no_module_of_the_models_loads_the_auto_classes_it_registers_with():
+    names = sorted(f"loopitr.models.{file.stem}" for file in (Path(loopitr.__file__).parent / "models").glob("*.py"))
+    auto = ("transformers.models.auto.modeling_auto", "transformers.models.auto.processing_auto")
+    code = f"import importlib, sys\nfor name in {names}: importlib.import_module(name)\n"
+    assert run(code + f"print([name for name in {auto} if name in sys.modules])") == "[]"
+
+
+def test_load_gives_model_and_processor(tmp_path):
+    saved = save_tiny(tmp_path / "run" / "best")
+    loaded = loopitr.load(tmp_path / "run")
+    model, processor = loopitr.load(saved, device="cpu", dtype=torch.bfloat16)
+    assert isinstance(loaded.model, loopitr.LoopITRModel) and isinstance(processor, loopitr.LoopITRProcessor)
+    assert not loaded.model.training and model.dtype == torch.bfloat16 and loaded.model.dtype == torch.float32
+    dual = loopitr.export_dual(loaded.model, tmp_path / "dual", processor=processor)
+    assert isinstance(loopitr.load(tmp_path / "dual").model, loopitr.DualEncoder)
+    ids = torch.tensor([[2, 7, 3]])
+    assert torch.equal(loopitr.load(tmp_path / "dual").model.get_text_features(ids), dual.get_text_features(ids))
+
+
+def test_what_load_cannot_load(tmp_path):
+    with pytest.raises(OSError, match="no model folder"):
+        loopitr.load(tmp_path / "nothing")
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="holds a 'bert' model"):
+        loopitr.load(tmp_path)
