@@ -1,7 +1,7 @@
 """Sources of images and captions -> records -> examples -> batches. Imports nothing else of the package."""
 
 from .cache_folder import names_digest
-from .collate import Collator, caption_id
+from .collate import Batch, Collator, caption_id, count_truncated
 from .dataset import CaptionDataset, EpochSampler, StreamDataset
 from .decoded import DecodedImages
 from .hub import HubRecords, HubStream, load_hub
@@ -16,6 +16,7 @@ from .token_cache import TokenCache
 from .transforms import TrainTransform
 
 __all__ = [
+    "Batch",
     "CaptionDataset",
     "Collator",
     "DataError",
@@ -37,6 +38,7 @@ __all__ = [
     "UnreadableImage",
     "caption_id",
     "captions_of",
+    "count_truncated",
     "decode_image",
     "identity_of",
     "load_albef",
