@@ -11,7 +11,7 @@ from loopitr.lazy import lazy_names
 
 if TYPE_CHECKING:
     from .cache_folder import names_digest
-    from .collate import Collator, caption_id
+    from .collate import Batch, Collator, caption_id, count_truncated
     from .dataset import CaptionDataset, EpochSampler, StreamDataset
     from .decoded import DecodedImages
     from .hub import HubRecords, HubStream, load_hub
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .transforms import TrainTransform
 
 _MODULES = {
+    "Batch": ".collate",
     "CaptionDataset": ".dataset",
     "Collator": ".collate",
     "DataError": ".records",
@@ -47,6 +48,7 @@ _MODULES = {
     "UnreadableImage": ".images",
     "caption_id": ".collate",
     "captions_of": ".records",
+    "count_truncated": ".collate",
     "decode_image": ".images",
     "identity_of": ".records",
     "load_albef": ".karpathy",

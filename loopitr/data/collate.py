@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from .records import stable_hash
 
@@ -14,13 +16,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Collator:
-    """Stacks images (or image tokens) and tokenizes captions, padded to the longest of the batch.
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What `Collator` makes of examples: the inputs of a training step, and what the data lost on the way to it.
 
-    The batch: `pixel_values [B, 3, H, W]` or `image_tokens [B, N, D]`; `input_ids`, `attention_mask [B, L]`;
-    `identities [B]`; `caption_ids [B]`, equal for equal captions; `skipped`, the (name, reason) of its examples;
-    `truncated`, how many captions were longer than `max_length`.
+    `inputs` is exactly what `LoopObjective.forward` takes: `pixel_values [B, 3, H, W]` or `image_tokens [B, N, D]`;
+    `input_ids` and `attention_mask [B, L]`; `identities [B]`; `caption_ids [B]`, equal for equal captions.
+    `skipped` holds the name and the reason of every example that could not be read. `truncated` is the number of
+    captions that were longer than the collator's `max_length`.
     """
+
+    inputs: dict[str, Tensor]
+    skipped: tuple[tuple[str, str], ...]
+    truncated: int
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory; a DataLoader with `pin_memory=True` calls this."""
+        return replace(self, inputs={name: value.pin_memory() for name, value in self.inputs.items()})
+
+
+class Collator:
+    """Stacks images (or image tokens) and tokenizes captions, padded to the longest of the batch."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> None:
         if tokenizer.pad_token_id is None:
@@ -31,7 +47,7 @@ class Collator:
         # forked workers would otherwise warn, each, and turn the tokenizer's threads off themselves
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> Batch:
         captions = [example["caption"] for example in examples]
         text = self.tokenizer(
             captions,
@@ -42,23 +58,31 @@ class Collator:
             return_tensors="pt",
         )
         images = "image_tokens" if "image_tokens" in examples[0] else "pixel_values"
-        return {
+        inputs = {
             images: torch.stack([example[images] for example in examples]),  # [B, 3, H, W] or [B, N, D]
             "input_ids": text["input_ids"],  # [B, L]
             "attention_mask": text["attention_mask"],  # [B, L]
             "identities": torch.tensor([example["identity"] for example in examples], dtype=torch.int64),  # [B]
             "caption_ids": torch.tensor([caption_id(caption) for caption in captions], dtype=torch.int64),  # [B]
-            "skipped": [item for example in examples for item in example["skipped"]],
-            "truncated": self._count_truncated(captions, text["attention_mask"].sum(dim=1).tolist()),
         }
+        lengths = text["attention_mask"].sum(dim=1).tolist()
+        return Batch(
+            inputs=inputs,
+            skipped=tuple(item for example in examples for item in example["skipped"]),
+            truncated=count_truncated(self.tokenizer, captions, lengths, self.max_length),
+        )
 
-    def _count_truncated(self, captions: Sequence[str], lengths: Sequence[int]) -> int:
-        full = [caption for caption, length in zip(captions, lengths) if length >= self.max_length]
-        if not full:
-            return 0
-        # only a caption that fills the limit can have lost words; tokenizing it whole tells
-        whole = self.tokenizer(full, verbose=False)["input_ids"]
-        return sum(len(ids) > self.max_length for ids in whole)
+
+def count_truncated(
+    tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], lengths: Sequence[int], max_length: int
+) -> int:
+    """The number of captions that lost words when they were cut to `max_length` tokens, `lengths` after the cut."""
+    full = [caption for caption, length in zip(captions, lengths) if length >= max_length]
+    if not full:
+        return 0
+    # Only a caption that fills the limit can have lost words, so only those are tokenized a second time, uncut.
+    whole = tokenizer(full, verbose=False)["input_ids"]
+    return sum(len(ids) > max_length for ids in whole)
 
 
 def caption_id(caption: str) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from loopitr.data import CaptionDataset, Collator, EpochSampler, LoadReport, StreamDataset
+from loopitr.data import Batch, CaptionDataset, Collator, EpochSampler, LoadReport, StreamDataset
 
 
 class ShardedBatchSampler(Sampler[list[tuple[int, int]]]):
@@ -79,7 +79,7 @@ class EpochLoader:
             raise TypeError("streaming data has no length")
         return len(self.sampler)
 
-    def epoch(self, epoch: int, *, start: int = 0) -> Iterator[dict[str, Any]]:
+    def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
         """Batches `start`, `start + 1`, ... of an epoch."""
         if self.sampler is not None:
             self.sampler.start = start
@@ -93,23 +93,22 @@ class EpochLoader:
 
 
 class SkipCounter:
-    """Takes what could not be read out of the batches, names the first, and stops a run that loses too much."""
+    """Counts what batches could not read, names the first examples, and stops a run that loses too many."""
 
     def __init__(self, *, max_fraction: float, log: Callable[[str], None]) -> None:
         self.max_fraction, self.log = max_fraction, log
         self.report = LoadReport()
         self.batches = self.seen = self.truncated = 0
 
-    def update(self, batch: dict[str, Any]) -> None:
+    def update(self, batch: Batch) -> None:
         """
         Raises:
             DataError: more than `max_fraction` of at least 100 examples were unreadable.
         """
-        skipped = batch.pop("skipped", [])
-        self.truncated += batch.pop("truncated", 0)
+        self.truncated += batch.truncated
         self.batches += 1
-        self.seen += len(batch["input_ids"]) + len(skipped)
-        for name, reason in skipped:
+        self.seen += len(batch.inputs["input_ids"]) + len(batch.skipped)
+        for name, reason in batch.skipped:
             self.report.skip(reason, name)
             if self.report.skipped <= 10:
                 self.log(f"skipped {name}: {reason}")

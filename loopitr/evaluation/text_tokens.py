@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from loopitr.data import count_truncated
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.outputs import TextState
 from loopitr.models.packing import send
@@ -38,9 +39,7 @@ class TextTokens:
         tokenizer = processor.tokenizer
         limit = min(tokenizer.model_max_length, self.dual.text.max_length)
         ids = tokenizer(captions, truncation=True, max_length=limit, return_token_type_ids=False)["input_ids"]
-        full = [caption for caption, row in zip(captions, ids) if len(row) >= limit]
-        whole = tokenizer(full, verbose=False)["input_ids"] if full else []
-        self.truncated = sum(len(row) > limit for row in whole)
+        self.truncated = count_truncated(tokenizer, captions, [len(row) for row in ids], limit)
         self.model, self.batch_size, self.captions = model, batch_size, captions
         self.ids = [torch.tensor(row) for row in ids]
         self.lengths = torch.tensor([len(row) for row in ids])

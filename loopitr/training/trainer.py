@@ -169,10 +169,10 @@ class Trainer:
         for batch in self.loader.epoch(progress.epoch, start=progress.batch):
             batches += 1
             self.skips.update(batch)
-            batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
+            inputs = send_to_device(batch.inputs, self.accelerator.device, non_blocking=True)
             self.micro += 1
             last = self.micro == options.accumulation
-            output = self._backward(batch, last=last)
+            output = self._backward(inputs, last=last)
             progress.batch += 1
             for name, value in self._named(output).items():
                 logged[name].append(value.detach())

@@ -93,7 +93,7 @@ def test_the_processor_is_the_pairs_own(pair):
     assert inputs["attention_mask"][:, 0].all() and not inputs["attention_mask"].all()
     assert_zero_shot(model, pair, inputs["pixel_values"], inputs["input_ids"], inputs["attention_mask"])
     examples = [{"image_tokens": torch.zeros(1), "caption": t, "identity": 0, "skipped": []} for t in texts]
-    batch = Collator(processor.tokenizer, max_length=24)(examples)
+    batch = Collator(processor.tokenizer, max_length=24)(examples).inputs
     assert all(torch.equal(batch[key], inputs[key]) for key in ("input_ids", "attention_mask"))
 
 

@@ -59,7 +59,7 @@ def test_two_workers_give_the_batches_of_none(tokenizer, captions):
         torch.manual_seed(workers)  # the global state must not matter
         batches.append(list(loader))
     assert len(batches[0]) == len(batches[1]) == (3 if captions == "one" else 12)
-    assert all(same(a, b) for a, b in zip(*batches))
+    assert all(same(a.inputs, b.inputs) for a, b in zip(*batches))
 
 
 def test_items_depend_on_seed_epoch_and_index_alone():
@@ -209,16 +209,19 @@ def test_collator(tokenizer):
     batch = Collator(tokenizer, max_length=12)(
         [example(caption, 2**60), example("a ring", 7, skipped=[("x", "y")]), example("A  Ring", 7)]
     )
-    assert batch["pixel_values"].shape == (3, 3, 4, 4) and batch["input_ids"].shape == (3, 12)
-    assert batch["attention_mask"].sum(1).tolist() == [12, 4, 4] and batch["truncated"] == 0
-    assert batch["identities"].tolist() == [2**60, 7, 7] and batch["identities"].dtype == torch.int64
-    ids = batch["caption_ids"]
+    assert batch.inputs["pixel_values"].shape == (3, 3, 4, 4) and batch.inputs["input_ids"].shape == (3, 12)
+    assert batch.inputs["attention_mask"].sum(1).tolist() == [12, 4, 4] and batch.truncated == 0
+    assert batch.inputs["identities"].tolist() == [2**60, 7, 7] and batch.inputs["identities"].dtype == torch.int64
+    ids = batch.inputs["caption_ids"]
     assert ids.dtype == torch.int64 and ids[1] == ids[2] != ids[0] and ids[1] == caption_id("a ring")
-    assert batch["skipped"] == [("x", "y")]
+    assert batch.skipped == (("x", "y"),)
     short = Collator(tokenizer, max_length=11)([example(caption), example("a ring"), example(caption + " above it")])
-    assert short["truncated"] == 2 and short["input_ids"].shape == (3, 11)
-    assert short["input_ids"][0, -1] == tokenizer.sep_token_id
-    assert Collator(tokenizer, max_length=99)([example("a ring")])["input_ids"].shape == (1, 4)  # longest in batch
+    assert short.truncated == 2 and short.inputs["input_ids"].shape == (3, 11)
+    assert short.inputs["input_ids"][0, -1] == tokenizer.sep_token_id
+    assert Collator(tokenizer, max_length=99)([example("a ring")]).inputs["input_ids"].shape == (
+        1,
+        4,
+    )  # longest in batch
 
 
 def test_caption_id_is_stable_across_processes():
@@ -229,7 +232,7 @@ def test_caption_id_is_stable_across_processes():
 def test_collator_keeps_half_precision_tokens_and_refuses(tokenizer):
     tokens = [{**example("a ring"), "image_tokens": torch.ones(5, 6).half()}]
     batch = Collator(tokenizer, max_length=9)(tokens * 2)
-    assert batch["image_tokens"].shape == (2, 5, 6) and batch["image_tokens"].dtype == torch.float16
+    assert batch.inputs["image_tokens"].shape == (2, 5, 6) and batch.inputs["image_tokens"].dtype == torch.float16
     with pytest.raises(ValueError, match="max_length must be at least 1, got 0"):
         Collator(tokenizer, max_length=0)
 

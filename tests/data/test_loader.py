@@ -5,6 +5,7 @@ import torch
 from helpers.tiny_gallery import jpeg, tiny_processor
 
 from loopitr.data import (
+    Batch,
     CaptionDataset,
     Collator,
     DataError,
@@ -38,6 +39,7 @@ def loader(size=26, *, batch_size=4, rank=0, num_ranks=1, num_workers=0, seed=3,
 
 def rows(batch):
     """What a batch holds, row by row and without padding."""
+    batch = batch.inputs
     lengths = batch["attention_mask"].sum(1).tolist()
     texts = [tuple(ids[:length].tolist()) for ids, length in zip(batch["input_ids"], lengths)]
     return list(zip(batch["identities"].tolist(), texts, batch["caption_ids"].tolist(), batch["pixel_values"]))
@@ -49,7 +51,8 @@ def same_rows(a, b):
 
 def same_batches(a, b):
     return len(a) == len(b) and all(
-        x.keys() == y.keys() and all(torch.equal(x[k], y[k]) if torch.is_tensor(x[k]) else x[k] == y[k] for k in x)
+        (x.skipped, x.truncated, x.inputs.keys()) == (y.skipped, y.truncated, y.inputs.keys())
+        and all(torch.equal(x.inputs[k], y.inputs[k]) for k in x.inputs)
         for x, y in zip(a, b)
     )
 
@@ -115,7 +118,7 @@ def test_reading_leaves_the_generator_that_dropout_uses_alone(workers):
 
 
 def test_seed_changes_the_order():
-    first, second = (next(iter(loader(seed=seed).epoch(0)))["identities"].tolist() for seed in (0, 1))
+    first, second = (next(iter(loader(seed=seed).epoch(0))).inputs["identities"].tolist() for seed in (0, 1))
     assert first != second
 
 
@@ -137,7 +140,7 @@ def test_a_stream_gives_full_batches_and_can_be_started_in_the_middle(stream):
     with pytest.raises(TypeError, match="no length"):
         len(own)
     whole = list(own.epoch(0))
-    assert [len(batch["input_ids"]) for batch in whole] == [4, 4, 4]
+    assert [len(batch.inputs["input_ids"]) for batch in whole] == [4, 4, 4]
     assert same_batches(list(own.epoch(0, start=2)), whole[2:])
     assert not same_batches(list(own.epoch(1)), whole)  # other crops
 
@@ -160,16 +163,16 @@ def test_batches_are_pinned_on_request(stream, pin_memory):
 
 
 def batch(size, skipped=(), truncated=0):
-    return {"input_ids": torch.zeros(size, 3), "skipped": list(skipped), "truncated": truncated}
+    return Batch(inputs={"input_ids": torch.zeros(size, 3)}, skipped=tuple(skipped), truncated=truncated)
 
 
-def test_skips_are_taken_out_of_the_batch_named_and_counted():
+def test_skips_are_named_and_counted_and_the_batch_is_left_whole():
     lines = []
     counter = SkipCounter(max_fraction=0.5, log=lines.append)
     first = batch(8, [("a.jpg", "truncated"), ("b.jpg", "no such file")], truncated=3)
     counter.update(first)
     counter.update(batch(8, [("c.jpg", "truncated")], truncated=1))
-    assert set(first) == {"input_ids"}
+    assert len(first.skipped) == 2 and first.truncated == 3  # the counter reads a batch and leaves it whole
     assert lines == ["skipped a.jpg: truncated", "skipped b.jpg: no such file", "skipped c.jpg: truncated"]
     assert counter.report.counts == {"truncated": 2, "no such file": 1}
     assert counter.truncated == 4
@@ -210,5 +213,5 @@ def test_unreadable_images_arrive_in_skipped_and_batches_stay_full(workers):
     counter = SkipCounter(max_fraction=0.5, log=lambda line: None)
     for part in own.epoch(0):
         counter.update(part)
-        assert len(part["input_ids"]) == 4 and not broken & set(part["identities"].tolist())
+        assert len(part.inputs["input_ids"]) == 4 and not broken & set(part.inputs["identities"].tolist())
     assert set(next(iter(counter.report.names.values()))) == {"3.jpg", "4.jpg"}

@@ -41,7 +41,7 @@ def test_an_accumulated_step_has_the_mean_of_its_batches_own_gradients(tmp_path,
         parameters = [p for group in made.optimizer.param_groups for p in group["params"]]
         made.bare_objective.train()
         for batch, _ in zip(made.loader.epoch(0), range(2)):
-            loss = made.bare_objective(**{k: v for k, v in batch.items() if k not in ("skipped", "truncated")}).loss
+            loss = made.bare_objective(**batch.inputs).loss
             own.append(torch.autograd.grad(loss, parameters, allow_unused=True))
     means = [(a + b) / 2 for a, b in zip(*own, strict=True) if a is not None]
     (found,) = stepped

@@ -42,7 +42,7 @@ def stream(folder, *sizes):
 
 
 def order(trainer, epoch):
-    return [identity for batch in trainer.loader.epoch(epoch) for identity in batch["identities"].tolist()]
+    return [identity for batch in trainer.loader.epoch(epoch) for identity in batch.inputs["identities"].tolist()]
 
 
 def test_a_stream_is_shuffled_by_seed_and_epoch(tmp_path):
