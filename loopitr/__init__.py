@@ -21,6 +21,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from loopitr.building.build import build_model
     from loopitr.building.folders import load
+    from loopitr.data.records import Record
     from loopitr.data.sources import load_records
     from loopitr.evaluation.retrieval import evaluate_retrieval
     from loopitr.export.dual import export_dual
@@ -29,17 +30,25 @@ if TYPE_CHECKING:
     from loopitr.models.loop_model import LoopITRModel
     from loopitr.models.outputs import DualOutput, ImageState, PairScores, TextState
     from loopitr.models.processing import LoopITRProcessor
+    from loopitr.objective.build import build_objective
     from loopitr.objective.loop_objective import LoopObjective
+    from loopitr.objective.losses.distillation import PartialRanking
     from loopitr.objective.mining import Sample, Stratified, TopK
     from loopitr.objective.terms import (
         Contrastive,
         Distillation,
+        FrozenContrast,
         Matching,
         Ranking,
         SigmoidContrastive,
+        StructureTransfer,
+        Term,
+        TermOutput,
         WordPrediction,
     )
+    from loopitr.objective.word_masking import token_masking
     from loopitr.training.options import TrainOptions
+    from loopitr.training.trainer import Trainer
 
 _MODULES = {
     "Contrastive": "loopitr.objective.terms",
@@ -47,6 +56,7 @@ _MODULES = {
     "DualEncoder": "loopitr.models.dual_encoder",
     "DualEncoderConfig": "loopitr.models.config",
     "DualOutput": "loopitr.models.outputs",
+    "FrozenContrast": "loopitr.objective.terms",
     "ImageState": "loopitr.models.outputs",
     "LoopITRConfig": "loopitr.models.config",
     "LoopITRModel": "loopitr.models.loop_model",
@@ -54,19 +64,27 @@ _MODULES = {
     "LoopObjective": "loopitr.objective.loop_objective",
     "Matching": "loopitr.objective.terms",
     "PairScores": "loopitr.models.outputs",
+    "PartialRanking": "loopitr.objective.losses.distillation",
     "Ranking": "loopitr.objective.terms",
+    "Record": "loopitr.data.records",
     "Sample": "loopitr.objective.mining",
     "SigmoidContrastive": "loopitr.objective.terms",
     "Stratified": "loopitr.objective.mining",
+    "StructureTransfer": "loopitr.objective.terms",
+    "Term": "loopitr.objective.terms",
+    "TermOutput": "loopitr.objective.terms",
     "TextState": "loopitr.models.outputs",
     "TopK": "loopitr.objective.mining",
     "TrainOptions": "loopitr.training.options",
+    "Trainer": "loopitr.training.trainer",
     "WordPrediction": "loopitr.objective.terms",
     "build_model": "loopitr.building.build",
+    "build_objective": "loopitr.objective.build",
     "evaluate_retrieval": "loopitr.evaluation.retrieval",
     "export_dual": "loopitr.export.dual",
     "load": "loopitr.building.folders",
     "load_records": "loopitr.data.sources",
+    "token_masking": "loopitr.objective.word_masking",
 }
 __all__ = [*_MODULES]
 
