@@ -8,10 +8,11 @@ from helpers.tiny_adapters import adapted_model, trained
 from helpers.tiny_building import build, scratch
 from helpers.tiny_run import NO_DROPOUT, VIT, equal, run, weights
 
-from loopitr import DualEncoder, LoopITRModel, training
+from loopitr import DualEncoder, LoopITRModel
 from loopitr.building.options import LoraOptions
 from loopitr.export.dual import export_dual
 from loopitr.models.lora import is_adapter
+from loopitr.training import trainer
 from loopitr.training.optimization import parameter_groups, two_cycles
 from loopitr.training.options import TrainOptions
 
@@ -88,13 +89,13 @@ def test_an_interrupted_run_that_is_resumed_equals_one_that_was_not(tmp_path, mo
 
     options = {**LORA, "train__epochs": 1, "train__checkpoint_every": 3}
     run(tmp_path / "whole", **options)
-    save = training.save_checkpoint
+    save = trainer.save_checkpoint
 
     def killed(*args, **kwargs):
         save(*args, **kwargs)
         raise Killed
 
-    monkeypatch.setattr(training, "save_checkpoint", killed)
+    monkeypatch.setattr(trainer, "save_checkpoint", killed)
     with pytest.raises(Killed):
         run(tmp_path / "parts", **options)
     monkeypatch.undo()
