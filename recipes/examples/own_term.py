@@ -51,10 +51,8 @@ def main() -> None:
         optimizer.zero_grad()
         output.loss.backward()
         optimizer.step()
-        print(
-            f"step {step + 1}: "
-            + ", ".join(f"{name} {float(value.detach()):.3f}" for name, value in output.terms.items())
-        )
+        shown = ", ".join(f"{name} {float(value.detach()):.3f}" for name, value in output.terms.items())
+        print(f"step {step + 1}: {shown}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 def main() -> None:
     source, folder, query = sys.argv[1:4]
     model, processor = loopitr.load(source)
+    if not isinstance(model, loopitr.LoopITRModel):
+        sys.exit(f"{source} holds a dual encoder alone; reranking needs the model with its cross head")
     paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in ENDINGS)
     images = [Image.open(path).convert("RGB") for path in paths]
     inputs = processor(images=images, text=[query], return_tensors="pt")
