@@ -2,6 +2,7 @@
 
 Recall@1/5/10 in both directions, by the dual head alone and with its best candidates reranked. RUN is a run folder, an
 exported dual encoder (with `--rerank 0`) or a hub id. Without a data source: the built-in scenes' test split.
+For scenes, whose ground truth is exact, also nDCG@10, mAP@R and how stable rankings are between paraphrases.
 `--output metrics.json` keeps the figures; `--help` shows every option. `accelerate launch --num_processes 8
 recipes/evaluate.py ...` (`--cpu`: without a GPU) gives the same figures sooner.
 """

@@ -28,10 +28,14 @@ def _preprocess(image_processor: Any, image: Image.Image) -> Tensor:
 
 @dataclass(frozen=True)
 class Gallery:
-    """`positions [I]` of the images in the records, `captions` (T), and which image each shows: identities."""
+    """`positions` (I) of the images in the records, their `captions` (T), and what each shows: its identity.
+
+    `caption_rows [T]` says which of the I images each caption belongs to; an image's captions are consecutive.
+    """
 
     positions: list[int]
     captions: list[str]
+    caption_rows: Tensor
     image_identities: Tensor
     text_identities: Tensor
 
@@ -44,6 +48,7 @@ def gallery(
     captions: list[str] = []
     image_identities: list[int] = []
     text_identities: list[int] = []
+    caption_rows: list[int] = []
     for position in positions:
         given = captions_of(records, position)
         own = [caption for caption in given if caption.strip()]
@@ -53,11 +58,18 @@ def gallery(
             report.skip("no captions", name_of(records, position))
             continue
         own = own[:captions_per_image]
+        caption_rows += [len(kept)] * len(own)
         kept.append(position)
         image_identities.append(identity_of(records, position))
         captions += own
         text_identities += [image_identities[-1]] * len(own)
-    return Gallery(kept, captions, torch.tensor(image_identities), torch.tensor(text_identities))
+    return Gallery(
+        positions=kept,
+        captions=captions,
+        caption_rows=torch.tensor(caption_rows, dtype=torch.int64),
+        image_identities=torch.tensor(image_identities),
+        text_identities=torch.tensor(text_identities),
+    )
 
 
 def account(skipped: LoadReport, report: LoadReport | None, searched: Gallery, count: int, allowed: float) -> None:

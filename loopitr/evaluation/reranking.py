@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -66,8 +67,16 @@ def score_candidates(
     return scores
 
 
-def rerank(found: Nearest, pairs: Tensor, scores: Tensor, searched: Gallery, *, scale: float) -> dict[str, Ranking]:
-    """Rankings of the candidates by `match` score and by `match_plus_similarity`: + similarity * `scale`.
+@dataclass(frozen=True)
+class CandidateScores:
+    """Scores of the candidates of `Nearest`: of its `captions [I, k]` and of its `images [T, k]`."""
+
+    captions: Tensor
+    images: Tensor
+
+
+def candidate_scores(found: Nearest, pairs: Tensor, scores: Tensor, *, scale: float) -> dict[str, CandidateScores]:
+    """The candidates' `match` scores and `match_plus_similarity`: + similarity * `scale`.
 
     `scores [P]` of `pairs [P, 2]`, sorted; `scale` is 1 / temperature.
     """
@@ -75,20 +84,24 @@ def rerank(found: Nearest, pairs: Tensor, scores: Tensor, searched: Gallery, *, 
     keys = _keys(pairs[:, 0], pairs[:, 1], texts)
     image_side = scores[torch.searchsorted(keys, _keys(torch.arange(images)[:, None], found.captions, texts))]  # [I, k]
     text_side = scores[torch.searchsorted(keys, _keys(found.images, torch.arange(texts)[:, None], texts))]  # [T, k]
-    right_captions = searched.text_identities[found.captions] == searched.image_identities[:, None]  # [I, k]
-    right_images = searched.image_identities[found.images] == searched.text_identities[:, None]  # [T, k]
-
-    def ranking(image_scores: Tensor, text_scores: Tensor) -> Ranking:
-        return Ranking(
-            i2t=candidate_ranks(image_scores, right_captions, torch.ones_like(right_captions)),
-            t2i=candidate_ranks(text_scores, right_images, torch.ones_like(right_images)),
-        )
-
     return {
-        "match": ranking(image_side, text_side),
-        "match_plus_similarity": ranking(
+        "match": CandidateScores(image_side, text_side),
+        "match_plus_similarity": CandidateScores(
             image_side + scale * found.caption_similarity, text_side + scale * found.image_similarity
         ),
+    }
+
+
+def rerank(found: Nearest, scores: Mapping[str, CandidateScores], searched: Gallery) -> dict[str, Ranking]:
+    """Rankings of the candidates by each of the scores."""
+    right_captions = searched.text_identities[found.captions] == searched.image_identities[:, None]  # [I, k]
+    right_images = searched.image_identities[found.images] == searched.text_identities[:, None]  # [T, k]
+    return {
+        name: Ranking(
+            i2t=candidate_ranks(own.captions, right_captions, torch.ones_like(right_captions)),
+            t2i=candidate_ranks(own.images, right_images, torch.ones_like(right_images)),
+        )
+        for name, own in scores.items()
     }
 
 

@@ -11,16 +11,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from loopitr.data import LoadReport, Record, TokenCache, name_of
+from loopitr.data import LoadReport, Record, TokenCache, name_of, relevance_of
 from loopitr.distributed import each_rank, first_rank, rank, world_size
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.processing import LoopITRProcessor
 
 from .gallery import account, evaluation_transform, gallery
+from .graded import grade
 from .image_tokens import ImageTokens
 from .nearest import nearest
 from .report import RetrievalResult
-from .reranking import candidate_pairs, score_candidates
+from .reranking import CandidateScores, candidate_pairs, candidate_scores, score_candidates
 from .reranking import rerank as rerank_candidates
 from .storage import TokenStorage
 from .text_tokens import TextTokens
@@ -47,6 +48,7 @@ def evaluate_retrieval(
     captions_per_image: int | None = None,
     max_images: int | None = None,
     max_skipped_fraction: float = 0.05,
+    graded: bool = True,
     report: LoadReport | None = None,
     progress: bool = True,
 ) -> RetrievalResult:
@@ -79,6 +81,7 @@ def evaluate_retrieval(
         captions_per_image: use each image's first so many (COCO and Flickr evaluation: 5); None: all.
         max_images: evaluate on the first so many records.
         max_skipped_fraction: stop when more of the images than this cannot be used.
+        graded: also measure graded relevance and paraphrase stability, where the records have the ground truth.
         report: is told of every image and caption left out.
 
     Raises:
@@ -138,9 +141,10 @@ def evaluate_retrieval(
         text_parts = each_rank(lambda: texts.encode(own_texts, progress=progress))
         texts.embeds = torch.cat(text_parts).to(clock.device)  # [T, E]
         clock.lap("encode")
+        image_embeds = torch.cat([part.embeds for part in encoded])  # [I, E] on the CPU
         found = first_rank(  # which all ranks then go by
             lambda: nearest(
-                torch.cat([part.embeds for part in encoded]).to(clock.device),
+                image_embeds.to(clock.device),
                 texts.embeds,
                 searched.image_identities.to(clock.device),
                 searched.text_identities.to(clock.device),
@@ -149,6 +153,7 @@ def evaluate_retrieval(
         )
         clock.lap("rank")
         rankings, num_pairs = {"dual": found.ranking}, 0
+        candidates: dict[str, CandidateScores] = {}
         if rerank and isinstance(model, LoopITRModel):
             pairs = candidate_pairs(found)
             before = sum(len(part.positions) for part in encoded[: rank()])
@@ -165,9 +170,24 @@ def evaluate_retrieval(
                 progress=progress,
             )
             scores = torch.cat(each_rank(score))  # [P]
-            rankings.update(rerank_candidates(found, pairs, scores, searched, scale=float(dual.scale)))
+            candidates = candidate_scores(found, pairs, scores, scale=float(dual.scale))
+            rankings.update(rerank_candidates(found, candidates, searched))
             num_pairs = len(pairs)
         clock.lap("rerank")
+        relevance = relevance_of(records, searched.positions) if graded else None
+        measured = {}
+        if relevance is not None:
+            measured = first_rank(
+                partial(
+                    grade,
+                    image_embeds,
+                    texts.embeds.cpu(),
+                    found,
+                    candidates,
+                    relevance=relevance,
+                    caption_rows=searched.caption_rows,
+                )
+            )
     return RetrievalResult(
         num_images=len(searched.positions),
         num_captions=len(searched.captions),
@@ -177,6 +197,7 @@ def evaluate_retrieval(
         seconds={**clock.laps, "total": sum(clock.laps.values())},
         skipped=skipped,
         truncated=texts.truncated,
+        graded=measured,
     )
 
 

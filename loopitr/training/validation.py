@@ -70,6 +70,7 @@ class Validator:
                 max_images=None if final else options.max_images,
                 max_skipped_fraction=self.data.max_skipped_fraction,
                 tokens=tokens,
+                graded=final,
             )
 
     def validate(self, progress: Progress) -> dict[str, float]:

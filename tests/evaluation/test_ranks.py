@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from helpers.support import tiny_model
 from helpers.tiny_gallery import captions, jpeg, tiny_processor, tiny_records
 
 from loopitr import TextState
-from loopitr.data import LoadReport, Record
+from loopitr.data import LoadReport, Record, SceneRecords
 from loopitr.distributed import each_rank, first_rank, rank
 from loopitr.evaluation import evaluate_retrieval
 
@@ -30,11 +31,12 @@ def one_broken(*, at: int) -> list[Record]:
 
 
 # name -> records, options; rank 1's share is the second half
-CASES: dict[str, tuple[list[Record], dict[str, Any]]] = {
+CASES: dict[str, tuple[Sequence[Record], dict[str, Any]]] = {
     "even": (tiny_records(6), {}),
     "uneven": (tiny_records(7), {"image_block": 2, "pair_block": 5, "token_storage": "disk"}),
     "recompute": (tiny_records(7), {"token_storage": "recompute"}),
     "dual only": (tiny_records(7), {"rerank": 0}),
+    "graded relevance": (SceneRecords("test", 9, image_size=32), {}),
     "fewer images than ranks": (tiny_records(1), {}),
     "one identity on both ranks": ([*tiny_records(5), replace(tiny_records(6)[5], identity=100)], {}),
     "broken on rank 0": (one_broken(at=1), {"max_skipped_fraction": 0.2}),
@@ -47,12 +49,12 @@ FAILING: dict[str, tuple[list[Record], dict[str, Any]]] = {
 }
 
 
-def found(records: list[Record], options: dict[str, Any]) -> dict[str, Any]:
+def found(records: Sequence[Record], options: dict[str, Any]) -> dict[str, Any]:
     """All of a result but its seconds."""
     return counted(records, options)[0]
 
 
-def counted(records: list[Record], options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
+def counted(records: Sequence[Record], options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
     """`found`, and how many images this process encoded and how many pairs it scored."""
     model, report, work = tiny_model(), LoadReport(), Counter[str]()
     model.dual.vision.register_forward_pre_hook(lambda _, args: work.update(images=len(args[0])))
