@@ -52,11 +52,14 @@ class TokenStorage:
     """How tokens are kept.
 
     kind: `memory` (of the model's device), `disk` (in `folder`; None: the system's temporary one), `recompute`, or
-    `auto`: memory up to `memory` bytes, else disk if at most half of what is free is needed, else recompute.
+    `auto`: memory up to `memory` bytes, else disk if at most half of what is free is needed, else recompute. `disk` is
+    a memory-mapped file, of which only the rows in use are read, and which is gone afterwards; with `recompute` the
+    backbones run again for every block.
     dtype: fp32, fp16 or bf16, what they are kept in.
+    memory: bytes of the images' tokens, and as many of the captions', of each rank.
 
     Raises:
-        ValueError: an unknown kind or dtype.
+        ValueError: an unknown kind or dtype, or less than no memory.
     """
 
     kind: str = "auto"
@@ -67,6 +70,8 @@ class TokenStorage:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"token_storage must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if self.memory < 0:
+            raise ValueError(f"token_memory must be at least 0, got {self.memory}")
         if self.dtype not in DTYPES:
             raise ValueError(f"token_dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
 

@@ -8,16 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.support import tiny_model
-from helpers.tiny_gallery import tiny_processor, tiny_records
+from helpers.tiny_gallery import evaluate, tiny_records
 
 from loopitr.data import DataOptions, LoadReport, SceneRecords, load_records, relevance, relevance_of
 from loopitr.data.sources import _Subset
-from loopitr.evaluation import evaluate_retrieval
 from loopitr.evaluation.graded import GradedMetrics, caption_pairs, reranked_first
-
-
-def evaluate(records, **options):
-    return evaluate_retrieval(tiny_model(), tiny_processor(), records, num_workers=0, progress=False, **options)
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -82,7 +77,7 @@ def test_candidates_come_before_the_rest():
 
 def test_an_evaluation_of_scenes_reports_them():
     records = SceneRecords("test", 24, image_size=32)
-    result = evaluate(records, rerank=4, max_images=20)
+    result = evaluate(tiny_model(), records, rerank=4, max_images=20)
     json, lines = result.to_json()["graded"], result.table().splitlines()
     assert [*json] == ["dual", "match", "match_plus_similarity"]
     for name, head in (("dual", "dual"), ("match", "match"), ("match_plus_similarity", "match + similarity")):
@@ -91,11 +86,17 @@ def test_an_evaluation_of_scenes_reports_them():
         # a caption has one image of its own scene here
         assert 100 * json[name]["map_at_r"]["t2i"] == pytest.approx(result.rankings[name].metrics()["t2i"]["r1"])
         assert f"- {head}: {result.graded[name].line()}" in lines
-    assert evaluate(records, rerank=24 * 4).graded["match"].ndcg != evaluate(records, rerank=0).graded["dual"].ndcg
+    assert (
+        evaluate(tiny_model(), records, rerank=24 * 4).graded["match"].ndcg
+        != evaluate(tiny_model(), records, rerank=0).graded["dual"].ndcg
+    )
 
 
 def test_only_ground_truth_is_reported_and_only_where_it_is_asked_for():
-    for result in (evaluate(tiny_records(), rerank=0), evaluate(SceneRecords("test", 8), rerank=0, graded=False)):
+    for result in (
+        evaluate(tiny_model(), tiny_records(), rerank=0),
+        evaluate(tiny_model(), SceneRecords("test", 8), rerank=0, graded=False),
+    ):
         assert result.graded == {} and "graded" not in result.to_json() and "nDCG" not in result.table()
 
 
@@ -108,5 +109,5 @@ class OneBroken(SceneRecords):
 def test_an_unreadable_image_is_left_out():
     scenes = OneBroken("test", 12, image_size=32)
     readable = _Subset(scenes, [index for index in range(12) if index != 3])
-    found = evaluate(scenes, rerank=2, max_skipped_fraction=0.1)
-    assert found.num_images == 11 and found.graded == evaluate(readable, rerank=2).graded
+    found = evaluate(tiny_model(), scenes, rerank=2, max_skipped_fraction=0.1)
+    assert found.num_images == 11 and found.graded == evaluate(tiny_model(), readable, rerank=2).graded

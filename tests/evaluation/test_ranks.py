@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 from helpers.rank_processes import RANKS, join, leave, start_ranks
 from helpers.support import tiny_model
-from helpers.tiny_gallery import captions, jpeg, tiny_processor, tiny_records
+from helpers.tiny_gallery import captions, evaluate, jpeg, tiny_records
 
 from loopitr import TextState
 from loopitr.data import LoadReport, Record, SceneRecords
 from loopitr.distributed import each_rank, first_rank, rank
-from loopitr.evaluation import evaluate_retrieval
 
 
 def broken(name: str) -> Record:
@@ -60,8 +59,8 @@ def counted(records: Sequence[Record], options: dict[str, Any]) -> tuple[dict[st
     model.dual.vision.register_forward_pre_hook(lambda _, args: work.update(images=len(args[0])))
     score = model.score_pairs
     model.score_pairs = lambda *args, **kwargs: work.update(pairs=len(args[2])) or score(*args, **kwargs)
-    given = {"rerank": 4, "num_workers": 0, "progress": False, "batch_size": 3, **options}
-    result = evaluate_retrieval(model, tiny_processor(), records, report=report, **given)
+    given = {"rerank": 4, "batch_size": 3, **options}
+    result = evaluate(model, records, report=report, **given)
     json = {name: value for name, value in result.to_json().items() if name not in ("seconds", "pairs_per_second")}
     ranks = {name: [ranking.i2t.tolist(), ranking.t2i.tolist()] for name, ranking in result.rankings.items()}
     told = {"counts": report.counts, "names": report.names, "gallery": result.skipped.summary()}
@@ -95,8 +94,7 @@ def overflowing_on_rank_1() -> Any:
         return replace(state, tokens=state.tokens * (1e6 if rank() == 1 else 1))
 
     model.encode_texts = encode_texts
-    options = {"rerank": 2, "num_workers": 0, "progress": False, "token_dtype": "fp16"}
-    return evaluate_retrieval(model, tiny_processor(), tiny_records(4), **options)
+    return evaluate(model, tiny_records(4), rerank=2, token_dtype="fp16")
 
 
 def worker(index: int, folder: Path) -> None:

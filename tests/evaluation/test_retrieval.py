@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.support import plain_score, tiny_model
-from helpers.tiny_gallery import captions, jpeg, picture, tiny_processor, tiny_records
+from helpers.tiny_gallery import captions, evaluate, jpeg, picture, tiny_processor, tiny_records
 
 from loopitr.data import DataError, LoadReport, Record, TokenCache
-from loopitr.evaluation import Ranking, evaluate_retrieval, evaluation_transform
+from loopitr.evaluation import Ranking, evaluation_transform
 from loopitr.evaluation.storage import TokenStorage
 from loopitr.evaluation.text_tokens import TextTokens
 
@@ -17,10 +17,6 @@ KEYS = {"num_images", "num_captions", "k", "dual", "match", "match_plus_similari
     "pairs_per_second"
 }
 HEADS = ("dual", "match", "match_plus_similarity")
-
-
-def evaluate(model, records, **kwargs):
-    return evaluate_retrieval(model, tiny_processor(), records, **{"num_workers": 0, "progress": False, **kwargs})
 
 
 def all_scores(model, records):
@@ -281,7 +277,7 @@ def test_a_caption_longer_than_the_text_backbone_takes_is_cut_and_counted():
     records = tiny_records(3)
     records[0] = replace(records[0], captions=("a red circle " * 20, "a red circle"))
     model = tiny_model()
-    result = evaluate_retrieval(model, tiny_processor(max_length=100), records, rerank=2, num_workers=0, progress=False)
+    result = evaluate(model, records, rerank=2, processor=tiny_processor(max_length=100))
     assert result.truncated == 1 == result.to_json()["truncated_captions"]
     assert evaluate(model, tiny_records(3), rerank=2).truncated == 0
 

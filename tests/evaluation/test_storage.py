@@ -14,10 +14,10 @@ import psutil
 import pytest
 import torch
 from helpers.support import tiny_model
-from helpers.tiny_gallery import tiny_processor, tiny_records
+from helpers.tiny_gallery import evaluate, tiny_records
 
 from loopitr.data import DataError
-from loopitr.evaluation import evaluate_retrieval, retrieval
+from loopitr.evaluation import retrieval
 from loopitr.evaluation.storage import TokenStorage, TokenStore
 
 CPU = torch.device("cpu")
@@ -29,8 +29,8 @@ def scores(monkeypatch, model=None, records=None, **options):
     score = retrieval.score_candidates
     with monkeypatch.context() as patch:
         patch.setattr(retrieval, "score_candidates", lambda *a, **k: seen.append(score(*a, **k)) or seen[-1])
-        given = {"rerank": 4, "num_workers": 0, "progress": False, "image_block": 4, "pair_block": 7, **options}
-        evaluate_retrieval(model or tiny_model(), tiny_processor(), records or tiny_records(), **given)
+        given = {"rerank": 4, "image_block": 4, "pair_block": 7, **options}
+        evaluate(model or tiny_model(), records or tiny_records(), **given)
     (found,) = seen
     return found
 
