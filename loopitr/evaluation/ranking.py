@@ -42,17 +42,13 @@ class Ranking:
         num_images, num_captions = similarity.shape
         _refuse_nan(similarity)
         owner = _checked_owner(caption_to_image, num_images).to(similarity.device)  # [T]
-        own = similarity[owner, torch.arange(num_captions, device=owner.device)]  # [T]
-        best = own.new_full((num_images,), -torch.inf).scatter_reduce(0, owner, own, "amax")  # [I]
-        # counting who is at least as high needs no I x T table of sorted indices
-        image_ahead, text_ahead = [], torch.zeros_like(owner)
+        row = torch.arange(num_images, device=owner.device)[:, None]  # [I, 1]
+        ranks = BlockRanks(num_captions, like=similarity)
         for rows in _row_blocks(similarity):
-            image_ahead.append((similarity[rows] >= best[rows, None]).sum(1))  # [rows]
-            text_ahead += (similarity[rows] >= own).sum(0)  # [T] counts the own image too
-        # own captions as high as the best one are right answers too: not ahead of it
-        tied_own = torch.bincount(owner[own == best[owner]], minlength=num_images)  # [I]
-        image_ranks = torch.cat(image_ahead) - tied_own + 1  # [I]
-        return cls(i2t=image_ranks[owner.unique()].double(), t2i=text_ahead.double())
+            ranks.first_pass(similarity[rows], owner == row[rows])
+        for rows in _row_blocks(similarity):
+            ranks.second_pass(similarity[rows], owner == row[rows])
+        return cls(i2t=ranks.of_images()[owner.unique()], t2i=ranks.of_texts())
 
     @classmethod
     def from_candidates(
@@ -105,15 +101,57 @@ class Ranking:
         return {"i2t": _percent(self.i2t.isfinite()), "t2i": _percent(self.t2i.isfinite())}
 
 
+class BlockRanks:
+    """Counts the ranks of Ranking over blocks `[b, T]` of the images' rows, in two passes over all of them.
+
+    Counting who scores at least as high as the best right answer needs no table of sorted indices `[I, T]`. A caption's
+    best image is known after the first pass, so that only the second can count who is ahead of it.
+    """
+
+    def __init__(self, num_texts: int, *, like: Tensor) -> None:
+        """`like` has the type and the device of the similarities."""
+        self._best_image = like.new_full((num_texts,), -torch.inf)  # [T] similarity of each caption's best right image
+        self._images: list[Tensor] = []
+        self._texts = torch.ones(num_texts, dtype=torch.int64, device=like.device)  # [T]
+
+    def first_pass(self, similarity: Tensor, right: Tensor) -> None:
+        """similarity and which answers are right, of consecutive images: `[b, T]`."""
+        self._best_image = torch.maximum(self._best_image, _best_right(similarity, right, dim=0))
+        best_text = _best_right(similarity, right, dim=1)[:, None]  # [b, 1]
+        self._images.append(1 + _count_ahead(similarity, right, best_text, dim=1))  # [b]
+
+    def second_pass(self, similarity: Tensor, right: Tensor) -> None:
+        """The same blocks again."""
+        self._texts += _count_ahead(similarity, right, self._best_image, dim=0)
+
+    def of_images(self) -> Tensor:
+        """`[I]` float64: the rank of each image's best right caption."""
+        return torch.cat(self._images).double()
+
+    def of_texts(self) -> Tensor:
+        """`[T]` float64: the rank of each caption's best right image."""
+        return self._texts.double()
+
+
 def candidate_ranks(scores: Tensor, relevant: Tensor, valid: Tensor) -> Tensor:
     """Rank of the best relevant candidate of each list, inf where there is none. All `[Q, k]` -> `[Q]` float64."""
     _check_rows(scores=scores, relevant=relevant, valid=valid)
     scores = scores.masked_fill(~valid, -torch.inf)
     _refuse_nan(scores)
     relevant = relevant & valid
-    best = scores.masked_fill(~relevant, -torch.inf).amax(-1, keepdim=True)  # [Q, 1]
-    ranks = 1.0 + (valid & ~relevant & (scores >= best)).sum(-1).double()  # [Q]
+    best = _best_right(scores, relevant, dim=1)[:, None]  # [Q, 1]
+    ranks = 1.0 + _count_ahead(scores, relevant | ~valid, best, dim=1).double()  # [Q]
     return ranks.masked_fill(~relevant.any(-1), torch.inf)
+
+
+def _best_right(scores: Tensor, right: Tensor, *, dim: int) -> Tensor:
+    """The highest right score along `dim`; -inf where nothing is right."""
+    return scores.masked_fill(~right, -torch.inf).amax(dim)
+
+
+def _count_ahead(scores: Tensor, right: Tensor, best: Tensor, *, dim: int) -> Tensor:
+    """How many wrong candidates score at least as high as `best`: ties count against the model."""
+    return ((scores >= best) & ~right).sum(dim)
 
 
 def recall_at_k(ranks: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
