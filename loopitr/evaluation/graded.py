@@ -77,8 +77,8 @@ class GradedMetrics:
 def grade(
     image_embeds: Tensor,
     text_embeds: Tensor,
-    found: Nearest,
-    candidates: Mapping[str, CandidateScores],
+    candidates: Nearest,
+    reranked: Mapping[str, CandidateScores],
     *,
     relevance: Tensor,
     caption_rows: Tensor,
@@ -87,16 +87,16 @@ def grade(
 
     Args:
         image_embeds: `[I, E]`; text_embeds: `[T, E]`.
-        found: the candidates that were reranked; `candidates` has their scores by name.
+        candidates: what was reranked; `reranked` has their scores by name.
         relevance: `[I, I]`; caption_rows: `[T]`, as for `GradedMetrics.from_scores`.
     """
     with torch.autocast("cpu", enabled=False):
         similarity = image_embeds.float() @ text_embeds.float().T  # [I, T]
     truth = {"relevance": relevance, "caption_rows": caption_rows}
     graded = {"dual": GradedMetrics.from_scores(similarity, similarity.T, **truth)}
-    for name, scores in candidates.items():
-        image_scores = reranked_first(similarity, found.captions, scores.captions)
-        text_scores = reranked_first(similarity.T, found.images, scores.images)
+    for name, scores in reranked.items():
+        image_scores = reranked_first(similarity, candidates.captions, scores.captions)
+        text_scores = reranked_first(similarity.T, candidates.images, scores.images)
         graded[name] = GradedMetrics.from_scores(image_scores, text_scores, **truth)
     return graded
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .ranking import BlockRanks, Ranking
 
-BLOCK_ELEMENTS = 2**23  # similarities at a time; masks and sorts of this size come on top
+BLOCK_ELEMENTS = 2**23  # similarities that are held at a time; masks and sorts of this size come on top
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ def nearest(
     captions, caption_similarity = [], []
     images = text_identities.new_zeros(num_texts, 0)
     image_similarity = text_embeds.new_zeros(num_texts, 0)
-    for rows, similarity, own in blocks():
-        ranks.first_pass(similarity, own)
+    for rows, similarity, right in blocks():
+        ranks.first_pass(similarity, right)
         top = similarity.topk(min(k, num_texts), dim=1)
         captions.append(top.indices)
         caption_similarity.append(top.values)
@@ -70,8 +70,8 @@ def nearest(
         indices = torch.cat([images, top.indices + rows.start], 1)
         merged = values.topk(min(k, values.shape[1]), dim=1)
         images, image_similarity = indices.gather(1, merged.indices), merged.values
-    for _, similarity, own in blocks():  # the same products again
-        ranks.second_pass(similarity, own)
+    for _, similarity, right in blocks():  # The same products are computed again instead of being kept.
+        ranks.second_pass(similarity, right)
     return Nearest(
         ranking=Ranking(i2t=ranks.of_images().cpu(), t2i=ranks.of_texts().cpu()),
         captions=torch.cat(captions).cpu(),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK_ELEMENTS = 2**24  # scores looked at at a time: bounds the memory of masks and sorts
+BLOCK_ELEMENTS = 2**24  # scores that one step looks at: this bounds the memory of masks and sorts
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Ranking:
     def from_scores(cls, similarity: Tensor, caption_to_image: Tensor) -> Ranking:
         """Ranks everything: similarity `[I, T]`, caption_to_image `[T]` int, the row of each caption's own image.
 
-        An image without a caption is a distractor: it is searched, but it is no query.
+        An image without a caption is a distractor: captions are compared with it, but it is no query.
         """
         if similarity.dim() != 2 or caption_to_image.shape != similarity.shape[1:]:
             shapes = tuple(similarity.shape), tuple(caption_to_image.shape)
@@ -173,8 +173,8 @@ def ndcg(scores: Tensor, relevance: Tensor, k: int | None = None) -> float:
     for rows in _row_blocks(scores):
         gains = relevance[rows].double()
         ideal = (gains.topk(depth, dim=-1).values / discount).sum(-1)  # [rows]
-        found = (_ranked(scores[rows], gains)[:, :depth] / discount).sum(-1)  # [rows]
-        values.append((found / ideal)[ideal > 0])
+        gain = (_ranked(scores[rows], gains)[:, :depth] / discount).sum(-1)  # [rows]
+        values.append((gain / ideal)[ideal > 0])
     return _mean(values)
 
 
@@ -256,7 +256,7 @@ def _check_rows(**tensors: Tensor) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if len(set(shapes.values())) != 1 or any(len(shape) != 2 or 0 in shape for shape in shapes.values()):
         raise ValueError(f"expected non-empty tensors of one shape [Q, C], got {shapes}")
-    if "valid" not in tensors:  # slots outside `valid` may hold anything: the caller looks after masking them
+    if "valid" not in tensors:  # Slots outside `valid` may hold anything: the caller looks for NaN after masking them.
         _refuse_nan(tensors["scores"])
 
 
@@ -269,11 +269,11 @@ def _checked_depth(k: int | None, size: int) -> int:
 def _percent(hits: Tensor) -> float:
     if hits.numel() == 0:
         raise ValueError("expected at least one query, got none")
-    return 100.0 * hits.sum().item() / hits.numel()  # the exact count: 0.7 and not 0.7000000000000001
+    return 100.0 * hits.sum().item() / hits.numel()  # dividing the exact count gives 0.7 and not 0.7000000000000001
 
 
 def _median(ranks: Tensor) -> float:
-    # mean of the two middle ranks, which `Tensor.median` is not, and without inf - inf, which `quantile` computes
+    # This is the mean of the two middle ranks, which `Tensor.median` is not. `quantile` would compute inf - inf.
     ordered = ranks.sort().values
     low, high = ordered[(len(ranks) - 1) // 2].item(), ordered[len(ranks) // 2].item()
     return (low + high) / 2

@@ -1,4 +1,4 @@
-"""What a retrieval evaluation found, as JSON and as Markdown."""
+"""The outcome of a retrieval evaluation, as JSON and as Markdown."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from loopitr.data import LoadReport
 from .graded import GradedMetrics
 from .ranking import Ranking
 
-HEADS = {"dual": "dual", "match": "match", "match_plus_similarity": "match + similarity"}  # and their row names
+HEADS = {
+    "dual": "dual",
+    "match": "match",
+    "match_plus_similarity": "match + similarity",
+}  # and their names in the table
 KS = (1, 5, 10)
 
 
@@ -20,10 +24,14 @@ KS = (1, 5, 10)
 class RetrievalResult:
     """Recalls of each head, and what they cost.
 
-    `rankings` has `dual` and, where `k > 0`, `match` and `match_plus_similarity`. `seconds`: encode, rank, rerank,
-    total. `num_pairs`: pairs scored by the fusion head, each once. `skipped`: what was searched and what was left out.
-    `truncated`: captions longer than the text backbone takes, of which only the beginning counted. `graded`: as
-    `rankings`, empty where the records have no graded relevance.
+    Attributes:
+        k: candidates per query that were reranked; 0: the dual encoder alone.
+        rankings: `dual` and, where `k > 0`, `match` and `match_plus_similarity`.
+        num_pairs: pairs scored by the fusion head, each once.
+        seconds: encode, rank, rerank, total.
+        skipped: how much was evaluated on and what was left out.
+        truncated: captions longer than the text backbone takes, of which only the beginning counted.
+        graded: the metrics of each of the rankings; empty where the records have no graded relevance.
     """
 
     num_images: int

@@ -15,7 +15,7 @@ from loopitr.distributed import each_rank, first_rank, rank, world_size
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.processing import LoopITRProcessor
 
-from .gallery import account, evaluation_transform, gallery
+from .gallery import account, build_gallery, evaluation_transform
 from .graded import grade
 from .image_tokens import ImageTokens
 from .nearest import nearest
@@ -102,36 +102,38 @@ def evaluate_retrieval(
     progress = progress and rank() == 0
     with _evaluating(model), torch.inference_mode():
         # An image without captions is not worth decoding, and captions of an unreadable one not worth encoding.
-        captioned = gallery(records, range(count), skipped, captions_per_image=options.captions_per_image).positions
+        captioned = build_gallery(
+            records, range(count), skipped, captions_per_image=options.captions_per_image
+        ).positions
         own_images = [captioned[index] for index in _share(len(captioned))]
         encoded = each_rank(lambda: images.encode(own_images, storage=storage, progress=progress))
         for position, reason in (failure for part in encoded for failure in part.failed):
             skipped.skip(f"unreadable image: {reason}", name_of(records, position))
         readable = [position for part in encoded for position in part.positions]
-        searched = gallery(records, readable, LoadReport(), captions_per_image=options.captions_per_image)
-        account(skipped, report, searched, count, options.max_skipped_fraction)
+        gallery = build_gallery(records, readable, LoadReport(), captions_per_image=options.captions_per_image)
+        account(skipped, report, gallery, count, options.max_skipped_fraction)
         texts = TextTokens(
-            model if rerank else dual, processor, searched.captions, batch_size=options.batch_size, storage=storage
+            model if rerank else dual, processor, gallery.captions, batch_size=options.batch_size, storage=storage
         )
-        own_texts = torch.tensor(_share(len(searched.captions)), dtype=torch.int64)
+        own_texts = torch.tensor(_share(len(gallery.captions)), dtype=torch.int64)
         text_parts = each_rank(lambda: texts.encode(own_texts, progress=progress))
         texts.embeds = torch.cat(text_parts).to(clock.device)  # [T, E]
         clock.lap("encode")
         image_embeds = torch.cat([part.embeds for part in encoded])  # [I, E] on the CPU
-        found = first_rank(  # which all ranks then go by
+        candidates = first_rank(  # all ranks use its candidates, so that they agree on the pairs
             lambda: nearest(
                 image_embeds.to(clock.device),
                 texts.embeds,
-                searched.image_identities.to(clock.device),
-                searched.text_identities.to(clock.device),
+                gallery.image_identities.to(clock.device),
+                gallery.text_identities.to(clock.device),
                 k=max(1, rerank),
             )
         )
         clock.lap("rank")
-        rankings, num_pairs = {"dual": found.ranking}, 0
-        candidates: dict[str, CandidateScores] = {}
+        rankings, num_pairs = {"dual": candidates.ranking}, 0
+        reranked: dict[str, CandidateScores] = {}
         if rerank and isinstance(model, LoopITRModel):
-            pairs = candidate_pairs(found)
+            pairs = candidate_pairs(candidates)
             before = sum(len(part.positions) for part in encoded[: rank()])
             score = partial(
                 _score_own,
@@ -145,11 +147,11 @@ def evaluate_retrieval(
                 progress=progress,
             )
             scores = torch.cat(each_rank(score))  # [P]
-            candidates = candidate_scores(found, pairs, scores, scale=float(dual.scale))
-            rankings.update(rerank_candidates(found, candidates, searched))
+            reranked = candidate_scores(candidates, pairs, scores, scale=float(dual.scale))
+            rankings.update(rerank_candidates(candidates, reranked, gallery))
             num_pairs = len(pairs)
         clock.lap("rerank")
-        relevance = relevance_of(records, searched.positions) if options.graded else None
+        relevance = relevance_of(records, gallery.positions) if options.graded else None
         measured = {}
         if relevance is not None:
             measured = first_rank(
@@ -157,15 +159,15 @@ def evaluate_retrieval(
                     grade,
                     image_embeds,
                     texts.embeds.cpu(),
-                    found,
                     candidates,
+                    reranked,
                     relevance=relevance,
-                    caption_rows=searched.caption_rows,
+                    caption_rows=gallery.caption_rows,
                 )
             )
     return RetrievalResult(
-        num_images=len(searched.positions),
-        num_captions=len(searched.captions),
+        num_images=len(gallery.positions),
+        num_captions=len(gallery.captions),
         k=rerank,
         rankings=rankings,
         num_pairs=num_pairs,

@@ -109,16 +109,18 @@ def _map(folder: Path, size: int, dtype: str) -> Tensor:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = tempfile.NamedTemporaryFile(dir=folder, prefix="loopitr-tokens-")
+        file = tempfile.NamedTemporaryFile(dir=folder, prefix="loopitr-tokens-")  # noqa: SIM115 (closed by `with` below)
     except OSError as error:
         raise DataError(f"token_folder {folder} cannot be written to: {error}") from error
     with file:
         if size > (free := _free_disk(folder)):
             raise DataError(_no_room(str(folder), size, free))
-        if hasattr(os, "posix_fallocate"):  # writing a map beyond the disk's end kills the process without a word
+        if hasattr(
+            os, "posix_fallocate"
+        ):  # Writing to a map when the disk is full kills the process without a message.
             try:
                 os.posix_fallocate(file.fileno(), 0, size)
-            except OSError as error:  # another process was faster
+            except OSError as error:  # another process used the room first
                 raise DataError(f"{_no_room(str(folder), size, _free_disk(folder))} ({error.strerror})") from error
         return torch.from_file(file.name, shared=True, size=size // DTYPES[dtype].itemsize, dtype=DTYPES[dtype])
 

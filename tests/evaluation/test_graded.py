@@ -45,23 +45,23 @@ SCORES = torch.tensor([[0.9, 0.2, 0.5], [0.1, 0.4, 0.8]])  # caption 1 is nearer
 
 
 def test_metrics_of_a_written_out_example():
-    found = GradedMetrics.from_scores(SCORES, SCORES.T, relevance=RELEVANCE, caption_rows=ROWS)
+    metrics = GradedMetrics.from_scores(SCORES, SCORES.T, relevance=RELEVANCE, caption_rows=ROWS)
     second, third, grade = 1 / math.log2(3), 1 / math.log2(4), 3 / 7
     image_0 = (1 + grade * second + third) / (1 + second + grade * third)  # in the order 0, 2, 1
     image_1 = 1  # in the order 2, 1, 0
-    assert found.ndcg["i2t"] == pytest.approx((image_0 + image_1) / 2)
+    assert metrics.ndcg["i2t"] == pytest.approx((image_0 + image_1) / 2)
     caption_1 = (grade + second) / (1 + grade * second)
-    assert found.ndcg["t2i"] == pytest.approx((1 + caption_1 + 1) / 3)
-    assert found.map_at_r["i2t"] == pytest.approx((1 / 2 + 1) / 2)
-    assert found.map_at_r["t2i"] == pytest.approx(2 / 3)
+    assert metrics.ndcg["t2i"] == pytest.approx((1 + caption_1 + 1) / 3)
+    assert metrics.map_at_r["i2t"] == pytest.approx((1 / 2 + 1) / 2)
+    assert metrics.map_at_r["t2i"] == pytest.approx(2 / 3)
     # captions 0 and 1 rank the two images the other way round: nothing shared at depth 1, everything at depth 2
-    assert (found.overlap, found.jaccard) == (0.5, 1.0)
-    assert "mAP@R i2t 0.750, t2i 0.667; paraphrases' overlap@10 0.500, Jaccard@10 1.000" in found.line()
+    assert (metrics.overlap, metrics.jaccard) == (0.5, 1.0)
+    assert "mAP@R i2t 0.750, t2i 0.667; paraphrases' overlap@10 0.500, Jaccard@10 1.000" in metrics.line()
 
 
 def test_one_caption_per_image_has_no_paraphrases():
-    found = GradedMetrics.from_scores(SCORES[:, 1:], SCORES[:, 1:].T, relevance=RELEVANCE, caption_rows=ROWS[1:])
-    assert found.overlap is found.jaccard is None and "paraphrases" not in found.line()
+    metrics = GradedMetrics.from_scores(SCORES[:, 1:], SCORES[:, 1:].T, relevance=RELEVANCE, caption_rows=ROWS[1:])
+    assert metrics.overlap is metrics.jaccard is None and "paraphrases" not in metrics.line()
 
 
 def test_every_two_captions_of_an_image_are_a_pair_once():
@@ -109,5 +109,5 @@ class OneBroken(SceneRecords):
 def test_an_unreadable_image_is_left_out():
     scenes = OneBroken("test", 12, image_size=32)
     readable = _Subset(scenes, [index for index in range(12) if index != 3])
-    found = evaluate(tiny_model(), scenes, rerank=2, max_skipped_fraction=0.1)
-    assert found.num_images == 11 and found.graded == evaluate(tiny_model(), readable, rerank=2).graded
+    result = evaluate(tiny_model(), scenes, rerank=2, max_skipped_fraction=0.1)
+    assert result.num_images == 11 and result.graded == evaluate(tiny_model(), readable, rerank=2).graded

@@ -48,13 +48,13 @@ FAILING: dict[str, tuple[list[Record], dict[str, Any]]] = {
 }
 
 
-def found(records: Sequence[Record], options: dict[str, Any]) -> dict[str, Any]:
+def figures_of(records: Sequence[Record], options: dict[str, Any]) -> dict[str, Any]:
     """All of a result but its seconds."""
     return counted(records, options)[0]
 
 
 def counted(records: Sequence[Record], options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
-    """`found`, and how many images this process encoded and how many pairs it scored."""
+    """`figures_of`, and how many images this process encoded and how many pairs it scored."""
     model, report, work = tiny_model(), LoadReport(), Counter[str]()
     model.dual.vision.register_forward_pre_hook(lambda _, args: work.update(images=len(args[0])))
     score = model.score_pairs
@@ -63,8 +63,8 @@ def counted(records: Sequence[Record], options: dict[str, Any]) -> tuple[dict[st
     result = evaluate(model, records, report=report, **given)
     json = {name: value for name, value in result.to_json().items() if name not in ("seconds", "pairs_per_second")}
     ranks = {name: [ranking.i2t.tolist(), ranking.t2i.tolist()] for name, ranking in result.rankings.items()}
-    told = {"counts": report.counts, "names": report.names, "gallery": result.skipped.summary()}
-    return {"json": json, "ranks": ranks, **told}, dict(work)
+    skips = {"counts": report.counts, "names": report.names, "gallery": result.skipped.summary()}
+    return {"json": json, "ranks": ranks, **skips}, dict(work)
 
 
 def error_of(call: Any) -> str:
@@ -101,7 +101,7 @@ def worker(index: int, folder: Path) -> None:
     join(index, folder)
     results: dict[str, Any] = {name: counted(*case) for name, case in CASES.items()}
     for name, case in FAILING.items():
-        results[name] = error_of(lambda: found(*case))
+        results[name] = error_of(lambda: figures_of(*case))
     results["overflow"] = error_of(overflowing_on_rank_1)
     results["each"] = each_rank(lambda: 10 + rank())
     results["first"] = first_rank(lambda: 10 + rank())
@@ -130,7 +130,7 @@ def test_every_rank_returns_what_one_process_does(ranks, name):
 
 @pytest.mark.parametrize("name", FAILING)
 def test_every_rank_raises_what_one_process_does(ranks, name):
-    expected = error_of(lambda: found(*FAILING[name]))
+    expected = error_of(lambda: figures_of(*FAILING[name]))
     assert expected.startswith("DataError: ") and ".jpg" in expected
     assert [result[name] for result in ranks] == [expected] * RANKS
 

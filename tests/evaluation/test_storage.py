@@ -31,25 +31,25 @@ def scores(monkeypatch, model=None, records=None, **options):
         patch.setattr(retrieval, "score_candidates", lambda *a, **k: seen.append(score(*a, **k)) or seen[-1])
         given = {"rerank": 4, "image_block": 4, "pair_block": 7, **options}
         evaluate(model or tiny_model(), records or tiny_records(), **given)
-    (found,) = seen
-    return found
+    (match_scores,) = seen
+    return match_scores
 
 
 @pytest.mark.parametrize("style", ["late", "shared"])
 def test_wherever_tokens_wait_the_scores_are_the_same(monkeypatch, tmp_path, style):
     expected = scores(monkeypatch, tiny_model(style=style), token_storage="memory")
     for kind in ("disk", "recompute", "auto"):
-        found = scores(monkeypatch, tiny_model(style=style), token_storage=kind, token_folder=tmp_path)
-        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+        kept = scores(monkeypatch, tiny_model(style=style), token_storage=kind, token_folder=tmp_path)
+        torch.testing.assert_close(kept, expected, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["memory", "disk"])
 @pytest.mark.parametrize(("dtype", "error"), [("fp16", 2e-3), ("bf16", 2e-2)])
 def test_half_precision_is_close(monkeypatch, kind, dtype, error):
     expected = scores(monkeypatch, token_storage=kind)
-    found = scores(monkeypatch, token_storage=kind, token_dtype=dtype)
-    torch.testing.assert_close(found, expected, atol=error, rtol=error)
-    assert not torch.equal(found, expected)
+    kept = scores(monkeypatch, token_storage=kind, token_dtype=dtype)
+    torch.testing.assert_close(kept, expected, atol=error, rtol=error)
+    assert not torch.equal(kept, expected)
 
 
 @pytest.mark.parametrize("folder", ["file", "file/new"])
