@@ -12,11 +12,8 @@ from loopitr.data import LoadReport
 from .graded import GradedMetrics
 from .ranking import Ranking
 
-HEADS = {
-    "dual": "dual",
-    "match": "match",
-    "match_plus_similarity": "match + similarity",
-}  # and their names in the table
+# By what candidates are ranked, and its name in the table.
+HEADS = {"dual": "dual", "match": "match", "match_plus_similarity": "match + similarity"}
 KS = (1, 5, 10)
 
 

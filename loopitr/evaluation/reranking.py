@@ -82,12 +82,10 @@ def candidate_scores(candidates: Nearest, pairs: Tensor, scores: Tensor, *, scal
     """
     images, texts = len(candidates.captions), len(candidates.images)
     keys = _keys(pairs[:, 0], pairs[:, 1], texts)
-    image_side = scores[
-        torch.searchsorted(keys, _keys(torch.arange(images)[:, None], candidates.captions, texts))
-    ]  # [I, k]
-    text_side = scores[
-        torch.searchsorted(keys, _keys(candidates.images, torch.arange(texts)[:, None], texts))
-    ]  # [T, k]
+    caption_keys = _keys(torch.arange(images)[:, None], candidates.captions, texts)  # [I, k]
+    image_keys = _keys(candidates.images, torch.arange(texts)[:, None], texts)  # [T, k]
+    image_side = scores[torch.searchsorted(keys, caption_keys)]  # [I, k]
+    text_side = scores[torch.searchsorted(keys, image_keys)]  # [T, k]
     return {
         "match": CandidateScores(image_side, text_side),
         "match_plus_similarity": CandidateScores(
