@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from loopitr.building.folders import load
     from loopitr.data.records import Record
     from loopitr.data.sources import load_records
+    from loopitr.evaluation.options import EvaluationOptions
     from loopitr.evaluation.retrieval import evaluate_retrieval
     from loopitr.export.dual import export_dual
     from loopitr.models.config import DualEncoderConfig, LoopITRConfig
@@ -56,6 +57,7 @@ _MODULES = {
     "DualEncoder": "loopitr.models.dual_encoder",
     "DualEncoderConfig": "loopitr.models.config",
     "DualOutput": "loopitr.models.outputs",
+    "EvaluationOptions": "loopitr.evaluation.options",
     "FrozenContrast": "loopitr.objective.terms",
     "ImageState": "loopitr.models.outputs",
     "LoopITRConfig": "loopitr.models.config",

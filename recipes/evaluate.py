@@ -2,6 +2,7 @@
 
 Recall@1/5/10 in both directions, by the dual head alone and with its best candidates reranked. RUN is a run folder, an
 exported dual encoder (with `--rerank 0`) or a hub id. Without a data source: the built-in scenes' test split.
+For scenes, whose ground truth is exact, also nDCG@10, mAP@R and how stable rankings are between paraphrases.
 `--output metrics.json` keeps the figures; `--help` shows every option. `accelerate launch --num_processes 8
 recipes/evaluate.py ...` (`--cpu`: without a GPU) gives the same figures sooner.
 """
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from loopitr.building.folders import Saved
     from loopitr.data import TokenCache
+    from loopitr.evaluation.options import EvaluationOptions
 
 
 @dataclass
@@ -76,6 +78,7 @@ def main() -> None:
     device = _device(options.device, state)
     if options.output is not None:
         first_rank(partial(check_output_file, options.output))
+    evaluation = _evaluation(options)
     report = LoadReport()
     records = _records(options.data, report)
     state.print(f"{options.data.split}: {report.summary()}")
@@ -84,23 +87,7 @@ def main() -> None:
     with state.main_process_first():
         tokens = _tokens(options.data, saved, records, device, progress=state.is_main_process)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=options.precision == "bf16"):
-        result = evaluate_retrieval(
-            saved.model,
-            saved.processor,
-            records,
-            rerank=options.rerank,
-            batch_size=options.batch_size,
-            num_workers=options.data.num_workers,
-            image_block=options.image_block,
-            pair_block=options.pair_block,
-            tokens=tokens,
-            token_storage=options.token_storage,
-            token_dtype=options.token_dtype,
-            token_folder=options.token_folder,
-            captions_per_image=options.captions_per_image,
-            max_images=options.max_images,
-            max_skipped_fraction=options.data.max_skipped_fraction,
-        )
+        result = evaluate_retrieval(saved.model, saved.processor, records, evaluation, tokens=tokens)
     state.print(f"\n{result.table()}\n")
     if options.output is not None and state.is_main_process:
         path = Path(options.output)
@@ -122,6 +109,23 @@ def _device(name: str | None, state: "PartialState") -> "torch.device":
     if state.num_processes > 1 and name not in (None, state.device.type):
         raise ValueError(f"device {name!r}: {state.num_processes} processes have a {state.device.type} each")
     return usable_device(name if name and state.num_processes == 1 else str(state.device))
+
+
+def _evaluation(options: EvaluateOptions) -> "EvaluationOptions":
+    from loopitr.evaluation.options import EvaluationOptions
+    from loopitr.evaluation.storage import TokenStorage
+
+    return EvaluationOptions(
+        rerank=options.rerank,
+        captions_per_image=options.captions_per_image,
+        max_images=options.max_images,
+        max_skipped_fraction=options.data.max_skipped_fraction,
+        batch_size=options.batch_size,
+        image_block=options.image_block,
+        pair_block=options.pair_block,
+        num_workers=options.data.num_workers,
+        token_storage=TokenStorage(options.token_storage, options.token_dtype, folder=options.token_folder),
+    )
 
 
 def _records(options: DataOptions, report: LoadReport) -> list[Record]:

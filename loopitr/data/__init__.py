@@ -18,7 +18,17 @@ if TYPE_CHECKING:
     from .image_cache import ImageCache
     from .images import UnreadableImage, decode_image
     from .karpathy import load_albef, load_karpathy
-    from .records import DataError, LazyRecords, LoadReport, Record, captions_of, identity_of, name_of, stable_hash
+    from .records import (
+        DataError,
+        LazyRecords,
+        LoadReport,
+        Record,
+        captions_of,
+        identity_of,
+        name_of,
+        relevance_of,
+        stable_hash,
+    )
     from .scenes import Scene, SceneObject, SceneRecords, relevance, scene_captions, scene_vocabulary
     from .sources import DataOptions, load_records
     from .table import load_table
@@ -59,6 +69,7 @@ _MODULES = {
     "name_of": ".records",
     "names_digest": ".cache_folder",
     "relevance": ".scenes",
+    "relevance_of": ".records",
     "scene_captions": ".scenes",
     "scene_vocabulary": ".scenes",
     "stable_hash": ".records",

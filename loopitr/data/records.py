@@ -8,9 +8,12 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from PIL import Image
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class DataError(ValueError):
@@ -52,6 +55,10 @@ class LazyRecords(Sequence[Record]):
     def caption_count(self, index: int) -> int:
         return len(self.captions(index))
 
+    def relevance(self, positions: Sequence[int]) -> Tensor | None:
+        """How much the images at `positions` (n) show of one another, `[n, n]` in [0, 1]; None where nobody knows."""
+        return None
+
     @overload
     def __getitem__(self, index: int) -> Record: ...
 
@@ -83,6 +90,11 @@ def identity_of(records: Sequence[Record], index: int) -> int:
 
 def name_of(records: Sequence[Record], index: int) -> str:
     return records.name(index) if isinstance(records, LazyRecords) else records[index].name
+
+
+def relevance_of(records: Sequence[Record], positions: Sequence[int]) -> Tensor | None:
+    """Graded relevance `[n, n]` among the images at `positions` (n), where the records have such ground truth."""
+    return records.relevance(positions) if isinstance(records, LazyRecords) else None
 
 
 @dataclass

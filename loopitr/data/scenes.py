@@ -11,12 +11,17 @@ import functools
 import itertools
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from .records import LazyRecords, Record
 from .rendering import render
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SIZES = ("small", "large")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "black")
@@ -174,7 +179,7 @@ def _groups() -> dict[str, tuple[tuple[int, ...], ...]]:
 
 
 def _with(triple: tuple[int, ...], position: int, value: int) -> tuple[int, ...]:
-    return triple[:position] + (value,) + triple[position + 1 :]
+    return (*triple[:position], value, *triple[position + 1 :])
 
 
 def _one_attribute_away(code: int) -> list[int]:
@@ -249,6 +254,20 @@ class SceneRecords(LazyRecords):
     def scene(self, index: int) -> Scene:
         """The exact content of image `index`, in canonical form."""
         return _scene(self.identity(index))
+
+    def relevance(self, positions: Sequence[int]) -> Tensor:
+        """The function `relevance` between all of the scenes at `positions` (n): `[n, n]` float32."""
+        import torch  # here, so that options can be read without torch
+
+        codes = [_decode(self.identity(position)) for position in positions]
+        facts = torch.tensor([[axis, *first, *second] for axis, first, second in codes]).view(-1, 7)  # [n, 7]
+        crossed = facts[:, [0, 4, 5, 6, 1, 2, 3]]  # each scene's objects exchanged
+        counts = torch.zeros(2, len(facts), len(facts))  # of shared facts, straight and crossed
+        for fact in range(7):
+            counts[0] += facts[:, None, fact] == facts[None, :, fact]
+        for fact in range(1, 7):  # a canonical relation is never the inverse of another: no relation is shared
+            counts[1] += facts[:, None, fact] == crossed[None, :, fact]
+        return counts.amax(0) / 7
 
     def paraphrases(self, index: int) -> tuple[str, ...]:
         return scene_captions(self.scene(index))

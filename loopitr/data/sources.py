@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from .hub import HubRecords, HubStream, load_hub
 from .karpathy import join_lists, load_albef, load_karpathy
-from .records import DataError, LazyRecords, LoadReport, Record, captions_of, identity_of, name_of, stable_hash
+from .records import (
+    DataError,
+    LazyRecords,
+    LoadReport,
+    Record,
+    captions_of,
+    identity_of,
+    name_of,
+    relevance_of,
+    stable_hash,
+)
 from .scenes import SPLITS, SceneRecords
 from .table import load_table, table_columns
 
@@ -183,6 +193,9 @@ class _Subset(LazyRecords):
 
     def name(self, index: int) -> str:
         return name_of(self.records, self.positions[index])
+
+    def relevance(self, positions: Sequence[int]) -> Any:  # a tensor, which needs torch, which options do not
+        return relevance_of(self.records, [self.positions[index] for index in positions])
 
     @property
     def fingerprint(self) -> str:

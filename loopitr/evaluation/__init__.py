@@ -8,6 +8,7 @@ from loopitr.lazy import lazy_names
 
 if TYPE_CHECKING:
     from .gallery import evaluation_transform
+    from .options import EvaluationOptions
     from .ranking import (
         Ranking,
         candidate_ranks,
@@ -19,10 +20,13 @@ if TYPE_CHECKING:
     )
     from .report import RetrievalResult, markdown_table, recall_table
     from .retrieval import evaluate_retrieval
+    from .storage import TokenStorage
 
 _MODULES = {
+    "EvaluationOptions": ".options",
     "Ranking": ".ranking",
     "RetrievalResult": ".report",
+    "TokenStorage": ".storage",
     "candidate_ranks": ".ranking",
     "evaluate_retrieval": ".retrieval",
     "evaluation_transform": ".gallery",

@@ -1,4 +1,4 @@
-"""What an evaluation searches: the records' captions, their images and which show the same one."""
+"""What an evaluation looks through: the records' captions, their images and which show the same one."""
 
 from __future__ import annotations
 
@@ -28,15 +28,19 @@ def _preprocess(image_processor: Any, image: Image.Image) -> Tensor:
 
 @dataclass(frozen=True)
 class Gallery:
-    """`positions [I]` of the images in the records, `captions` (T), and which image each shows: identities."""
+    """`positions` (I) of the images in the records, their `captions` (T), and what each shows: its identity.
+
+    `caption_rows [T]` says which of the I images each caption belongs to; an image's captions are consecutive.
+    """
 
     positions: list[int]
     captions: list[str]
+    caption_rows: Tensor
     image_identities: Tensor
     text_identities: Tensor
 
 
-def gallery(
+def build_gallery(
     records: Sequence[Record], positions: Sequence[int], report: LoadReport, *, captions_per_image: int | None
 ) -> Gallery:
     """The captions of the records at `positions`; blank captions, and images left without any, are skipped."""
@@ -44,37 +48,45 @@ def gallery(
     captions: list[str] = []
     image_identities: list[int] = []
     text_identities: list[int] = []
+    caption_rows: list[int] = []
     for position in positions:
-        given = captions_of(records, position)
-        own = [caption for caption in given if caption.strip()]
-        for _ in range(len(given) - len(own)):
+        all_captions = captions_of(records, position)
+        own_captions = [caption for caption in all_captions if caption.strip()]
+        for _ in range(len(all_captions) - len(own_captions)):
             report.skip("empty caption", name_of(records, position))
-        if not own:
+        if not own_captions:
             report.skip("no captions", name_of(records, position))
             continue
-        own = own[:captions_per_image]
+        own_captions = own_captions[:captions_per_image]
+        caption_rows += [len(kept)] * len(own_captions)
         kept.append(position)
         image_identities.append(identity_of(records, position))
-        captions += own
-        text_identities += [image_identities[-1]] * len(own)
-    return Gallery(kept, captions, torch.tensor(image_identities), torch.tensor(text_identities))
+        captions += own_captions
+        text_identities += [image_identities[-1]] * len(own_captions)
+    return Gallery(
+        positions=kept,
+        captions=captions,
+        caption_rows=torch.tensor(caption_rows, dtype=torch.int64),
+        image_identities=torch.tensor(image_identities),
+        text_identities=torch.tensor(text_identities),
+    )
 
 
-def account(skipped: LoadReport, report: LoadReport | None, searched: Gallery, count: int, allowed: float) -> None:
+def account(skipped: LoadReport, report: LoadReport | None, gallery: Gallery, count: int, allowed: float) -> None:
     """Say what was left out of `count` images; stop where nothing, or too little, is left.
 
     Raises:
         DataError: nothing is left, or more than the fraction `allowed` is not.
     """
-    skipped.images, skipped.captions = len(searched.positions), len(searched.captions)
+    skipped.images, skipped.captions = len(gallery.positions), len(gallery.captions)
     if report is not None:
         for reason, number in skipped.counts.items():
             names = skipped.names[reason]
             for index in range(number):
                 report.skip(reason, names[min(index, len(names) - 1)])
-    if not searched.positions:
+    if not gallery.positions:
         raise DataError(f"nothing to evaluate on: {count} records gave {skipped.summary()}")
-    lost = count - len(searched.positions)
+    lost = count - len(gallery.positions)
     if lost > allowed * count:
         limit = f"more than the allowed fraction {allowed}"
         raise DataError(f"{lost} of {count} images cannot be used, {limit}: {skipped.summary()}")

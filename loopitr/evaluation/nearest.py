@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .ranking import Ranking
+from .ranking import BlockRanks, Ranking
 
-BLOCK_ELEMENTS = 2**23  # similarities at a time; masks and sorts of this size come on top
+BLOCK_ELEMENTS = 2**23  # similarities that are held at a time; masks and sorts of this size come on top
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,12 @@ def nearest(
                 similarity = image_embeds[rows] @ text_embeds.T  # [b, T]
             yield rows, similarity, image_identities[rows, None] == text_identities  # [b, T]
 
-    best_image = text_embeds.new_full((num_texts,), -torch.inf)  # [T] similarity of each caption's best own image
-    image_ranks, captions, caption_similarity = [], [], []
+    ranks = BlockRanks(num_texts, like=text_embeds)
+    captions, caption_similarity = [], []
     images = text_identities.new_zeros(num_texts, 0)
     image_similarity = text_embeds.new_zeros(num_texts, 0)
-    for rows, similarity, own in blocks():
-        right = similarity.masked_fill(~own, -torch.inf)  # [b, T]
-        best_image = torch.maximum(best_image, right.amax(0))
-        image_ranks.append(1 + ((similarity >= right.amax(1, keepdim=True)) & ~own).sum(1))  # [b]
+    for rows, similarity, right in blocks():
+        ranks.first_pass(similarity, right)
         top = similarity.topk(min(k, num_texts), dim=1)
         captions.append(top.indices)
         caption_similarity.append(top.values)
@@ -72,12 +70,10 @@ def nearest(
         indices = torch.cat([images, top.indices + rows.start], 1)
         merged = values.topk(min(k, values.shape[1]), dim=1)
         images, image_similarity = indices.gather(1, merged.indices), merged.values
-    # The same products again: who is ahead of a caption's best image is only known once that one is.
-    text_ranks = torch.ones_like(text_identities)
-    for _, similarity, own in blocks():
-        text_ranks += ((similarity >= best_image) & ~own).sum(0)  # [T]
+    for _, similarity, right in blocks():  # The same products are computed again instead of being kept.
+        ranks.second_pass(similarity, right)
     return Nearest(
-        ranking=Ranking(i2t=torch.cat(image_ranks).double().cpu(), t2i=text_ranks.double().cpu()),
+        ranking=Ranking(i2t=ranks.of_images().cpu(), t2i=ranks.of_texts().cpu()),
         captions=torch.cat(captions).cpu(),
         caption_similarity=torch.cat(caption_similarity).cpu(),
         images=images.cpu(),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK_ELEMENTS = 2**24  # scores looked at at a time: bounds the memory of masks and sorts
+BLOCK_ELEMENTS = 2**24  # scores that one step looks at: this bounds the memory of masks and sorts
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Ranking:
     def from_scores(cls, similarity: Tensor, caption_to_image: Tensor) -> Ranking:
         """Ranks everything: similarity `[I, T]`, caption_to_image `[T]` int, the row of each caption's own image.
 
-        An image without a caption is a distractor: it is searched, but it is no query.
+        An image without a caption is a distractor: captions are compared with it, but it is no query.
         """
         if similarity.dim() != 2 or caption_to_image.shape != similarity.shape[1:]:
             shapes = tuple(similarity.shape), tuple(caption_to_image.shape)
@@ -42,17 +42,13 @@ class Ranking:
         num_images, num_captions = similarity.shape
         _refuse_nan(similarity)
         owner = _checked_owner(caption_to_image, num_images).to(similarity.device)  # [T]
-        own = similarity[owner, torch.arange(num_captions, device=owner.device)]  # [T]
-        best = own.new_full((num_images,), -torch.inf).scatter_reduce(0, owner, own, "amax")  # [I]
-        # counting who is at least as high needs no I x T table of sorted indices
-        image_ahead, text_ahead = [], torch.zeros_like(owner)
+        row = torch.arange(num_images, device=owner.device)[:, None]  # [I, 1]
+        ranks = BlockRanks(num_captions, like=similarity)
         for rows in _row_blocks(similarity):
-            image_ahead.append((similarity[rows] >= best[rows, None]).sum(1))  # [rows]
-            text_ahead += (similarity[rows] >= own).sum(0)  # [T] counts the own image too
-        # own captions as high as the best one are right answers too: not ahead of it
-        tied_own = torch.bincount(owner[own == best[owner]], minlength=num_images)  # [I]
-        image_ranks = torch.cat(image_ahead) - tied_own + 1  # [I]
-        return cls(i2t=image_ranks[owner.unique()].double(), t2i=text_ahead.double())
+            ranks.first_pass(similarity[rows], owner == row[rows])
+        for rows in _row_blocks(similarity):
+            ranks.second_pass(similarity[rows], owner == row[rows])
+        return cls(i2t=ranks.of_images()[owner.unique()], t2i=ranks.of_texts())
 
     @classmethod
     def from_candidates(
@@ -105,15 +101,57 @@ class Ranking:
         return {"i2t": _percent(self.i2t.isfinite()), "t2i": _percent(self.t2i.isfinite())}
 
 
+class BlockRanks:
+    """Counts the ranks of Ranking over blocks `[b, T]` of the images' rows, in two passes over all of them.
+
+    Counting who scores at least as high as the best right answer needs no table of sorted indices `[I, T]`. A caption's
+    best image is known after the first pass, so that only the second can count who is ahead of it.
+    """
+
+    def __init__(self, num_texts: int, *, like: Tensor) -> None:
+        """`like` has the type and the device of the similarities."""
+        self._best_image = like.new_full((num_texts,), -torch.inf)  # [T] similarity of each caption's best right image
+        self._images: list[Tensor] = []
+        self._texts = torch.ones(num_texts, dtype=torch.int64, device=like.device)  # [T]
+
+    def first_pass(self, similarity: Tensor, right: Tensor) -> None:
+        """similarity and which answers are right, of consecutive images: `[b, T]`."""
+        self._best_image = torch.maximum(self._best_image, _best_right(similarity, right, dim=0))
+        best_text = _best_right(similarity, right, dim=1)[:, None]  # [b, 1]
+        self._images.append(1 + _count_ahead(similarity, right, best_text, dim=1))  # [b]
+
+    def second_pass(self, similarity: Tensor, right: Tensor) -> None:
+        """The same blocks again."""
+        self._texts += _count_ahead(similarity, right, self._best_image, dim=0)
+
+    def of_images(self) -> Tensor:
+        """`[I]` float64: the rank of each image's best right caption."""
+        return torch.cat(self._images).double()
+
+    def of_texts(self) -> Tensor:
+        """`[T]` float64: the rank of each caption's best right image."""
+        return self._texts.double()
+
+
 def candidate_ranks(scores: Tensor, relevant: Tensor, valid: Tensor) -> Tensor:
     """Rank of the best relevant candidate of each list, inf where there is none. All `[Q, k]` -> `[Q]` float64."""
     _check_rows(scores=scores, relevant=relevant, valid=valid)
     scores = scores.masked_fill(~valid, -torch.inf)
     _refuse_nan(scores)
     relevant = relevant & valid
-    best = scores.masked_fill(~relevant, -torch.inf).amax(-1, keepdim=True)  # [Q, 1]
-    ranks = 1.0 + (valid & ~relevant & (scores >= best)).sum(-1).double()  # [Q]
+    best = _best_right(scores, relevant, dim=1)[:, None]  # [Q, 1]
+    ranks = 1.0 + _count_ahead(scores, relevant | ~valid, best, dim=1).double()  # [Q]
     return ranks.masked_fill(~relevant.any(-1), torch.inf)
+
+
+def _best_right(scores: Tensor, right: Tensor, *, dim: int) -> Tensor:
+    """The highest right score along `dim`; -inf where nothing is right."""
+    return scores.masked_fill(~right, -torch.inf).amax(dim)
+
+
+def _count_ahead(scores: Tensor, right: Tensor, best: Tensor, *, dim: int) -> Tensor:
+    """How many wrong candidates score at least as high as `best`: ties count against the model."""
+    return ((scores >= best) & ~right).sum(dim)
 
 
 def recall_at_k(ranks: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
@@ -135,8 +173,8 @@ def ndcg(scores: Tensor, relevance: Tensor, k: int | None = None) -> float:
     for rows in _row_blocks(scores):
         gains = relevance[rows].double()
         ideal = (gains.topk(depth, dim=-1).values / discount).sum(-1)  # [rows]
-        found = (_ranked(scores[rows], gains)[:, :depth] / discount).sum(-1)  # [rows]
-        values.append((found / ideal)[ideal > 0])
+        gain = (_ranked(scores[rows], gains)[:, :depth] / discount).sum(-1)  # [rows]
+        values.append((gain / ideal)[ideal > 0])
     return _mean(values)
 
 
@@ -218,7 +256,7 @@ def _check_rows(**tensors: Tensor) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if len(set(shapes.values())) != 1 or any(len(shape) != 2 or 0 in shape for shape in shapes.values()):
         raise ValueError(f"expected non-empty tensors of one shape [Q, C], got {shapes}")
-    if "valid" not in tensors:  # slots outside `valid` may hold anything: the caller looks after masking them
+    if "valid" not in tensors:  # Slots outside `valid` may hold anything: the caller looks for NaN after masking them.
         _refuse_nan(tensors["scores"])
 
 
@@ -231,11 +269,11 @@ def _checked_depth(k: int | None, size: int) -> int:
 def _percent(hits: Tensor) -> float:
     if hits.numel() == 0:
         raise ValueError("expected at least one query, got none")
-    return 100.0 * hits.sum().item() / hits.numel()  # the exact count: 0.7 and not 0.7000000000000001
+    return 100.0 * hits.sum().item() / hits.numel()  # dividing the exact count gives 0.7 and not 0.7000000000000001
 
 
 def _median(ranks: Tensor) -> float:
-    # mean of the two middle ranks, which `Tensor.median` is not, and without inf - inf, which `quantile` computes
+    # This is the mean of the two middle ranks, which `Tensor.median` is not. `quantile` would compute inf - inf.
     ordered = ranks.sort().values
     low, high = ordered[(len(ranks) - 1) // 2].item(), ordered[len(ranks) // 2].item()
     return (low + high) / 2

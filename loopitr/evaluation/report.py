@@ -1,17 +1,19 @@
-"""What a retrieval evaluation found, as JSON and as Markdown."""
+"""The outcome of a retrieval evaluation, as JSON and as Markdown."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from loopitr.data import LoadReport
 
+from .graded import GradedMetrics
 from .ranking import Ranking
 
-HEADS = {"dual": "dual", "match": "match", "match_plus_similarity": "match + similarity"}  # and their row names
+# By what candidates are ranked, and its name in the table.
+HEADS = {"dual": "dual", "match": "match", "match_plus_similarity": "match + similarity"}
 KS = (1, 5, 10)
 
 
@@ -19,9 +21,14 @@ KS = (1, 5, 10)
 class RetrievalResult:
     """Recalls of each head, and what they cost.
 
-    `rankings` has `dual` and, where `k > 0`, `match` and `match_plus_similarity`. `seconds`: encode, rank, rerank,
-    total. `num_pairs`: pairs scored by the fusion head, each once. `skipped`: what was searched and what was left out.
-    `truncated`: captions longer than the text backbone takes, of which only the beginning counted.
+    Attributes:
+        k: candidates per query that were reranked; 0: the dual encoder alone.
+        rankings: `dual` and, where `k > 0`, `match` and `match_plus_similarity`.
+        num_pairs: pairs scored by the fusion head, each once.
+        seconds: encode, rank, rerank, total.
+        skipped: how much was evaluated on and what was left out.
+        truncated: captions longer than the text backbone takes, of which only the beginning counted.
+        graded: the metrics of each of the rankings; empty where the records have no graded relevance.
     """
 
     num_images: int
@@ -32,6 +39,7 @@ class RetrievalResult:
     seconds: dict[str, float]
     skipped: LoadReport
     truncated: int
+    graded: dict[str, GradedMetrics] = field(default_factory=dict)
 
     @property
     def pairs_per_second(self) -> float | None:
@@ -47,13 +55,18 @@ class RetrievalResult:
         return {name: ranking.metrics()["mean_r1"] for name, ranking in self.rankings.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """What `metrics.json` holds; recalls in percent. With `k = 0`, all that needs the fusion head is None."""
+        """What `metrics.json` holds; recalls in percent. With `k = 0`, all that needs the fusion head is None.
+
+        `graded` is there only for records with graded relevance.
+        """
+        graded = {name: metrics.to_json() for name, metrics in self.graded.items()}
         return {
             "num_images": self.num_images,
             "num_captions": self.num_captions,
             "k": self.k,
             **{name: _head(self.rankings.get(name)) for name in HEADS},
             "ceiling": self.ceiling,
+            **({"graded": graded} if graded else {}),
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
             "pairs_per_second": self.pairs_per_second,
             "num_pairs": self.num_pairs,
@@ -62,12 +75,14 @@ class RetrievalResult:
         }
 
     def table(self) -> str:
-        """Markdown: recalls of each head, then size, ceiling, speed and time."""
+        """Markdown: recalls of each head, then size, ceiling, graded metrics, speed and time."""
         lines = [recall_table({HEADS[name]: ranking for name, ranking in self.rankings.items()}), ""]
         lines.append(f"- gallery: {self.skipped.summary()}")
         if self.ceiling is not None:
             ceiling = f"i2t {self.ceiling['i2t']:.1f}, t2i {self.ceiling['t2i']:.1f}"
             lines.append(f"- ceiling of reranking {self.k} candidates: {ceiling}")
+        lines += [f"- {HEADS[name]}: {metrics.line()}" for name, metrics in self.graded.items()]
+        if self.k:
             lines.append(f"- pairs/s: {self.pairs_per_second:.0f} ({self.num_pairs} pairs)")
         lines.append("- seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items()))
         if self.truncated:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,11 +17,11 @@ from .ranking import Ranking, candidate_ranks
 from .text_tokens import TextTokens
 
 
-def candidate_pairs(found: Nearest) -> Tensor:
+def candidate_pairs(candidates: Nearest) -> Tensor:
     """`[P, 2]` int64: the (image, caption) pairs of both directions, each once, sorted by image."""
-    images, texts = len(found.captions), len(found.images)
-    by_image = _keys(torch.arange(images)[:, None], found.captions, texts)
-    by_text = _keys(found.images, torch.arange(texts)[:, None], texts)
+    images, texts = len(candidates.captions), len(candidates.images)
+    by_image = _keys(torch.arange(images)[:, None], candidates.captions, texts)
+    by_text = _keys(candidates.images, torch.arange(texts)[:, None], texts)
     keys = torch.cat([by_image.flatten(), by_text.flatten()]).unique()  # [P], sorted
     return torch.stack([keys // texts, keys % texts], 1)
 
@@ -66,29 +67,43 @@ def score_candidates(
     return scores
 
 
-def rerank(found: Nearest, pairs: Tensor, scores: Tensor, searched: Gallery, *, scale: float) -> dict[str, Ranking]:
-    """Rankings of the candidates by `match` score and by `match_plus_similarity`: + similarity * `scale`.
+@dataclass(frozen=True)
+class CandidateScores:
+    """Scores of the candidates of `Nearest`: of its `captions [I, k]` and of its `images [T, k]`."""
+
+    captions: Tensor
+    images: Tensor
+
+
+def candidate_scores(candidates: Nearest, pairs: Tensor, scores: Tensor, *, scale: float) -> dict[str, CandidateScores]:
+    """The candidates' `match` scores and `match_plus_similarity`: + similarity * `scale`.
 
     `scores [P]` of `pairs [P, 2]`, sorted; `scale` is 1 / temperature.
     """
-    images, texts = len(found.captions), len(found.images)
+    images, texts = len(candidates.captions), len(candidates.images)
     keys = _keys(pairs[:, 0], pairs[:, 1], texts)
-    image_side = scores[torch.searchsorted(keys, _keys(torch.arange(images)[:, None], found.captions, texts))]  # [I, k]
-    text_side = scores[torch.searchsorted(keys, _keys(found.images, torch.arange(texts)[:, None], texts))]  # [T, k]
-    right_captions = searched.text_identities[found.captions] == searched.image_identities[:, None]  # [I, k]
-    right_images = searched.image_identities[found.images] == searched.text_identities[:, None]  # [T, k]
-
-    def ranking(image_scores: Tensor, text_scores: Tensor) -> Ranking:
-        return Ranking(
-            i2t=candidate_ranks(image_scores, right_captions, torch.ones_like(right_captions)),
-            t2i=candidate_ranks(text_scores, right_images, torch.ones_like(right_images)),
-        )
-
+    caption_keys = _keys(torch.arange(images)[:, None], candidates.captions, texts)  # [I, k]
+    image_keys = _keys(candidates.images, torch.arange(texts)[:, None], texts)  # [T, k]
+    image_side = scores[torch.searchsorted(keys, caption_keys)]  # [I, k]
+    text_side = scores[torch.searchsorted(keys, image_keys)]  # [T, k]
     return {
-        "match": ranking(image_side, text_side),
-        "match_plus_similarity": ranking(
-            image_side + scale * found.caption_similarity, text_side + scale * found.image_similarity
+        "match": CandidateScores(image_side, text_side),
+        "match_plus_similarity": CandidateScores(
+            image_side + scale * candidates.caption_similarity, text_side + scale * candidates.image_similarity
         ),
+    }
+
+
+def rerank(candidates: Nearest, scores: Mapping[str, CandidateScores], gallery: Gallery) -> dict[str, Ranking]:
+    """Rankings of the candidates by each of the scores."""
+    right_captions = gallery.text_identities[candidates.captions] == gallery.image_identities[:, None]  # [I, k]
+    right_images = gallery.image_identities[candidates.images] == gallery.text_identities[:, None]  # [T, k]
+    return {
+        name: Ranking(
+            i2t=candidate_ranks(side.captions, right_captions, torch.ones_like(right_captions)),
+            t2i=candidate_ranks(side.images, right_images, torch.ones_like(right_images)),
+        )
+        for name, side in scores.items()
     }
 
 

@@ -6,57 +6,46 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from loopitr.data import LoadReport, Record, TokenCache, name_of
+from loopitr.data import LoadReport, Record, TokenCache, name_of, relevance_of
 from loopitr.distributed import each_rank, first_rank, rank, world_size
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.processing import LoopITRProcessor
 
-from .gallery import account, evaluation_transform, gallery
+from .gallery import account, build_gallery, evaluation_transform
+from .graded import grade
 from .image_tokens import ImageTokens
 from .nearest import nearest
+from .options import EvaluationOptions
 from .report import RetrievalResult
-from .reranking import candidate_pairs, score_candidates
+from .reranking import CandidateScores, candidate_pairs, candidate_scores, score_candidates
 from .reranking import rerank as rerank_candidates
-from .storage import TokenStorage
 from .text_tokens import TextTokens
 
-__all__ = ["RetrievalResult", "evaluate_retrieval", "evaluation_transform"]
+__all__ = ["EvaluationOptions", "RetrievalResult", "evaluate_retrieval", "evaluation_transform"]
 
 
 def evaluate_retrieval(
     model: LoopITRModel | DualEncoder,
     processor: LoopITRProcessor,
     records: Sequence[Record],
+    options: EvaluationOptions | None = None,
     *,
-    rerank: int = 64,
-    batch_size: int = 64,
-    num_workers: int = 2,
-    image_block: int = 32,
-    pair_block: int = 1024,
-    device: str | torch.device | None = None,
     tokens: TokenCache | None = None,
-    token_storage: str = "auto",
-    token_dtype: str = "fp32",
-    token_memory: int = 2**30,
-    token_folder: str | Path | None = None,
-    captions_per_image: int | None = None,
-    max_images: int | None = None,
-    max_skipped_fraction: float = 0.05,
+    device: str | torch.device | None = None,
     report: LoadReport | None = None,
     progress: bool = True,
 ) -> RetrievalResult:
     """Recall of all images against all captions of `records`, by the dual head alone and reranked.
 
-    Reranked: each image's `rerank` most similar captions and each caption's `rerank` most similar images; the union of
-    both directions' pairs is scored once. Candidates are ordered by match score (ALBEF, arXiv 2107.07651), and by match
-    score + similarity / temperature. BLIP (arXiv 2201.12086) adds the bare cosine to the matching logit; divided by the
-    temperature, as in the contrastive loss, it is on the same log-odds scale as the match score. A right answer that
-    is not among the candidates is a miss at every k. Right answers are those of equal identity.
+    Reranked: each image's `options.rerank` most similar captions and each caption's as many most similar images; the
+    union of both directions' pairs is scored once. Candidates are ordered by match score (ALBEF, arXiv 2107.07651), and
+    by match score + similarity / temperature. BLIP (arXiv 2201.12086) adds the bare cosine to the matching logit;
+    divided by the temperature, as in the contrastive loss, it is on the same log-odds scale as the match score. A right
+    answer that is not among the candidates is a miss at every k. Right answers are those of equal identity.
 
     The model runs in eval mode, under the caller's autocast, and every module comes back in the mode it had.
 
@@ -64,48 +53,38 @@ def evaluate_retrieval(
     the images and captions and scores the pairs of its images, and all return the whole result.
 
     Args:
-        rerank: candidates per query; 0: dual only, which is all that a `DualEncoder` can do.
-        batch_size: captions, and images up to `image_block`, encoded at a time.
-        image_block: images whose tokens, keys and values are held at a time while reranking.
-        pair_block: pairs scored at a time.
-        device: where to move the model first; None: where it is.
-        tokens: image tokens computed earlier for these records.
-        token_storage: where tokens wait between encoding and reranking. `memory`: of the model's device; `disk`: a
-            memory-mapped file, of which only the rows in use are read; `recompute`: nowhere, the backbones run again
-            for every block; `auto`: memory if they fit into `token_memory`, else disk if there is room, else recompute.
-        token_dtype: what they wait in: fp32, fp16 or bf16.
-        token_memory: bytes (half captions', half images', of each rank) up to which `auto` takes memory.
-        token_folder: where `disk` puts its file, which is gone afterwards; None: the system's temporary folder.
-        captions_per_image: use each image's first so many (COCO and Flickr evaluation: 5); None: all.
-        max_images: evaluate on the first so many records.
-        max_skipped_fraction: stop when more of the images than this cannot be used.
-        report: is told of every image and caption left out.
+        model: the model, or its dual encoder alone, for which `options.rerank` must be 0.
+        processor: turns images into pixels and captions into token ids.
+        records: the images with their captions.
+        options: what is measured and in what portions; None: the defaults of `EvaluationOptions`.
+        tokens: image tokens computed earlier for these records, which are read instead of the images.
+        device: where to move the model first; None: it stays where it is.
+        report: every image and caption left out is counted here too.
+        progress: whether the first rank shows progress bars.
 
     Raises:
         DataError: nothing to evaluate on, too much unreadable, or tokens that do not fit where they are to wait.
-        ValueError: an option out of range, or `rerank` without a fusion head.
+        ValueError: reranking is asked for without a fusion head, or `tokens` are fewer than the records.
 
     Example:
         >>> from loopitr import build_model, evaluate_retrieval, load_records
         >>> from loopitr.building.options import ModelOptions, TextOptions, VisionOptions
         >>> from loopitr.data import DataOptions, LoadReport, scene_vocabulary
-        >>> options = ModelOptions(
+        >>> model_options = ModelOptions(
         ...     vision=VisionOptions("test_vit", image_size=32, pretrained=False),
         ...     text=TextOptions("scenes", pretrained=False, kwargs={"hidden_size": 48, "num_hidden_layers": 2}),
         ... )
-        >>> model, processor = build_model(options, vocabulary=scene_vocabulary())
+        >>> model, processor = build_model(model_options, vocabulary=scene_vocabulary())
         >>> records = load_records(DataOptions(limit=4), "test", LoadReport())
         >>> result = evaluate_retrieval(model, processor, records)
         >>> result.num_images, sorted(result.rankings)
         (4, ['dual', 'match', 'match_plus_similarity'])
     """
-    _at_least(0, rerank=rerank, num_workers=num_workers, token_memory=token_memory)
-    _at_least(1, batch_size=batch_size, image_block=image_block, pair_block=pair_block)
-    _at_least(1, captions_per_image=captions_per_image, max_images=max_images)
+    options = options or EvaluationOptions()
+    rerank = options.rerank
     if rerank and not isinstance(model, LoopITRModel):
         raise ValueError(f"a {type(model).__name__} has no fusion head to rerank with: rerank must be 0, got {rerank}")
-    kept = TokenStorage(token_storage, token_dtype, token_memory // 2, token_folder)
-    storage = kept if rerank else None
+    storage = options.token_storage if rerank else None
     if device is not None:
         nn.Module.to(model, device)
     dual = model.dual_encoder() if isinstance(model, LoopITRModel) else model
@@ -115,42 +94,46 @@ def evaluate_retrieval(
         records,
         evaluation_transform(processor),
         cache=tokens,
-        batch_size=min(batch_size, image_block),
-        num_workers=num_workers,
+        batch_size=min(options.batch_size, options.image_block),
+        num_workers=options.num_workers,
     )
     skipped = LoadReport()
-    count = len(records) if max_images is None else min(max_images, len(records))
+    count = len(records) if options.max_images is None else min(options.max_images, len(records))
     progress = progress and rank() == 0
     with _evaluating(model), torch.inference_mode():
         # An image without captions is not worth decoding, and captions of an unreadable one not worth encoding.
-        captioned = gallery(records, range(count), skipped, captions_per_image=captions_per_image).positions
+        captioned = build_gallery(
+            records, range(count), skipped, captions_per_image=options.captions_per_image
+        ).positions
         own_images = [captioned[index] for index in _share(len(captioned))]
         encoded = each_rank(lambda: images.encode(own_images, storage=storage, progress=progress))
         for position, reason in (failure for part in encoded for failure in part.failed):
             skipped.skip(f"unreadable image: {reason}", name_of(records, position))
         readable = [position for part in encoded for position in part.positions]
-        searched = gallery(records, readable, LoadReport(), captions_per_image=captions_per_image)
-        account(skipped, report, searched, count, max_skipped_fraction)
+        gallery = build_gallery(records, readable, LoadReport(), captions_per_image=options.captions_per_image)
+        account(skipped, report, gallery, count, options.max_skipped_fraction)
         texts = TextTokens(
-            model if rerank else dual, processor, searched.captions, batch_size=batch_size, storage=storage
+            model if rerank else dual, processor, gallery.captions, batch_size=options.batch_size, storage=storage
         )
-        own_texts = torch.tensor(_share(len(searched.captions)), dtype=torch.int64)
+        own_texts = torch.tensor(_share(len(gallery.captions)), dtype=torch.int64)
         text_parts = each_rank(lambda: texts.encode(own_texts, progress=progress))
         texts.embeds = torch.cat(text_parts).to(clock.device)  # [T, E]
         clock.lap("encode")
-        found = first_rank(  # which all ranks then go by
+        image_embeds = torch.cat([part.embeds for part in encoded])  # [I, E] on the CPU
+        candidates = first_rank(  # all ranks use its candidates, so that they agree on the pairs
             lambda: nearest(
-                torch.cat([part.embeds for part in encoded]).to(clock.device),
+                image_embeds.to(clock.device),
                 texts.embeds,
-                searched.image_identities.to(clock.device),
-                searched.text_identities.to(clock.device),
+                gallery.image_identities.to(clock.device),
+                gallery.text_identities.to(clock.device),
                 k=max(1, rerank),
             )
         )
         clock.lap("rank")
-        rankings, num_pairs = {"dual": found.ranking}, 0
+        rankings, num_pairs = {"dual": candidates.ranking}, 0
+        reranked: dict[str, CandidateScores] = {}
         if rerank and isinstance(model, LoopITRModel):
-            pairs = candidate_pairs(found)
+            pairs = candidate_pairs(candidates)
             before = sum(len(part.positions) for part in encoded[: rank()])
             score = partial(
                 _score_own,
@@ -160,23 +143,38 @@ def evaluate_retrieval(
                 pairs,
                 encoded[rank()].positions,
                 before,
-                image_block=image_block,
-                pair_block=pair_block,
+                options=options,
                 progress=progress,
             )
             scores = torch.cat(each_rank(score))  # [P]
-            rankings.update(rerank_candidates(found, pairs, scores, searched, scale=float(dual.scale)))
+            reranked = candidate_scores(candidates, pairs, scores, scale=float(dual.scale))
+            rankings.update(rerank_candidates(candidates, reranked, gallery))
             num_pairs = len(pairs)
         clock.lap("rerank")
+        relevance = relevance_of(records, gallery.positions) if options.graded else None
+        measured = {}
+        if relevance is not None:
+            measured = first_rank(
+                partial(
+                    grade,
+                    image_embeds,
+                    texts.embeds.cpu(),
+                    candidates,
+                    reranked,
+                    relevance=relevance,
+                    caption_rows=gallery.caption_rows,
+                )
+            )
     return RetrievalResult(
-        num_images=len(searched.positions),
-        num_captions=len(searched.captions),
+        num_images=len(gallery.positions),
+        num_captions=len(gallery.captions),
         k=rerank,
         rankings=rankings,
         num_pairs=num_pairs,
         seconds={**clock.laps, "total": sum(clock.laps.values())},
         skipped=skipped,
         truncated=texts.truncated,
+        graded=measured,
     )
 
 
@@ -193,8 +191,7 @@ def _score_own(
     positions: list[int],
     before: int,
     *,
-    image_block: int,
-    pair_block: int,
+    options: EvaluationOptions,
     progress: bool,
 ) -> Tensor:
     """Match scores of those of `pairs [P, 2]` whose images are this rank's: `positions`, numbered from `before` on."""
@@ -202,8 +199,8 @@ def _score_own(
     low, high = torch.searchsorted(pairs[:, 0].contiguous(), ends).tolist()
     own = pairs[low:high] - torch.tensor([before, 0])  # [p, 2]
     texts.keep(own[:, 1].unique(), progress=progress)
-    blocks = images.blocks(positions, image_block)
-    return score_candidates(model, blocks, texts, own, pair_block=pair_block, progress=progress)
+    blocks = images.blocks(positions, options.image_block)
+    return score_candidates(model, blocks, texts, own, pair_block=options.pair_block, progress=progress)
 
 
 class _Clock:
@@ -229,9 +226,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _at_least(least: int, **options: int | None) -> None:
-    for name, value in options.items():
-        if value is not None and value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")

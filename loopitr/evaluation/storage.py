@@ -52,11 +52,14 @@ class TokenStorage:
     """How tokens are kept.
 
     kind: `memory` (of the model's device), `disk` (in `folder`; None: the system's temporary one), `recompute`, or
-    `auto`: memory up to `memory` bytes, else disk if at most half of what is free is needed, else recompute.
+    `auto`: memory up to `memory` bytes, else disk if at most half of what is free is needed, else recompute. `disk` is
+    a memory-mapped file, of which only the rows in use are read, and which is gone afterwards; with `recompute` the
+    backbones run again for every block.
     dtype: fp32, fp16 or bf16, what they are kept in.
+    memory: bytes of the images' tokens, and as many of the captions', of each rank.
 
     Raises:
-        ValueError: an unknown kind or dtype.
+        ValueError: an unknown kind or dtype, or less than no memory.
     """
 
     kind: str = "auto"
@@ -67,6 +70,8 @@ class TokenStorage:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"token_storage must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if self.memory < 0:
+            raise ValueError(f"token_memory must be at least 0, got {self.memory}")
         if self.dtype not in DTYPES:
             raise ValueError(f"token_dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
 
@@ -104,16 +109,18 @@ def _map(folder: Path, size: int, dtype: str) -> Tensor:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = tempfile.NamedTemporaryFile(dir=folder, prefix="loopitr-tokens-")
+        file = tempfile.NamedTemporaryFile(dir=folder, prefix="loopitr-tokens-")  # noqa: SIM115 (closed by `with` below)
     except OSError as error:
         raise DataError(f"token_folder {folder} cannot be written to: {error}") from error
     with file:
         if size > (free := _free_disk(folder)):
             raise DataError(_no_room(str(folder), size, free))
-        if hasattr(os, "posix_fallocate"):  # writing a map beyond the disk's end kills the process without a word
+        if hasattr(
+            os, "posix_fallocate"
+        ):  # Writing to a map when the disk is full kills the process without a message.
             try:
                 os.posix_fallocate(file.fileno(), 0, size)
-            except OSError as error:  # another process was faster
+            except OSError as error:  # another process used the room first
                 raise DataError(f"{_no_room(str(folder), size, _free_disk(folder))} ({error.strerror})") from error
         return torch.from_file(file.name, shared=True, size=size // DTYPES[dtype].itemsize, dtype=DTYPES[dtype])
 

@@ -33,7 +33,7 @@ class TextTokens:
         batch_size: int,
         storage: TokenStorage | None,
     ) -> None:
-        # forked DataLoader workers would otherwise warn, each
+        # Every forked DataLoader worker would print a warning otherwise.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self.dual = model if isinstance(model, DualEncoder) else model.dual_encoder()
         tokenizer = processor.tokenizer
@@ -56,7 +56,9 @@ class TextTokens:
         if self.storage is not None and self.store is None:
             count, width = int(self.lengths.sum()), self.dual.text.width
             self.store = self.storage.open(count, width, device=self.parameter.device, name=self._name)
-        order = torch.argsort(self.lengths[which], stable=True)  # little padding
+        order = torch.argsort(
+            self.lengths[which], stable=True
+        )  # captions of one length side by side need little padding
         embeds = torch.empty(len(which), self.dual.config.embed_dim)
         with tqdm(total=len(which), desc="encode captions", unit="caption", disable=not progress, leave=False) as bar:
             for batch in order.split(self.batch_size):
@@ -98,8 +100,8 @@ class TextTokens:
         assert isinstance(self.model, LoopITRModel)
         parts: list[Tensor] = []
         for batch in indices.split(self.batch_size):
-            input_ids, own = self._padded(batch)
-            part = self.model.encode_texts(input_ids, own.long()).tokens  # [b, l, D]
+            input_ids, own_mask = self._padded(batch)
+            part = self.model.encode_texts(input_ids, own_mask.long()).tokens  # [b, l, D]
             parts.append(torch.nn.functional.pad(part, (0, 0, 0, len(offset) - part.shape[1])))
         return TextState(embeds, torch.cat(parts), mask)
 

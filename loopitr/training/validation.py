@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from loopitr.data import Record
 from loopitr.data.sources import DataOptions
-from loopitr.evaluation.retrieval import RetrievalResult, evaluate_retrieval
+from loopitr.evaluation.retrieval import EvaluationOptions, RetrievalResult, evaluate_retrieval
 from loopitr.models.loop_model import LoopITRModel
 from loopitr.objective.loop_objective import LoopObjective
 from loopitr.training.checkpoints import Progress
@@ -64,11 +64,14 @@ class Validator:
                 model,
                 self.caches.processor,
                 records,
-                rerank=rerank if self.uses_pairs and started else 0,
-                batch_size=options.batch_size,
-                num_workers=self.data.num_workers,
-                max_images=None if final else options.max_images,
-                max_skipped_fraction=self.data.max_skipped_fraction,
+                EvaluationOptions(
+                    rerank=rerank if self.uses_pairs and started else 0,
+                    batch_size=options.batch_size,
+                    num_workers=self.data.num_workers,
+                    max_images=None if final else options.max_images,
+                    max_skipped_fraction=self.data.max_skipped_fraction,
+                    graded=final,
+                ),
                 tokens=tokens,
             )
 

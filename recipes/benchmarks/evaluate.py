@@ -143,7 +143,7 @@ class Evaluation:
             num_workers=options.num_workers,
         )
         self.texts = TextTokens(self.model, processor, captions, batch_size=options.batch_size, storage=storage)
-        self.texts.embeds = torch.zeros(total, 1, device=options.device)  # play no part in scoring
+        self.texts.embeds = torch.zeros(total, 1, device=options.device)  # the scores do not depend on them
 
     def encode_images(self) -> None:
         self.images.encode(self.positions, storage=self.storage, progress=True)
@@ -196,8 +196,8 @@ def measure(options: Options) -> tuple[dict[str, dict[str, Any]], dict[str, floa
     with FlopCounterMode(display=False) as ranking:
         rank_seconds = seconds_of(lambda: candidates.append(candidate_pairs(nearest(*ranked, k=options.k))), device)
     pairs = candidates[0]
-    own = pairs[pairs[:, 0] < count]
-    used = own[:, 1].unique()
+    scored = pairs[pairs[:, 0] < count]
+    used = scored[:, 1].unique()
     some = used[: options.batch_size]
     with FlopCounterMode(display=False) as vision:  # also the warm-up
         size = options.image_size
@@ -206,8 +206,8 @@ def measure(options: Options) -> tuple[dict[str, dict[str, Any]], dict[str, floa
         evaluation.encode_texts(some)
     image_seconds = seconds_of(evaluation.encode_images, device)
     text_seconds = seconds_of(partial(evaluation.encode_texts, used), device)
-    plain = against_plain(evaluation, own, options)
-    score_seconds = seconds_of(partial(evaluation.score, own, evaluation.positions, progress=True), device)
+    plain = against_plain(evaluation, scored, options)
+    score_seconds = seconds_of(partial(evaluation.score, scored, evaluation.positions, progress=True), device)
     tokens = evaluation.texts.lengths
     text_flops = text.get_total_flops() / int(tokens[some].sum())  # of one token
     figures: dict[str, dict[str, Any]] = {
@@ -231,10 +231,10 @@ def measure(options: Options) -> tuple[dict[str, dict[str, Any]], dict[str, floa
         },
         "score": {
             "seconds": score_seconds,
-            "done": len(own),
+            "done": len(scored),
             "of": len(pairs),
-            "flops": plain["flops_per_pair"] * len(own),
-            "pairs_per_second": len(own) / score_seconds,
+            "flops": plain["flops_per_pair"] * len(scored),
+            "pairs_per_second": len(scored) / score_seconds,
             **plain,
         },
     }

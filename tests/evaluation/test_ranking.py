@@ -114,7 +114,7 @@ def test_candidate_lists_give_the_same_ranks_and_misses_beyond():
 
 
 def test_reranking_changes_order_inside_the_list_only():
-    common = dict(captions=torch.tensor([[0, 1], [0, 1]]), images=torch.tensor([[0], [0]]))
+    common = {"captions": torch.tensor([[0, 1], [0, 1]]), "images": torch.tensor([[0], [0]])}
     result = Ranking.from_candidates(
         caption_scores=torch.tensor([[0.0, 1.0], [0.0, 1.0]]),
         image_scores=torch.tensor([[5.0], [5.0]]),
@@ -156,8 +156,8 @@ def test_ndcg_closed_form():
     relevance = torch.tensor([[3.0, 0.0, 1.0]])
     ideal = 3 / math.log2(2) + 1 / math.log2(3)
     assert ndcg(relevance, relevance) == pytest.approx(1)
-    found = 1 / math.log2(2) + 3 / math.log2(4)  # order 2, 1, 0
-    assert ndcg(torch.tensor([[0.0, 1.0, 2.0]]), relevance) == pytest.approx(found / ideal)
+    gain = 1 / math.log2(2) + 3 / math.log2(4)  # order 2, 1, 0
+    assert ndcg(torch.tensor([[0.0, 1.0, 2.0]]), relevance) == pytest.approx(gain / ideal)
     assert ndcg(torch.tensor([[0.0, 1.0, 2.0]]), relevance, k=1) == pytest.approx(1 / 3)
     constant = (1 / math.log2(3) + 3 / math.log2(4)) / ideal  # ties against the model
     assert ndcg(torch.zeros(1, 3), relevance) == pytest.approx(constant)
@@ -220,9 +220,9 @@ def test_nan_scores_are_counted_in_the_error():
 
 
 def candidates(**changes):
-    lists = dict(captions=torch.zeros(2, 1).long(), caption_scores=torch.zeros(2, 1))
-    lists |= dict(images=torch.zeros(3, 1).long(), image_scores=torch.zeros(3, 1))
-    return Ranking.from_candidates(**(lists | dict(caption_to_image=torch.tensor([0, 1, 1])) | changes))
+    lists = {"captions": torch.zeros(2, 1).long(), "caption_scores": torch.zeros(2, 1)}
+    lists |= {"images": torch.zeros(3, 1).long(), "image_scores": torch.zeros(3, 1)}
+    return Ranking.from_candidates(**(lists | {"caption_to_image": torch.tensor([0, 1, 1])} | changes))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,11 @@ from typing import Any
 import pytest
 from helpers.rank_processes import RANKS, join, leave, start_ranks
 from helpers.support import tiny_model
-from helpers.tiny_gallery import captions, jpeg, tiny_processor, tiny_records
+from helpers.tiny_gallery import captions, evaluate, jpeg, tiny_records
 
 from loopitr import TextState
-from loopitr.data import LoadReport, Record
+from loopitr.data import LoadReport, Record, SceneRecords
 from loopitr.distributed import each_rank, first_rank, rank
-from loopitr.evaluation import evaluate_retrieval
 
 
 def broken(name: str) -> Record:
@@ -30,11 +30,12 @@ def one_broken(*, at: int) -> list[Record]:
 
 
 # name -> records, options; rank 1's share is the second half
-CASES: dict[str, tuple[list[Record], dict[str, Any]]] = {
+CASES: dict[str, tuple[Sequence[Record], dict[str, Any]]] = {
     "even": (tiny_records(6), {}),
     "uneven": (tiny_records(7), {"image_block": 2, "pair_block": 5, "token_storage": "disk"}),
     "recompute": (tiny_records(7), {"token_storage": "recompute"}),
     "dual only": (tiny_records(7), {"rerank": 0}),
+    "graded relevance": (SceneRecords("test", 9, image_size=32), {}),
     "fewer images than ranks": (tiny_records(1), {}),
     "one identity on both ranks": ([*tiny_records(5), replace(tiny_records(6)[5], identity=100)], {}),
     "broken on rank 0": (one_broken(at=1), {"max_skipped_fraction": 0.2}),
@@ -47,23 +48,23 @@ FAILING: dict[str, tuple[list[Record], dict[str, Any]]] = {
 }
 
 
-def found(records: list[Record], options: dict[str, Any]) -> dict[str, Any]:
+def figures_of(records: Sequence[Record], options: dict[str, Any]) -> dict[str, Any]:
     """All of a result but its seconds."""
     return counted(records, options)[0]
 
 
-def counted(records: list[Record], options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
-    """`found`, and how many images this process encoded and how many pairs it scored."""
+def counted(records: Sequence[Record], options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
+    """`figures_of`, and how many images this process encoded and how many pairs it scored."""
     model, report, work = tiny_model(), LoadReport(), Counter[str]()
     model.dual.vision.register_forward_pre_hook(lambda _, args: work.update(images=len(args[0])))
     score = model.score_pairs
     model.score_pairs = lambda *args, **kwargs: work.update(pairs=len(args[2])) or score(*args, **kwargs)
-    given = {"rerank": 4, "num_workers": 0, "progress": False, "batch_size": 3, **options}
-    result = evaluate_retrieval(model, tiny_processor(), records, report=report, **given)
+    given = {"rerank": 4, "batch_size": 3, **options}
+    result = evaluate(model, records, report=report, **given)
     json = {name: value for name, value in result.to_json().items() if name not in ("seconds", "pairs_per_second")}
     ranks = {name: [ranking.i2t.tolist(), ranking.t2i.tolist()] for name, ranking in result.rankings.items()}
-    told = {"counts": report.counts, "names": report.names, "gallery": result.skipped.summary()}
-    return {"json": json, "ranks": ranks, **told}, dict(work)
+    skips = {"counts": report.counts, "names": report.names, "gallery": result.skipped.summary()}
+    return {"json": json, "ranks": ranks, **skips}, dict(work)
 
 
 def error_of(call: Any) -> str:
@@ -93,15 +94,14 @@ def overflowing_on_rank_1() -> Any:
         return replace(state, tokens=state.tokens * (1e6 if rank() == 1 else 1))
 
     model.encode_texts = encode_texts
-    options = {"rerank": 2, "num_workers": 0, "progress": False, "token_dtype": "fp16"}
-    return evaluate_retrieval(model, tiny_processor(), tiny_records(4), **options)
+    return evaluate(model, tiny_records(4), rerank=2, token_dtype="fp16")
 
 
 def worker(index: int, folder: Path) -> None:
     join(index, folder)
     results: dict[str, Any] = {name: counted(*case) for name, case in CASES.items()}
     for name, case in FAILING.items():
-        results[name] = error_of(lambda: found(*case))
+        results[name] = error_of(lambda: figures_of(*case))
     results["overflow"] = error_of(overflowing_on_rank_1)
     results["each"] = each_rank(lambda: 10 + rank())
     results["first"] = first_rank(lambda: 10 + rank())
@@ -130,7 +130,7 @@ def test_every_rank_returns_what_one_process_does(ranks, name):
 
 @pytest.mark.parametrize("name", FAILING)
 def test_every_rank_raises_what_one_process_does(ranks, name):
-    expected = error_of(lambda: found(*FAILING[name]))
+    expected = error_of(lambda: figures_of(*FAILING[name]))
     assert expected.startswith("DataError: ") and ".jpg" in expected
     assert [result[name] for result in ranks] == [expected] * RANKS
 

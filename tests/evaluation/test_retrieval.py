@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.support import plain_score, tiny_model
-from helpers.tiny_gallery import captions, jpeg, picture, tiny_processor, tiny_records
+from helpers.tiny_gallery import captions, evaluate, jpeg, picture, tiny_processor, tiny_records
 
 from loopitr.data import DataError, LoadReport, Record, TokenCache
-from loopitr.evaluation import Ranking, evaluate_retrieval, evaluation_transform
+from loopitr.evaluation import Ranking, evaluation_transform
 from loopitr.evaluation.storage import TokenStorage
 from loopitr.evaluation.text_tokens import TextTokens
 
@@ -17,10 +17,6 @@ KEYS = {"num_images", "num_captions", "k", "dual", "match", "match_plus_similari
     "pairs_per_second"
 }
 HEADS = ("dual", "match", "match_plus_similarity")
-
-
-def evaluate(model, records, **kwargs):
-    return evaluate_retrieval(model, tiny_processor(), records, **{"num_workers": 0, "progress": False, **kwargs})
 
 
 def all_scores(model, records):
@@ -78,9 +74,9 @@ def test_candidates_are_the_duals_and_a_missed_answer_stays_missed():
         rank = 1 + sum(match[image, t] >= max(own) for t in kept if owner[t] != image) if own else torch.inf
         assert result.rankings["match"].i2t[image] == float(rank)
     for text, kept in enumerate(top_images):
-        found = owner[text] in kept
+        is_candidate = owner[text] in kept
         rank = 1 + sum(match[i, text] >= match[owner[text], text] for i in kept if i != owner[text])
-        assert result.rankings["match"].t2i[text] == (float(rank) if found else torch.inf)
+        assert result.rankings["match"].t2i[text] == (float(rank) if is_candidate else torch.inf)
     hits = {
         "i2t": 100 * (owner[top_captions] == torch.arange(6)[:, None]).any(1).double().mean().item(),
         "t2i": 100 * (top_images == owner[:, None]).any(1).double().mean().item(),
@@ -207,9 +203,9 @@ def test_dual_only_and_the_exported_dual():
     alone = evaluate(model, records, rerank=0)
     assert_same(alone.rankings, {"dual": evaluate(model, records, rerank=3).rankings["dual"]})
     assert_same(evaluate(model.dual_encoder(), records, rerank=0).rankings, alone.rankings)
-    found = alone.to_json()
-    assert found.keys() >= KEYS and found["k"] == 0
-    assert all(found[name] is None for name in ("match", "match_plus_similarity", "ceiling", "pairs_per_second"))
+    figures = alone.to_json()
+    assert figures.keys() >= KEYS and figures["k"] == 0
+    assert all(figures[name] is None for name in ("match", "match_plus_similarity", "ceiling", "pairs_per_second"))
     assert "match" not in alone.table() and alone.mean_r1().keys() == {"dual"}
     with pytest.raises(ValueError, match="no fusion head"):
         evaluate(model.dual_encoder(), records, rerank=3)
@@ -217,22 +213,22 @@ def test_dual_only_and_the_exported_dual():
 
 def test_json_and_table():
     result = evaluate(tiny_model(), tiny_records(), rerank=2)
-    found = json.loads(json.dumps(result.to_json(), allow_nan=False))
-    assert found.keys() == KEYS | {"num_pairs", "skipped", "truncated_captions"}
-    assert (found["num_images"], found["num_captions"], found["k"]) == (6, 18, 2)
+    figures = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert figures.keys() == KEYS | {"num_pairs", "skipped", "truncated_captions"}
+    assert (figures["num_images"], figures["num_captions"], figures["k"]) == (6, 18, 2)
     for name in HEADS:
-        assert found[name].keys() == {"i2t", "t2i", "mean_r1", "mean_recall", "median_rank"}
-        assert found[name]["i2t"].keys() == found[name]["t2i"].keys() == {"r1", "r5", "r10"}
-        assert found[name]["mean_r1"] == (found[name]["i2t"]["r1"] + found[name]["t2i"]["r1"]) / 2
-    assert found["ceiling"].keys() == {"i2t", "t2i"}
-    assert found["seconds"].keys() == {"encode", "rank", "rerank", "total"}
-    assert found["pairs_per_second"] == pytest.approx(result.num_pairs / result.seconds["rerank"])
+        assert figures[name].keys() == {"i2t", "t2i", "mean_r1", "mean_recall", "median_rank"}
+        assert figures[name]["i2t"].keys() == figures[name]["t2i"].keys() == {"r1", "r5", "r10"}
+        assert figures[name]["mean_r1"] == (figures[name]["i2t"]["r1"] + figures[name]["t2i"]["r1"]) / 2
+    assert figures["ceiling"].keys() == {"i2t", "t2i"}
+    assert figures["seconds"].keys() == {"encode", "rank", "rerank", "total"}
+    assert figures["pairs_per_second"] == pytest.approx(result.num_pairs / result.seconds["rerank"])
     rows = [line for line in result.table().splitlines() if line.startswith("|")]
     assert [row.split("|")[1].strip() for row in rows[2:]] == ["dual", "match", "match + similarity"]
     assert len({row.count("|") for row in rows}) == 1
     values = [float(cell) for cell in rows[2].split("|")[2:-1]]
-    assert values[0] == pytest.approx(found["dual"]["i2t"]["r1"], abs=0.05)
-    assert values[-1] == pytest.approx(found["dual"]["mean_r1"], abs=0.05)
+    assert values[0] == pytest.approx(figures["dual"]["i2t"]["r1"], abs=0.05)
+    assert values[-1] == pytest.approx(figures["dual"]["mean_r1"], abs=0.05)
 
 
 def test_cached_tokens_are_used_instead_of_images(tmp_path):
@@ -250,9 +246,9 @@ def test_cached_tokens_are_used_instead_of_images(tmp_path):
     expected = evaluate(model, records, rerank=4, max_skipped_fraction=0.5)
     half.remove()
     model.dual.vision.register_forward_pre_hook(lambda *_: pytest.fail("the backbone ran"))
-    found = evaluate(model, records, rerank=4, max_skipped_fraction=0.5, tokens=cache, token_storage="disk")
-    assert_same(found.rankings, expected.rankings)
-    assert "gone.jpg" in found.skipped.summary()
+    cached = evaluate(model, records, rerank=4, max_skipped_fraction=0.5, tokens=cache, token_storage="disk")
+    assert_same(cached.rankings, expected.rankings)
+    assert "gone.jpg" in cached.skipped.summary()
     with pytest.raises(ValueError, match="the token cache has 6 images, the records are 7"):
         evaluate(model, [*records, records[0]], tokens=cache)
 
@@ -281,7 +277,7 @@ def test_a_caption_longer_than_the_text_backbone_takes_is_cut_and_counted():
     records = tiny_records(3)
     records[0] = replace(records[0], captions=("a red circle " * 20, "a red circle"))
     model = tiny_model()
-    result = evaluate_retrieval(model, tiny_processor(max_length=100), records, rerank=2, num_workers=0, progress=False)
+    result = evaluate(model, records, rerank=2, processor=tiny_processor(max_length=100))
     assert result.truncated == 1 == result.to_json()["truncated_captions"]
     assert evaluate(model, tiny_records(3), rerank=2).truncated == 0
 

@@ -14,10 +14,10 @@ import psutil
 import pytest
 import torch
 from helpers.support import tiny_model
-from helpers.tiny_gallery import tiny_processor, tiny_records
+from helpers.tiny_gallery import evaluate, tiny_records
 
 from loopitr.data import DataError
-from loopitr.evaluation import evaluate_retrieval, retrieval
+from loopitr.evaluation import retrieval
 from loopitr.evaluation.storage import TokenStorage, TokenStore
 
 CPU = torch.device("cpu")
@@ -29,27 +29,27 @@ def scores(monkeypatch, model=None, records=None, **options):
     score = retrieval.score_candidates
     with monkeypatch.context() as patch:
         patch.setattr(retrieval, "score_candidates", lambda *a, **k: seen.append(score(*a, **k)) or seen[-1])
-        given = {"rerank": 4, "num_workers": 0, "progress": False, "image_block": 4, "pair_block": 7, **options}
-        evaluate_retrieval(model or tiny_model(), tiny_processor(), records or tiny_records(), **given)
-    (found,) = seen
-    return found
+        given = {"rerank": 4, "image_block": 4, "pair_block": 7, **options}
+        evaluate(model or tiny_model(), records or tiny_records(), **given)
+    (match_scores,) = seen
+    return match_scores
 
 
 @pytest.mark.parametrize("style", ["late", "shared"])
 def test_wherever_tokens_wait_the_scores_are_the_same(monkeypatch, tmp_path, style):
     expected = scores(monkeypatch, tiny_model(style=style), token_storage="memory")
     for kind in ("disk", "recompute", "auto"):
-        found = scores(monkeypatch, tiny_model(style=style), token_storage=kind, token_folder=tmp_path)
-        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+        kept = scores(monkeypatch, tiny_model(style=style), token_storage=kind, token_folder=tmp_path)
+        torch.testing.assert_close(kept, expected, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["memory", "disk"])
 @pytest.mark.parametrize(("dtype", "error"), [("fp16", 2e-3), ("bf16", 2e-2)])
 def test_half_precision_is_close(monkeypatch, kind, dtype, error):
     expected = scores(monkeypatch, token_storage=kind)
-    found = scores(monkeypatch, token_storage=kind, token_dtype=dtype)
-    torch.testing.assert_close(found, expected, atol=error, rtol=error)
-    assert not torch.equal(found, expected)
+    kept = scores(monkeypatch, token_storage=kind, token_dtype=dtype)
+    torch.testing.assert_close(kept, expected, atol=error, rtol=error)
+    assert not torch.equal(kept, expected)
 
 
 @pytest.mark.parametrize("folder", ["file", "file/new"])

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import random
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from loopitr import LoopITRProcessor
-from loopitr.data import Record, scene_vocabulary
+from loopitr.data import LoadReport, Record, TokenCache, scene_vocabulary
+from loopitr.evaluation import EvaluationOptions, RetrievalResult, TokenStorage, evaluate_retrieval
 from loopitr.models.processing import image_processor, word_tokenizer
 
 
@@ -42,3 +45,24 @@ def tiny_records(count: int = 6, per_image: int = 3) -> list[Record]:
         Record(image=picture(i), captions=captions(i, per_image), identity=100 - 7 * i, name=f"{i}.jpg")
         for i in range(count)
     ]
+
+
+def evaluate(
+    model: Any,
+    records: Sequence[Record],
+    *,
+    processor: LoopITRProcessor | None = None,
+    tokens: TokenCache | None = None,
+    report: LoadReport | None = None,
+    **options: Any,
+) -> RetrievalResult:
+    """`evaluate_retrieval` with `EvaluationOptions` and, as `token_storage`, `token_dtype`, `token_memory` and
+    `token_folder`, a `TokenStorage`; in this process and without progress bars where nothing else is asked for."""
+    storage = {
+        name: options.pop(f"token_{given}")
+        for name, given in (("kind", "storage"), ("dtype", "dtype"), ("memory", "memory"), ("folder", "folder"))
+        if f"token_{given}" in options
+    }
+    given = EvaluationOptions(**{"num_workers": 0, **options}, token_storage=TokenStorage(**storage))
+    processor = processor or tiny_processor()
+    return evaluate_retrieval(model, processor, records, given, tokens=tokens, report=report, progress=False)

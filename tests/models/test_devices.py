@@ -8,9 +8,9 @@ import pytest
 import torch
 from helpers.step_reference import CASES, EveryThirdWord, step_batch
 from helpers.support import images, ragged_texts, tiny_model
-from helpers.tiny_gallery import tiny_processor, tiny_records
+from helpers.tiny_gallery import evaluate, tiny_records
 
-from loopitr.evaluation import evaluate_retrieval, retrieval
+from loopitr.evaluation import retrieval
 from loopitr.objective.build import build_objective
 from loopitr.objective.grad_cache import cached_backward
 from loopitr.objective.options import ObjectiveOptions
@@ -90,13 +90,13 @@ def test_an_evaluation_waits_for_its_scores_once(gpu, monkeypatch, tmp_path, kin
         return scores
 
     monkeypatch.setattr(retrieval, "score_candidates", watched)
-    given = {"rerank": 4, "num_workers": 0, "progress": False, "image_block": 4, "pair_block": 7}
+    given = {"rerank": 4, "image_block": 4, "pair_block": 7}
     given |= {"token_storage": kind, "token_folder": tmp_path}
-    processor, records = tiny_processor(), tiny_records()
-    expected = evaluate_retrieval(tiny_model(), processor, records, **given).rankings
+    records = tiny_records()
+    expected = evaluate(tiny_model(), records, **given).rankings
     waits.clear()
     model = tiny_model()
     model.cuda()
-    found = evaluate_retrieval(model, processor, records, **given).rankings
+    found = evaluate(model, records, **given).rankings
     assert all(torch.equal(found[head].t2i, expected[head].t2i) for head in ("dual", "match", "match_plus_similarity"))
     assert waits == ["cpu"] if kind != "recompute" else "cpu" in waits  # the backbones ask for lengths

@@ -37,16 +37,16 @@ def test_the_command_of_the_readme(folder, tmp_path):
     given = data(folder, "--data.split", "test", "--data.max_skipped_fraction", 0.2, "--rerank", 4, "--output", output)
     done = launch("evaluate.py", "--model", folder / "run", *given)
     assert done.returncode == 0, done.stderr
-    found = json.loads(output.read_text())
-    assert (found["num_images"], found["num_captions"], found["k"]) == (IMAGES, IMAGES * CAPTIONS, 4)
+    figures = json.loads(output.read_text())
+    assert (figures["num_images"], figures["num_captions"], figures["k"]) == (IMAGES, IMAGES * CAPTIONS, 4)
     for head in ("dual", "match", "match_plus_similarity"):
-        recalls = [found[head][side][f"r{k}"] for side in ("i2t", "t2i") for k in (1, 5, 10)]
+        recalls = [figures[head][side][f"r{k}"] for side in ("i2t", "t2i") for k in (1, 5, 10)]
         assert all(0 <= value <= 100 for value in recalls)
         row = next(line for line in done.stdout.splitlines() if line.startswith(f"| {head.replace('_plus_', ' + ')} "))
         assert [float(cell) for cell in row.split("|")[2:-2]] == pytest.approx(recalls, abs=0.051)
-    assert found["dual"]["i2t"]["r10"] > 0 and found["ceiling"]["t2i"] > 0 and found["pairs_per_second"] > 0
-    assert set(found["seconds"]) == {"encode", "rank", "rerank", "total"}
-    assert sum(found["skipped"].values()) == 1 and "8.jpg" in done.stdout
+    assert figures["dual"]["i2t"]["r10"] > 0 and figures["ceiling"]["t2i"] > 0 and figures["pairs_per_second"] > 0
+    assert set(figures["seconds"]) == {"encode", "rank", "rerank", "total"}
+    assert sum(figures["skipped"].values()) == 1 and "8.jpg" in done.stdout
     assert "encode images" in done.stderr and "rerank" in done.stderr  # progress
 
 
@@ -58,8 +58,8 @@ def test_two_processes_give_the_figures_of_one(folder, tmp_path, monkeypatch, ca
     done = launch("evaluate.py", *given, "--output", outputs[1], launcher=TWO_ON_CPU)
     assert done.returncode == 0, done.stderr
     figures = [json.loads(output.read_text()) for output in outputs]
-    for found in figures:
-        del found["seconds"], found["pairs_per_second"]
+    for each in figures:
+        del each["seconds"], each["pairs_per_second"]
     assert figures[0] == figures[1] and figures[1]["num_images"] == IMAGES
     assert done.stdout.count("| dual ") == done.stdout.count("written to") == 1  # one of them speaks
     bars = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("encode images")]
