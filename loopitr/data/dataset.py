@@ -72,12 +72,15 @@ class CaptionDataset(Dataset[dict[str, Any]]):
         skipped: list[tuple[str, str]] = []
         for step in range(min(MAX_FAILURES, len(self.records))):
             current = (start + step) % len(self.records)
+            captions = captions_of(self.records, current)
+            if not captions:  # The sources leave such records out, but a list of one's own may hold some.
+                skipped.append((name_of(self.records, current), "no captions"))
+                continue
             try:
                 image = self._image(current, seed)
             except UnreadableImage as error:
                 skipped.append((error.name, f"unreadable image: {error.reason}"))
                 continue
-            captions = captions_of(self.records, current)
             if position is None or step:  # a replacement's captions are others: draw one
                 position = random.Random(seed).randrange(len(captions))
             return {

@@ -87,19 +87,28 @@ class DataOptions:
     """Read only this many images of each split."""
 
 
-def load_records(options: DataOptions, split: str, report: LoadReport) -> Sequence[Record] | HubStream:
+def load_records(options: DataOptions, split: str, report: LoadReport | None = None) -> Sequence[Record] | HubStream:
     """Records of `split` from the source that `options` name.
 
     `split` is usually `options.split` or `options.val_split`. ALBEF lists, and tables without a column "split", have no
-    splits: the file itself stands for `options.split`, and `val_albef` or `val_table` for `options.val_split`.
+    splits: the file itself stands for `options.split`, and `val_albef` or `val_table` for `options.val_split`. A
+    `report`, where one is given, counts what was read and what was skipped, and names the first few of it.
+
+    Raises:
+        DataError: options that contradict each other, a source that cannot be read or has no such split, or more than
+            `options.max_skipped_fraction` of it skipped.
 
     Example:
         >>> from loopitr import load_records
         >>> from loopitr.data import DataOptions, LoadReport
-        >>> records = load_records(DataOptions(limit=3), "train", LoadReport())  # of the built-in scenes
-        >>> len(records)
+        >>> len(load_records(DataOptions(limit=3), "train"))  # no source is named: these are the built-in scenes
         3
+        >>> report = LoadReport()
+        >>> records = load_records(DataOptions(scenes_val=8), "val", report)
+        >>> report.summary()
+        '8 images, 32 captions; nothing skipped'
     """
+    report = LoadReport() if report is None else report
     given = [name for name in SOURCES if getattr(options, name) is not None]
     if len(given) > 1:
         raise DataError(f"one data source is wanted, got {' and '.join(f'data.{name}' for name in given)}")
