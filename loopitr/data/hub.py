@@ -5,6 +5,7 @@ Images stay encoded until a DataLoader worker decodes them. `datasets` is import
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -62,10 +63,8 @@ def _load(path: str, split: str, name: str | None, data_files: DataFiles, stream
     except Exception as error:  # builders raise errors of pyarrow, fsspec, tarfile and their own: all mean unloadable
         splits = None
         if isinstance(error, ValueError) and "split" in str(error).lower():
-            try:
+            with contextlib.suppress(Exception):  # If this fails too, the first error is the one that says why.
                 splits = list(load(None))
-            except Exception:  # the first error is the one to tell
-                pass
         if splits is not None and split.split("[")[0] not in splits:
             raise DataError(f"{named}: no split {split!r}; it has {', '.join(map(str, splits))}") from error
         raise DataError(f"{named}: datasets cannot load it: {_one_line(error)}") from error
@@ -190,7 +189,7 @@ def _image_facts(dataset: datasets.Dataset, column: str) -> tuple[Any, np.ndarra
     else:
         return None, pc.is_null(values).to_numpy(), rows
     codes = pc.fill_null(pc.cast(keys.combine_chunks().dictionary_encode().indices, pa.int64()), -1).to_numpy()
-    known, first, inverse = np.unique(codes, return_index=True, return_inverse=True)
+    _, first, inverse = np.unique(codes, return_index=True, return_inverse=True)
     return paths, missing.to_numpy(), np.where(codes < 0, rows, first[inverse])
 
 

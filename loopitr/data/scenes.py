@@ -174,7 +174,7 @@ def _groups() -> dict[str, tuple[tuple[int, ...], ...]]:
 
 
 def _with(triple: tuple[int, ...], position: int, value: int) -> tuple[int, ...]:
-    return triple[:position] + (value,) + triple[position + 1 :]
+    return (*triple[:position], value, *triple[position + 1 :])
 
 
 def _one_attribute_away(code: int) -> list[int]:
