@@ -79,20 +79,23 @@ def _image_hash(image: str | Path | bytes | Image.Image) -> int:
 
 
 class LazyRecords(Sequence[Record]):
-    """A sequence whose images are made or read on access; its words, names and identities come without them."""
+    """A sequence whose images are made or read on access; captions, names and identities come without reading any."""
 
     @abstractmethod
     def read(self, index: int) -> Record:
         """The record at `index`, which is in range."""
 
     @abstractmethod
-    def captions(self, index: int) -> tuple[str, ...]: ...
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The captions of that record, without its image."""
 
     @abstractmethod
-    def identity(self, index: int) -> int: ...
+    def identity(self, index: int) -> int:
+        """The identity of that record, without its image."""
 
     @abstractmethod
-    def name(self, index: int) -> str: ...
+    def name(self, index: int) -> str:
+        """The name of that record, without its image."""
 
     @property
     def fingerprint(self) -> str:
@@ -155,6 +158,7 @@ class LoadReport:
         self.captions += captions
 
     def skip(self, reason: str, name: str) -> None:
+        """Count one thing that was skipped, and keep its name if it is among the first few of that reason."""
         self.counts[reason] = self.counts.get(reason, 0) + 1
         names = self.names.setdefault(reason, [])
         if len(names) < self.max_names and name not in names:
@@ -168,6 +172,7 @@ class LoadReport:
                 self.skip(reason, names[min(number, len(names) - 1)])
 
     def summary(self) -> str:
+        """One line about what was read, and how much was skipped for which reasons."""
         parts = []
         for reason, count in self.counts.items():
             names = self.names[reason]
@@ -176,7 +181,11 @@ class LoadReport:
         return f"{self.images} images, {self.captions} captions; {skipped}"
 
     def check(self, max_fraction: float, *, seen: int | None = None) -> None:
-        """Raise once more than `max_fraction` of what was seen (default: captions read and skipped) was skipped."""
+        """Check that at most `max_fraction` of `seen` items (default: captions read and skipped) was skipped.
+
+        Raises:
+            DataError: more was.
+        """
         total = max(self.captions + self.skipped if seen is None else seen, 1)
         if self.skipped > max_fraction * total:
             raise DataError(
@@ -186,9 +195,13 @@ class LoadReport:
 
 
 def clean_captions(value: Any, name: str, report: LoadReport) -> tuple[str, ...]:
-    """One string or a list of strings -> captions with single spaces; blank ones are skipped and counted."""
+    """Captions with single spaces from one string or a list of strings; blank ones are skipped and counted.
+
+    Raises:
+        DataError: something other than text.
+    """
     values = [] if value is None else [value] if isinstance(value, str) else value
-    # a string is a sequence of strings too: it is wrapped above, never iterated
+    # A string is a sequence of strings too, so that it is wrapped above and never iterated.
     if not isinstance(values, (list, tuple)):
         raise DataError(f"{name}: a caption must be text or a list of texts, got {type(value).__name__}")
     captions = []

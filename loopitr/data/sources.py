@@ -130,11 +130,12 @@ def load_records(options: DataOptions, split: str, report: LoadReport | None = N
 
 
 def _held_out_fraction(options: DataOptions, source: str) -> float:
+    """The part of the training images to hold out for validation, 0 where other data is there for it."""
     if options.val_fraction is not None:
         if not 0 <= options.val_fraction < 1:
             raise DataError(f"data.val_fraction must be in [0, 1), got {options.val_fraction}")
         return options.val_fraction
-    if options.split == options.val_split:  # an evaluation: nothing is trained on
+    if options.split == options.val_split:  # This is an evaluation: nothing is trained on.
         return 0.0
     if source == "albef":
         return 0.0 if options.val_albef else DEFAULT_VAL_FRACTION
@@ -147,7 +148,7 @@ def _held_out_fraction(options: DataOptions, source: str) -> float:
 def _part(
     options: DataOptions, source: str, fraction: float, report: LoadReport, *, held_out: bool
 ) -> Sequence[Record]:
-    """Training records without, or only, the images held out: which ones depends on their names alone."""
+    """The training records without the images held out, or only those; which ones these are depends on names alone."""
     if options.streaming:
         raise DataError("data.val_fraction needs data of known length: it cannot be used with data.streaming")
     whole = LoadReport()
@@ -173,7 +174,7 @@ def _part(
 
 
 class _Subset(LazyRecords):
-    """Some of the records, which stay lazy if they are."""
+    """The records at some positions of lazy ones, read on access as these are."""
 
     def __init__(self, records: Sequence[Record], positions: list[int]) -> None:
         self.records, self.positions = records, positions
