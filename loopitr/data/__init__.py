@@ -1,4 +1,4 @@
-"""Sources of images and captions -> records -> examples -> batches. Imports nothing else of the package.
+"""From sources of images and captions to records, examples and batches. It imports no other part of the package.
 
 The names are imported when they are first used: options can be read without torch.
 """

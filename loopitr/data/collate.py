@@ -1,4 +1,4 @@
-"""Examples -> one padded batch."""
+"""Makes one padded batch of examples."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Collator:
         if max_length < 1:
             raise ValueError(f"max_length must be at least 1, got {max_length}")
         self.tokenizer, self.max_length = tokenizer, max_length
-        # forked workers would otherwise warn, each, and turn the tokenizer's threads off themselves
+        # Otherwise each forked worker would warn, and turn the tokenizer's threads off itself.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> Batch:
@@ -54,7 +54,7 @@ class Collator:
             padding=True,
             truncation=True,
             max_length=self.max_length,
-            return_attention_mask=True,  # SigLIP's tokenizers give none by themselves
+            return_attention_mask=True,  # SigLIP's tokenizers give none by default.
             return_tensors="pt",
         )
         images = "image_tokens" if "image_tokens" in examples[0] else "pixel_values"

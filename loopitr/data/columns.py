@@ -14,13 +14,22 @@ CAPTION_GUESSES = ("caption", "captions", "text", "txt", "sentences", "json.capt
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
+    """The columns of a source that are read. `caption` may be dotted, which names a field inside a struct column;
+    `caption_root` is the column that it starts in."""
+
     image: str
-    caption: str  # may be dotted: a field inside a struct column
-    caption_root: str  # the column that `caption` starts in
+    caption: str
+    caption_root: str
 
 
 def choose_columns(source: str, columns: Mapping[str, Any], image: str | None, caption: str | None) -> Columns:
-    """The named columns, or the only one among the usual names; `columns` maps names to feature types."""
+    """The columns that the caller named, or else the only one of each kind that has a usual name.
+
+    `columns` maps the names of the columns to their feature types.
+
+    Raises:
+        DataError: a named column is missing, or none or several have a usual name.
+    """
     image = _choose(source, columns, image, IMAGE_GUESSES, kind="image")
     if _root(columns, image) != image:
         raise DataError(f"{source}: the image column cannot be a field inside a column, got {image!r}")
@@ -34,17 +43,18 @@ def _choose(source: str, columns: Mapping[str, Any], wanted: str | None, guesses
         if _root(columns, wanted) is None:
             raise DataError(f"{source}: no {kind} column {wanted!r}; its columns are {listed}")
         return wanted
-    found = [name for name in guesses if _root(columns, name)]
-    if kind == "caption":  # a struct is not a caption: one of its fields has to be named
-        found = [name for name in found if not _fields(columns.get(name))]
-    if len(found) == 1:
-        return found[0]
-    problem = f"no {kind} column found" if not found else f"the {kind} column may be {' or '.join(found)}"
+    candidates = [name for name in guesses if _root(columns, name)]
+    if kind == "caption":  # A struct is no caption: the caller has to name one of its fields.
+        candidates = [name for name in candidates if not _fields(columns.get(name))]
+    if len(candidates) == 1:
+        return candidates[0]
+    options = " or ".join(candidates)
+    problem = f"the {kind} column may be {options}" if candidates else f"no {kind} column found"
     raise DataError(f"{source}: {problem}; name it with {kind}_column; its columns are {listed}")
 
 
 def _root(columns: Mapping[str, Any], name: str) -> str | None:
-    """The column that a possibly dotted name starts in, or None. A column whose own name has dots wins."""
+    """The column that a possibly dotted name starts in, or None. A column whose own name has dots comes first."""
     if name in columns:
         return name
     root, _, rest = name.partition(".")
@@ -54,7 +64,7 @@ def _root(columns: Mapping[str, Any], name: str) -> str | None:
     for part in rest.split("."):
         feature = _fields(feature)
         if feature is None:
-            return root  # type unknown (e.g. free JSON): rows will tell
+            return root  # The type is unknown, as in free JSON: reading rows shows whether they have such a field.
         if part not in feature:
             return None
         feature = feature[part]
@@ -62,7 +72,7 @@ def _root(columns: Mapping[str, Any], name: str) -> str | None:
 
 
 def _fields(feature: Any) -> Mapping[str, Any] | None:
-    """Fields of a struct, or of a list of structs; an empty mapping for a plain value."""
+    """The fields of a struct, or of a list of structs; none for a plain value; None where the type is unknown."""
     while isinstance(feature, (list, tuple)) or hasattr(feature, "feature"):
         feature = feature[0] if isinstance(feature, (list, tuple)) else feature.feature
     if isinstance(feature, Mapping):
@@ -76,7 +86,7 @@ def _describe(name: str, feature: Any) -> str:
 
 
 def dotted_value(row: Mapping[str, Any], path: str, root: str) -> Any:
-    """The value at a dotted path; a list on the way maps over its items (`sentences.raw`)."""
+    """The value at a dotted path. In a list on the way, it is read from each item (`sentences.raw`)."""
     value: Any = row[root]
     for part in path[len(root) + 1 :].split(".") if path != root else []:
         if isinstance(value, (list, tuple)):
@@ -87,7 +97,7 @@ def dotted_value(row: Mapping[str, Any], path: str, root: str) -> Any:
 
 
 def image_value(value: Any, name: str) -> str | bytes | None:
-    """What an undecoded image cell holds: encoded bytes, a path, or nothing."""
+    """The encoded bytes or the path that an undecoded image cell holds, or None for an empty cell."""
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if value is not None and not isinstance(value, (str, bytes)):

@@ -1,4 +1,4 @@
-"""Records -> training examples, in DataLoader workers; all randomness is a function of (seed, epoch, index)."""
+"""Makes training examples of records, in DataLoader workers. All randomness is a function of (seed, epoch, index)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .images import UnreadableImage, decode_image
 from .records import DataError, Record, caption_count, captions_of, identity_of, name_of, stable_hash
 from .token_cache import TokenCache
 
-Transform = Callable[[Any], Tensor]  # of a PIL image; with an ImageCache of uint8 [3, H, W]
+Transform = Callable[[Any], Tensor]  # Its argument is a PIL image, or with an ImageCache uint8 pixels [3, H, W].
 Captions = Literal["one", "all"]
-MAX_FAILURES = 50  # unreadable images in a row: by then the data, not an image, is broken
+MAX_FAILURES = 50  # After so many unreadable images in a row it is the data that is broken, not an image.
 
 
 class CaptionDataset(Dataset[dict[str, Any]]):
@@ -58,7 +58,7 @@ class CaptionDataset(Dataset[dict[str, Any]]):
         self.tokens, self.images, self.shortest = tokens, images, shortest
         if captions == "all":
             counts = np.array([caption_count(records, i) for i in range(len(records))])
-            self._ends = counts.cumsum()  # examples up to and with each record
+            self._ends = counts.cumsum()  # [R]: the number of examples up to and with each record
 
     def __len__(self) -> int:
         return len(self.records) if self.captions == "one" else int(self._ends[-1])
@@ -72,13 +72,16 @@ class CaptionDataset(Dataset[dict[str, Any]]):
         skipped: list[tuple[str, str]] = []
         for step in range(min(MAX_FAILURES, len(self.records))):
             current = (start + step) % len(self.records)
+            captions = captions_of(self.records, current)
+            if not captions:  # The sources leave such records out, but a list of one's own may hold some.
+                skipped.append((name_of(self.records, current), "no captions"))
+                continue
             try:
                 image = self._image(current, seed)
             except UnreadableImage as error:
                 skipped.append((error.name, f"unreadable image: {error.reason}"))
                 continue
-            captions = captions_of(self.records, current)
-            if position is None or step:  # a replacement's captions are others: draw one
+            if position is None or step:  # A replacement has other captions, of which one is drawn.
                 position = random.Random(seed).randrange(len(captions))
             return {
                 **image,
@@ -90,7 +93,7 @@ class CaptionDataset(Dataset[dict[str, Any]]):
         raise DataError(f"{len(skipped)} images in a row are unreadable, the first is {name} ({reason})")
 
     def _locate(self, index: int) -> tuple[int, int | None]:
-        """(record, caption in it or None where one is to be drawn)"""
+        """The record of an example, and which of its captions, or None where one is to be drawn."""
         if self.captions == "one":
             return index, None
         record = int(np.searchsorted(self._ends, index, side="right"))
@@ -136,7 +139,7 @@ class StreamDataset(IterableDataset[dict[str, Any]]):
         self.stream, self.transform, self.captions, self.seed = stream, transform, captions, seed
         self.num_shards, self.index, self.shuffle_buffer = num_shards, index, shuffle_buffer
         self.shortest = shortest
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # Persistent workers see it change.
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch.fill_(epoch)
@@ -150,7 +153,7 @@ class StreamDataset(IterableDataset[dict[str, Any]]):
             stream = stream.shuffle(self.seed, self.shuffle_buffer)
         stream.set_epoch(epoch)
         skipped: list[tuple[str, str]] = []
-        failures: list[UnreadableImage] = []  # in a row
+        failures: list[UnreadableImage] = []  # These came in a row.
         for record in stream.records(lambda reason, name: skipped.append((name, reason))):
             try:
                 image = decode_image(record.image, record.name, shortest=self.shortest)
@@ -164,7 +167,7 @@ class StreamDataset(IterableDataset[dict[str, Any]]):
                     ) from error
                 continue
             failures.clear()
-            # rows have no number here, so the record's own name and content stand for its index
+            # Rows have no number here, so that the record's own name and content stand for its index.
             seed = stable_hash(f"{self.seed}/{epoch}/{record.name}/{record.identity}")
             chosen = record.captions if self.captions == "all" else [random.Random(seed).choice(record.captions)]
             for number, caption in enumerate(chosen):
@@ -203,7 +206,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         if self.shuffle:
             generator = torch.Generator().manual_seed(stable_hash(f"{self.seed}/{epoch}"))
             blocks = torch.randperm(-(-self.size // self.group), generator=generator)
-            order = (blocks[:, None] * self.group + torch.arange(self.group)).flatten()  # the last block may be short
+            order = (blocks[:, None] * self.group + torch.arange(self.group)).flatten()  # The last block may be short.
         return ((epoch, index) for index in order.tolist() if index < self.size)
 
 
@@ -219,7 +222,10 @@ def _transformed(transform: Transform, image: Any, seed: int) -> Tensor:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """torch's CPU generator seeded for a while. `torch.manual_seed` would reseed every GPU too, and with it dropout."""
+    """Seeds torch's CPU generator for the block only.
+
+    `torch.manual_seed` would reseed every GPU too, and with it dropout.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield

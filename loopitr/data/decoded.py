@@ -1,4 +1,4 @@
-"""Every image of a sequence of records once, decoded in DataLoader workers."""
+"""A dataset of every image of a sequence of records, each once, decoded in DataLoader workers."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ ToTensor = Callable[[Image.Image], Tensor]
 
 
 class DecodedImages(Dataset[tuple[int, Tensor | str]]):
-    """Item `i` is (i, `transform` of record i's image, or the reason why it is unreadable); `shortest` is passed on to
-    `decode_image`."""
+    """Item `i` is the pair of i and `transform` of record i's image, or of i and the reason why it is unreadable.
+
+    `shortest` is passed on to `decode_image`.
+    """
 
     def __init__(self, records: Sequence[Record], transform: ToTensor, *, shortest: int | None = None) -> None:
         self.records, self.transform, self.shortest = records, transform, shortest

@@ -1,4 +1,4 @@
-"""What the file-based sources share: reading JSON, resolving image folders, grouping rows by image."""
+"""What the sources that are files share: they read JSON, resolve image folders and group rows by image."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 from .records import DataError, LoadReport, Record, clean_captions
 
-PROBED = 8  # images looked for at load; the rest are found missing, and counted, when they are read
+PROBED = 8  # So many images are looked for at load; others that are missing are counted when they are read.
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of an annotation file: an image (path as written), its captions, what tells images apart."""
+    """One line of an annotation file: the path of an image as written, its captions, and a key for its identity."""
 
     image: str
     captions: Any
@@ -23,6 +23,11 @@ class Row:
 
 
 def read_text(path: str | Path) -> str:
+    """The content of a UTF-8 file, with or without a byte order mark.
+
+    Raises:
+        DataError: the file cannot be read or is in another encoding.
+    """
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -32,6 +37,11 @@ def read_text(path: str | Path) -> str:
 
 
 def read_json(path: str | Path) -> Any:
+    """The parsed content of a JSON file.
+
+    Raises:
+        DataError: the file cannot be read or is no valid JSON.
+    """
     text = read_text(path)
     try:
         return json.loads(text)
@@ -40,6 +50,11 @@ def read_json(path: str | Path) -> Any:
 
 
 def image_folder(images: str | Path) -> Path:
+    """The folder as a `Path`.
+
+    Raises:
+        DataError: there is no such folder.
+    """
     folder = Path(images)
     if not folder.is_dir():
         raise DataError(f"{folder}: {'is not a folder' if folder.exists() else 'no such image folder'}")
@@ -47,7 +62,11 @@ def image_folder(images: str | Path) -> Path:
 
 
 def check_images_exist(paths: Sequence[Path], source: str | Path) -> None:
-    """A wrong folder shows on the first few images; single missing files are left to the decoder."""
+    """Look for the first few images, none of which exists where the folder is wrong; the decoder reports single gaps.
+
+    Raises:
+        DataError: none of them exists.
+    """
     probe = paths[:PROBED]
     if probe and not any(path.is_file() for path in probe):
         raise DataError(f"{source}: none of its first {len(probe)} images exists; tried {probe[0]}")
@@ -56,9 +75,12 @@ def check_images_exist(paths: Sequence[Path], source: str | Path) -> None:
 def group_rows(
     rows: Iterable[Row], *, source: str | Path, images: str | Path | None, split: str | None, report: LoadReport
 ) -> list[Record]:
-    """Rows of one image become one record; rows of one `identity` share its integer.
+    """All rows of an image become one record, and all rows of one `identity` get the same integer.
 
-    Relative image paths are taken from `images`, or from the folder of `source` where that is None.
+    Relative image paths start at `images`, or at the folder of `source` where `images` is None.
+
+    Raises:
+        DataError: no image has a caption, or none of the first few images exists.
     """
     folder = Path(source).parent if images is None else image_folder(images)
     captions: dict[str, list[str]] = {}

@@ -1,10 +1,12 @@
 """Any source that `datasets.load_dataset` reads: hub ids, imagefolder, parquet, WebDataset tars; mapped or streamed.
 
-Images stay encoded until a DataLoader worker decodes them. `datasets` is imported on use: it takes seconds.
+Images stay encoded until a DataLoader worker decodes them. `datasets` is imported when it is first used, since its
+import lasts seconds.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -19,7 +21,7 @@ from .records import DataError, LazyRecords, LoadReport, Record, clean_captions,
 if TYPE_CHECKING:
     import datasets
 
-KEYS = ("__url__", "__key__")  # what `datasets` calls a WebDataset sample
+KEYS = ("__url__", "__key__")  # These columns of `datasets` name a WebDataset sample.
 DataFiles = str | list[str] | dict[str, str] | None
 
 
@@ -36,11 +38,14 @@ def load_hub(
     """Records of one split. `path` is a hub id, a local folder, or a format name beside `data_files`.
 
     `caption_column` may reach into a struct (`json.captions`). Left out, both columns are guessed from usual names.
+
+    Raises:
+        DataError: `datasets` cannot load the source, it has no such split, or the columns are unclear.
     """
     source = f"{path if data_files is None else data_files}[{split}]"
     dataset = _load(path, split, name, data_files, streaming)
     features = dataset.features
-    if features is None:  # a stream of untyped rows: the first one shows the columns
+    if features is None:  # It is a stream of untyped rows, whose first one shows the columns.
         features = dict.fromkeys(next(iter(dataset), {}))
     columns = choose_columns(source, features, image_column, caption_column)
     dataset = _undecoded(dataset, columns, features)
@@ -59,24 +64,23 @@ def _load(path: str, split: str, name: str | None, data_files: DataFiles, stream
 
     try:
         return load(split)
-    except Exception as error:  # builders raise errors of pyarrow, fsspec, tarfile and their own: all mean unloadable
+    except Exception as error:  # Builders raise errors of pyarrow, fsspec, tarfile and their own.
         splits = None
         if isinstance(error, ValueError) and "split" in str(error).lower():
-            try:
+            with contextlib.suppress(Exception):  # If this fails too, the first error is the one that says why.
                 splits = list(load(None))
-            except Exception:  # the first error is the one to tell
-                pass
         if splits is not None and split.split("[")[0] not in splits:
             raise DataError(f"{named}: no split {split!r}; it has {', '.join(map(str, splits))}") from error
         raise DataError(f"{named}: datasets cannot load it: {_one_line(error)}") from error
 
 
 def _one_line(error: BaseException) -> str:
-    cause = error.__cause__ or error  # `DatasetGenerationError` hides what went wrong in its cause
+    cause = error.__cause__ or error  # `DatasetGenerationError` hides what went wrong in its cause.
     return next(iter(str(cause).splitlines()), "") or type(cause).__name__
 
 
 def _undecoded(dataset: Any, columns: Columns, features: Any) -> Any:
+    """The dataset with only the columns that are read, its images left encoded."""
     import datasets
 
     keep = [columns.image, columns.caption_root, *(key for key in KEYS if key in features)]
@@ -109,7 +113,7 @@ class HubRecords(LazyRecords):
                 captions = self._clean({columns.caption_root: cell}, f"{source} row {position}", skips)
                 if missing[position] or not captions:
                     skips.skip("no image" if missing[position] else "no captions", "")
-                if skips.counts:  # names cost a look-up each, so only these rows get one
+                if skips.counts:  # A name costs a look-up, so that only these rows get one.
                     report.merge_skips(skips, self._row_name(position))
                 if captions and not missing[position]:
                     report.add(len(captions))
@@ -119,21 +123,21 @@ class HubRecords(LazyRecords):
         if not rows:
             raise DataError(f"{source}: no image with a caption in column {columns.caption!r} ({report.summary()})")
         self._rows, self._counts = np.array(rows), np.array(counts)
-        self[0]  # a column of the wrong type shows here, not in a worker
+        self[0]  # A column of the wrong type fails here, not in a worker.
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def take(self, count: int) -> HubRecords:
         """The first `count` records."""
-        taken = object.__new__(HubRecords)
-        taken.__dict__.update(self.__dict__, _rows=self._rows[:count], _counts=self._counts[:count])
-        return taken
+        first = object.__new__(HubRecords)
+        first.__dict__.update(self.__dict__, _rows=self._rows[:count], _counts=self._counts[:count])
+        return first
 
     def read(self, index: int) -> Record:
         name = self.name(index)
         row = self._dataset[int(self._rows[index])]
-        image = image_value(row[self._columns.image], name) or b""  # an empty cell is left to the decoder to report
+        image = image_value(row[self._columns.image], name) or b""  # The decoder reports an empty cell.
         return Record(
             image=image,
             captions=self._clean(row, name, LoadReport()),
@@ -156,7 +160,7 @@ class HubRecords(LazyRecords):
 
     @property
     def fingerprint(self) -> str:
-        # the end of the Arrow file's path is a hash that `datasets` makes of the data files and the options
+        # The end of the Arrow file's path is a hash that `datasets` makes of the data files and the options.
         return "|".join("/".join(Path(file["filename"]).parts[-4:]) for file in self._dataset.cache_files)
 
     def _clean(self, row: dict[str, Any], name: str, report: LoadReport) -> tuple[str, ...]:
@@ -171,7 +175,10 @@ class HubRecords(LazyRecords):
 
 
 def _image_facts(dataset: datasets.Dataset, column: str) -> tuple[Any, np.ndarray, np.ndarray]:
-    """(paths or None, rows without an image [R], identities [R]) from the Arrow column, without reading image bytes."""
+    """From the Arrow column: the paths or None, which rows have no image [R], and the identities [R].
+
+    No image bytes are read for it.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -182,7 +189,7 @@ def _image_facts(dataset: datasets.Dataset, column: str) -> tuple[Any, np.ndarra
             raise DataError(f"image column {column!r} is a struct without 'path' and 'bytes': {values.type}")
         paths, data = pc.struct_field(values, "path"), pc.struct_field(values, "bytes")
         missing = pc.and_(pc.is_null(paths), pc.is_null(data))
-        # embedded images often keep only a base name, which folders share: the size in bytes tells those apart
+        # Embedded images often keep only a base name, which several folders may share; their sizes in bytes differ.
         sizes = pc.cast(pc.coalesce(pc.cast(pc.binary_length(data), pa.int64()), -1), pa.string())
         keys = pc.binary_join_element_wise(pc.cast(paths, pa.string()), sizes, "\0")
     elif pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
@@ -190,7 +197,7 @@ def _image_facts(dataset: datasets.Dataset, column: str) -> tuple[Any, np.ndarra
     else:
         return None, pc.is_null(values).to_numpy(), rows
     codes = pc.fill_null(pc.cast(keys.combine_chunks().dictionary_encode().indices, pa.int64()), -1).to_numpy()
-    known, first, inverse = np.unique(codes, return_index=True, return_inverse=True)
+    _, first, inverse = np.unique(codes, return_index=True, return_inverse=True)
     return paths, missing.to_numpy(), np.where(codes < 0, rows, first[inverse])
 
 
@@ -216,11 +223,13 @@ class HubStream:
     limit: int | None = None
 
     def shard(self, num_shards: int, index: int) -> HubStream:
+        """Part `index` of `num_shards` parts of this stream, which have no row in common."""
         if not 0 <= index < num_shards:
             raise ValueError(f"shard index must be in [0, {num_shards}), got {index}")
         return replace(self, num_shards=self.num_shards * num_shards, shard_index=self.shard_index * num_shards + index)
 
     def shuffle(self, seed: int, buffer_size: int = 1000) -> HubStream:
+        """The same stream, whose rows are drawn at random from `buffer_size` rows held in memory."""
         return replace(self, shuffle_seed=seed, buffer_size=buffer_size)
 
     def set_epoch(self, epoch: int) -> None:
@@ -237,14 +246,14 @@ class HubStream:
             yield record
 
     def records(self, on_skip: Callable[[str, str], None]) -> Iterator[Record]:
-        """Records of this shard; `on_skip(reason, name)` is told of every row or caption left out."""
+        """Records of this shard; `on_skip(reason, name)` is called for every row or caption left out."""
         rows = self._rows()
         for number in itertools.count():
             try:
                 row = next(rows)
             except StopIteration:
                 return
-            except Exception as error:  # a broken tar or parquet file in mid-stream: any decoder's error
+            except Exception as error:  # A tar or parquet file broken in mid-stream raises any decoder's error.
                 raise DataError(f"{self.source}: cannot read on after row {number}: {_one_line(error)}") from error
             record = self._record(row, number, on_skip)
             if record is not None:
@@ -258,8 +267,8 @@ class HubStream:
         if self.shuffle_seed is not None:
             seed = stable_hash(f"{self.shuffle_seed}/{self.epoch}") & 0xFFFFFFFF
             dataset = dataset.shuffle(seed=seed, buffer_size=self.buffer_size)
-        # every shard shuffles the same rows with the same seed, so striding after it still parts them
-        # in a DataLoader worker `iter(dataset)` would take that worker's files on top of our shard; `iter()` does not
+        # Every shard shuffles the same rows with the same seed, so that every n-th row still belongs to one shard only.
+        # In a DataLoader worker `iter(dataset)` would divide the files among the workers once more; `.iter()` does not.
         rows = ({name: cells[0] for name, cells in batch.items()} for batch in dataset.iter(batch_size=1))
         return rows if by_file else itertools.islice(rows, self.shard_index, None, self.num_shards)
 

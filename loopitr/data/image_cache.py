@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,30 +14,34 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from .cache_folder import build_once, check_space, names_digest, read_images
-from .records import DataError, Record, name_of
+from .cache_folder import (
+    build_once,
+    check_space,
+    damaged,
+    expect_intact,
+    names_digest,
+    none_readable,
+    read_images,
+    read_meta,
+)
+from .records import DataError, Record
 
 
 class ImageCache:
-    """`cache[i]` is the uint8 pixels [3, H, W] of record i; `unreadable` has the reason of each record without any."""
+    """`cache[i]` is the uint8 pixels [3, H, W] of record i. `unreadable` maps records without any to the reasons."""
 
     def __init__(self, folder: str | Path) -> None:
         """Open a finished cache. Each process maps the files on first use, so DataLoader workers may hold it."""
         self.folder = Path(folder)
         self._maps: tuple[np.ndarray, np.ndarray] | None = None
-        try:
-            meta = json.loads((self.folder / "meta.json").read_text())
+        with expect_intact(self.folder, "not an image cache"):
+            meta = read_meta(self.folder)
             self.shortest: int = meta["shortest"]
             self.names_digest: str = meta["names_digest"]
             self.unreadable: dict[int, str] = {int(index): reason for index, reason in meta["unreadable"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{self.folder}: not an image cache ({error}); delete it to have it built again") from error
         index, pixels = self._mapped()
         if index.ndim != 2 or index.shape[1] != 3 or int(index[:, 1:].prod(axis=1).sum()) * 3 != len(pixels):
-            raise DataError(
-                f"{self.folder}: {len(pixels)} bytes of pixels do not fit the index {index.shape}; "
-                "delete it to have it built again"
-            )
+            raise damaged(self.folder, f"{len(pixels)} bytes of pixels do not fit the index {index.shape}")
 
     @classmethod
     def open_or_build(
@@ -62,10 +65,9 @@ class ImageCache:
         digest = names_digest(records)
         target = Path(folder) / f"{shortest}px-{digest[:16]}"
 
-        def build(temporary: Path) -> None:
+        def build(temporary: Path) -> dict[str, Any]:
             unreadable = _build(temporary, records, shortest, batch_size, num_workers, progress)
-            meta = {"shortest": shortest, "names_digest": digest, "unreadable": unreadable}
-            (temporary / "meta.json").write_text(json.dumps(meta))
+            return {"shortest": shortest, "names_digest": digest, "unreadable": unreadable}
 
         build_once(target, build)
         cache = cls(target)
@@ -79,7 +81,7 @@ class ImageCache:
     def __getitem__(self, index: int) -> Tensor:
         places, pixels = self._mapped()
         offset, height, width = places[index].tolist()
-        values = np.array(pixels[offset : offset + 3 * height * width])  # a copy: the map is read-only
+        values = np.array(pixels[offset : offset + 3 * height * width])  # It is a copy, since the map is read-only.
         # Stored as Pillow has them, [H, W, 3]: torch resizes bytes faster from a view of those than from planes.
         return torch.from_numpy(values).view(height, width, 3).permute(2, 0, 1)  # [3, H, W]
 
@@ -87,15 +89,11 @@ class ImageCache:
         return {**self.__dict__, "_maps": None}
 
     def _mapped(self) -> tuple[np.ndarray, np.ndarray]:
-        """Index `[R, 3]` of offset, height and width (0 where unreadable), and all bytes."""
+        """The index [R, 3] of offset, height and width (0 where unreadable), and the bytes of all pixels."""
         if self._maps is None:
-            try:
+            with expect_intact(self.folder, "cannot map the images"):
                 index = np.load(self.folder / "index.npy", mmap_mode="r", allow_pickle=False)
                 self._maps = index, np.memmap(self.folder / "pixels.bin", dtype=np.uint8, mode="r")
-            except (OSError, ValueError) as error:
-                raise DataError(
-                    f"{self.folder}: cannot map the images ({error}); delete it to have it built again"
-                ) from error
         return self._maps
 
 
@@ -119,13 +117,15 @@ def _pack(items: list[tuple[int, Tensor | str]]) -> _Batch:
 
 @dataclass(frozen=True)
 class _Shrink:
+    """A PIL RGB image -> its uint8 pixels [H, W, 3], shrunk until its shorter side is at most `shortest`."""
+
     shortest: int
 
     def __call__(self, image: Image.Image) -> Tensor:
         scale = self.shortest / min(image.size)
         if scale < 1:
             size = (round(image.width * scale), round(image.height * scale))
-            image = image.resize(size, Image.Resampling.BICUBIC)  # antialiased
+            image = image.resize(size, Image.Resampling.BICUBIC)  # Pillow antialiases where it shrinks.
         return torch.from_numpy(np.array(image))  # [H, W, 3]
 
 
@@ -139,16 +139,17 @@ def _build(
         batch_size=batch_size,
         num_workers=num_workers,
         collate=_pack,
-        shortest=2 * shortest,  # a JPEG decoded at twice the size or more is as sharp, once shrunk, as a whole one
+        # A JPEG decoded at twice the size or more is as sharp, once it is shrunk, as one decoded whole.
+        shortest=2 * shortest,
     )
     index = np.zeros((len(records), 3), dtype=np.int64)
     unreadable: dict[int, str] = {}
-    seen = written = 0
-    with (folder / "pixels.bin").open("wb", buffering=0) as file:  # a buffer would fail again when it is closed
+    read = written = 0
+    with (folder / "pixels.bin").open("wb", buffering=0) as file:  # A buffer would fail again when it is closed.
         for batch in tqdm(loader, desc="images", disable=not progress):
             unreadable.update(batch.failed)
-            seen += len(batch.sizes) + len(batch.failed)
-            whole = (written + len(batch.pixels)) * len(records) // seen  # if the rest is like what was seen
+            read += len(batch.sizes) + len(batch.failed)
+            whole = (written + len(batch.pixels)) * len(records) // read  # if the rest is like what was read
             check_space(folder, whole - written, "caching images")
             for position, height, width in batch.sizes:
                 index[position] = written, height, width
@@ -157,10 +158,10 @@ def _build(
             try:
                 while len(left):
                     left = left[file.write(left) :]
-            except OSError as error:  # another program filled the disk, or a quota is reached
+            except OSError as error:  # Another program filled the disk, or a quota is reached.
                 raise DataError(f"{folder.parent}: cannot write the image cache ({error.strerror})") from error
         os.fsync(file.fileno())
     if not written:
-        raise DataError(f"none of {len(records)} images is readable, the first is {name_of(records, 0)}")
+        raise none_readable(records)
     np.save(folder / "index.npy", index)
     return unreadable

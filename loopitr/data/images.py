@@ -1,4 +1,4 @@
-"""Anything that holds an image -> an upright 8-bit RGB PIL image, or one clear error."""
+"""Decodes anything that holds an image to an upright 8-bit RGB PIL image, or raises one clear error."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def decode_image(
         name = str(image) if isinstance(image, (str, Path)) else "<bytes>" if isinstance(image, bytes) else repr(image)
     try:
         if isinstance(image, Image.Image):
-            return _to_rgb(image, name, None)  # the caller's own: `draft` would change it for good
+            return _to_rgb(image, name, None)  # `draft` would change the caller's image for good.
         if isinstance(image, bytes):
             if not image:
                 raise UnreadableImage(name, "empty file")
@@ -53,7 +53,7 @@ def decode_image(
             return _to_rgb(opened, name, shortest)
     except UnreadableImage:
         raise
-    except Exception as error:  # decoders raise nearly anything on foreign bytes, and all of it means unreadable
+    except Exception as error:  # Decoders raise nearly anything on foreign bytes, and all of it means unreadable.
         raise UnreadableImage(name, _reason(error)) from error
 
 
@@ -65,7 +65,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return "too many pixels"
     text = (str(error).splitlines() or [""])[0]
-    # Pillow's message counts bytes; one short reason lets the log group such files
+    # Pillow's message counts bytes, while one short reason lets the log group such files.
     return "truncated" if "truncated" in text.lower() else text or type(error).__name__
 
 
@@ -76,12 +76,13 @@ def _to_rgb(image: Image.Image, name: str, shortest: int | None) -> Image.Image:
     if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
         raise UnreadableImage(name, "too many pixels")
     if shortest is not None:
-        image.draft(None, (shortest, shortest))  # both sides stay at least so long; no mode: colours stay as they are
+        # Both sides stay at least so long, and colours stay as they are, since no mode is asked for.
+        image.draft(None, (shortest, shortest))
     image.load()
     try:
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
             image = ImageOps.exif_transpose(image)
-    except Exception:  # a broken EXIF block says nothing about the pixels, which did load
+    except Exception:  # A broken EXIF block says nothing about the pixels, which did load.
         pass
     if image.mode == "RGB" and "transparency" not in image.info:
         return image if type(image) is Image.Image else image.copy()
@@ -95,7 +96,7 @@ def _to_rgb(image: Image.Image, name: str, shortest: int | None) -> Image.Image:
 
 
 def _scale_to_8_bit(image: Image.Image) -> Image.Image:
-    """16-bit integers and floats; Pillow's own conversion clips at 255 and turns most of them white."""
+    """16-bit integers and floats as 8-bit ones. Pillow's own conversion clips at 255 and turns most of them white."""
     values = np.nan_to_num(np.asarray(image, dtype=np.float32))
     if image.mode == "F":
         scale = 255.0 if values.max() <= 1.0 else 1.0

@@ -80,9 +80,9 @@ def load_albef(
 
 
 def join_lists(parts: list[list[Record]]) -> list[Record]:
-    """Records of several lists, as pre-training takes them: an image in two of them is one record with all captions."""
+    """The records of several lists, for pre-training. An image in two lists becomes one record with all captions."""
     joined: dict[str, Record] = {}
-    numbers: dict[tuple[int, int], int] = {}  # identities are a list's own
+    numbers: dict[tuple[int, int], int] = {}  # An identity means something in its own list only.
     for part, records in enumerate(parts):
         for record in records:
             first = joined.get(str(record.image))

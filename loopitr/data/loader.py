@@ -1,4 +1,4 @@
-"""Training batches: which rows each rank takes in which order, and the loader that brings them."""
+"""Training batches: which rows each rank reads in which order, and the loader that reads them."""
 
 from __future__ import annotations
 
@@ -70,10 +70,10 @@ class EpochLoader:
             self.loader = DataLoader(dataset, batch_sampler=self.sampler, persistent_workers=num_workers > 0, **common)
 
     def __len__(self) -> int:
-        """Batches of an epoch.
+        """The number of batches in an epoch.
 
         Raises:
-            TypeError: streaming data, whose length is unknown.
+            TypeError: the data is a stream, whose length is unknown.
         """
         if self.sampler is None:
             raise TypeError("streaming data has no length")
@@ -88,7 +88,7 @@ class EpochLoader:
             return
         self.dataset.set_epoch(epoch)  # type: ignore[union-attr]
         for index, batch in enumerate(self.loader):
-            if index >= start:  # a stream has to be read through
+            if index >= start:  # A stream has to be read from its start, whatever is wanted of it.
                 yield batch
 
 
@@ -101,7 +101,8 @@ class SkipCounter:
         self.batches = self.seen = self.truncated = 0
 
     def update(self, batch: Batch) -> None:
-        """
+        """Count a batch, and name in the log the first examples that it could not read.
+
         Raises:
             DataError: more than `max_fraction` of at least 100 examples were unreadable.
         """

@@ -22,30 +22,83 @@ class DataError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One image with all of its captions. `name` is what logs call it (file name, key or row)."""
+    """One image with all of its captions. A list of these is a data set: whatever takes records takes such a list.
+
+    `image` is a path, the bytes of an image file, or a PIL image. Records of equal `identity` show the same thing, so
+    that the captions of one are right for the other; left out, it is a hash of the image (of its path, if it is one).
+    `name` is what logs call the record: by default the path, or else that hash.
+
+    Raises:
+        DataError: an image of another type, captions that are one text, or a PIL image that has to be hashed and
+            cannot be read.
+
+    Example:
+        >>> from PIL import Image
+        >>> from loopitr.data import CaptionDataset, Record, TrainTransform
+        >>> red = Record(image=Image.new("RGB", (40, 30), "red"), captions=("a red card", "red paper"))
+        >>> photo = Record(image="photos/dog.jpg", captions=("a dog",), identity=7)
+        >>> photo.name
+        'photos/dog.jpg'
+        >>> dataset = CaptionDataset([red, photo], transform=TrainTransform(32, (0.5,) * 3, (0.5,) * 3))
+        >>> dataset[0]["pixel_values"].shape
+        torch.Size([3, 32, 32])
+    """
 
     image: str | Path | bytes | Image.Image
     captions: tuple[str, ...]
-    identity: int
-    name: str
+    # None is no value of these two: it stands for an argument left out until `__post_init__` puts the default there.
+    identity: int = None  # type: ignore[assignment]
+    name: str = None  # type: ignore[assignment]
     split: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.image, (str, Path, bytes, Image.Image)):
+            raise DataError(
+                f"a record's image must be a path, encoded bytes or a PIL image, got {type(self.image).__name__}"
+            )
+        if isinstance(self.captions, str):
+            raise DataError(f"a record's captions must be a tuple of texts, got the text {self.captions!r}")
+        is_path = isinstance(self.image, (str, Path))
+        if self.identity is None or (self.name is None and not is_path):
+            digest = _image_hash(self.image)
+            if self.identity is None:
+                object.__setattr__(self, "identity", digest)
+            if self.name is None and not is_path:
+                object.__setattr__(self, "name", f"image {digest & 0xFFFFFFFFFFFFFFFF:016x}")
+        if self.name is None:
+            object.__setattr__(self, "name", str(self.image))
+
+
+def _image_hash(image: str | Path | bytes | Image.Image) -> int:
+    """A hash of a path as it is written, of encoded bytes, or of a PIL image's mode, size and pixels."""
+    if isinstance(image, bytes):
+        return stable_hash(image)
+    if not isinstance(image, Image.Image):
+        return stable_hash(str(image))
+    try:
+        return stable_hash(f"{image.mode} {image.size} ".encode() + image.tobytes())
+    except Exception as error:  # A PIL image may be a file that is decoded only now, and any decoder's error can come.
+        raise DataError(f"a PIL image that cannot be read needs a name and an identity ({error})") from error
 
 
 class LazyRecords(Sequence[Record]):
-    """A sequence whose images are made or read on access; its words, names and identities come without them."""
+    """A sequence whose images are made or read on access; captions, names and identities come without reading any."""
 
     @abstractmethod
     def read(self, index: int) -> Record:
         """The record at `index`, which is in range."""
 
     @abstractmethod
-    def captions(self, index: int) -> tuple[str, ...]: ...
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The captions of that record, without its image."""
 
     @abstractmethod
-    def identity(self, index: int) -> int: ...
+    def identity(self, index: int) -> int:
+        """The identity of that record, without its image."""
 
     @abstractmethod
-    def name(self, index: int) -> str: ...
+    def name(self, index: int) -> str:
+        """The name of that record, without its image."""
 
     @property
     def fingerprint(self) -> str:
@@ -117,6 +170,7 @@ class LoadReport:
         self.captions += captions
 
     def skip(self, reason: str, name: str) -> None:
+        """Count one thing that was skipped, and keep its name if it is among the first few of that reason."""
         self.counts[reason] = self.counts.get(reason, 0) + 1
         names = self.names.setdefault(reason, [])
         if len(names) < self.max_names and name not in names:
@@ -130,6 +184,7 @@ class LoadReport:
                 self.skip(reason, names[min(number, len(names) - 1)])
 
     def summary(self) -> str:
+        """One line about what was read, and how much was skipped for which reasons."""
         parts = []
         for reason, count in self.counts.items():
             names = self.names[reason]
@@ -138,7 +193,11 @@ class LoadReport:
         return f"{self.images} images, {self.captions} captions; {skipped}"
 
     def check(self, max_fraction: float, *, seen: int | None = None) -> None:
-        """Raise once more than `max_fraction` of what was seen (default: captions read and skipped) was skipped."""
+        """Check that at most `max_fraction` of `seen` items (default: captions read and skipped) was skipped.
+
+        Raises:
+            DataError: more was.
+        """
         total = max(self.captions + self.skipped if seen is None else seen, 1)
         if self.skipped > max_fraction * total:
             raise DataError(
@@ -148,9 +207,13 @@ class LoadReport:
 
 
 def clean_captions(value: Any, name: str, report: LoadReport) -> tuple[str, ...]:
-    """One string or a list of strings -> captions with single spaces; blank ones are skipped and counted."""
+    """Captions with single spaces from one string or a list of strings; blank ones are skipped and counted.
+
+    Raises:
+        DataError: something other than text.
+    """
     values = [] if value is None else [value] if isinstance(value, str) else value
-    # a string is a sequence of strings too: it is wrapped above, never iterated
+    # A string is a sequence of strings too, so that it is wrapped above and never iterated.
     if not isinstance(values, (list, tuple)):
         raise DataError(f"{name}: a caption must be text or a list of texts, got {type(value).__name__}")
     captions = []

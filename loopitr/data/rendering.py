@@ -15,14 +15,14 @@ RGB = {
     "purple": (140, 50, 170),
     "black": (28, 28, 28),
 }
-RADIUS = {"small": (0.085, 0.105), "large": (0.165, 0.19)}  # as fractions of the image side
+RADIUS = {"small": (0.085, 0.105), "large": (0.165, 0.19)}  # These are fractions of the image side.
 OVERSAMPLING = 2
 
 
 def render(
     objects: Sequence[tuple[str, str, str]], *, vertical: bool, image_size: int, rng: random.Random
 ) -> Image.Image:
-    """Two (size, colour, shape), the first left of the second, or above it if `vertical`.
+    """A picture of two objects (size, colour, shape), the first left of the second, or above it if `vertical`.
 
     Along the relation's axis centres are at least 0.38 of the side apart, across it at most 0.16, so that the relation
     is never in doubt, shapes never overlap and never leave the image.

@@ -27,12 +27,12 @@ SIZES = ("small", "large")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "black")
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-AXES = ("left of", "above")  # the relations of a scene in canonical form
+AXES = ("left of", "above")  # These are the relations of a scene in canonical form.
 VALUES = (SIZES, COLOURS, SHAPES)
 SPLITS = ("train", "val", "test")
 GROUP_SIZE = 4
-KEPT_BYTES = 2**27  # of rendered images: every epoch shows the same ones
-HELD_OUT_GROUPS = 220  # in val and in test each; train has the rest, over 1000
+KEPT_BYTES = 2**27  # So much memory holds rendered images, since every epoch shows the same ones.
+HELD_OUT_GROUPS = 220  # Val and test have so many each; train has the rest, over 1000.
 
 TEMPLATES = {
     "left of": (
@@ -64,6 +64,8 @@ TEMPLATES = {
 
 @dataclass(frozen=True)
 class SceneObject:
+    """One shape of a scene, by the words that captions use for it."""
+
     size: str
     colour: str
     shape: str
@@ -81,13 +83,13 @@ class Scene:
     second: SceneObject
 
     def canonical(self) -> Scene:
-        """The same scene told with "left of" or "above"."""
+        """The same scene described with "left of" or "above"."""
         return self if self.relation in AXES else Scene(self.second, INVERSE[self.relation], self.first)
 
 
 def relevance(a: Scene, b: Scene) -> float:
     """Fraction of the seven facts (size, colour, shape of two objects; relation) that two scenes share, under the
-    better pairing of their objects. In [0, 1], symmetric, and 1 exactly for the same scene, however it is told."""
+    better pairing of their objects. In [0, 1], symmetric, and 1 exactly for the same scene, however it is described."""
     straight = _matches(a.first, b.first) + _matches(a.second, b.second) + (a.relation == b.relation)
     crossed = _matches(a.first, b.second) + _matches(a.second, b.first) + (a.relation == INVERSE[b.relation])
     return max(straight, crossed) / 7.0
@@ -101,8 +103,8 @@ def scene_captions(scene: Scene) -> tuple[str, ...]:
     """Four paraphrases, each naming every attribute of both objects and the relation."""
     scene = scene.canonical()
     first, second = scene.first, scene.second
-    # Half of the scenes are told from the other end, or else the first-named object would always be the left one. The
-    # choice depends on the words alone, so scenes made of the same words are told alike and differ only in order.
+    # Half of the scenes are described from the other end, or the first-named object would always be the left one. The
+    # choice depends on the words alone, so scenes made of the same words start alike and differ only in order.
     parity = sum(
         values.index(value)
         for item in (first, second)
@@ -156,7 +158,7 @@ def _groups() -> dict[str, tuple[tuple[int, ...], ...]]:
         differing = [i for i in range(3) if first[i] != second[i]]
         exchanged = _code(axis, second, first)
         rng.shuffle(differing)
-        # with one differing attribute, exchanging it is exchanging the objects
+        # Where one attribute differs, exchanging it would be exchanging the objects.
         bindings = [_code(axis, _with(first, i, second[i]), _with(second, i, first[i])) for i in differing]
         binding = next((code for code in bindings if code not in used), None) if len(bindings) > 1 else None
         if binding is not None and base not in used and exchanged not in used:

@@ -97,19 +97,28 @@ class DataOptions:
     """Read only this many images of each split."""
 
 
-def load_records(options: DataOptions, split: str, report: LoadReport) -> Sequence[Record] | HubStream:
+def load_records(options: DataOptions, split: str, report: LoadReport | None = None) -> Sequence[Record] | HubStream:
     """Records of `split` from the source that `options` name.
 
     `split` is usually `options.split` or `options.val_split`. ALBEF lists, and tables without a column "split", have no
-    splits: the file itself stands for `options.split`, and `val_albef` or `val_table` for `options.val_split`.
+    splits: the file itself stands for `options.split`, and `val_albef` or `val_table` for `options.val_split`. A
+    `report`, where one is given, counts what was read and what was skipped, and names the first few of it.
+
+    Raises:
+        DataError: options that contradict each other, a source that cannot be read or has no such split, or more than
+            `options.max_skipped_fraction` of it skipped.
 
     Example:
         >>> from loopitr import load_records
         >>> from loopitr.data import DataOptions, LoadReport
-        >>> records = load_records(DataOptions(limit=3), "train", LoadReport())  # of the built-in scenes
-        >>> len(records)
+        >>> len(load_records(DataOptions(limit=3), "train"))  # no source is named: these are the built-in scenes
         3
+        >>> report = LoadReport()
+        >>> records = load_records(DataOptions(scenes_val=8), "val", report)
+        >>> report.summary()
+        '8 images, 32 captions; nothing skipped'
     """
+    report = LoadReport() if report is None else report
     given = [name for name in SOURCES if getattr(options, name) is not None]
     if len(given) > 1:
         raise DataError(f"one data source is wanted, got {' and '.join(f'data.{name}' for name in given)}")
@@ -131,11 +140,12 @@ def load_records(options: DataOptions, split: str, report: LoadReport) -> Sequen
 
 
 def _held_out_fraction(options: DataOptions, source: str) -> float:
+    """The part of the training images to hold out for validation, 0 where other data is there for it."""
     if options.val_fraction is not None:
         if not 0 <= options.val_fraction < 1:
             raise DataError(f"data.val_fraction must be in [0, 1), got {options.val_fraction}")
         return options.val_fraction
-    if options.split == options.val_split:  # an evaluation: nothing is trained on
+    if options.split == options.val_split:  # This is an evaluation: nothing is trained on.
         return 0.0
     if source == "albef":
         return 0.0 if options.val_albef else DEFAULT_VAL_FRACTION
@@ -148,7 +158,7 @@ def _held_out_fraction(options: DataOptions, source: str) -> float:
 def _part(
     options: DataOptions, source: str, fraction: float, report: LoadReport, *, held_out: bool
 ) -> Sequence[Record]:
-    """Training records without, or only, the images held out: which ones depends on their names alone."""
+    """The training records without the images held out, or only those; which ones these are depends on names alone."""
     if options.streaming:
         raise DataError("data.val_fraction needs data of known length: it cannot be used with data.streaming")
     whole = LoadReport()
@@ -174,7 +184,7 @@ def _part(
 
 
 class _Subset(LazyRecords):
-    """Some of the records, which stay lazy if they are."""
+    """The records at some positions of lazy ones, read on access as these are."""
 
     def __init__(self, records: Sequence[Record], positions: list[int]) -> None:
         self.records, self.positions = records, positions

@@ -49,6 +49,7 @@ def load_table(
 
 
 def table_columns(path: str | Path) -> list[str]:
+    """The names of a table's columns, in order of appearance."""
     return read_table(path)[1]
 
 
@@ -86,7 +87,7 @@ def _read_json_lines(path: str | Path) -> tuple[list[dict[str, Any]], list[str]]
 
 
 def _captions(cell: Any) -> Any:
-    """A cell that is a JSON list of texts, as CSV files carry several captions; any other text is one caption."""
+    """The captions in a cell: CSV files carry several as a JSON list of texts, and any other text is one caption."""
     if isinstance(cell, str) and cell.lstrip().startswith("["):
         try:
             value = json.loads(cell)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +13,16 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from .cache_folder import build_once, check_space, names_digest, read_images
+from .cache_folder import (
+    build_once,
+    check_space,
+    damaged,
+    expect_intact,
+    names_digest,
+    none_readable,
+    read_images,
+    read_meta,
+)
 from .records import DataError, Record, name_of
 
 Encode = Callable[[Tensor], Tensor]  # [B, 3, H, W] -> [B, N, D]
@@ -22,25 +30,22 @@ FP16_MAX = float(torch.finfo(torch.float16).max)
 
 
 class TokenCache:
-    """`cache[i]` is the float16 tokens [N, D] of record i; `unreadable` holds the records that have none."""
+    """`cache[i]` is the float16 tokens [N, D] of record i. `unreadable` holds the indices of records without any."""
 
     def __init__(self, folder: str | Path) -> None:
         """Open a finished cache. Each process maps the array on first use, so DataLoader workers may hold it."""
         self.folder = Path(folder)
-        try:
-            meta = json.loads((self.folder / "meta.json").read_text())
+        with expect_intact(self.folder, "not a token cache"):
+            meta = read_meta(self.folder)
             self.key: str = meta["key"]
             self.names_digest: str = meta["names_digest"]
             self.shape: tuple[int, int, int] = tuple(meta["shape"])
             self.unreadable: frozenset[int] = frozenset(meta["unreadable"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{self.folder}: not a token cache ({error}); delete it to have it built again") from error
         self._array: np.ndarray | None = None
-        if self._tokens().shape != self.shape or self._tokens().dtype != np.float16:
-            raise DataError(
-                f"{self.folder}: tokens.npy is {self._tokens().dtype} {self._tokens().shape}, not float16 "
-                f"{self.shape} as in meta.json; delete it to have it built again"
-            )
+        tokens = self._tokens()
+        if tokens.shape != self.shape or tokens.dtype != np.float16:
+            problem = f"tokens.npy is {tokens.dtype} {tokens.shape}, not float16 {self.shape} as in meta.json"
+            raise damaged(self.folder, problem)
 
     @classmethod
     def open_or_build(
@@ -67,10 +72,9 @@ class TokenCache:
         digest = names_digest(records)
         target = Path(folder) / f"{key[:16]}-{digest[:8]}"
 
-        def build(temporary: Path) -> None:
+        def build(temporary: Path) -> dict[str, Any]:
             shape, unreadable = _build(temporary, records, transform, encode, batch_size, num_workers, device, progress)
-            meta = {"key": key, "names_digest": digest, "shape": shape, "unreadable": unreadable}
-            (temporary / "meta.json").write_text(json.dumps(meta))
+            return {"key": key, "names_digest": digest, "shape": shape, "unreadable": unreadable}
 
         build_once(target, build)
         cache = cls(target)
@@ -82,19 +86,15 @@ class TokenCache:
         return self.shape[0]
 
     def __getitem__(self, index: int) -> Tensor:
-        return torch.from_numpy(np.array(self._tokens()[index]))  # [N, D], a copy: the map is read-only
+        return torch.from_numpy(np.array(self._tokens()[index]))  # [N, D]; it is a copy, since the map is read-only
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_array": None}
 
     def _tokens(self) -> np.ndarray:
         if self._array is None:
-            try:
+            with expect_intact(self.folder, "cannot map tokens.npy"):
                 self._array = np.load(self.folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError) as error:
-                raise DataError(
-                    f"{self.folder}: cannot map tokens.npy ({error}); delete it to have it built again"
-                ) from error
         return self._array
 
 
@@ -108,6 +108,7 @@ def _build(
     device: str | torch.device,
     progress: bool,
 ) -> tuple[tuple[int, int, int], list[int]]:
+    """Write the tokens; returns their shape [R, N, D] and the indices of the unreadable records."""
     loader = read_images(records, transform, batch_size=batch_size, num_workers=num_workers)
     array: np.ndarray | None = None
     unreadable = []
@@ -121,7 +122,7 @@ def _build(
             tokens = encode(torch.stack([pixels for _, pixels in good]).to(device)).float().cpu()  # [B, N, D]
         if tokens.ndim != 3 or len(tokens) != len(good):
             raise ValueError(f"encode must return [{len(good)}, N, D], got {list(tokens.shape)}")
-        fits = (tokens.abs() <= FP16_MAX).flatten(1).all(dim=1)  # [B], false for NaN too
+        fits = (tokens.abs() <= FP16_MAX).flatten(1).all(dim=1)  # [B]; a row with NaN does not fit either
         if not fits.all():
             name = name_of(records, indices[int((~fits).nonzero()[0])])
             raise DataError(f"{name}: its tokens hold NaN or values beyond float16; this backbone cannot be cached")
@@ -129,13 +130,13 @@ def _build(
             array = _allocate(folder, (len(records), tokens.shape[1], tokens.shape[2]))
         array[indices] = tokens.half().numpy()
     if array is None:
-        raise DataError(f"none of {len(records)} images is readable, the first is {name_of(records, 0)}")
+        raise none_readable(records)
     assert isinstance(array, np.memmap)
     array.flush()
     return (array.shape[0], array.shape[1], array.shape[2]), unreadable
 
 
 def _allocate(folder: Path, shape: tuple[int, int, int]) -> np.ndarray:
-    # writing a map beyond the disk's end kills the process without a word
+    # Without this check a full disk would kill the process without a word, at a write into the map.
     check_space(folder, 2 * int(np.prod(shape)), "caching tokens")
     return np.lib.format.open_memmap(folder / "tokens.npy", mode="w+", dtype=np.float16, shape=shape)

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
-LEAST_RATIO = 3 / 4  # of a random crop's sides
+LEAST_RATIO = 3 / 4  # The sides of a random crop have at least this ratio.
 
 
 class TrainTransform:
@@ -42,7 +42,7 @@ class TrainTransform:
         # its shorter side is at least sqrt(3/4 * low) * m; nor is it below low * m, the other being at most n.
         self.shortest = math.ceil(max(size) / max(crop_scale[0], math.sqrt(LEAST_RATIO * crop_scale[0])))
         steps: list[torch.nn.Module] = [
-            v2.PILToTensor(),  # uint8 first: tensor resizing is about twice as fast as Pillow's
+            v2.PILToTensor(),  # It stays uint8, since resizing tensors is about twice as fast as Pillow's resizing.
             v2.RandomResizedCrop(
                 size,
                 scale=crop_scale,
@@ -63,7 +63,8 @@ class TrainTransform:
 
 
 def _one_of_albef(size: Sequence[int]) -> v2.RandomChoice:
-    share = 0.1  # of the image side; ALBEF's magnitude 7 of 10 at most moves 10 pixels
+    """One of ALBEF's ten operations at random, at its magnitude 7 of 10; it moves an image by 10 pixels at most."""
+    share = 0.1  # Nor is an image moved by more than this part of its side.
     move = (min(share, 10 / size[1]), min(share, 10 / size[0]))
     bilinear = InterpolationMode.BILINEAR
     return v2.RandomChoice(

@@ -75,7 +75,7 @@ def write_photos(folder: Path, size: tuple[int, int], count: int) -> list[Path]:
 
 
 def photos(options: Options, scratch: Path) -> dict[str, list[Path]]:
-    """Files by the name of their set."""
+    """The files of each set of images, by the name of the set."""
     count = options.batches * options.batch_size
     if options.images is None:
         return {f"{w}x{h}": write_photos(scratch / f"{w}x{h}", (w, h), min(count, 64)) for w, h in SIZES}
@@ -87,14 +87,14 @@ def photos(options: Options, scratch: Path) -> dict[str, list[Path]]:
 
 
 def loaders(options: Options, files: dict[str, list[Path]], scratch: Path) -> dict[str, EpochLoader]:
-    """By set and variant; each has the batches of one round."""
+    """A loader for each set of images and way of reading it; each has the batches of one round."""
     from loopitr.data import TrainTransform
     from loopitr.models.processing import word_tokenizer
 
     transform = TrainTransform(options.image_size, (0.5,) * 3, (0.5,) * 3, crop_scale=(options.crop_scale_min, 1.0))
     caption = " ".join(scene_vocabulary()[:12])
     collator = Collator(word_tokenizer(scene_vocabulary(), max_length=32), max_length=32)
-    made = {}
+    by_variant = {}
     for name, paths in files.items():
         count = options.batches * options.batch_size
         records = [
@@ -117,7 +117,7 @@ def loaders(options: Options, files: dict[str, list[Path]], scratch: Path) -> di
             CACHED: {"images": cache},
         }
         for variant, how in variants.items():
-            made[f"{name}, {variant}"] = EpochLoader(
+            by_variant[f"{name}, {variant}"] = EpochLoader(
                 CaptionDataset(records, transform=transform, **how),
                 collator,
                 batch_size=options.batch_size,
@@ -127,7 +127,7 @@ def loaders(options: Options, files: dict[str, list[Path]], scratch: Path) -> di
                 num_workers=options.num_workers,
                 pin_memory=options.device.startswith("cuda"),
             )
-    return made
+    return by_variant
 
 
 def training_step(options: Options) -> Callable[[], None]:
@@ -193,7 +193,7 @@ def main() -> None:
 
 
 def report(options: Options, timed: dict[str, Timing], model: str, speed: float) -> None:
-    """`model`: the name of the step among what was timed. `speed`: FLOP/s of a large matrix product."""
+    """Print a table of what was timed, in which `model` names the step; `speed` is a large matrix product's FLOP/s."""
     consumed = options.batch_size / timed[model].median
     figures: dict[str, dict[str, Any]] = {}
     rows = []

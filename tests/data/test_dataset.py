@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 from collections import Counter
+from itertools import pairwise
 
 import datasets
 import pytest
@@ -147,7 +148,7 @@ def test_epoch_sampler_is_a_permutation_per_epoch():
     assert orders[0] == orders[2] and [i for _, i in orders[0]] != [i for _, i in orders[1]]
     grouped = [index for _, index in EpochSampler(10, seed=1, group=4)]
     assert sorted(grouped) == list(range(10)) and grouped != list(range(10))
-    assert all(b == a + 1 for a, b in zip(grouped, grouped[1:]) if b % 4)
+    assert all(b == a + 1 for a, b in pairwise(grouped) if b % 4)
     assert list(EpochSampler(3, seed=0, shuffle=False)) == [(0, 0), (0, 1), (0, 2)]
 
 

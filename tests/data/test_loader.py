@@ -1,5 +1,7 @@
 """Batches that do not depend on ranks, workers or where a run was resumed; what could not be read is counted."""
 
+import dataclasses
+
 import pytest
 import torch
 from helpers.tiny_gallery import jpeg, tiny_processor
@@ -87,16 +89,16 @@ def test_start_skips_exactly_so_many_batches(workers, start):
 
 
 def test_skipped_batches_are_not_read():
-    class Counting(SceneRecords):
-        read_indices: list[int] = []
+    read_indices = []
 
+    class Counting(SceneRecords):
         def read(self, index):
-            self.read_indices.append(index)
+            read_indices.append(index)
             return super().read(index)
 
     dataset = CaptionDataset(Counting("train", 12, image_size=32), transform=TRANSFORM)
     list(loader(dataset=dataset, batch_size=4).epoch(0, start=2))
-    assert len(Counting.read_indices) == 4
+    assert len(read_indices) == 4
 
 
 def test_batches_are_the_same_with_0_and_2_workers_and_whatever_the_global_seed():
@@ -157,6 +159,24 @@ def test_a_stream_decodes_jpegs_small_on_request(stream):
 def test_batches_are_pinned_on_request(stream, pin_memory):
     for dataset in (None, StreamDataset(stream, transform=TRANSFORM)):
         assert loader(dataset=dataset, pin_memory=pin_memory).loader.pin_memory == pin_memory
+
+
+def test_pinning_a_batch_keeps_every_field_and_pins_every_tensor(monkeypatch):
+    pinned = []
+
+    def pin(tensor):  # this machine may have no GPU, and page-locked memory needs one
+        pinned.append(tensor)
+        return tensor.clone()
+
+    whole = dataclasses.replace(next(loader().epoch(0)), skipped=(("a.jpg", "truncated"),), truncated=2)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    copy = whole.pin_memory()
+    assert [id(tensor) for tensor in pinned] == [id(tensor) for tensor in whole.inputs.values()]
+    assert same_batches([copy], [whole])
+    assert all(copy.inputs[name] is not whole.inputs[name] for name in whole.inputs)
+    for field in dataclasses.fields(Batch):  # a field that is added later must be kept as well
+        if field.name != "inputs":
+            assert getattr(copy, field.name) == getattr(whole, field.name)
 
 
 # What could not be read

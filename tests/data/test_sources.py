@@ -159,3 +159,8 @@ def test_options_are_read_by_jsonargparse(tmp_path):
     )
     assert parser.parse_args(["--data.data_files", "a.tar"]).data.data_files == "a.tar"
     assert parser.parse_args(["--data.data_files", '["a", "b"]']).data.data_files == ["a", "b"]
+
+
+def test_a_report_is_optional():
+    assert len(load_records(DataOptions(limit=3), "train")) == 3
+    assert len(load_records(DataOptions(scenes_train=100, val_fraction=0.5), "val")) > 10
