@@ -57,6 +57,8 @@ CASES = {
     "across_distillation_only": Case("late", {"itc": 0.0, "itm": 0.0, "mine_across_ranks": True}),
     "itc_only": Case("late", {"itm": 0.0, "distillation": 0.0}),
     "sigmoid": Case("late", {"itc_loss": "sigmoid", "distillation_loss": "kl"}),
+    "structure": Case("late", {"itm": 0.0, "distillation": 0.0, "cmd": 0.6, "cmc": 0.8}),
+    "structure_of_texts": Case("shared", {"cmd": 0.6, "cmc": 0.8, "structure_source": "text"}),
 }
 
 
@@ -167,7 +169,7 @@ def test_two_processes_are_one_on_the_concatenated_batch(ranks, name):
         found = torch.stack([result["terms"][term] for result in results])
         torch.testing.assert_close(found.mean(), value.detach(), atol=1e-6, rtol=1e-5, msg=lambda m: f"{term}: {m}")
         assert value > 0
-        if term in ("itm", "distillation"):
+        if term in ("itm", "distillation", "cmd", "cmc"):
             assert found[0] == found[1]
     mean_loss = sum(result["loss"] for result in results) / RANKS
     torch.testing.assert_close(mean_loss, out.loss.detach(), atol=1e-6, rtol=1e-5)

@@ -1,0 +1,237 @@
+"""Terms as objects: as from options, each part of a step computed once, losses in loops, terms of one's own."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import pytest
+import torch
+from helpers.step_reference import CASES, EveryThirdWord, gradients, step_batch
+from helpers.support import tiny_model
+from torch import Tensor
+
+from loopitr import (
+    Contrastive,
+    Distillation,
+    FrozenContrast,
+    LoopITRModel,
+    LoopObjective,
+    Matching,
+    PartialRanking,
+    Ranking,
+    SigmoidContrastive,
+    StructureTransfer,
+    Term,
+    TermOutput,
+    TopK,
+    WordPrediction,
+)
+from loopitr.objective import losses
+from loopitr.objective.build import build_objective, build_terms
+from loopitr.objective.options import ObjectiveOptions
+from loopitr.objective.step import Step
+
+KL = partial(losses.kl, teacher_temperature=1.0)
+CPRD = PartialRanking(losses.hard_above_mean)
+MASKING = EveryThirdWord()
+OBJECTS: dict[str, tuple[list[Term], int]] = {  # what the options in `CASES` stand for, and the number of negatives
+    "itc": ([Contrastive()], 4),
+    "cprd": ([Contrastive(), Matching(), Ranking(0.5), Distillation(CPRD)], 3),
+    "kl_and_mlm": ([Contrastive(), Matching(), Distillation(KL), WordPrediction(MASKING)], 3),
+    "one_negative": ([Contrastive(), Matching(negatives=1), Distillation(CPRD)], 4),
+    "teacher_only": ([Contrastive(), Distillation(KL)], 4),
+    "sigmoid": ([SigmoidContrastive(), Matching()], 4),
+}
+
+
+def model_for(case: str) -> LoopITRModel:
+    return tiny_model(mlm_head="mlm" in case, initial_logit_bias=-2.0 if case == "sigmoid" else None).train()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_objects_give_the_loss_and_the_gradients_of_the_options(case):
+    terms, negatives = OBJECTS[case]
+    model, batch = model_for(case), step_batch()
+    by_options = build_objective(model, ObjectiveOptions(**CASES[case]), token_masking=MASKING)(**batch)
+    by_objects = LoopObjective(model, terms, miner=TopK(negatives))(**batch)
+    assert torch.equal(by_objects.loss, by_options.loss)
+    assert list(by_objects.terms) == list(by_options.terms)
+    expected, got = gradients(model, by_options.loss), gradients(model, by_objects.loss)
+    assert got.keys() == expected.keys()
+    assert not [name for name in expected if not torch.equal(got[name], expected[name])]
+
+
+# Parts
+
+
+PARTS = [name for name, part in vars(Step).items() if isinstance(part, cached_property)]
+
+
+@pytest.fixture
+def computed(monkeypatch) -> Counter[str]:
+    """How often each part of a step was computed, and `score_pairs` called."""
+    counts: Counter[str] = Counter()
+
+    def counted(name, function):
+        def call(*args, **kwargs):
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in PARTS:
+        part = cached_property(counted(name, vars(Step)[name].func))
+        part.__set_name__(Step, name)
+        monkeypatch.setattr(Step, name, part)
+    monkeypatch.setattr(LoopITRModel, "score_pairs", counted("score_pairs", LoopITRModel.score_pairs))
+    return counts
+
+
+def test_each_part_is_computed_once(computed):
+    terms = [*OBJECTS["kl_and_mlm"][0], Ranking(), StructureTransfer(), FrozenContrast()]
+    LoopObjective(model_for("kl_and_mlm"), terms, miner=TopK(3))(**step_batch())
+    assert computed == dict.fromkeys([*PARTS, "score_pairs"], 1)
+
+
+@dataclass(frozen=True)
+class OwnPair(Term):
+    """A term of one's own: the similarity of each image with its own caption is to be high."""
+
+    weight: float = 1.0
+    name = "own_pair"
+
+    def __call__(self, step: Step) -> Tensor:
+        return -step.similarities.per_image.diagonal().mean()
+
+
+def test_only_what_a_term_asks_for_is_computed(computed):
+    LoopObjective(tiny_model().train(), [OwnPair()])(**step_batch())
+    assert computed == {"similarities": 1, "embeds": 1}
+    computed.clear()
+    LoopObjective(tiny_model().train(), [StructureTransfer(), Contrastive()])(**step_batch())
+    assert computed == {"similarities": 1, "embeds": 1, "positives": 1, "gathered": 1}
+
+
+# Structure within a modality
+
+
+def embeds_of(model: LoopITRModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    texts = model.encode_texts(batch["input_ids"], batch["attention_mask"])
+    return {"image": model.encode_images(batch["pixel_values"]).embeds, "text": texts.embeds}
+
+
+def log_softmax_rows(rows: Tensor, columns: Tensor) -> list[list[float]]:
+    """Of scalar products divided by 0.07, one after the other."""
+    logits = [[float(torch.dot(a, b)) / 0.07 for b in columns] for a in rows]
+    totals = [math.log(sum(math.exp(value) for value in row)) for row in logits]
+    return [[value - total for value in row] for row, total in zip(logits, totals, strict=True)]
+
+
+def structure_loop(source: Tensor, target: Tensor) -> float:
+    taught, learned = log_softmax_rows(source, source), log_softmax_rows(target, target)
+    size = len(source)
+    divergences = [
+        sum(math.exp(taught[i][j]) * (taught[i][j] - learned[i][j]) for j in range(size)) for i in range(size)
+    ]
+    return sum(divergences) / size
+
+
+def contrast_loop(source: Tensor, target: Tensor, batch: dict[str, Tensor]) -> float:
+    kept: list[int] = []
+    images, captions = batch["identities"].tolist(), batch["caption_ids"].tolist()
+    for row in range(len(images)):
+        if images[row] not in images[:row] and captions[row] not in captions[:row]:
+            kept.append(row)
+    assert 1 < len(kept) < len(images)
+    logs = log_softmax_rows(target[kept], source[kept])
+    return -sum(logs[i][i] for i in range(len(kept))) / len(kept)
+
+
+@pytest.mark.parametrize("source, target", [("image", "text"), ("text", "image")])
+@pytest.mark.parametrize("name, made", [("cmd", StructureTransfer), ("cmc", FrozenContrast)])
+def test_structure_terms_are_the_ones_written_out_in_loops(name, made, source, target):
+    model, batch = tiny_model().train(), step_batch()
+    out = LoopObjective(model, [made(source=source)])(**batch)
+    embeds = {key: value.detach().double() for key, value in embeds_of(model, batch).items()}
+    if name == "cmd":
+        expected = structure_loop(embeds[source], embeds[target])
+    else:
+        expected = contrast_loop(embeds[source], embeds[target], batch)
+    assert float(out.terms[name].detach()) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    learned = {key for key, gradient in gradients(model, out.loss).items() if gradient.any()}
+    towers = {"image": "dual.vision", "text": "dual.text."}
+    assert any(key.startswith(towers[target]) for key in learned)
+    assert not any(key.startswith(towers[source]) for key in learned)
+
+
+def test_weights_make_the_structure_terms():
+    options = ObjectiveOptions(itc=0, itm=0, distillation=0, cmd=0.5, cmc=0.25, structure_source="text")
+    assert build_terms(options) == [StructureTransfer(0.5, source="text"), FrozenContrast(0.25, source="text")]
+    out = build_objective(tiny_model().train(), options)(**step_batch())
+    torch.testing.assert_close(out.loss, 0.5 * out.terms["cmd"] + 0.25 * out.terms["cmc"])
+
+
+# The list of terms
+
+
+def test_two_terms_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="terms must have names of their own, got itc, itm, itm"):
+        LoopObjective(tiny_model(), [Contrastive(), Matching(), Matching(0.5)])
+
+
+def test_a_term_of_weight_0_is_left_out():
+    objective = LoopObjective(
+        tiny_model().train(), [Contrastive(), Matching(0.0), Matching(0.5), WordPrediction(None, 0)]
+    )
+    assert [term.weight for term in objective.terms] == [1.0, 0.5]
+    assert list(objective(**step_batch()).terms) == ["itc", "itm"]
+
+
+@pytest.mark.parametrize("masking, mlm_head", [(None, True), (MASKING, False)])
+def test_word_prediction_needs_a_head_and_masking(masking, mlm_head):
+    with pytest.raises(ValueError, match="objective.mlm needs a model with an mlm_head and a tokenizer with a mask"):
+        LoopObjective(tiny_model(mlm_head=mlm_head), [WordPrediction(masking)])
+
+
+def test_terms_with_different_negatives_train_on_the_larger_number_and_each_uses_its_own():
+    model, batch = tiny_model().train(), step_batch()
+    both = LoopObjective(model, [Matching(negatives=1), Ranking(negatives=3)], miner=TopK(4))
+    assert both.trained_negatives == 3
+    out = both(**batch)
+    alone = [LoopObjective(model, [term], miner=TopK(4))(**batch) for term in both.terms]
+    expected = [gradients(model, one.loss) for one in alone]
+    for one in alone:
+        for name, value in one.terms.items():
+            torch.testing.assert_close(out.terms[name], value)
+    got = gradients(model, out.loss)
+    for name in ("itm_head.weight", "dual.vision.model.blocks.0.mlp.fc1.weight"):
+        torch.testing.assert_close(got[name], expected[0][name] + expected[1][name], atol=1e-6, rtol=1e-4)
+    more = LoopObjective(model, [Matching(negatives=3)], miner=TopK(4))(**batch)
+    assert not torch.equal(more.terms["itm"], out.terms["itm"])
+
+
+# Terms of one's own
+
+
+def test_a_term_of_ones_own_is_weighted_and_differentiated():
+    model, batch = tiny_model().train(), step_batch()
+    out = LoopObjective(model, [Contrastive(), OwnPair(0.5)])(**batch)
+    embeds = embeds_of(model, batch)
+    expected = -(model.dual.scale * (embeds["image"] * embeds["text"]).sum(1)).mean()
+    torch.testing.assert_close(out.terms["own_pair"], expected)
+    torch.testing.assert_close(out.loss, out.terms["itc"] + 0.5 * out.terms["own_pair"])
+    assert any(gradient.any() for gradient in gradients(model, out.terms["own_pair"]).values())
+
+
+class HighestSimilarity(OwnPair):
+    def __call__(self, step: Step) -> TermOutput:
+        return TermOutput(super().__call__(step), {"highest": step.similarities.per_image.detach().max()})
+
+
+def test_metrics_of_a_term_reach_the_log():
+    out = LoopObjective(tiny_model().train(), [HighestSimilarity()])(**step_batch())
+    assert out.metrics.keys() == {"temperature", "highest"}
+    assert out.metrics["highest"] >= -out.terms["own_pair"]
