@@ -2,6 +2,31 @@
 
 Pairs are sorted by image and their text tokens laid end to end, so every linear layer sees real tokens only. Attention
 needs rectangles: `segments` cuts them out of the flat table, in a few buckets of similar length.
+
+An example of two images and three captions of 2, 3 and 1 tokens, as `lay_out` lays it out:
+
+    padded captions [3 * 3]      pairs (image, text), sorted
+      a0 a1  .   = 0 1 2           (0, a)  (0, b)  (1, b)  (1, c)
+      b0 b1 b2   = 3 4 5
+      c0  .  .   = 6 7 8
+
+    packed captions              a0 a1  b0 b1 b2  c0           `tokens`: 0 1  3 4 5  6
+                                  0  1   2  3  4   5
+
+    packed rows of the pairs     a0 a1  b0 b1 b2  b0 b1 b2  c0
+      row                         0  1   2  3  4   5  6  7   8
+      `source`                    0  1   2  3  4   2  3  4   5
+      `firsts`                    0      2         5         8
+      `images`                   |--- image 0 ---|-- image 1 --|  segments of 5 and 4 rows: one query each
+
+    `texts`: segments of 2, 3, 3 and 1 rows. So few stay in one bucket, which is padded with their last rows:
+      rows   0 1 1    mask   1 1 0
+             2 3 4           1 1 1
+             5 6 7           1 1 1
+             8 8 8           1 0 0
+    From `SMALL` segments on they would be cut where most padding is saved. Of these lengths the buckets would be
+      8  |  0 1  |  2 3 4      and nothing is padded.
+                    5 6 7
 """
 
 from __future__ import annotations
