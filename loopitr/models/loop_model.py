@@ -187,18 +187,15 @@ class LoopITRModel(LoopITRPreTrainedModel):
         some = images.keys_values is not None and (self._compiled or not _in_a_row(used))
         layout = lay_out(pairs, mask, fixed=self._compiled, all_images=some).to(images.tokens.device)
         image: Tensor | KeysValues
-        plan: list[bool] = []
         if images.keys_values is None:
             image = self._pick(images.tokens, used)
-            if not self._compiled:  # another plan would be another graph
-                plan = self.fusion.plan(layout, len(used), image.shape[1], first_only=first_only)
         elif some:
             image = images.keys_values
         else:
             image = [(self._pick(keys, used), self._pick(values, used)) for keys, values in images.keys_values]
         shared = None if self._inner_layer is None else self.dual.text.layers[self._inner_layer :]
         packed = texts.tokens.flatten(0, 1).index_select(0, layout.tokens)  # [sum(lengths), D]
-        return self.fusion(packed, image, layout, plan, shared_layers=shared, first_only=first_only)
+        return self.fusion(packed, image, layout, shared_layers=shared, first_only=first_only)
 
     def _pick(self, x: Tensor, rows: Tensor) -> Tensor:
         """`x[rows]` of sorted, unique `rows` on the CPU, without a copy where they follow each other."""

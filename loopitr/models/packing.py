@@ -177,7 +177,7 @@ class PairLayout:
     `tokens [sum(lengths)]` what the packed text table takes from the padded one `[T * L]`: the real tokens of the texts
     in the pairs; `source [R]` row of the packed table behind each row; `firsts [P]` rows of the pairs' first tokens;
     `alone` segments of the packed table; `texts` segments by pair; `images` segments by image, over all rows;
-    `image_firsts` likewise over first tokens.
+    `image_firsts` likewise over first tokens; `fixed` whether the structure is the one that compiled modules need.
     """
 
     tokens: Tensor
@@ -187,13 +187,16 @@ class PairLayout:
     texts: Segments
     images: Segments
     image_firsts: Segments
+    fixed: bool
 
     def to(self, device: torch.device) -> PairLayout:
         """The layout with its indices on `device`."""
         parts = (self.alone, self.texts, self.images, self.image_firsts)
         tensors = [self.tokens, self.source, self.firsts, *(x for part in parts for x in part.tensors())]
         sent = iter(send(tensors, device))
-        return PairLayout(next(sent), next(sent), next(sent), *(part.replaced(sent) for part in parts))
+        rows = [next(sent) for _ in range(3)]
+        alone, texts, images, image_firsts = (part.replaced(sent) for part in parts)
+        return PairLayout(*rows, alone, texts, images, image_firsts, self.fixed)
 
 
 def lay_out(pairs: Tensor, mask: Tensor, *, fixed: bool = False, all_images: bool = False) -> PairLayout:
@@ -229,6 +232,7 @@ def lay_out(pairs: Tensor, mask: Tensor, *, fixed: bool = False, all_images: boo
         texts=segments(per_pair, fixed=fixed),
         images=by_image[0],
         image_firsts=by_image[1],
+        fixed=fixed,
     )
 
 
