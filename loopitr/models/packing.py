@@ -194,9 +194,9 @@ class PairLayout:
         parts = (self.alone, self.texts, self.images, self.image_firsts)
         tensors = [self.tokens, self.source, self.firsts, *(x for part in parts for x in part.tensors())]
         sent = iter(send(tensors, device))
-        rows = [next(sent) for _ in range(3)]
+        tokens, source, firsts = next(sent), next(sent), next(sent)
         alone, texts, images, image_firsts = (part.replaced(sent) for part in parts)
-        return PairLayout(*rows, alone, texts, images, image_firsts, self.fixed)
+        return PairLayout(tokens, source, firsts, alone, texts, images, image_firsts, self.fixed)
 
 
 def lay_out(pairs: Tensor, mask: Tensor, *, fixed: bool = False, all_images: bool = False) -> PairLayout:
