@@ -21,13 +21,10 @@ from transformers import BlipForImageTextRetrieval, PreTrainedConfig
 from loopitr.building.weights import hub_access
 from loopitr.convert.weights import head_count, load_exactly, read_checkpoint, refuse, resize_positions
 from loopitr.models.config import LoopITRConfig
-from loopitr.models.image_backbone import mlp_ratio
+from loopitr.models.image_backbone import ACTIVATIONS, mlp_ratio
 from loopitr.models.loop_model import LoopITRModel
 
 VIT = "vit_base_patch16_clip_224"  # timm's name with BLIP's mean and std; sizes are all given
-VISION_ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"} | {
-    name: name for name in ("quick_gelu", "relu", "silu")
-}  # transformers' name -> timm's
 SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id")
 CHECKPOINT_FILES = (".pth", ".pt", ".bin", ".safetensors")
 TEMPERATURES = (0.001, 0.5)  # what the original's training clamps `temp` to
@@ -133,12 +130,12 @@ def convert_blip(
 
 def _told(config: Any, vision_heads: int | None, text_heads: int | None) -> _Told:
     vision, text = config.vision_config, config.text_config
-    if vision.hidden_act not in VISION_ACTIVATIONS:
-        known = ", ".join(VISION_ACTIVATIONS)
+    if vision.hidden_act not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
         raise ValueError(f"vision_config.hidden_act must be one of {known}, got {vision.hidden_act!r}")
     arguments: dict[str, Any] = {"norm_eps": vision.layer_norm_eps}
     if vision.hidden_act != "gelu":
-        arguments["act_layer"] = VISION_ACTIVATIONS[vision.hidden_act]
+        arguments["act_layer"] = ACTIVATIONS[vision.hidden_act]
     if vision.attention_dropout:
         arguments["attn_drop_rate"] = vision.attention_dropout
     return _Told(

@@ -90,7 +90,7 @@ class LoopITRModel(LoopITRPreTrainedModel):
         """`[T, L]` -> embeds and tokens, one run of the backbone."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         output = self.dual.text(input_ids, mask, inner_layer=self._inner_layer)
-        embeds = F.normalize(self.dual.text_projection(self.dual.text.pool(output, mask)), dim=-1)
+        embeds = self.dual.embed_text_output(output, mask)
         tokens = output.tokens if output.inner is None else output.inner
         first = self.config.fusion["first_token_id"]
         if first is not None:
