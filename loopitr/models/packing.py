@@ -33,6 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -144,7 +145,7 @@ def _cut(lengths: Tensor) -> list[Tensor]:
     ordered, cuts = lengths[by_length], [0, count]
     while len(cuts) <= MAX_BUCKETS:
         best, best_saving = -1, 0
-        for low, high in zip(cuts[:-1], cuts[1:], strict=True):
+        for low, high in pairwise(cuts):
             # Cutting after position m shortens low..m from the longest of the run to ordered[m].
             sizes = torch.arange(1, high - low)
             saving = sizes * (ordered[high - 1] - ordered[low : high - 1])
@@ -153,7 +154,7 @@ def _cut(lengths: Tensor) -> list[Tensor]:
         if best < 0:
             break
         cuts = sorted([*cuts, best])
-    return [by_length[low:high] for low, high in zip(cuts[:-1], cuts[1:], strict=True)]
+    return [by_length[low:high] for low, high in pairwise(cuts)]
 
 
 def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
@@ -166,8 +167,8 @@ def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     if device.type == "cuda":
         flat = flat.pin_memory()
     pieces = flat.to(device, non_blocking=True).split([tensors[index].nbytes for index in order])
-    found = dict(zip(order, pieces, strict=True))
-    return [found[index].view(tensor.dtype).view(tensor.shape) for index, tensor in enumerate(tensors)]
+    copies = dict(zip(order, pieces, strict=True))
+    return [copies[index].view(tensor.dtype).view(tensor.shape) for index, tensor in enumerate(tensors)]
 
 
 @dataclass(frozen=True)

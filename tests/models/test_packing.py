@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -110,7 +112,7 @@ def test_blocks_end_between_images_where_they_can(size):
     pairs = torch.stack([images, torch.arange(len(images))], 1)
     blocks = image_blocks(pairs, size)
     assert torch.equal(torch.cat(blocks), pairs) and max(map(len, blocks)) <= size
-    for before, after in zip(blocks, blocks[1:]):
+    for before, after in pairwise(blocks):
         image = int(after[0, 0])
         if int(before[-1, 0]) == image:  # an image is cut: it has more pairs than fit
             assert int((images == image).sum()) > size
