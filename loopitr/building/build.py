@@ -196,7 +196,7 @@ def _load(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None
 def _load_text(model: LoopITRModel, source: str, kept: int, depth: int, init: str) -> None:
     with hub_access(source):
         text = load_text(source)
-    weights = {name: value for name, value in text.model.state_dict().items() if name not in text.made_up}
+    weights = {name: value for name, value in text.model.state_dict().items() if name not in text.random_names}
     _load(model.dual.text.model, weights, source)
     if init != "text_upper_layers":
         return

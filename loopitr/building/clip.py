@@ -17,15 +17,10 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedCo
 
 from loopitr.building.text import describe_text, load_tokenizer
 from loopitr.building.weights import hub_access, local_or_hub
-from loopitr.models.image_backbone import mlp_ratio
+from loopitr.models.image_backbone import ACTIVATIONS, mlp_ratio
 
 TIMM_NAMES = {"clip": "vit_base_patch16_clip_224", "siglip": "vit_base_patch16_siglip_224"}  # any size by arguments
-ACTIVATIONS = {  # transformers' name -> timm's
-    "quick_gelu": "quick_gelu",
-    "gelu": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-}
+KNOWN_ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh", "gelu_new")  # of these image towers
 RENAMED = (  # in transformers' image towers -> in timm's
     (r"^embeddings\.class_embedding$", "cls_token"),
     (r"^embeddings\.position_embedding\.weight$", "pos_embed"),
@@ -96,8 +91,10 @@ def describe_pair(
 
 
 def _describe_vision(config: PreTrainedConfig, name: str) -> dict[str, Any]:
-    if config.hidden_act not in ACTIVATIONS:
-        raise ValueError(f"activation {config.hidden_act!r} of the image tower is none of {', '.join(ACTIVATIONS)}")
+    if config.hidden_act not in KNOWN_ACTIVATIONS:
+        raise ValueError(
+            f"activation {config.hidden_act!r} of the image tower is none of {', '.join(KNOWN_ACTIVATIONS)}"
+        )
     if not getattr(config, "vision_use_head", True):
         raise ValueError("the image tower has no pooling head (vision_use_head is false), so it embeds nothing")
     kwargs = {

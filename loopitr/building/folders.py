@@ -69,8 +69,8 @@ def load_saved(path: str | Path, *, dtype: torch.dtype | None = None) -> Saved:
     source = model_source(path)
     try:
         with nullcontext() if Path(source).is_dir() else hub_access(source):
-            found, _ = PreTrainedConfig.get_config_dict(source)
-            kind = found.get("model_type")
+            saved_config, _ = PreTrainedConfig.get_config_dict(source)
+            kind = saved_config.get("model_type")
             if kind not in CLASSES:
                 raise ValueError(f"{path} holds a {kind!r} model, wanted {' or '.join(map(repr, CLASSES))}")
             model = CLASSES[kind].from_pretrained(source, dtype="auto" if dtype is None else dtype)
@@ -129,7 +129,9 @@ def check_output(output: str | Path, kind: str) -> Path:
         raise NotADirectoryError(f"{output} is not a folder")
     config = folder / "config.json"
     if config.is_file():
-        found = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-        if found != kind:
-            raise ValueError(f"{output} holds a {found!r} model, which would be overwritten; choose another folder")
+        model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+        if model_type != kind:
+            raise ValueError(
+                f"{output} holds a {model_type!r} model, which would be overwritten; choose another folder"
+            )
     return folder

@@ -27,15 +27,15 @@ class PretrainedText:
     """A pretrained encoder and the names of those of its weights that were missing and are drawn at random."""
 
     model: PreTrainedModel
-    made_up: set[str]
+    random_names: set[str]
 
 
 def load_text(source: str) -> PretrainedText:
     """The text encoder of a folder or hub id, also of one that holds a whole image-text model (CLIP, SigLIP)."""
     model_class = text_class(AutoConfig.from_pretrained(source).model_type)
     model, info = model_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-    made_up = {name.removeprefix("text_model.") for name in info["missing_keys"]}
-    return PretrainedText(getattr(model, "text_model", model), made_up)
+    random_names = {name.removeprefix("text_model.") for name in info["missing_keys"]}
+    return PretrainedText(getattr(model, "text_model", model), random_names)
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:

@@ -36,8 +36,8 @@ def _inside_package(package: str, path: str) -> Path | None:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         return None
-    found = Path(spec.submodule_search_locations[0], path)
-    return found if found.exists() else None
+    file = Path(spec.submodule_search_locations[0], path)
+    return file if file.exists() else None
 
 
 def _without_classifier(name: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -149,7 +149,7 @@ def read_sizes(weights: Mapping[str, Tensor], source: str) -> Sizes:
     if grid**2 != positions[1] - 1:
         refuse(source, other_shape=[f"visual_encoder.pos_embed {list(positions)} (wanted 1 + a square in the middle)"])
     fusion = re.compile(rf"{re.escape(text)}encoder\.layer\.(\d+)\.crossattention\.")
-    fusion_from = min(int(found[1]) for found in map(fusion.match, weights) if found)
+    fusion_from = min(int(match[1]) for match in map(fusion.match, weights) if match)
     return Sizes(
         text=text,
         vision_width=positions[2],
@@ -172,10 +172,10 @@ def read_sizes(weights: Mapping[str, Tensor], source: str) -> Sizes:
 def original_name(ours: str, sizes: Sizes) -> str:
     """What the checkpoint calls a tensor of ours."""
     for beginning, theirs in RENAMED:
-        if found := re.match(beginning, ours):
+        if match := re.match(beginning, ours):
             number = re.match(r"fusion\.\w+\.(\d+)", ours)
             layer = sizes.text_depth + (int(number[1]) if number else 0)
-            renamed = found.expand(theirs) + ours[found.end() :]
+            renamed = match.expand(theirs) + ours[match.end() :]
             return renamed.format(text=sizes.text, layer=f"{sizes.text}encoder.layer.{layer}")
     return ours  # itm_head
 
@@ -188,7 +188,7 @@ def _drop_tied(weights: dict[str, Tensor], name: str, first: str) -> None:
 
 def _count(weights: Mapping[str, Tensor], pattern: str) -> int:
     """One more than the highest number that `pattern` finds in the names."""
-    return max((int(found[1]) + 1 for found in map(re.compile(pattern).match, weights) if found), default=0)
+    return max((int(match[1]) + 1 for match in map(re.compile(pattern).match, weights) if match), default=0)
 
 
 def _config(sizes: Sizes, *, image_size: int, temperature: float, vision_heads: int, text_heads: int) -> LoopITRConfig:

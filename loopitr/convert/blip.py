@@ -21,13 +21,10 @@ from transformers import BlipForImageTextRetrieval, PreTrainedConfig
 from loopitr.building.weights import hub_access
 from loopitr.convert.weights import head_count, load_exactly, read_checkpoint, refuse, resize_positions
 from loopitr.models.config import LoopITRConfig
-from loopitr.models.image_backbone import mlp_ratio
+from loopitr.models.image_backbone import ACTIVATIONS, mlp_ratio
 from loopitr.models.loop_model import LoopITRModel
 
 VIT = "vit_base_patch16_clip_224"  # timm's name with BLIP's mean and std; sizes are all given
-VISION_ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"} | {
-    name: name for name in ("quick_gelu", "relu", "silu")
-}  # transformers' name -> timm's
 SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id")
 CHECKPOINT_FILES = (".pth", ".pt", ".bin", ".safetensors")
 TEMPERATURES = (0.001, 0.5)  # what the original's training clamps `temp` to
@@ -77,7 +74,7 @@ def _renamed(name: str, table: tuple[tuple[str, str], ...]) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Told:
+class _Settings:
     """What weights do not tell; the defaults are the original's."""
 
     vision_heads: int | None
@@ -112,36 +109,36 @@ def convert_blip(
     if Path(source).is_file() or Path(source).suffix in CHECKPOINT_FILES:
         weights = {name: value for name, value in read_checkpoint(source).items() if not DROPPED.match(name)}
         temperature = float(weights.pop("temp", torch.tensor(0.07)))  # the inference class of the original has none
-        told = _Told(
+        settings = _Settings(
             vision_heads=vision_heads,
             text_heads=text_heads,
             logit_scale=-math.log(min(max(temperature, TEMPERATURES[0]), TEMPERATURES[1])),
             max_logit_scale=1 / TEMPERATURES[0],
             has_enc_token=True,
         )
-        return _build(weights, original_name, told, kind, image_size)
+        return _build(weights, original_name, settings, kind, image_size)
     with hub_access(source):
-        found = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
-        if found != "blip":
-            raise ValueError(f"{source} holds a {found!r} model, wanted 'blip' (a BlipForImageTextRetrieval)")
+        model_type = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
+        if model_type != "blip":
+            raise ValueError(f"{source} holds a {model_type!r} model, wanted 'blip' (a BlipForImageTextRetrieval)")
         loaded: Any = BlipForImageTextRetrieval.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
     blip, info = loaded
     refuse(kind, missing=sorted(info["missing_keys"]), left_over=sorted(info["unexpected_keys"]))
-    told = _told(blip.config, vision_heads, text_heads)
-    return _build(blip.state_dict(), transformers_name, told, kind, image_size)
+    settings = _read_settings(blip.config, vision_heads, text_heads)
+    return _build(blip.state_dict(), transformers_name, settings, kind, image_size)
 
 
-def _told(config: Any, vision_heads: int | None, text_heads: int | None) -> _Told:
+def _read_settings(config: Any, vision_heads: int | None, text_heads: int | None) -> _Settings:
     vision, text = config.vision_config, config.text_config
-    if vision.hidden_act not in VISION_ACTIVATIONS:
-        known = ", ".join(VISION_ACTIVATIONS)
+    if vision.hidden_act not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
         raise ValueError(f"vision_config.hidden_act must be one of {known}, got {vision.hidden_act!r}")
     arguments: dict[str, Any] = {"norm_eps": vision.layer_norm_eps}
     if vision.hidden_act != "gelu":
-        arguments["act_layer"] = VISION_ACTIVATIONS[vision.hidden_act]
+        arguments["act_layer"] = ACTIVATIONS[vision.hidden_act]
     if vision.attention_dropout:
         arguments["attn_drop_rate"] = vision.attention_dropout
-    return _Told(
+    return _Settings(
         vision_heads=vision_heads or vision.num_attention_heads,
         text_heads=text_heads or text.num_attention_heads,
         vision=arguments,
@@ -156,7 +153,7 @@ def _told(config: Any, vision_heads: int | None, text_heads: int | None) -> _Tol
 
 
 def _build(
-    weights: dict[str, Tensor], name: Callable[[str], str], told: _Told, source: str, image_size: int | None
+    weights: dict[str, Tensor], name: Callable[[str], str], settings: _Settings, source: str, image_size: int | None
 ) -> LoopITRModel:
     """`weights` in the source's names, which `name` gives for ours."""
     positions = name("dual.vision.model.pos_embed")
@@ -170,19 +167,19 @@ def _build(
         image_size = patch * side
     elif image_size % patch or image_size < 1:
         raise ValueError(f"image_size must be a multiple of the patch size {patch}, got {image_size}")
-    model = LoopITRModel(_config(weights, name, told, source, image_size))
+    model = LoopITRModel(_config(weights, name, settings, source, image_size))
     types = "dual.text.model.embeddings.token_type_embeddings.weight"  # BLIP's BERT knows one type of text
     own = {
         positions: resize_positions(weights[positions], image_size // patch),
         types: torch.zeros_like(model.state_dict()[types]),
-        "dual.logit_scale": torch.tensor(told.logit_scale),
+        "dual.logit_scale": torch.tensor(settings.logit_scale),
     }
     load_exactly(model, weights | own, source, names={ours: name(ours) for ours in model.state_dict()} | {types: types})
     return model.eval()
 
 
 def _config(
-    weights: dict[str, Tensor], name: Callable[[str], str], told: _Told, source: str, image_size: int
+    weights: dict[str, Tensor], name: Callable[[str], str], settings: _Settings, source: str, image_size: int
 ) -> LoopITRConfig:
     vision, text = "dual.vision.model", "dual.text.model"
     sized = {
@@ -205,10 +202,10 @@ def _config(
                 "patch_size": shape["patch"][-1],
                 "embed_dim": vision_width,
                 "depth": _count(weights, name, vision + ".blocks.{}.mlp.fc1.weight"),
-                "num_heads": head_count(vision_width, told.vision_heads, "--vision-heads"),
+                "num_heads": head_count(vision_width, settings.vision_heads, "--vision-heads"),
                 "mlp_ratio": mlp_ratio(shape["vision_mlp"][0], vision_width),
                 "pre_norm": False,
-                **told.vision,
+                **settings.vision,
             },
         },
         text={
@@ -216,29 +213,29 @@ def _config(
             "vocab_size": shape["words"][0],
             "hidden_size": text_width,
             "num_hidden_layers": layers,
-            "num_attention_heads": head_count(text_width, told.text_heads, "--text-heads"),
+            "num_attention_heads": head_count(text_width, settings.text_heads, "--text-heads"),
             "intermediate_size": shape["text_mlp"][0],
             "max_position_embeddings": shape["positions"][0],
             "type_vocab_size": 1,
-            "hidden_act": told.hidden_act,
-            "layer_norm_eps": told.layer_norm_eps,
-            "hidden_dropout_prob": told.dropout,
-            "attention_probs_dropout_prob": told.attention_dropout,
-            **told.special_tokens,
+            "hidden_act": settings.hidden_act,
+            "layer_norm_eps": settings.layer_norm_eps,
+            "hidden_dropout_prob": settings.dropout,
+            "attention_probs_dropout_prob": settings.attention_dropout,
+            **settings.special_tokens,
         },
         vision_pooling="first",
         text_pooling="first",
         embed_dim=shape["projection"][0],
-        initial_temperature=math.exp(-told.logit_scale),
-        max_logit_scale=float(told.max_logit_scale),
+        initial_temperature=math.exp(-settings.logit_scale),
+        max_logit_scale=float(settings.max_logit_scale),
         fusion={
             "style": "shared",
             "num_layers": layers,
-            "dropout": told.dropout,
-            "attention_dropout": told.attention_dropout,
-            "layer_norm_eps": told.layer_norm_eps,
+            "dropout": settings.dropout,
+            "attention_dropout": settings.attention_dropout,
+            "layer_norm_eps": settings.layer_norm_eps,
             "image_positions": False,
-            "first_token_id": shape["words"][0] - 1 if told.has_enc_token else None,  # [ENC] was added last
+            "first_token_id": shape["words"][0] - 1 if settings.has_enc_token else None,  # [ENC] was added last
         },
     )
 

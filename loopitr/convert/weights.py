@@ -37,17 +37,17 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         raise IsADirectoryError(f"{path} is a folder, wanted a checkpoint file (.pth, .pt, .bin or .safetensors)")
     if not file.is_file():
         raise FileNotFoundError(f"no checkpoint file {path}")
-    found: Any = _load_safetensors(file) if file.suffix == ".safetensors" else _load_torch(file)
-    while isinstance(found, Mapping):
-        inner = next((found[name] for name in WRAPPERS if isinstance(found.get(name), Mapping)), None)
+    content: Any = _load_safetensors(file) if file.suffix == ".safetensors" else _load_torch(file)
+    while isinstance(content, Mapping):
+        inner = next((content[name] for name in WRAPPERS if isinstance(content.get(name), Mapping)), None)
         if inner is None:
             break
-        found = inner
-    if not isinstance(found, Mapping):
-        raise ValueError(f"{path} holds a {type(found).__name__}, wanted a dictionary of weights")
-    weights = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
+        content = inner
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}, wanted a dictionary of weights")
+    weights = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     if not weights:
-        raise ValueError(f"{path} holds no weights, only {_some(map(str, found))}")
+        raise ValueError(f"{path} holds no weights, only {_listed(map(str, content))}")
     return weights
 
 
@@ -109,12 +109,12 @@ def refuse(
         ValueError: the first keys of each kind and how many there are.
     """
     kinds = {"missing": missing, "left over": left_over, "of another shape": other_shape}
-    faults = [f"{kind} {_some(keys)}" for kind, keys in kinds.items() if keys]
+    faults = [f"{kind} {_listed(keys)}" for kind, keys in kinds.items() if keys]
     if faults:
         raise ValueError(f"{source} does not fit: {'; '.join(faults)}")
 
 
-def _some(keys: Any) -> str:
+def _listed(keys: Any) -> str:
     keys = list(keys)
     shown = ", ".join(keys[:SHOWN])
     return shown if len(keys) <= SHOWN else f"{shown}, ... ({len(keys)} in all)"

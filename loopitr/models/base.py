@@ -36,11 +36,13 @@ class LoopITRPreTrainedModel(PreTrainedModel):
         if os.path.isdir(path) and not os.path.isfile(os.path.join(path, kwargs.get("subfolder", ""), "config.json")):
             raise OSError(f"{path} holds no model: it has no config.json")
         where = {name: value for name, value in kwargs.items() if name in HUB_ARGUMENTS}
-        found, _ = PreTrainedConfig.get_config_dict(path, **where)
+        saved_config, _ = PreTrainedConfig.get_config_dict(path, **where)
         assert cls.config_class is not None
         wanted = cls.config_class.model_type
-        if found.get("model_type") != wanted:
-            raise ValueError(f"{path} holds a {found.get('model_type')!r} model, {cls.__name__} loads {wanted!r}")
+        if saved_config.get("model_type") != wanted:
+            raise ValueError(
+                f"{path} holds a {saved_config.get('model_type')!r} model, {cls.__name__} loads {wanted!r}"
+            )
         report = kwargs.pop("output_loading_info", False)
         kwargs["use_safetensors"] = True
         loaded: Any = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)

@@ -6,6 +6,7 @@ transformers config, so a saved folder rebuilds its model without a hub.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -157,15 +158,6 @@ class LoopITRConfig(DualEncoderConfig):
 
     def dual_config(self) -> DualEncoderConfig:
         """The same description without the fusion head."""
-        return DualEncoderConfig(
-            vision=self.vision,
-            text=self.text,
-            vision_pooling=self.vision_pooling,
-            text_pooling=self.text_pooling,
-            embed_dim=self.embed_dim,
-            projection=self.projection,
-            initial_temperature=self.initial_temperature,
-            max_logit_scale=self.max_logit_scale,
-            initial_logit_bias=self.initial_logit_bias,
-            lora=self.lora,
-        )
+        parameters = inspect.signature(DualEncoderConfig).parameters.values()
+        names = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+        return DualEncoderConfig(**{name: getattr(self, name) for name in names})

@@ -14,7 +14,7 @@ from loopitr.models.heads import projection
 from loopitr.models.image_backbone import VisionBackbone
 from loopitr.models.lora import inject_lora
 from loopitr.models.outputs import DualOutput
-from loopitr.models.text_backbone import TextBackbone
+from loopitr.models.text_backbone import TextBackbone, TextOutput
 
 
 class DualEncoder(LoopITRPreTrainedModel):
@@ -61,6 +61,10 @@ class DualEncoder(LoopITRPreTrainedModel):
         """Image tokens `[B, N, D]` -> embeds `[B, E]`, unit length."""
         return F.normalize(self.vision_projection(self.vision.pool(tokens)), dim=-1)
 
+    def embed_text_output(self, output: TextOutput, attention_mask: Tensor) -> Tensor:
+        """The text backbone's output for `attention_mask [T, L]` -> embeds `[T, E]`, unit length."""
+        return F.normalize(self.text_projection(self.text.pool(output, attention_mask)), dim=-1)
+
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
         """`[B, 3, S, S]` -> embeds `[B, E]`, unit length."""
         return self.embed_image_tokens(self.vision(pixel_values))
@@ -68,8 +72,7 @@ class DualEncoder(LoopITRPreTrainedModel):
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """`[T, L]` -> embeds `[T, E]`, unit length."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        output = self.text(input_ids, mask)
-        return F.normalize(self.text_projection(self.text.pool(output, mask)), dim=-1)
+        return self.embed_text_output(self.text(input_ids, mask), mask)
 
     def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> DualOutput:
         """Similarities of all images with all texts; no loss."""

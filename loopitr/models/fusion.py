@@ -130,13 +130,6 @@ class FusionEncoder(nn.Module):
         """Image tokens `[B, N, Dv]` -> every layer's keys and values."""
         return [layer.project(self.place(tokens)) for layer in self._cross()]
 
-    def plan(self, layout: PairLayout, images: int, num_tokens: int, *, first_only: bool = True) -> list[bool]:
-        """For each layer, whether image tokens are attended to as they are (True) or projected first: the cheaper."""
-        rows = [len(layout.source)] * len(self.cross)
-        if first_only:
-            rows[-1] = len(layout.firsts)
-        return [layer.absorbs(count, images, num_tokens) for layer, count in zip(self._cross(), rows, strict=True)]
-
     def activation_elements(self, rows: int, images: int, num_tokens: int, *, projected: bool) -> int:
         """About how many elements a forward pass without gradient holds at once, of so many text rows and images.
 
@@ -156,7 +149,6 @@ class FusionEncoder(nn.Module):
         packed: Tensor,
         images: Tensor | KeysValues,
         layout: PairLayout,
-        plan: Sequence[bool] = (),
         *,
         shared_layers: Sequence[nn.Module] | None = None,
         first_only: bool = True,
@@ -166,9 +158,9 @@ class FusionEncoder(nn.Module):
         Args:
             packed: `[sum(lengths), D]` text tokens, texts end to end, no padding.
             images: of the images in the pairs, in their order: tokens `[I, N, Dv]`, or per layer keys and values
-                `[I, H, N, D / H]` from `project`.
+                `[I, H, N, D / H]` from `project`. Each layer attends to tokens as they are or projects them first,
+                whichever is cheaper; with a `fixed` layout it always projects them.
             layout: of the pairs (`packing.lay_out`).
-            plan: from `plan`, if `images` are tokens.
             shared_layers: the text backbone's layers, in style `shared`.
             first_only: return the first token of each pair `[P, D]`, else all rows `[R, D]`, pair by pair.
         """
@@ -186,8 +178,7 @@ class FusionEncoder(nn.Module):
         for index, parts in enumerate(layers):
             last = first_only and index == len(layers) - 1
             image = images if isinstance(images, Tensor) else images[index]
-            absorb = bool(plan) and plan[index]
-            arguments = (index, parts, hidden, None if index else query, image, layout, last, absorb)
+            arguments = (index, parts, hidden, None if index else query, image, layout, last)
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
                 hidden = checkpoint(self._layer, *arguments, use_reentrant=False)
             else:
@@ -203,14 +194,14 @@ class FusionEncoder(nn.Module):
         image: Tensor | tuple[Tensor, Tensor],
         layout: PairLayout,
         last: bool,
-        absorb: bool,
     ) -> Tensor:
         cross: Any = self.cross[index]
         if query is None:
             dropout = self.attention_dropout if self.training else 0.0
             hidden = _self_attention(parts, hidden, layout.texts, layout.firsts if last else None, dropout)
             query = cross.query(hidden)  # [R or P, D]
-        if isinstance(image, Tensor) and not absorb:
+        # A compiled module would be compiled again for the other way, so a fixed layout knows one way only.
+        if isinstance(image, Tensor) and (layout.fixed or not cross.absorbs(len(query), *image.shape[:2])):
             image = cross.project(image)
         return _feed_forward(parts, cross(hidden, query, image, layout.image_firsts if last else layout.images))
 

@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from loopitr.models.config import DualEncoderConfig
+from loopitr.models.dry_run import dry_run
 
+ACTIVATIONS = {  # transformers' name -> timm's
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "silu": "silu",
+}
 HEADS = ("head", "fc_norm", "attn_pool", "conv_head", "norm_head", "final_conv")  # what timm calls them
 
 
@@ -53,25 +62,17 @@ class VisionBackbone(nn.Module):
 
         Returns the modules that ran.
         """
-        ran: set[nn.Module] = set()
-        hooks = [m.register_forward_hook(lambda module, *_: ran.add(module)) for m in self.model.modules()]
         weight = next(self.model.parameters())
         blank = torch.zeros(1, 3, self.image_size, self.image_size, device=weight.device, dtype=weight.dtype)
-        training = self.model.training
-        self.model.eval()
-        with torch.no_grad():
+        with dry_run(self.model) as called:
             features = self.model.forward_features(blank)
-        self.channels_last = features.ndim == 4 and getattr(self.model, "output_fmt", "NCHW") == "NHWC"
-        self.is_map = features.ndim == 4
-        self.grid = tuple(features.shape[1:3] if self.channels_last else features.shape[2:])  # of a map
-        tokens = self._flatten(features)
-        self.num_tokens, self.width = tokens.shape[1], tokens.shape[2]
-        with torch.no_grad():
+            self.channels_last = features.ndim == 4 and getattr(self.model, "output_fmt", "NCHW") == "NHWC"
+            self.is_map = features.ndim == 4
+            self.grid = tuple(features.shape[1:3] if self.channels_last else features.shape[2:])  # of a map
+            tokens = self._flatten(features)
+            self.num_tokens, self.width = tokens.shape[1], tokens.shape[2]
             self.pooled_width = self.pool(tokens).shape[-1]
-        self.model.train(training)
-        for hook in hooks:
-            hook.remove()
-        return ran
+        return called
 
     def _unused_head(self, ran: set[nn.Module]) -> set[str]:
         """Names of a head's parameters that `first` or `mean` pooling goes past."""

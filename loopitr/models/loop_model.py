@@ -20,17 +20,13 @@ from loopitr.models.config import LoopITRConfig
 from loopitr.models.dual_encoder import DualEncoder
 from loopitr.models.fusion import FusionEncoder
 from loopitr.models.heads import MLMHead
+from loopitr.models.layout import Arrangement, EagerArrangement, FixedArrangement
 from loopitr.models.lora import freeze_adapted
-from loopitr.models.outputs import DualOutput, ImageState, KeysValues, PairScores, TextState
-from loopitr.models.packing import image_blocks, lay_out, send
+from loopitr.models.outputs import DualOutput, ImageState, PairScores, TextState
+from loopitr.models.packing import image_blocks, send
 
 GRAPHS = 32  # of one compiled module: beyond torch's 8 it would silently run uncompiled
 BLOCK_BYTES, GPU_BLOCK_BYTES = 2**28, 2**30  # of activations of pairs that are scored at a time
-
-
-def _in_a_row(rows: Tensor) -> bool:
-    """Whether sorted, unique `rows` follow each other."""
-    return int(rows[-1]) - int(rows[0]) + 1 == len(rows)
 
 
 class LoopITRModel(LoopITRPreTrainedModel):
@@ -76,7 +72,7 @@ class LoopITRModel(LoopITRPreTrainedModel):
         self.itm_head = nn.Linear(text.width, 2)
         self.mlm_head = MLMHead(text.model.get_input_embeddings(), text.model.config) if config.mlm_head else None
         self._frozen: set[str] = set()
-        self._compiled = False
+        self._arrangement: Arrangement = EagerArrangement()
         self.post_init()
 
     # Encoding
@@ -94,7 +90,7 @@ class LoopITRModel(LoopITRPreTrainedModel):
         """`[T, L]` -> embeds and tokens, one run of the backbone."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         output = self.dual.text(input_ids, mask, inner_layer=self._inner_layer)
-        embeds = F.normalize(self.dual.text_projection(self.dual.text.pool(output, mask)), dim=-1)
+        embeds = self.dual.embed_text_output(output, mask)
         tokens = output.tokens if output.inner is None else output.inner
         first = self.config.fusion["first_token_id"]
         if first is not None:
@@ -182,32 +178,10 @@ class LoopITRModel(LoopITRPreTrainedModel):
 
     def _fuse(self, images: ImageState, texts: TextState, mask: Tensor, pairs: Tensor, *, first_only: bool) -> Tensor:
         """`mask [T, L]` of the texts and `pairs [P, 2]` on the CPU."""
-        used = torch.unique_consecutive(pairs[:, 0])
-        # Of keys and values every layer picks its own, when it needs them; tokens are for all layers.
-        some = images.keys_values is not None and (self._compiled or not _in_a_row(used))
-        layout = lay_out(pairs, mask, fixed=self._compiled, all_images=some).to(images.tokens.device)
-        image: Tensor | KeysValues
-        plan: list[bool] = []
-        if images.keys_values is None:
-            image = self._pick(images.tokens, used)
-            if not self._compiled:  # another plan would be another graph
-                plan = self.fusion.plan(layout, len(used), image.shape[1], first_only=first_only)
-        elif some:
-            image = images.keys_values
-        else:
-            image = [(self._pick(keys, used), self._pick(values, used)) for keys, values in images.keys_values]
+        arranged = self._arrangement.arrange(images, mask, pairs)
         shared = None if self._inner_layer is None else self.dual.text.layers[self._inner_layer :]
-        packed = texts.tokens.flatten(0, 1).index_select(0, layout.tokens)  # [sum(lengths), D]
-        return self.fusion(packed, image, layout, plan, shared_layers=shared, first_only=first_only)
-
-    def _pick(self, x: Tensor, rows: Tensor) -> Tensor:
-        """`x[rows]` of sorted, unique `rows` on the CPU, without a copy where they follow each other."""
-        if not self._compiled:  # views would be compiled for again
-            if len(rows) == len(x):
-                return x
-            if _in_a_row(rows):
-                return x[int(rows[0]) : int(rows[-1]) + 1]
-        return x.index_select(0, *send([rows], x.device))
+        packed = texts.tokens.flatten(0, 1).index_select(0, arranged.layout.tokens)  # [sum(lengths), D]
+        return self.fusion(packed, arranged.images, arranged.layout, shared_layers=shared, first_only=first_only)
 
     # Parts
 
@@ -286,7 +260,7 @@ class LoopITRModel(LoopITRPreTrainedModel):
         self.dual.vision.compile(**options)
         self.dual.text.compile(dynamic=True, **options)
         self.fusion.compile(dynamic=True, **options)
-        self._compiled = True
+        self._arrangement = FixedArrangement()
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         self.dual._set_gradient_checkpointing(enable, *args, **kwargs)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from loopitr.models.dry_run import dry_run
+
 if TYPE_CHECKING:
     from loopitr.models.loop_model import DualEncoder, LoopITRModel
 
@@ -55,8 +57,8 @@ def add_lora(
             raise ValueError(f"{part} is frozen, so it cannot learn adapters: model.freeze must not name it")
     layers = {part: _layers_that_run(part, getattr(model.dual, part)) for part in ranks}
     for target in targets or ():
-        if not any(_is_called(name, target) for found in layers.values() for name in found):
-            endings = sorted({name.rpartition(".")[2] for found in layers.values() for name in found})
+        if not any(_is_called(name, target) for named in layers.values() for name in named):
+            endings = sorted({name.rpartition(".")[2] for named in layers.values() for name in named})
             raise ValueError(f"model.lora.targets: no layer is called {target!r}; layers end in {', '.join(endings)}")
     described = {
         part: {
@@ -137,24 +139,16 @@ def _layers_that_run(part: str, backbone: Any) -> dict[str, nn.Module]:
 
     Some timm models read `layer.weight` themselves, and a pooling head may be unused: adapters there get no gradient.
     """
-    ran: set[nn.Module] = set()
-    hooks = [module.register_forward_hook(lambda m, *_: ran.add(m)) for module in backbone.modules()]
-    weight, training = next(backbone.parameters()), backbone.training
-    backbone.eval()
-    try:
-        with torch.no_grad():
-            if part == "vision":
-                blank = torch.zeros(1, 3, backbone.image_size, backbone.image_size)
-                backbone.pool(backbone(blank.to(weight)))
-            else:
-                ids = torch.zeros(1, 2, dtype=torch.long, device=weight.device)
-                backbone.pool(backbone(ids, torch.ones_like(ids)), torch.ones_like(ids))
-    finally:
-        for hook in hooks:
-            hook.remove()
-        backbone.train(training)
+    weight = next(backbone.parameters())
+    with dry_run(backbone) as called:
+        if part == "vision":
+            blank = torch.zeros(1, 3, backbone.image_size, backbone.image_size)
+            backbone.pool(backbone(blank.to(weight)))
+        else:
+            ids = torch.zeros(1, 2, dtype=torch.long, device=weight.device)
+            backbone.pool(backbone(ids, torch.ones_like(ids)), torch.ones_like(ids))
     modules = backbone.model.named_modules()
-    return {name: m for name, m in modules if m in ran and isinstance(m, (nn.Linear, nn.Conv2d))}
+    return {name: m for name, m in modules if m in called and isinstance(m, (nn.Linear, nn.Conv2d))}
 
 
 def _is_called(name: str, target: str) -> bool:

@@ -2,12 +2,38 @@
 
 Pairs are sorted by image and their text tokens laid end to end, so every linear layer sees real tokens only. Attention
 needs rectangles: `segments` cuts them out of the flat table, in a few buckets of similar length.
+
+An example of two images and three captions of 2, 3 and 1 tokens, as `lay_out` lays it out:
+
+    padded captions [3 * 3]      pairs (image, text), sorted
+      a0 a1  .   = 0 1 2           (0, a)  (0, b)  (1, b)  (1, c)
+      b0 b1 b2   = 3 4 5
+      c0  .  .   = 6 7 8
+
+    packed captions              a0 a1  b0 b1 b2  c0           `tokens`: 0 1  3 4 5  6
+                                  0  1   2  3  4   5
+
+    packed rows of the pairs     a0 a1  b0 b1 b2  b0 b1 b2  c0
+      row                         0  1   2  3  4   5  6  7   8
+      `source`                    0  1   2  3  4   2  3  4   5
+      `firsts`                    0      2         5         8
+      `images`                   |--- image 0 ---|-- image 1 --|  segments of 5 and 4 rows: one query each
+
+    `texts`: segments of 2, 3, 3 and 1 rows. So few stay in one bucket, which is padded with their last rows:
+      rows   0 1 1    mask   1 1 0
+             2 3 4           1 1 1
+             5 6 7           1 1 1
+             8 8 8           1 0 0
+    From `SMALL` segments on they would be cut where most padding is saved. Of these lengths the buckets would be
+      8  |  0 1  |  2 3 4      and nothing is padded.
+                    5 6 7
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -119,7 +145,7 @@ def _cut(lengths: Tensor) -> list[Tensor]:
     ordered, cuts = lengths[by_length], [0, count]
     while len(cuts) <= MAX_BUCKETS:
         best, best_saving = -1, 0
-        for low, high in zip(cuts[:-1], cuts[1:], strict=True):
+        for low, high in pairwise(cuts):
             # Cutting after position m shortens low..m from the longest of the run to ordered[m].
             sizes = torch.arange(1, high - low)
             saving = sizes * (ordered[high - 1] - ordered[low : high - 1])
@@ -128,7 +154,7 @@ def _cut(lengths: Tensor) -> list[Tensor]:
         if best < 0:
             break
         cuts = sorted([*cuts, best])
-    return [by_length[low:high] for low, high in zip(cuts[:-1], cuts[1:], strict=True)]
+    return [by_length[low:high] for low, high in pairwise(cuts)]
 
 
 def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
@@ -141,8 +167,8 @@ def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     if device.type == "cuda":
         flat = flat.pin_memory()
     pieces = flat.to(device, non_blocking=True).split([tensors[index].nbytes for index in order])
-    found = dict(zip(order, pieces, strict=True))
-    return [found[index].view(tensor.dtype).view(tensor.shape) for index, tensor in enumerate(tensors)]
+    copies = dict(zip(order, pieces, strict=True))
+    return [copies[index].view(tensor.dtype).view(tensor.shape) for index, tensor in enumerate(tensors)]
 
 
 @dataclass(frozen=True)
@@ -152,7 +178,7 @@ class PairLayout:
     `tokens [sum(lengths)]` what the packed text table takes from the padded one `[T * L]`: the real tokens of the texts
     in the pairs; `source [R]` row of the packed table behind each row; `firsts [P]` rows of the pairs' first tokens;
     `alone` segments of the packed table; `texts` segments by pair; `images` segments by image, over all rows;
-    `image_firsts` likewise over first tokens.
+    `image_firsts` likewise over first tokens; `fixed` whether the structure is the one that compiled modules need.
     """
 
     tokens: Tensor
@@ -162,13 +188,16 @@ class PairLayout:
     texts: Segments
     images: Segments
     image_firsts: Segments
+    fixed: bool
 
     def to(self, device: torch.device) -> PairLayout:
         """The layout with its indices on `device`."""
         parts = (self.alone, self.texts, self.images, self.image_firsts)
         tensors = [self.tokens, self.source, self.firsts, *(x for part in parts for x in part.tensors())]
         sent = iter(send(tensors, device))
-        return PairLayout(next(sent), next(sent), next(sent), *(part.replaced(sent) for part in parts))
+        tokens, source, firsts = next(sent), next(sent), next(sent)
+        alone, texts, images, image_firsts = (part.replaced(sent) for part in parts)
+        return PairLayout(tokens, source, firsts, alone, texts, images, image_firsts, self.fixed)
 
 
 def lay_out(pairs: Tensor, mask: Tensor, *, fixed: bool = False, all_images: bool = False) -> PairLayout:
@@ -204,6 +233,7 @@ def lay_out(pairs: Tensor, mask: Tensor, *, fixed: bool = False, all_images: boo
         texts=segments(per_pair, fixed=fixed),
         images=by_image[0],
         image_firsts=by_image[1],
+        fixed=fixed,
     )
 
 

@@ -81,7 +81,7 @@ def _in_order(parts: list[Tensor], order: Tensor | None) -> Tensor | None:
 
 
 @dataclass
-class TextTokens:
+class TextOutput:
     """`tokens [T, L, D]` of the last layer; `inner [T, L, D]`: the hidden state that `shared` fusion starts from."""
 
     tokens: Tensor
@@ -117,7 +117,7 @@ class TextBackbone(nn.Module):
         # CLIP's and SigLIP's find their end in the ids.
         self._by_ids = "inputs_embeds" not in inspect.signature(self.model.forward).parameters
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, *, inner_layer: int | None = None) -> TextTokens:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, *, inner_layer: int | None = None) -> TextOutput:
         """Run the backbone once; `inner_layer` also keeps the input of that layer (0: the embeddings)."""
         if input_ids.shape[1] > self.max_length:
             raise ValueError(
@@ -146,9 +146,9 @@ class TextBackbone(nn.Module):
         tokens = together([part.tokens for part in parts])
         assert tokens is not None
         pooled = [part.pooler_output for part in parts if part.pooler_output is not None]
-        return TextTokens(tokens, together([part.inner for part in parts]), _in_order(pooled, order))
+        return TextOutput(tokens, together([part.inner for part in parts]), _in_order(pooled, order))
 
-    def _run_ids(self, input_ids: Tensor, attention_mask: Tensor, inner_layer: int | None) -> TextTokens:
+    def _run_ids(self, input_ids: Tensor, attention_mask: Tensor, inner_layer: int | None) -> TextOutput:
         hidden = inner_layer is not None
         if not self._always_full:
             return self._named(self.model(input_ids, attention_mask, output_hidden_states=hidden), inner_layer)
@@ -157,17 +157,17 @@ class TextBackbone(nn.Module):
         ids = F.pad(ids, (0, self.max_length - length), value=pad)  # [T, full]
         full = self._named(self.model(ids, output_hidden_states=hidden), inner_layer)
         inner = None if full.inner is None else full.inner[:, :length]
-        return TextTokens(full.tokens[:, :length], inner, full.pooler_output)  # [T, L, D]
+        return TextOutput(full.tokens[:, :length], inner, full.pooler_output)  # [T, L, D]
 
-    def _run(self, words: Tensor, attention_mask: Tensor, inner_layer: int | None) -> TextTokens:
+    def _run(self, words: Tensor, attention_mask: Tensor, inner_layer: int | None) -> TextOutput:
         output = self.model(
             inputs_embeds=words, attention_mask=attention_mask, output_hidden_states=inner_layer is not None
         )
         return self._named(output, inner_layer)
 
     @staticmethod
-    def _named(output: Any, inner_layer: int | None) -> TextTokens:
-        return TextTokens(
+    def _named(output: Any, inner_layer: int | None) -> TextOutput:
+        return TextOutput(
             tokens=output.last_hidden_state,
             inner=None if inner_layer is None else output.hidden_states[inner_layer],
             pooler_output=getattr(output, "pooler_output", None),
@@ -179,7 +179,7 @@ class TextBackbone(nn.Module):
         ids = torch.full((count, 1), token_id, device=words.weight.device)
         return self.model.embeddings(inputs_embeds=words(ids))  # [T, 1, D]
 
-    def pool(self, output: TextTokens, attention_mask: Tensor) -> Tensor:
+    def pool(self, output: TextOutput, attention_mask: Tensor) -> Tensor:
         """-> pooled `[T, D']`."""
         if self.pooling == "backbone":
             if output.pooler_output is None:

@@ -110,7 +110,7 @@ def peak_memory(device: str) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-class ModelOptions(Protocol):
+class ModelSizes(Protocol):
     """Of a benchmark's options, those that `random_model` reads."""
 
     vision: str
@@ -121,7 +121,7 @@ class ModelOptions(Protocol):
     device: str
 
 
-def random_model(options: ModelOptions, *, head_width: int = 32) -> loopitr.LoopITRModel:
+def random_model(options: ModelSizes, *, head_width: int = 32) -> loopitr.LoopITRModel:
     """A model of random weights with a BERT-like text side of this width, in training mode."""
     width, heads = options.hidden_size, max(1, options.hidden_size // head_width)
     text = {

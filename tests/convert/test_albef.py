@@ -126,9 +126,9 @@ def test_another_image_size_interpolates_positions_as_the_original(size, tmp_pat
 @torch.no_grad()
 def test_a_temperature_below_a_hundredth_is_not_clamped(tmp_path):
     torch.save({**fixture("weights"), "temp": torch.tensor(0.002)}, tmp_path / "albef.pth")
-    model, expected = convert_albef(tmp_path / "albef.pth", **HEADS), fixture("expected")
-    model.save_pretrained(tmp_path / "out")
-    for model in (model, LoopITRModel.from_pretrained(tmp_path / "out")):
+    converted, expected = convert_albef(tmp_path / "albef.pth", **HEADS), fixture("expected")
+    converted.save_pretrained(tmp_path / "out")
+    for model in (converted, LoopITRModel.from_pretrained(tmp_path / "out")):
         assert model.dual.scale.item() == pytest.approx(500, rel=1e-5)
         logits = model(*(expected[name] for name in ("pixel_values", "input_ids", "attention_mask"))).logits_per_image
         torch.testing.assert_close(logits, expected["similarity"] * 0.07 / 0.002, atol=1e-3, rtol=1e-5)

@@ -9,6 +9,7 @@ import torch
 from helpers.support import CNN, VIT, images, plain_score, ragged_texts, tiny_model
 
 from loopitr.models.cross_attention import CrossAttention
+from loopitr.models.layout import pick_rows
 from loopitr.models.packing import lay_out
 
 
@@ -121,19 +122,35 @@ def test_some_images_of_many_with_keys_and_values(chosen):
 
 
 def test_images_in_a_row_are_not_copied():
-    model, table = tiny_model(VIT), torch.randn(6, 2)
+    table = torch.randn(6, 2)
     for rows, first in (([0, 1, 2, 3, 4, 5], 0), ([2, 3], 2)):
-        picked = model._pick(table, torch.tensor(rows))
+        picked = pick_rows(table, torch.tensor(rows))
         assert picked.data_ptr() == table[first:].data_ptr() and torch.equal(picked, table[rows])
-    assert torch.equal(model._pick(table, torch.tensor([1, 4])), table[[1, 4]])
+    assert torch.equal(pick_rows(table, torch.tensor([1, 4])), table[[1, 4]])
 
 
-def test_the_last_layer_is_planned_by_its_own_rows():
-    """Its queries are the pairs' first tokens alone: 30 a pair elsewhere are too many to go without keys."""
+def test_each_layer_projects_or_absorbs_by_its_own_rows(monkeypatch):
+    """The last layer's queries are the pairs' first tokens alone: 30 a pair elsewhere are too many without keys."""
     model = tiny_model(VIT, layers=3).eval()
-    layout = lay_out(torch.tensor([[0, 0], [1, 0]]), torch.ones(1, 30, dtype=torch.bool))
-    assert model.fusion.plan(layout, 2, 17) == [False, False, True]
-    assert model.fusion.plan(layout, 2, 17, first_only=False) == [False] * 3
+    pairs, mask = torch.tensor([[0, 0], [1, 0]]), torch.ones(1, 30, dtype=torch.bool)
+    packed = torch.randn(30, model.dual.text.width)
+    tokens = torch.randn(2, 17, model.dual.vision.width)
+    absorbing: list[bool] = []
+    forward = CrossAttention.forward
+
+    def watched(self, hidden, query, image, images):
+        absorbing.append(isinstance(image, torch.Tensor))
+        return forward(self, hidden, query, image, images)
+
+    monkeypatch.setattr(CrossAttention, "forward", watched)
+    for fixed, first_only, expected in (
+        (False, True, [False, False, True]),
+        (False, False, [False] * 3),
+        (True, True, [False] * 3),
+    ):
+        absorbing.clear()
+        model.fusion(packed, tokens, lay_out(pairs, mask, fixed=fixed), first_only=first_only)
+        assert absorbing == expected
 
 
 def test_the_cheaper_way_is_taken():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -110,10 +112,30 @@ def test_blocks_end_between_images_where_they_can(size):
     pairs = torch.stack([images, torch.arange(len(images))], 1)
     blocks = image_blocks(pairs, size)
     assert torch.equal(torch.cat(blocks), pairs) and max(map(len, blocks)) <= size
-    for before, after in zip(blocks, blocks[1:]):
+    for before, after in pairwise(blocks):
         image = int(after[0, 0])
         if int(before[-1, 0]) == image:  # an image is cut: it has more pairs than fit
             assert int((images == image).sum()) > size
+
+
+def test_the_example_that_the_module_draws(monkeypatch):
+    mask = torch.arange(3) < torch.tensor([[2], [3], [1]])
+    pairs = torch.tensor([[0, 0], [0, 1], [1, 1], [1, 2]])
+    layout = lay_out(pairs, mask)
+    assert layout.tokens.tolist() == [0, 1, 3, 4, 5, 6]
+    assert layout.source.tolist() == [0, 1, 2, 3, 4, 2, 3, 4, 5]
+    assert layout.firsts.tolist() == [0, 2, 5, 8]
+    assert [row[mask].tolist() for bucket in layout.images.buckets for row, mask in zip(bucket.rows, bucket.mask)] == [
+        [0, 1, 2, 3, 4],
+        [5, 6, 7, 8],
+    ]
+    (bucket,) = layout.texts.buckets
+    assert bucket.rows.tolist() == [[0, 1, 1], [2, 3, 4], [5, 6, 7], [8, 8, 8]]
+    assert bucket.mask.int().tolist() == [[1, 1, 0], [1, 1, 1], [1, 1, 1], [1, 0, 0]]
+    monkeypatch.setattr("loopitr.models.packing.SMALL", 4)
+    buckets = lay_out(pairs, mask).texts.buckets
+    assert [bucket.rows.tolist() for bucket in buckets] == [[[8]], [[0, 1]], [[2, 3, 4], [5, 6, 7]]]
+    assert all(bucket.mask is None for bucket in buckets)
 
 
 @pytest.mark.parametrize("count", [1, 6, 60])

@@ -9,7 +9,7 @@ import torch
 from helpers.support import BERT, images, plain_score, ragged_texts, tiny_model
 from helpers.tiny_texts import BERT_LAYERS, TEXT, text_backbone
 
-from loopitr.models.text_backbone import TextBackbone, TextTokens
+from loopitr.models.text_backbone import TextBackbone, TextOutput
 
 OTHER_LAYERS: dict[str, dict[str, Any]] = {  # encoders with an `intermediate`, but not BERT's attention
     "mpnet": {**BERT, "model_type": "mpnet", "pad_token_id": 0},
@@ -104,7 +104,7 @@ def test_unknown_text_model_is_named():
 # Buckets
 
 
-def row_by_row(backbone: TextBackbone, ids: torch.Tensor, mask: torch.Tensor, **options: Any) -> list[TextTokens]:
+def row_by_row(backbone: TextBackbone, ids: torch.Tensor, mask: torch.Tensor, **options: Any) -> list[TextOutput]:
     """Each caption alone, without its padding on the right: too few rows for buckets."""
     ends = [int(row.nonzero().max()) + 1 for row in mask]
     return [backbone(ids[[i], :end], mask[[i], :end], **options) for i, end in enumerate(ends)]
