@@ -114,7 +114,7 @@ def test_candidate_lists_give_the_same_ranks_and_misses_beyond():
 
 
 def test_reranking_changes_order_inside_the_list_only():
-    common = dict(captions=torch.tensor([[0, 1], [0, 1]]), images=torch.tensor([[0], [0]]))
+    common = {"captions": torch.tensor([[0, 1], [0, 1]]), "images": torch.tensor([[0], [0]])}
     result = Ranking.from_candidates(
         caption_scores=torch.tensor([[0.0, 1.0], [0.0, 1.0]]),
         image_scores=torch.tensor([[5.0], [5.0]]),
@@ -220,9 +220,9 @@ def test_nan_scores_are_counted_in_the_error():
 
 
 def candidates(**changes):
-    lists = dict(captions=torch.zeros(2, 1).long(), caption_scores=torch.zeros(2, 1))
-    lists |= dict(images=torch.zeros(3, 1).long(), image_scores=torch.zeros(3, 1))
-    return Ranking.from_candidates(**(lists | dict(caption_to_image=torch.tensor([0, 1, 1])) | changes))
+    lists = {"captions": torch.zeros(2, 1).long(), "caption_scores": torch.zeros(2, 1)}
+    lists |= {"images": torch.zeros(3, 1).long(), "image_scores": torch.zeros(3, 1)}
+    return Ranking.from_candidates(**(lists | {"caption_to_image": torch.tensor([0, 1, 1])} | changes))
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,11 @@ from helpers.tiny_adapters import adapted_model, trained
 from helpers.tiny_building import build, scratch
 from helpers.tiny_run import NO_DROPOUT, VIT, equal, run, weights
 
-from loopitr import DualEncoder, LoopITRModel, training
+from loopitr import DualEncoder, LoopITRModel
 from loopitr.building.options import LoraOptions
 from loopitr.export.dual import export_dual
 from loopitr.models.lora import is_adapter
+from loopitr.training import trainer as training
 from loopitr.training.optimization import parameter_groups, two_cycles
 from loopitr.training.options import TrainOptions
 
