@@ -107,7 +107,7 @@ def test_a_compiled_run_is_the_plain_one(tmp_path, monkeypatch):
     assert weights(tmp_path / "a").keys() == weights(tmp_path / "b").keys()
 
 
-def test_streaming_trains_on_a_stream_and_validates_on_a_table(tmp_path):
+def test_streaming_trains_on_a_stream_and_validates_on_a_table(tmp_path, quick_streams):
     import datasets
 
     for split, numbers in (("train", range(16)), ("val", range(16, 24))):
