@@ -58,15 +58,15 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> Progress | None:
     Raises:
         ValueError: it is of another model or optimiser.
     """
-    found = _all(folder)
-    if not found:
+    complete = _all(folder)
+    if not complete:
         return None
     try:
-        accelerator.load_state(str(found[-1]))
+        accelerator.load_state(str(complete[-1]))
     except (RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{found[-1]} does not fit this run's model: {reason}") from error
-    state: dict[str, Any] = json.loads((found[-1] / STATE_FILE).read_text())
+        raise ValueError(f"{complete[-1]} does not fit this run's model: {reason}") from error
+    state: dict[str, Any] = json.loads((complete[-1] / STATE_FILE).read_text())
     progress = Progress(**state)
     if len(progress.places) == accelerator.num_processes:
         progress.epoch, progress.batch = progress.places[accelerator.process_index]

@@ -1,7 +1,7 @@
 """`accelerate launch` on the CPUs of one machine.
 
 accelerate leaves CPU processes to MPI: without a hostfile it starts one process whatever `--num_processes` says (its
-issue 2741), and gives it one thread unless told otherwise. The recipes notice, start the N processes with torch's
+issue 2741), and gives it one thread unless asked for more. The recipes notice, start the N processes with torch's
 launcher, and share the cores between them.
 """
 
@@ -61,7 +61,7 @@ def missing_processes(environment: Mapping[str, str], parent: Sequence[str]) -> 
 
 
 def asked_port(parent: Sequence[str]) -> int:
-    """The port that the parent was told to meet at; 0: any. (MASTER_PORT holds one in any case, accelerate's default,
+    """The port that the parent was asked to meet at; 0: any. (MASTER_PORT holds one in any case, accelerate's default,
     where two launches on a machine would meet each other.)"""
     asked = _asked(parent)
     return asked.main_process_port or 0 if asked else 0
@@ -93,7 +93,7 @@ def _environment(process: psutil.Process) -> Mapping[str, str]:
 
 
 def _asked(parent: Sequence[str]) -> argparse.Namespace | None:
-    """What `accelerate launch` was told; None if the parent is something else."""
+    """The options that `accelerate launch` was given; None if the parent is something else."""
     start = next((i for i, word in enumerate(parent) if Path(word).name in LAUNCHERS), None)
     if start is None:
         return None

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from loopitr.objective.parts import StepOutput
 
 HISTORY = "history.jsonl"
 
@@ -42,6 +47,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(content, indent=2) + "\n")
     partial.replace(path)
+
+
+def named_values(output: StepOutput) -> dict[str, Tensor]:
+    """What a step is logged as: `loss/total`, `loss/TERM`, `train/METRIC`."""
+    terms = {f"loss/{name}": value for name, value in output.terms.items()}
+    return {"loss/total": output.loss, **terms, **{f"train/{name}": value for name, value in output.metrics.items()}}
 
 
 def write_results(folder: Path, metrics: dict[str, Any], table: str, rows: list[dict[str, Any]]) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from timm.layers import convert_sync_batchnorm
@@ -27,11 +26,11 @@ from loopitr.models.processing import LoopITRProcessor
 from loopitr.objective.grad_cache import cached_backward
 from loopitr.objective.loop_objective import LoopObjective
 from loopitr.objective.parts import StepOutput
-from loopitr.training.checkpoints import Progress, load_checkpoint, move_aside, save_checkpoint
+from loopitr.training.checkpoints import Progress, load_checkpoint, save_checkpoint
 from loopitr.training.optimization import make_optimizer, make_scheduler
 from loopitr.training.options import TrainOptions, ValidationOptions
-from loopitr.training.reporting import History, write_results
-from loopitr.training.setup import Caches, make_loader, prepare_model, start
+from loopitr.training.reporting import History, named_values, write_results
+from loopitr.training.setup import Caches, make_loader, prepare_folder, prepare_model, start
 from loopitr.training.skips import check_skips, lost_in_all
 from loopitr.training.validation import Validator
 
@@ -121,7 +120,7 @@ class Trainer:
         aside unless it is resumed.
         """
         accelerator = self.accelerator
-        self._prepare_folder()
+        prepare_folder(self.folder, self.config, accelerator, resume=self.resume)
         progress = None
         if self.resume:
             progress = load_checkpoint(accelerator, self.folder / "checkpoints")
@@ -150,17 +149,6 @@ class Trainer:
         accelerator.end_training()
         return metrics
 
-    def _prepare_folder(self) -> None:
-        self.accelerator.wait_for_everyone()  # to have read model.init, which may lie there
-        if self.accelerator.is_main_process:
-            if not self.resume:
-                aside = move_aside(self.folder)
-                if aside is not None:
-                    self.log(f"moved the earlier run in {self.folder} to {aside}")
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.yaml").write_text(yaml.safe_dump(self.config, sort_keys=False))
-        self.accelerator.wait_for_everyone()
-
     def _epoch(self, bar: tqdm) -> None:
         options, validation, progress = self.options, self.validation, self.progress
         self.objective.train()
@@ -174,7 +162,7 @@ class Trainer:
             last = self.micro == options.accumulation
             output = self._backward(inputs, last=last)
             progress.batch += 1
-            for name, value in self._named(output).items():
+            for name, value in named_values(output).items():
                 logged[name].append(value.detach())
             if not last:
                 continue
@@ -246,11 +234,6 @@ class Trainer:
         self.progress.step += 1
         if self.accelerator.device.type == "cpu" and self.progress.step % TRIM_EVERY == 0:
             trim_memory()
-
-    @staticmethod
-    def _named(output: StepOutput) -> dict[str, torch.Tensor]:
-        terms = {f"loss/{name}": value for name, value in output.terms.items()}
-        return {"loss/total": output.loss, **terms, **{f"train/{k}": v for k, v in output.metrics.items()}}
 
     def _log(self, bar: tqdm, means: dict[str, torch.Tensor]) -> None:
         """Of all ranks: some terms are of a rank's own queries."""

@@ -17,9 +17,11 @@ def kendall_tau(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
     """
     check_same_shape(student=student, teacher=teacher, valid=valid)
     student, teacher = (torch.where(valid, scores, 0.0) for scores in (student, teacher))
-    taught, learnt = _pair_order(teacher), _pair_order(student)  # [Q, C, C]
-    pairs = valid[:, :, None] & valid[:, None, :] & (taught != 0)  # [Q, C, C] each pair twice, which leaves the mean
-    return mean_of_row_means((taught * learnt).flatten(1), pairs.flatten(1))
+    teacher_order, student_order = _pair_order(teacher), _pair_order(student)  # [Q, C, C]
+    pairs = (
+        valid[:, :, None] & valid[:, None, :] & (teacher_order != 0)
+    )  # [Q, C, C] each pair twice, which leaves the mean
+    return mean_of_row_means((teacher_order * student_order).flatten(1), pairs.flatten(1))
 
 
 def _pair_order(scores: Tensor) -> Tensor:
