@@ -83,7 +83,10 @@ def direction_faults(source: str, module: str, allowed: dict[str, set[str]], *, 
 
 
 def recipe_faults(source: str, module: str, recipes: set[str]) -> list[str]:
-    """Imports of a recipe, as `recipes.x` or, as a neighbour, as `x`; benchmarks and examples have one file to share."""
+    """Imports of a recipe, as `recipes.x` or, as a script's neighbour, as `x`.
+
+    The benchmarks share `shared.py`, the examples `small_model.py`.
+    """
     found = ((line, name) for line, name in imports(source, module) if name.split(".")[0] in {"recipes", *recipes})
     return [f"{module}:{line} imports the recipe {name}" for line, name in found]
 

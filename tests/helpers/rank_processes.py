@@ -36,11 +36,11 @@ def start_ranks(file: str, folder: Path) -> list[dict[str, Any]]:
     """What each rank of `file` handed over."""
     search_path = os.pathsep.join(path for path in sys.path if path)
     environment = {**os.environ, "PYTHONPATH": search_path, "OMP_NUM_THREADS": "1"}
-    logs = [open(folder / f"log{index}", "w+") for index in range(RANKS)]
-    processes = [
-        subprocess.Popen([sys.executable, file, str(index), str(folder)], env=environment, stdout=log, stderr=log)
-        for index, log in enumerate(logs)
-    ]
+    processes = []
+    for index in range(RANKS):
+        arguments = [sys.executable, file, str(index), str(folder)]
+        with (folder / f"log{index}").open("w") as log:  # a process keeps its own handle
+            processes.append(subprocess.Popen(arguments, env=environment, stdout=log, stderr=log))
     codes: list[int | None] = [None]
     try:
         codes = [process.wait(TIMEOUT) for process in processes]
@@ -50,8 +50,6 @@ def start_ranks(file: str, folder: Path) -> list[dict[str, Any]]:
         for process in processes:
             process.kill()
             process.wait()
-        for log in logs:
-            log.close()
     if any(codes) or None in codes:
         text = "\n".join((folder / f"log{index}").read_text()[-3000:] for index in range(RANKS))
         pytest.fail(f"exit codes {codes} (None: hung for {TIMEOUT} s)\n{text}")

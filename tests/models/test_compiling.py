@@ -65,6 +65,7 @@ def test_other_lengths_are_not_compiled_again(style):
     assert graphs[-1] == graphs[0], graphs
 
 
+@pytest.mark.slow
 def test_chunks_and_validation_need_a_graph_for_each_use_and_no_more():
     """Everything at once: chunks, blocks of any size, MLM, teachers without gradient, scoring with keys and values."""
     model = compiled(VIT, mlm_head=True)

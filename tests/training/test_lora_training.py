@@ -6,13 +6,13 @@ import pytest
 import torch
 from helpers.tiny_adapters import adapted_model, trained
 from helpers.tiny_building import build, scratch
-from helpers.tiny_run import NO_DROPOUT, VIT, equal, run, weights
+from helpers.tiny_run import NO_DROPOUT, VIT, equal, run, trainer, weights
 
 from loopitr import DualEncoder, LoopITRModel
 from loopitr.building.options import LoraOptions
 from loopitr.export.dual import export_dual
 from loopitr.models.lora import is_adapter
-from loopitr.training import trainer
+from loopitr.training import trainer as training
 from loopitr.training.optimization import parameter_groups, two_cycles
 from loopitr.training.options import TrainOptions
 
@@ -68,18 +68,19 @@ def test_adapters_slow_down_with_the_backbones_when_the_loop_starts():
     ids=["late", "shared", "checkpointing", "bf16", "late start"],
 )  # fmt: skip
 def test_a_run_trains_adapters_heads_and_fusion_and_keeps_the_adapters(tmp_path, changes):
-    for name, steps in (("start", {"train__epochs": 0}), ("end", {"train__max_steps": 2})):
-        # An adapter's first matrix moves from the second step on, as its other one starts with zeros.
-        rates = {"train__lr": 1e-2, "train__weight_decay": 0.0}
-        run(tmp_path / name, **{**LORA, **rates, **changes, **steps, "validation__every_epochs": 0})
-    before, after = weights(tmp_path / "start"), weights(tmp_path / "end")
+    # An adapter's first matrix moves from the second step on, as its other one starts with zeros.
+    steps = {"train__lr": 1e-2, "train__weight_decay": 0.0, "train__max_steps": 2, "validation__every_epochs": 0}
+    with trainer(tmp_path, **{**LORA, **steps, **changes}) as made:
+        before = {name: value.clone() for name, value in made.model.state_dict().items()}
+        made.run()
+    after = weights(tmp_path)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     backbones = {name for name in before if name.startswith(("dual.vision.", "dual.text."))}
     assert moved & backbones == {name for name in backbones if is_adapter(name)}
     assert {"dual.vision_projection.weight", "fusion.cross.0.query.weight", "itm_head.weight"} <= moved
-    model = LoopITRModel.from_pretrained(tmp_path / "end" / "run")
+    model = LoopITRModel.from_pretrained(tmp_path / "run")
     assert model.config.lora["text"]["rank"] == 2
-    export_dual(tmp_path / "end" / "run", tmp_path / "dual")
+    export_dual(tmp_path / "run", tmp_path / "dual")
     assert not any(is_adapter(name) for name in DualEncoder.from_pretrained(tmp_path / "dual").state_dict())
 
 
@@ -89,13 +90,13 @@ def test_an_interrupted_run_that_is_resumed_equals_one_that_was_not(tmp_path, mo
 
     options = {**LORA, "train__epochs": 1, "train__checkpoint_every": 3}
     run(tmp_path / "whole", **options)
-    save = trainer.save_checkpoint
+    save = training.save_checkpoint
 
     def killed(*args, **kwargs):
         save(*args, **kwargs)
         raise Killed
 
-    monkeypatch.setattr(trainer, "save_checkpoint", killed)
+    monkeypatch.setattr(training, "save_checkpoint", killed)
     with pytest.raises(Killed):
         run(tmp_path / "parts", **options)
     monkeypatch.undo()

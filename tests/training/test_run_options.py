@@ -102,9 +102,9 @@ def test_chunks_are_refused_for_batch_statistics_that_move_before_anything_is_ma
             made.model.save_pretrained(tmp_path / "saved")
             made.processor.save_pretrained(tmp_path / "saved")
     cache = tmp_path / "cache"
-    with pytest.raises(ValueError, match="takes those of the batch: set model.hold_batch_statistics"):
-        with trainer(tmp_path, **moving, train__chunk_size=3, data__cache_images=str(cache)):
-            pass
+    refused = trainer(tmp_path, **moving, train__chunk_size=3, data__cache_images=str(cache))
+    with pytest.raises(ValueError, match="takes those of the batch: set model.hold_batch_statistics"), refused:
+        pass
     assert not cache.exists() and not (tmp_path / "run").exists()
     for fine in ({"model__hold_batch_statistics": True}, {"model__freeze": ["vision"]}):
         with trainer(tmp_path, **{**moving, **fine}, train__chunk_size=3):

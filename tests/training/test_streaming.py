@@ -19,7 +19,7 @@ TIMEOUT = 300  # seconds until a hang is a failure
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
+def own_cache(tmp_path, monkeypatch, quick_streams):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf-cache")
 
 
@@ -88,6 +88,7 @@ def launch_two(folder, *arguments):
         assert code == 0, f"exit code {code} (None: hung for {TIMEOUT} s)\n{output.read()[-3000:]}"
 
 
+@pytest.mark.slow
 def test_ranks_whose_streams_end_at_different_batches_accumulate_together_and_resume(tmp_path):
     """Epochs of 3 batches on one rank and of 5 on the other, in steps of 2: an epoch's end falls into a step."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"

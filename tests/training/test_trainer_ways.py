@@ -3,59 +3,86 @@
 import pytest
 import torch
 from helpers.tiny_gallery import captions, jpeg
-from helpers.tiny_run import NO_DROPOUT, VIT, broken_table, equal, logged, run, weights
+from helpers.tiny_run import NO_DROPOUT, VIT, broken_table, equal, logged, run, trainer, weights
 from safetensors.torch import load_file
 
 from loopitr import LoopITRModel, LoopITRProcessor
 from loopitr.data import DataError, dataset, decode_image
 from loopitr.training.reporting import read_history
 
+PARTS = {
+    "vision": "dual.vision.",
+    "text": "dual.text.",
+    "fusion": "fusion.",
+    "itm": "itm_head.",
+    "dual_head": "dual.vision_projection",
+}
+ALL = set(PARTS)
 
-def changed_parts(folder):
-    """Parts of the model that differ between a run's first state and its last."""
-    parts = {"vision": "dual.vision.", "text": "dual.text.", "fusion": "fusion.", "itm": "itm_head."}
-    parts["dual_head"] = "dual.vision_projection"
-    before, after = weights(folder / "start"), weights(folder / "end")
-    return {
-        part
-        for part, prefix in parts.items()
-        if any(name.startswith(prefix) and not torch.equal(before[name], after[name]) for name in before)
-    }
+
+def parts_of(names):
+    return {part for part, prefix in PARTS.items() if any(name.startswith(prefix) for name in names)}
 
 
 @pytest.mark.parametrize(
     ("changes", "trained"),
     [
-        ({}, {"vision", "text", "fusion", "itm", "dual_head"}),
+        ({}, ALL),
         ({"objective__itm": 0, "objective__distillation": 0}, {"vision", "text", "dual_head"}),
         ({"objective__itm": 0}, {"vision", "text", "dual_head"}),  # a teacher that stays as it is
         ({"objective__itc": 0, "objective__distillation": 0}, {"vision", "text", "fusion", "itm"}),
-        ({"objective__mlm": 1, "model__mlm_head": True}, {"vision", "text", "fusion", "itm", "dual_head"}),
+        ({"objective__mlm": 1, "model__mlm_head": True}, ALL),
         (
             {"objective__mlm": 1, "model__mlm_head": True, "objective__itm": 0, "objective__distillation": 0},
             {"vision", "text", "fusion", "dual_head"},
         ),
-        ({"model__mlm_head": True}, {"vision", "text", "fusion", "itm", "dual_head"}),
+        ({"model__mlm_head": True}, ALL),
         ({"model__freeze": ["vision", "text"]}, {"fusion", "itm", "dual_head"}),
-        ({"model__fusion__style": "shared"}, {"vision", "text", "fusion", "itm", "dual_head"}),
-        ({"train__precision": "bf16", **VIT}, {"vision", "text", "fusion", "itm", "dual_head"}),
-        ({"train__gradient_checkpointing": True, **VIT}, {"vision", "text", "fusion", "itm", "dual_head"}),
-        ({"data__captions": "all", "objective__mining": "sample"}, {"vision", "text", "fusion", "itm", "dual_head"}),
-        ({"train__batch_size": 3, "objective__num_negatives": 9}, {"vision", "text", "fusion", "itm", "dual_head"}),
-        ({"train__batch_size": 1, **VIT}, {"vision", "text", "fusion", "itm"}),  # no negative: ITC has nothing to say
+        ({"model__fusion__style": "shared"}, ALL),
     ],
     ids=lambda x: " ".join(str(k).split("__")[-1] for k in x) if isinstance(x, dict) else "",
 )
 def test_what_is_trained_is_what_the_losses_need(tmp_path, changes, trained):
+    """The optimiser holds these parts, and the first batch gives each of them, and no other, a gradient."""
+    with trainer(tmp_path, **changes) as made:
+        names = {id(parameter): name for name, parameter in made.model.named_parameters()}
+        held = [names[id(p)] for group in made.optimizer.param_groups for p in group["params"]]
+        made.bare_objective.train()
+        made.bare_objective(**next(iter(made.loader.epoch(0))).inputs).loss.backward()
+    gradients = [name for name, p in made.model.named_parameters() if p.grad is not None and p.grad.any()]
+    assert parts_of(gradients) == trained
+    assert parts_of(held) == trained | ({"dual_head"} if changes.get("objective__itc") == 0 else set())
+    assert set(gradients) <= set(held)
+
+
+@pytest.mark.parametrize(
+    ("changes", "trained"),
+    [
+        ({"train__precision": "bf16", **VIT}, ALL),
+        ({"train__gradient_checkpointing": True, **VIT}, ALL),
+        ({"data__captions": "all", "objective__mining": "sample"}, ALL),
+        ({"train__batch_size": 3, "objective__num_negatives": 9}, ALL),
+        ({"train__batch_size": 1, **VIT}, ALL - {"dual_head"}),  # no negative: ITC has nothing to say
+    ],
+    ids=["bf16", "checkpointing", "all captions", "few negatives", "no negative"],
+)
+def test_two_steps_move_every_part_that_has_something_to_learn(tmp_path, changes, trained):
     rates = {"train__lr": 1e-2, "train__backbone_lr": 1e-2, "train__weight_decay": 0}
-    for name, steps in (("start", {"train__epochs": 0}), ("end", {"train__max_steps": 2})):
-        metrics = run(tmp_path / name, **{**rates, **changes, **steps, "validation__every_epochs": 0})
-        assert metrics["num_images"] == 16
-    losses = [value for row in read_history(tmp_path / "end" / "run") for k, value in row.items() if k[:5] == "loss/"]
+    with trainer(tmp_path, **rates, **changes, train__max_steps=2, validation__every_epochs=0) as made:
+        before = {name: parameter.detach().clone() for name, parameter in made.model.named_parameters()}
+        metrics = made.run()
+    losses = [value for row in read_history(tmp_path / "run") for k, value in row.items() if k[:5] == "loss/"]
     assert losses and all(abs(value) < 1e3 for value in losses)  # finite
-    assert changed_parts(tmp_path) == trained
-    used = {"objective__itm": 1, "objective__distillation": 1, **changes}
-    assert (metrics["match"] is not None) == bool(used["objective__itm"] or used["objective__distillation"])
+    assert metrics["num_images"] == 16 and metrics["match"] is not None
+    after = weights(tmp_path)
+    assert (
+        parts_of([name for name in before if name in after and not torch.equal(before[name], after[name])]) == trained
+    )
+
+
+def test_a_run_that_trains_the_dual_alone_reports_no_match_scores(tmp_path):
+    metrics = run(tmp_path, objective__itm=0, objective__distillation=0, train__max_steps=1)
+    assert metrics["num_images"] == 16 and metrics["match"] is None
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path):
@@ -83,7 +110,7 @@ def test_a_compiled_run_is_the_plain_one(tmp_path, monkeypatch):
     assert weights(tmp_path / "a").keys() == weights(tmp_path / "b").keys()
 
 
-def test_streaming_trains_on_a_stream_and_validates_on_a_table(tmp_path):
+def test_streaming_trains_on_a_stream_and_validates_on_a_table(tmp_path, quick_streams):
     import datasets
 
     for split, numbers in (("train", range(16)), ("val", range(16, 24))):
