@@ -21,8 +21,9 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from loopitr.building.build import build_model
     from loopitr.building.folders import load
-    from loopitr.data.records import Record
-    from loopitr.data.sources import load_records
+    from loopitr.building.options import FusionOptions, ModelOptions, TextOptions, VisionOptions
+    from loopitr.data.records import LoadReport, Record
+    from loopitr.data.sources import DataOptions, load_records
     from loopitr.evaluation.options import EvaluationOptions
     from loopitr.evaluation.retrieval import evaluate_retrieval
     from loopitr.export.dual import export_dual
@@ -53,18 +54,22 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "Contrastive": "loopitr.objective.terms",
+    "DataOptions": "loopitr.data.sources",
     "Distillation": "loopitr.objective.terms",
     "DualEncoder": "loopitr.models.dual_encoder",
     "DualEncoderConfig": "loopitr.models.config",
     "DualOutput": "loopitr.models.outputs",
     "EvaluationOptions": "loopitr.evaluation.options",
     "FrozenContrast": "loopitr.objective.terms",
+    "FusionOptions": "loopitr.building.options",
     "ImageState": "loopitr.models.outputs",
+    "LoadReport": "loopitr.data.records",
     "LoopITRConfig": "loopitr.models.config",
     "LoopITRModel": "loopitr.models.loop_model",
     "LoopITRProcessor": "loopitr.models.processing",
     "LoopObjective": "loopitr.objective.loop_objective",
     "Matching": "loopitr.objective.terms",
+    "ModelOptions": "loopitr.building.options",
     "PairScores": "loopitr.models.outputs",
     "PartialRanking": "loopitr.objective.losses.distillation",
     "Ranking": "loopitr.objective.terms",
@@ -75,10 +80,12 @@ _MODULES = {
     "StructureTransfer": "loopitr.objective.terms",
     "Term": "loopitr.objective.terms",
     "TermOutput": "loopitr.objective.terms",
+    "TextOptions": "loopitr.building.options",
     "TextState": "loopitr.models.outputs",
     "TopK": "loopitr.objective.mining",
     "TrainOptions": "loopitr.training.options",
     "Trainer": "loopitr.training.trainer",
+    "VisionOptions": "loopitr.building.options",
     "WordPrediction": "loopitr.objective.terms",
     "build_model": "loopitr.building.build",
     "build_objective": "loopitr.objective.build",

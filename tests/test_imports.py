@@ -85,7 +85,7 @@ def direction_faults(source: str, module: str, allowed: dict[str, set[str]], *, 
 def recipe_faults(source: str, module: str, recipes: set[str]) -> list[str]:
     """Imports of a recipe, as `recipes.x` or, as a script's neighbour, as `x`.
 
-    The benchmarks share `shared.py`, the examples `small_model.py`.
+    The benchmarks share `shared.py`.
     """
     found = ((line, name) for line, name in imports(source, module) if name.split(".")[0] in {"recipes", *recipes})
     return [f"{module}:{line} imports the recipe {name}" for line, name in found]
@@ -125,7 +125,7 @@ def sources(folder: str) -> dict[str, Path]:
 
 
 PACKAGE, RECIPES, TESTS = sources("loopitr"), sources("recipes"), sources("tests")
-RECIPE_STEMS = {file.stem for file in RECIPES.values()} - {"shared", "small_model"}
+RECIPE_STEMS = {file.stem for file in RECIPES.values()} - {"shared"}
 
 
 @pytest.mark.parametrize("module", PACKAGE)

@@ -1,41 +1,57 @@
-"""python recipes/examples/rank_folder.py MODEL FOLDER "a red circle left of a blue square"
+"""python recipes/examples/rank_folder.py --model RUN --images FOLDER --query "a red circle" [--rerank 8]
 
-Rank the images of a folder for a query: the dual head finds the nearest, the cross head sorts them anew.
+Ranks the images of a folder for a text. The dual encoder sorts all of them by similarity, the fusion head then sorts
+the first `rerank` by match score. Prints path, similarity and match score, the best first.
 """
 
 from __future__ import annotations
 
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-import loopitr
+from loopitr import LoopITRModel, load
+from loopitr.cli import parse, run
 
-RERANKED = 20
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
+@dataclass
+class Options:
+    """What is ranked."""
+
+    model: str
+    """Run folder or hub id."""
+    images: str
+    """Folder of images."""
+    query: str
+    """What to look for."""
+    rerank: int = 8
+    """Images that the fusion head scores."""
+
+
+@torch.inference_mode()
 def main() -> None:
-    source, folder, query = sys.argv[1:4]
-    model, processor = loopitr.load(source)
-    if not isinstance(model, loopitr.LoopITRModel):
-        sys.exit(f"{source} holds a dual encoder alone; reranking needs the model with its cross head")
-    paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in ENDINGS)
-    images = [Image.open(path).convert("RGB") for path in paths]
-    inputs = processor(images=images, text=[query], return_tensors="pt")
-    with torch.inference_mode():
-        encoded = model.encode_images(inputs["pixel_values"])
-        text = model.encode_texts(inputs["input_ids"], inputs["attention_mask"])
-        similarity = (encoded.embeds @ text.embeds.T)[:, 0]  # [images]
-        nearest = similarity.topk(min(RERANKED, len(paths))).indices  # [n]
-        pairs = torch.stack([nearest, torch.zeros_like(nearest)], 1)  # [n, 2] of (image, text)
-        match = model.score_pairs(encoded, text, pairs).score  # [n]
+    options = parse(Options, description=__doc__)
+    paths = sorted(path for path in Path(options.images).iterdir() if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise ValueError(f"no images in {options.images}")
+    model, processor = load(options.model)
+    if not isinstance(model, LoopITRModel):
+        raise ValueError(f"{options.model} has no fusion head")
+    pictures = [Image.open(path).convert("RGB") for path in paths]
+    images = model.encode_images(**processor(images=pictures))
+    text = model.encode_texts(**processor(text=[options.query]))
+    similarity = images.embeds @ text.embeds[0]  # [number of images]
+    nearest = similarity.argsort(descending=True)[: max(options.rerank, 1)]
+    pairs = torch.stack([nearest, torch.zeros_like(nearest)], 1)  # (image, text): there is one text
+    match = model.score_pairs(images, text, pairs).score
     for place in match.argsort(descending=True).tolist():
         image = int(nearest[place])
-        print(f"{paths[image].name}\tmatch {float(match[place]):.2f}\tsimilarity {float(similarity[image]):.3f}")
+        print(f"{paths[image]}\t{float(similarity[image]):.4f}\t{float(match[place]):.4f}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
