@@ -59,7 +59,8 @@ class Uniformity(Term):
 def main() -> None:
     options = parse(Options, description=__doc__)
     data = DataOptions(scenes_train=64, scenes_val=16, scenes_image_size=32, num_workers=0)
-    train, val = (load_records(data, split, LoadReport()) for split in ("train", "val"))
+    records: list[Any] = [load_records(data, split, LoadReport()) for split in ("train", "val")]
+    train, val = records
     words = sorted({word for record in train for caption in record.captions for word in caption.split()})
     tiny: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     model, processor = build_model(
