@@ -10,6 +10,7 @@ from torch import Tensor
 
 from loopitr.objective import losses
 from loopitr.objective.loop_objective import LoopObjective
+from loopitr.objective.losses.distillation import WHOLE_LIST_LOSSES
 from loopitr.objective.mining import Miner, Sample, Stratified, TopK
 from loopitr.objective.options import ObjectiveOptions
 from loopitr.objective.terms import (
@@ -82,19 +83,15 @@ def build_miner(options: ObjectiveOptions) -> Miner:
 def distillation_loss(
     options: ObjectiveOptions,
 ) -> losses.DistillationLoss | Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The loss that `options.distillation_loss` names; a new one is a function in `losses/` and a line here."""
+    """The loss that `options.distillation_loss` names."""
     hard_rules: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "threshold": partial(losses.hard_above_threshold, probability=options.hard_threshold),
         "mean": losses.hard_above_mean,
         "top": partial(losses.hard_top, m=options.hard_top),
     }
-    known: dict[str, losses.DistillationLoss | Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    with_options: dict[str, losses.DistillationLoss | Callable[[Tensor, Tensor, Tensor], Tensor]] = {
         "kl": partial(losses.kl, teacher_temperature=options.teacher_temperature),
         "cprd": losses.PartialRanking(hard_rules[options.hard_rule]),
-        "margin_mse": losses.margin_mse,
-        "ranknet": losses.ranknet,
-        "listnet": losses.listnet,
-        "listmle": losses.listmle,
-        "adr_mse": losses.adr_mse,
     }
-    return known[options.distillation_loss]
+    name = options.distillation_loss
+    return with_options.get(name) or WHOLE_LIST_LOSSES[name]

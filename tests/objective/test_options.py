@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 
-from loopitr.objective.options import ObjectiveOptions
+from loopitr.objective.losses.distillation import WHOLE_LIST_LOSSES
+from loopitr.objective.options import DistillationName, ObjectiveOptions
 
 
 @pytest.mark.parametrize(
@@ -24,3 +27,7 @@ from loopitr.objective.options import ObjectiveOptions
 def test_a_wrong_option_is_named(options, message):
     with pytest.raises(ValueError, match=message):
         ObjectiveOptions(**options)
+
+
+def test_every_distillation_loss_has_a_name_among_the_options():
+    assert {*WHOLE_LIST_LOSSES, "cprd"} == {*get_args(DistillationName)}

@@ -173,6 +173,17 @@ class PartialRanking(DistillationLoss):
         return self.hard_rule(teacher[:, 1:], valid[:, 1:])
 
 
+# The functions on whole lists, by the names that `objective.distillation_loss` gives them.
+WHOLE_LIST_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "kl": kl,
+    "listnet": listnet,
+    "listmle": listmle,
+    "margin_mse": margin_mse,
+    "ranknet": ranknet,
+    "adr_mse": adr_mse,
+}
+
+
 def _masked(scores: Tensor, valid: Tensor, fill: float | None = None) -> Tensor:
     # replaced before any arithmetic: a NaN or inf that meets even a zero gradient would spread
     return torch.where(valid, scores, lowest(scores) if fill is None else fill)
