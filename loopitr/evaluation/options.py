@@ -19,6 +19,8 @@ class EvaluationOptions:
         max_skipped_fraction: the evaluation stops when more of the images than this cannot be used.
         graded: whether graded relevance and paraphrase stability are measured too, where the records have the ground
             truth for it.
+        calibrate: whether the weight of the similarity in the reranking score is fitted on these candidates
+            (`calibration.py`), instead of the model's `config.similarity_weight`; the model is not changed.
         batch_size: captions, and images up to `image_block`, that are encoded at a time.
         image_block: images whose tokens, keys and values are held at a time while reranking.
         pair_block: pairs that are scored at a time.
@@ -34,6 +36,7 @@ class EvaluationOptions:
     max_images: int | None = None
     max_skipped_fraction: float = 0.05
     graded: bool = True
+    calibrate: bool = False
     batch_size: int = 64
     image_block: int = 32
     pair_block: int = 1024

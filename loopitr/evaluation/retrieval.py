@@ -15,14 +15,14 @@ from loopitr.distributed import each_rank, first_rank, rank, world_size
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.processing import LoopITRProcessor
 
+from .calibration import fit_similarity_weight, reranking_gain
 from .gallery import account, build_gallery, evaluation_transform
 from .graded import grade
 from .image_tokens import ImageTokens
 from .nearest import nearest
 from .options import EvaluationOptions
 from .report import RetrievalResult
-from .reranking import CandidateScores, candidate_pairs, candidate_scores, score_candidates
-from .reranking import rerank as rerank_candidates
+from .reranking import CandidateScores, candidate_pairs, score_candidates, scored_candidates
 from .text_tokens import TextTokens
 
 __all__ = ["EvaluationOptions", "RetrievalResult", "evaluate_retrieval", "evaluation_transform"]
@@ -42,10 +42,11 @@ def evaluate_retrieval(
     """Recall of all images against all captions of `records`, by the dual head alone and reranked.
 
     Reranked: each image's `options.rerank` most similar captions and each caption's as many most similar images; the
-    union of both directions' pairs is scored once. Candidates are ordered by match score (ALBEF, arXiv 2107.07651), and
-    by match score + similarity / temperature. BLIP (arXiv 2201.12086) adds the bare cosine to the matching logit;
-    divided by the temperature, as in the contrastive loss, it is on the same log-odds scale as the match score. A right
-    answer that is not among the candidates is a miss at every k. Right answers are those of equal identity.
+    union of both directions' pairs is scored once. Candidates are ordered by match score (ALBEF, arXiv 2107.07651), by
+    match score + similarity / temperature, and by the reranking score, which weighs the similarity by the model's
+    `config.similarity_weight`. BLIP (arXiv 2201.12086) adds the bare cosine to the matching logit; divided by the
+    temperature, as in the contrastive loss, it is on the same log-odds scale as the match score. A right answer that is
+    not among the candidates is a miss at every k. Right answers are those of equal identity.
 
     The model runs in eval mode, under the caller's autocast, and every module comes back in the mode it had.
 
@@ -78,7 +79,7 @@ def evaluate_retrieval(
         >>> records = load_records(DataOptions(limit=4), "test", LoadReport())
         >>> result = evaluate_retrieval(model, processor, records)
         >>> result.num_images, sorted(result.rankings)
-        (4, ['dual', 'match', 'match_plus_similarity'])
+        (4, ['dual', 'match', 'match_plus_similarity', 'reranked'])
     """
     options = options or EvaluationOptions()
     rerank = options.rerank
@@ -132,6 +133,7 @@ def evaluate_retrieval(
         clock.lap("rank")
         rankings, num_pairs = {"dual": candidates.ranking}, 0
         reranked: dict[str, CandidateScores] = {}
+        weight: float | None = None
         if rerank and isinstance(model, LoopITRModel):
             pairs = candidate_pairs(candidates)
             before = sum(len(part.positions) for part in encoded[: rank()])
@@ -147,9 +149,17 @@ def evaluate_retrieval(
                 progress=progress,
             )
             scores = torch.cat(each_rank(score))  # [P]
-            reranked = candidate_scores(candidates, pairs, scores, scale=float(dual.scale))
-            rankings.update(rerank_candidates(candidates, reranked, gallery))
+            scored = scored_candidates(candidates, pairs, scores, gallery, scale=float(dual.scale))
+            weight = model.config.similarity_weight
+            if options.calibrate:
+                weight = first_rank(partial(fit_similarity_weight, scored))
+            reranked = {"match": scored.match, "match_plus_similarity": scored.reranking(1.0)}
+            reranked["reranked"] = scored.reranking(weight)
+            rankings.update({name: scored.ranking(values) for name, values in reranked.items()})
             num_pairs = len(pairs)
+        gain = None
+        if reranked:
+            gain = reranking_gain(rankings["dual"], rankings["reranked"], gallery.caption_rows)
         clock.lap("rerank")
         relevance = relevance_of(records, gallery.positions) if options.graded else None
         measured = {}
@@ -175,6 +185,9 @@ def evaluate_retrieval(
         skipped=skipped,
         truncated=texts.truncated,
         graded=measured,
+        similarity_weight=weight,
+        calibrated=weight is not None and options.calibrate,
+        gain=gain,
     )
 
 

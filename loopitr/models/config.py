@@ -7,6 +7,7 @@ transformers config, so a saved folder rebuilds its model without a hub.
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -129,6 +130,8 @@ class LoopITRConfig(DualEncoderConfig):
             LoopITR) or `shared` (the text backbone's last `num_layers` layers run again with cross-attention
             inserted; BLIP).
         mlm_head: whether the model carries a masked-language-model head on the fused tokens.
+        similarity_weight: w >= 0 of the reranking score, match + w x similarity / temperature; 1 until it is fitted on
+            held-out data (`recipes/calibrate.py`, and the end of every run).
 
     Example:
         >>> from loopitr import LoopITRConfig
@@ -144,7 +147,14 @@ class LoopITRConfig(DualEncoderConfig):
 
     model_type = "loopitr"
 
-    def __init__(self, *, fusion: dict[str, Any] | None = None, mlm_head: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        fusion: dict[str, Any] | None = None,
+        mlm_head: bool = False,
+        similarity_weight: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
         self.fusion = _merged("fusion", fusion, FUSION_DEFAULTS)
         _one_of("fusion.style", self.fusion["style"], FUSION_STYLES)
         _positive("fusion.num_layers", self.fusion["num_layers"])
@@ -153,7 +163,10 @@ class LoopITRConfig(DualEncoderConfig):
                 _positive(f"fusion.{name}", self.fusion[name])
         if self.fusion["first_token_id"] is not None and self.fusion["style"] != "shared":
             raise ValueError(f"fusion.first_token_id needs fusion.style 'shared', got {self.fusion['style']!r}")
+        if not 0 <= similarity_weight < math.inf:
+            raise ValueError(f"similarity_weight must be a finite number >= 0, got {similarity_weight!r}")
         self.mlm_head = mlm_head
+        self.similarity_weight = float(similarity_weight)
         super().__init__(**kwargs)
 
     def dual_config(self) -> DualEncoderConfig:

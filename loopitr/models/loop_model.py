@@ -24,6 +24,7 @@ from loopitr.models.layout import Arrangement, EagerArrangement, FixedArrangemen
 from loopitr.models.lora import freeze_adapted
 from loopitr.models.outputs import DualOutput, ImageState, PairScores, TextState
 from loopitr.models.packing import image_blocks, send
+from loopitr.models.scoring import reranking_score
 
 GRAPHS = 32  # of one compiled module: beyond torch's 8 it would silently run uncompiled
 BLOCK_BYTES, GPU_BLOCK_BYTES = 2**28, 2**30  # of activations of pairs that are scored at a time
@@ -147,6 +148,16 @@ class LoopITRModel(LoopITRPreTrainedModel):
         logits = torch.cat([score(image_state, text_state, mask, block) for block in blocks])
         scored = logits.index_select(0, *send([inverse], logits.device))  # [P, 2]
         return PairScores(logits=scored, score=scored[:, 1] - scored[:, 0])
+
+    def reranking_score(self, match: Tensor, similarity: Tensor) -> Tensor:
+        """What candidates are ordered by: match score + w x similarity / temperature, float64 of any shape.
+
+        Args:
+            match: match scores, `PairScores.score`.
+            similarity: dot products of the embeds of the same pairs, not divided by the temperature.
+        """
+        scaled = similarity.double() * self.dual.scale.detach().double()
+        return reranking_score(match, scaled, self.config.similarity_weight)
 
     def fused_tokens(self, image_state: ImageState, text_state: TextState, pairs: Tensor) -> Tensor:
         """All fused tokens `[R, D]` of unique, sorted `pairs`, without padding, pair by pair (for the MLM head)."""

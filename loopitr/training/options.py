@@ -115,8 +115,9 @@ class ValidationOptions:
     """Split of the final table; unset: the validation split (`scenes`: its test split)."""
     final_rerank: int = 32
     """Candidates per query in the final table."""
-    select: Literal["auto", "dual", "match", "match_plus_similarity"] = "auto"
-    """Whose mean R@1 chooses the best model; auto: match_plus_similarity where pairs are scored, else dual."""
+    select: Literal["auto", "dual", "match", "match_plus_similarity", "reranked"] = "auto"
+    """Whose mean R@1 chooses the best model; auto: reranked (by match score and the fitted weight of the similarity)
+    where pairs are scored, else dual."""
 
     def __post_init__(self) -> None:
         _at_least(self, "validation", 0, "every_epochs", "every_steps", "rerank", "final_rerank")
