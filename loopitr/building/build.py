@@ -16,7 +16,15 @@ from loopitr.building.clip import load_pair
 from loopitr.building.folders import load_saved
 from loopitr.building.options import ModelOptions, TextOptions, VisionOptions
 from loopitr.building.text import describe_text, load_text, load_text_config, load_tokenizer
-from loopitr.building.weights import hub_access, text_source, vision_weights
+from loopitr.building.weights import (
+    Misfit,
+    first_keys,
+    hub_access,
+    load_exactly,
+    load_weights,
+    text_source,
+    vision_weights,
+)
 from loopitr.models.config import LoopITRConfig
 from loopitr.models.fusion import BertParts
 from loopitr.models.image_backbone import create_timm, fit_weights, vision_data
@@ -94,7 +102,7 @@ def _from_pair(options: ModelOptions) -> tuple[LoopITRModel, LoopITRProcessor]:
         **pair.described, fusion=fusion, mlm_head=options.mlm_head, initializer_range=initializer_range
     )
     model = LoopITRModel(config)
-    model.dual.load_state_dict(pair.weights)
+    load_exactly(model.dual, pair.weights, f"model.pair {options.pair}")
     pair.tokenizer.model_max_length = min(pair.tokenizer.model_max_length, model.dual.text.max_length)
     return model, LoopITRProcessor(pair.image_processor, pair.tokenizer)
 
@@ -174,30 +182,28 @@ def _load_vision(model: LoopITRModel, vision: VisionOptions) -> None:
             raise ValueError(f"no pretrained weights for {vision.name} as described: {error}") from error
     else:
         weights = fit_weights(backbone, weights)
-    left_over = [name for name in weights if name not in backbone.state_dict()]
-    if left_over:
-        raise ValueError(f"weights of {vision.name} do not fit: left over {left_over[:3]} ({len(left_over)} in all)")
-    _load(backbone, weights, vision.checkpoint or vision.name)
+    _load(backbone, weights, vision.checkpoint or vision.name, extra_allowed=False)
 
 
-def _load(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Every tensor of `module` out of `weights`, which may hold more."""
-    own = module.state_dict()
-    known = {name: value for name, value in weights.items() if name in own}
-    for name, value in known.items():
-        if value.shape != own[name].shape:
-            shapes = f"{list(value.shape)}, wanted {list(own[name].shape)}"
-            raise ValueError(f"weights of {source} do not fit: {name} is {shapes}")
-    missing = module.load_state_dict(known, strict=False).missing_keys  # old files lack batch counts, which is fine
-    if missing:
-        raise ValueError(f"weights of {source} do not fit: missing {missing[:3]} ({len(missing)} in all)")
+def _load(module: nn.Module, weights: Mapping[str, Tensor], source: str, *, extra_allowed: bool) -> None:
+    def error(misfit: Misfit) -> str:
+        if misfit.left_over:
+            fault = f"left over {first_keys(misfit.left_over)}"
+        elif misfit.other_shape:
+            name, (shape, wanted) = next(iter(misfit.other_shape.items()))
+            fault = f"{name} is {shape}, wanted {wanted}"
+        else:
+            fault = f"missing {first_keys(misfit.missing)}"
+        return f"weights of {source} do not fit: {fault}"
+
+    load_weights(module, weights, extra_allowed=extra_allowed, error=error)
 
 
 def _load_text(model: LoopITRModel, source: str, kept: int, depth: int, init: str) -> None:
     with hub_access(source):
         text = load_text(source)
     weights = {name: value for name, value in text.model.state_dict().items() if name not in text.random_names}
-    _load(model.dual.text.model, weights, source)
+    _load(model.dual.text.model, weights, source, extra_allowed=True)  # the layers that were cut off
     if init != "text_upper_layers":
         return
     assert model.fusion.text is not None

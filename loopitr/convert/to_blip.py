@@ -13,8 +13,8 @@ from torch import nn
 from transformers import BlipConfig, BlipForImageTextRetrieval, BlipImageProcessor, BlipProcessor
 
 from loopitr.building.folders import check_output
+from loopitr.building.weights import load_exactly
 from loopitr.convert.blip import SPECIAL_TOKENS, transformers_name
-from loopitr.convert.weights import load_exactly
 from loopitr.models.loop_model import LoopITRModel
 from loopitr.models.processing import LoopITRProcessor
 

@@ -94,6 +94,14 @@ class ScoredCandidates:
             reranking_score(self.match.images, self.similarity.images, weight),
         )
 
+    def reranked(self, weight: float) -> dict[str, CandidateScores]:
+        """What the candidates are ordered by, under the names of a result's rankings."""
+        return {
+            "match": self.match,
+            "match_plus_similarity": self.reranking(1.0),
+            "reranked": self.reranking(weight),
+        }
+
     def ranking(self, scores: CandidateScores) -> Ranking:
         """Ranks of the right answers when the candidates are ordered by `scores`."""
         return Ranking(
