@@ -130,6 +130,8 @@ def _from_backbones(options: ModelOptions, vocabulary: list[str] | None) -> tupl
         vision_pooling=vision.pooling,
         text_pooling=text.pooling,
         embed_dim=options.embed_dim,
+        projection=options.projection,
+        projection_dropout=options.projection_dropout,
         initial_temperature=options.temperature,
         initial_logit_bias=options.logit_bias,
         fusion=fusion,

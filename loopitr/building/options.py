@@ -114,6 +114,10 @@ class ModelOptions:
     fusion: FusionOptions = field(default_factory=FusionOptions)
     embed_dim: int = 256
     """E, width of the embeds."""
+    projection: Literal["affine", "mlp"] = "affine"
+    """From a backbone's pooled vector to the embed: one layer, or two beside a linear map (frozen backbones)."""
+    projection_dropout: float = 0.0
+    """`projection: mlp`: dropout on the pooled vector and between the layers; 0.5 where data are few."""
     temperature: float = 0.07
     """Initial temperature of the dual head (0.1 for the sigmoid loss)."""
     logit_bias: float | None = None

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 POOLINGS = ("first", "mean", "backbone")
-PROJECTIONS = ("affine", "linear", "none")
+PROJECTIONS = ("affine", "linear", "none", "mlp")
 FUSION_STYLES = ("late", "shared")
 ADAPTED = ("vision", "text")
 
@@ -71,7 +71,8 @@ class DualEncoderConfig(PreTrainedConfig):
         vision_pooling, text_pooling: `first` token, `mean` over real tokens, or the `backbone`'s own pooling.
         embed_dim: `E`, width of the embeds.
         projection: of the pooled vectors to the embeds, both sides: `affine` (weight and bias), `linear` (weight alone;
-            CLIP) or `none` (the pooled vectors have width `E` already; SigLIP).
+            CLIP), `none` (the pooled vectors have width `E` already; SigLIP) or `mlp` (two layers beside a linear one).
+        projection_dropout: of `mlp`, on the pooled vectors and between its layers.
         initial_temperature: start of the learned softmax temperature (0.07, CLIP arXiv 2103.00020).
         max_logit_scale: the most that 1 / temperature is let grow to (100, CLIP; ALBEF allows 1000).
         initial_logit_bias: start of the learned bias that the sigmoid loss needs (-10, SigLIP arXiv 2303.15343); None:
@@ -90,6 +91,7 @@ class DualEncoderConfig(PreTrainedConfig):
         text_pooling: str = "mean",
         embed_dim: int = 256,
         projection: str = "affine",
+        projection_dropout: float = 0.0,
         initial_temperature: float = 0.07,
         max_logit_scale: float = 100.0,
         initial_logit_bias: float | None = None,
@@ -105,6 +107,11 @@ class DualEncoderConfig(PreTrainedConfig):
         _one_of("vision_pooling", vision_pooling, POOLINGS)
         _one_of("text_pooling", text_pooling, POOLINGS)
         _one_of("projection", projection, PROJECTIONS)
+        if not 0 <= projection_dropout < 1 or (projection_dropout and projection != "mlp"):
+            raise ValueError(
+                "projection_dropout must be from 0 to below 1, and is of projection 'mlp' alone, "
+                f"got {projection_dropout!r} with {projection!r}"
+            )
         if not initial_temperature > 0:
             raise ValueError(f"initial_temperature must be above 0, got {initial_temperature!r}")
         if not max_logit_scale > 0:
@@ -113,6 +120,7 @@ class DualEncoderConfig(PreTrainedConfig):
         self.text_pooling = text_pooling
         self.embed_dim = embed_dim
         self.projection = projection
+        self.projection_dropout = projection_dropout
         self.initial_temperature = initial_temperature
         self.max_logit_scale = max_logit_scale
         self.initial_logit_bias = initial_logit_bias

@@ -228,7 +228,12 @@ def test_json_and_table():
     assert figures["seconds"].keys() == {"encode", "rank", "rerank", "total"}
     assert figures["pairs_per_second"] == pytest.approx(result.num_pairs / result.seconds["rerank"])
     rows = [line for line in result.table().splitlines() if line.startswith("|")]
-    assert [row.split("|")[1].strip() for row in rows[2:]] == ["dual", "match", "match + similarity", "reranked (w = 1)"]
+    assert [row.split("|")[1].strip() for row in rows[2:]] == [
+        "dual",
+        "match",
+        "match + similarity",
+        "reranked (w = 1)",
+    ]
     assert len({row.count("|") for row in rows}) == 1
     values = [float(cell) for cell in rows[2].split("|")[2:-1]]
     assert values[0] == pytest.approx(figures["dual"]["i2t"]["r1"], abs=0.05)
