@@ -75,13 +75,3 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> Progress | None:
 
 def _all(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step-*") if (p / STATE_FILE).is_file() and p.suffix != ".partial")
-
-
-def move_aside(folder: Path) -> Path | None:
-    """Rename a folder that holds something to the first free `NAME.1`, `NAME.2`, ...; None if there was nothing."""
-    if not folder.exists() or not any(folder.iterdir()):
-        return None
-    number = 1
-    while folder.with_name(f"{folder.name}.{number}").exists():
-        number += 1
-    return folder.rename(folder.with_name(f"{folder.name}.{number}"))

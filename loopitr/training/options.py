@@ -126,6 +126,15 @@ class ValidationOptions:
 
 
 @dataclass
+class RunOptions:
+    """The options of a trainer that was made of objects, without a whole tree of them."""
+
+    train: TrainOptions
+    data: DataOptions
+    validation: ValidationOptions
+
+
+@dataclass
 class PretrainOptions:
     """Everything a run is made of."""
 

@@ -28,9 +28,10 @@ from loopitr.objective.loop_objective import LoopObjective
 from loopitr.objective.parts import StepOutput
 from loopitr.training.checkpoints import Progress, load_checkpoint, save_checkpoint
 from loopitr.training.optimization import make_optimizer, make_scheduler
-from loopitr.training.options import TrainOptions, ValidationOptions
+from loopitr.training.options import RunOptions, TrainOptions, ValidationOptions
 from loopitr.training.reporting import History, named_values, write_results
-from loopitr.training.setup import Caches, make_loader, prepare_folder, prepare_model, start
+from loopitr.training.run_folder import run_folder
+from loopitr.training.setup import Caches, make_loader, prepare_model, start
 from loopitr.training.skips import check_skips, lost_in_all
 from loopitr.training.validation import Validator
 
@@ -79,7 +80,7 @@ class Trainer:
         """
         self.options = options or TrainOptions()
         self.data, self.validation = data or DataOptions(), validation or ValidationOptions()
-        given = _Given(self.options, self.data, self.validation)
+        given = RunOptions(self.options, self.data, self.validation)
         self.config = config or dataclasses.asdict(given)
         self.resume, self.folder = resume, Path(self.options.output_dir)
         self.accelerator = accelerator or start(self.options)
@@ -119,9 +120,11 @@ class Trainer:
         `metrics.json`, `results.md`, `history.jsonl`, `curves.png` and `checkpoints/`. An earlier run there is moved
         aside unless it is resumed.
         """
-        accelerator = self.accelerator
-        prepare_folder(self.folder, self.config, accelerator, resume=self.resume)
-        progress = None
+        with run_folder(self.folder, self.config, self.accelerator, resume=self.resume):
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
+        accelerator, progress = self.accelerator, None
         if self.resume:
             progress = load_checkpoint(accelerator, self.folder / "checkpoints")
             where = f"step {progress.step}" if progress else f"scratch: no checkpoint in {self.folder}"
@@ -289,12 +292,3 @@ class Trainer:
             self.log(f"\n{result.table()}\n\nsaved in {self.folder}, trained in {seconds:.0f} s")
         self.accelerator.wait_for_everyone()
         return metrics
-
-
-@dataclasses.dataclass
-class _Given:
-    """The options of a trainer that was made without a whole tree of them."""
-
-    train: TrainOptions
-    data: DataOptions
-    validation: ValidationOptions
