@@ -64,7 +64,7 @@ class TrainOptions:
     gradient_checkpointing: bool = False
     """Trade time for memory."""
     checkpoint_every: int = 500
-    """Optimiser steps between checkpoints; 0: none."""
+    """Optimiser steps between checkpoints; 0: one at the end alone."""
     keep_checkpoints: int = 2
     """Older ones are deleted."""
     log_every: int = 10
@@ -144,7 +144,7 @@ class PretrainOptions:
     train: TrainOptions = field(default_factory=TrainOptions)
     validation: ValidationOptions = field(default_factory=ValidationOptions)
     resume: bool = False
-    """Continue from the newest checkpoint in train.output_dir."""
+    """Continue from the newest checkpoint in train.output_dir; a finished run there is left as it is."""
 
     def __post_init__(self) -> None:
         if not self.objective.scores_pairs and self.validation.select not in ("auto", "dual"):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,39 +14,79 @@ import yaml
 from accelerate import Accelerator
 
 from loopitr.distributed import first_rank
+from loopitr.training.checkpoints import newest_progress
 from loopitr.training.folder_lock import LOCK, FolderLock
+from loopitr.training.reporting import METRICS
 
-CONFIG = "config.yaml"
+CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entered:
+    """What was in a run's folder: the figures of a finished run with nothing left to do, or None; lines for the log."""
+
+    finished: dict[str, Any] | None = None
+    lines: tuple[str, ...] = ()
 
 
 @contextlib.contextmanager
-def run_folder(folder: Path, config: dict[str, Any], accelerator: Accelerator, *, resume: bool) -> Iterator[None]:
-    """Within it, `folder` is this run's alone and has its `config.yaml`; an earlier run is moved aside unless resumed.
+def run_folder(
+    folder: Path, config: dict[str, Any], accelerator: Accelerator, *, resume: bool, total_steps: int
+) -> Iterator[dict[str, Any] | None]:
+    """Within it, `folder` is this run's alone and has its `config.yaml`.
+
+    An earlier run there is moved aside, unless it is resumed and has a checkpoint. Yields the metrics of one that is
+    resumed and has made its `total_steps` already: it is left as it is, and there is nothing to do.
 
     Raises:
-        ValueError: another run is at work in the folder.
+        ValueError: another run is at work in the folder, or a finished one without a checkpoint is to go on.
         OSError: the folder cannot be made or written to.
     """
     accelerator.wait_for_everyone()  # to have read model.init, which may lie there
     locks: list[FolderLock] = []
     try:
-        aside = first_rank(partial(_enter, folder, config, locks, resume=resume))
-        if aside is not None:
-            accelerator.print(f"moved the earlier run in {folder} to {aside}")
-        yield
+        entered = first_rank(partial(_enter, folder, config, locks, resume=resume, total_steps=total_steps))
+        for line in entered.lines:
+            accelerator.print(line)
+        yield entered.finished
     finally:
         for lock in locks:
             lock.release()
 
 
-def _enter(folder: Path, config: dict[str, Any], locks: list[FolderLock], *, resume: bool) -> Path | None:
+def _enter(folder: Path, config: dict[str, Any], locks: list[FolderLock], *, resume: bool, total_steps: int) -> Entered:
     _locked(folder, locks)
-    aside = None if resume else move_aside(folder)
-    if aside is not None:
-        _locked(folder, locks)
-        (aside / LOCK).unlink(missing_ok=True)
+    lines = []
+    progress = newest_progress(folder / CHECKPOINTS)
+    if resume:
+        metrics = _finished(folder)
+        done = metrics["training"]["steps"] if metrics and progress is None else progress.step if progress else 0
+        if metrics is not None and done >= total_steps:
+            return Entered(finished=metrics, lines=(f"{folder} has made its {done} steps: nothing to resume",))
+        if metrics is not None and progress is None:
+            raise ValueError(
+                f"{folder} has made its {done} steps and has no checkpoint to make {total_steps} from; start from its "
+                f"model with --model.init {folder} and another train.output_dir"
+            )
+        lines.append(f"resuming from {f'step {done}' if progress else f'scratch: no checkpoint in {folder}'}")
+    if not (resume and progress):
+        # A run that was killed before its first checkpoint may have validated: its model is kept too.
+        aside = move_aside(folder)
+        if aside is not None:
+            _locked(folder, locks)
+            (aside / LOCK).unlink(missing_ok=True)
+            lines.append(f"moved the earlier run in {folder} to {aside}")
     (folder / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
-    return aside
+    return Entered(lines=tuple(lines))
+
+
+def _finished(folder: Path) -> dict[str, Any] | None:
+    """The metrics of a run that came to its end; None for any other."""
+    try:
+        metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+        return metrics if isinstance(metrics["training"]["steps"], int) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _locked(folder: Path, locks: list[FolderLock]) -> None:

@@ -30,7 +30,7 @@ from loopitr.training.checkpoints import Progress, load_checkpoint, save_checkpo
 from loopitr.training.optimization import make_optimizer, make_scheduler
 from loopitr.training.options import RunOptions, TrainOptions, ValidationOptions
 from loopitr.training.reporting import History, named_values, write_results
-from loopitr.training.run_folder import run_folder
+from loopitr.training.run_folder import CHECKPOINTS, run_folder
 from loopitr.training.setup import Caches, make_loader, prepare_model, start
 from loopitr.training.skips import check_skips, lost_in_all
 from loopitr.training.validation import Validator
@@ -118,18 +118,19 @@ class Trainer:
 
         The run folder gets `config.json`, `model.safetensors` and the processor (the best model), `config.yaml`,
         `metrics.json`, `results.md`, `history.jsonl`, `curves.png` and `checkpoints/`. An earlier run there is moved
-        aside unless it is resumed.
+        aside unless it is resumed; resumed after its last step, it is left as it is.
         """
-        with run_folder(self.folder, self.config, self.accelerator, resume=self.resume):
-            return self._run()
+        steps = self.total_steps
+        with run_folder(self.folder, self.config, self.accelerator, resume=self.resume, total_steps=steps) as finished:
+            metrics = self._run() if finished is None else finished
+        self.accelerator.end_training()
+        return metrics
 
     def _run(self) -> dict[str, Any]:
-        accelerator, progress = self.accelerator, None
-        if self.resume:
-            progress = load_checkpoint(accelerator, self.folder / "checkpoints")
-            where = f"step {progress.step}" if progress else f"scratch: no checkpoint in {self.folder}"
-            self.log(f"resuming from {where}")
+        accelerator = self.accelerator
+        progress = load_checkpoint(accelerator, self.folder / CHECKPOINTS)  # an earlier run's is not in this folder
         self.progress = progress or Progress()
+        self.saved_step = self.progress.step
         if accelerator.is_main_process:
             self.history = History(self.folder, keep=self.progress.rows)
         if accelerator.log_with:
@@ -147,10 +148,10 @@ class Trainer:
             while self.progress.step < self.total_steps:
                 self._epoch(bar)
                 check_skips(self.skips, self.loader, accumulation=self.options.accumulation)
+        if self.progress.step > self.saved_step:
+            self._checkpoint()
         self._validate()
-        metrics = self._finish(time.perf_counter() - started)
-        accelerator.end_training()
-        return metrics
+        return self._finish(time.perf_counter() - started)
 
     def _epoch(self, bar: tqdm) -> None:
         options, validation, progress = self.options, self.validation, self.progress
@@ -269,7 +270,8 @@ class Trainer:
         progress.skipped, progress.truncated = lost_in_all(self.progress, self.skips)
         if self.accelerator.is_main_process:
             progress.rows = len(self.history.rows)
-        save_checkpoint(self.accelerator, self.folder / "checkpoints", progress, keep=self.options.keep_checkpoints)
+        save_checkpoint(self.accelerator, self.folder / CHECKPOINTS, progress, keep=self.options.keep_checkpoints)
+        self.saved_step = progress.step
 
     def _finish(self, seconds: float) -> dict[str, Any]:
         """Evaluate the best model on the final split, all ranks together, and write the results."""
