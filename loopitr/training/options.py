@@ -15,7 +15,8 @@ class TrainOptions:
     """The run."""
 
     output_dir: str = "runs/pretrain"
-    """Where the model, metrics, curves and checkpoints go. An older run there is moved aside, never overwritten."""
+    """Where the model, metrics, curves and checkpoints go. An older run there is moved aside, never overwritten;
+    a folder that holds anything else is refused."""
     epochs: int = 10
     """Passes over the training images (or captions)."""
     max_steps: int | None = None

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from loopitr.distributed import first_rank
 from loopitr.training.checkpoints import newest_progress
 from loopitr.training.folder_lock import LOCK, FolderLock
-from loopitr.training.reporting import METRICS
+from loopitr.training.reporting import HISTORY, METRICS
 
 CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"
 
@@ -39,7 +39,8 @@ def run_folder(
     resumed and has made its `total_steps` already: it is left as it is, and there is nothing to do.
 
     Raises:
-        ValueError: another run is at work in the folder, or a finished one without a checkpoint is to go on.
+        ValueError: the folder holds something else than a run, another run is at work there, or a finished one
+            without a checkpoint is to go on.
         OSError: the folder cannot be made or written to.
     """
     accelerator.wait_for_everyone()  # to have read model.init, which may lie there
@@ -55,6 +56,7 @@ def run_folder(
 
 
 def _enter(folder: Path, config: dict[str, Any], locks: list[FolderLock], *, resume: bool, total_steps: int) -> Entered:
+    check_run_folder(folder)  # before the lock is written there
     _locked(folder, locks)
     lines = []
     progress = newest_progress(folder / CHECKPOINTS)
@@ -97,10 +99,46 @@ def _locked(folder: Path, locks: list[FolderLock]) -> None:
 
 
 def move_aside(folder: Path) -> Path | None:
-    """Rename a folder that holds something to the first free `NAME.1`, `NAME.2`, ...; None if there was nothing."""
-    if not folder.exists() or all(entry.name == LOCK for entry in folder.iterdir()):
+    """Rename the folder of a run to the first free `NAME.1`, `NAME.2`, ...; None if there is nothing in it.
+
+    Raises:
+        ValueError: it holds something else, see `check_run_folder`.
+    """
+    check_run_folder(folder)
+    if not _content(folder):
         return None
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise ValueError(f"{folder} holds an earlier run and is the folder you are in; choose another train.output_dir")
     number = 1
     while folder.with_name(f"{folder.name}.{number}").exists():
         number += 1
     return folder.rename(folder.with_name(f"{folder.name}.{number}"))
+
+
+def check_run_folder(folder: Path) -> None:
+    """Only the folder of a run, an empty one, or none at all may become a run's: nothing else is moved or written to.
+
+    Raises:
+        ValueError: a file, or a folder that holds something but no run's `config.yaml`.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"train.output_dir {folder} is not a folder")
+    content = _content(folder)
+    if content and not _is_run(folder):
+        raise ValueError(
+            f"train.output_dir {folder} holds {content[0]}{', ...' if len(content) > 1 else ''} and no {CONFIG} of a "
+            "run; choose an empty or a new folder"
+        )
+
+
+def _content(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir() if entry.name != LOCK) if folder.exists() else []
+
+
+def _is_run(folder: Path) -> bool:
+    try:
+        config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    # Other programs have a file of this name too; what a run writes beside it is its history.
+    return isinstance(config, dict) and ("train" in config or (folder / HISTORY).is_file())

@@ -35,14 +35,17 @@ from loopitr.models.processing import LoopITRProcessor, interpolation_of
 from loopitr.objective.grad_cache import check_batch_statistics
 from loopitr.objective.loop_objective import LoopObjective
 from loopitr.training.options import TrainOptions, ValidationOptions
+from loopitr.training.run_folder import check_run_folder
 
 
 def start(train: TrainOptions) -> Accelerator:
     """accelerate with the run's precision, accumulation and tracker; the seed of weights and dropout is set.
 
     Raises:
-        ValueError: a tracker that is not installed, or chunks where weights are sharded.
+        ValueError: a tracker that is not installed, chunks where weights are sharded, or an `output_dir` that holds
+            something else than a run.
     """
+    check_run_folder(Path(train.output_dir))
     accelerator = Accelerator(
         mixed_precision={"fp32": "no", None: None}.get(train.precision, train.precision),
         gradient_accumulation_steps=train.accumulation,
