@@ -15,7 +15,7 @@ from .records import DataError, Record
 from .scenes import SceneRecords
 from .sources import DataOptions, load_records
 
-CONFIG = "config.yaml"
+CONFIG, EARLIER = "config.yaml", "config.before-*.yaml"
 MAX_RUNS = 8  # A chain of runs, each of which started from the one before, is followed so far.
 
 
@@ -66,13 +66,15 @@ def trained_data(model: str | Path) -> list[TrainedOn]:
         if path is None:
             history.append(TrainedOn(data=None, reason=f"the data of {folder} are not recorded (it has no {CONFIG})"))
             break
-        try:
-            tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-            history.append(TrainedOn(data=_data_options(tree["data"], path.parent)))
-            start = (tree.get("model") or {}).get("init")
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-            history.append(TrainedOn(data=None, reason=f"{path} cannot be read ({type(error).__name__})"))
-            break
+        start = None
+        # A run that was resumed with other options keeps those that it had before.
+        for file in (path, *sorted(path.parent.glob(EARLIER), reverse=True)):
+            try:
+                tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+                history.append(TrainedOn(data=_data_options(tree["data"], path.parent)))
+                start = (tree.get("model") or {}).get("init") or start
+            except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+                history.append(TrainedOn(data=None, reason=f"{file} cannot be read ({type(error).__name__})"))
         folder = None if start is None else _located(str(start), path.parent)
     return history
 

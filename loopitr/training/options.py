@@ -145,7 +145,10 @@ class PretrainOptions:
     train: TrainOptions = field(default_factory=TrainOptions)
     validation: ValidationOptions = field(default_factory=ValidationOptions)
     resume: bool = False
-    """Continue from the newest checkpoint in train.output_dir; a finished run there is left as it is."""
+    """Continue from the newest checkpoint in train.output_dir; a finished run there is left as it is. The options must
+    be those that the run was begun with, but for where things go and how often something is said or kept."""
+    resume_with_changes: bool = False
+    """Continue although options that change the run (data, batch, seed, schedule, model) are others now."""
 
     def __post_init__(self) -> None:
         if not self.objective.scores_pairs and self.validation.select not in ("auto", "dual"):

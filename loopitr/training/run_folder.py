@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,9 +15,10 @@ import yaml
 from accelerate import Accelerator
 
 from loopitr.distributed import first_rank
-from loopitr.training.checkpoints import newest_progress
+from loopitr.training.checkpoints import Progress, newest_progress
 from loopitr.training.folder_lock import LOCK, FolderLock
 from loopitr.training.reporting import HISTORY, METRICS
+from loopitr.training.resume_check import changed_options, stored_config
 
 CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"
 
@@ -31,22 +33,33 @@ class Entered:
 
 @contextlib.contextmanager
 def run_folder(
-    folder: Path, config: dict[str, Any], accelerator: Accelerator, *, resume: bool, total_steps: int
+    folder: Path,
+    config: dict[str, Any],
+    accelerator: Accelerator,
+    *,
+    resume: bool,
+    with_changes: bool = False,
+    total_steps: int,
 ) -> Iterator[dict[str, Any] | None]:
-    """Within it, `folder` is this run's alone and has its `config.yaml`.
+    """Within it, `folder` is this run's alone; nothing is written there but the lock.
 
     An earlier run there is moved aside, unless it is resumed and has a checkpoint. Yields the metrics of one that is
     resumed and has made its `total_steps` already: it is left as it is, and there is nothing to do.
 
+    Args:
+        config: the options of this run. Those of a resumed one must be the same, but for what changes nothing in it.
+        with_changes: accept other options.
+
     Raises:
         ValueError: the folder holds something else than a run, another run is at work there, or a finished one
-            without a checkpoint is to go on.
+            without a checkpoint is to go on, or one with other options.
         OSError: the folder cannot be made or written to.
     """
     accelerator.wait_for_everyone()  # to have read model.init, which may lie there
     locks: list[FolderLock] = []
     try:
-        entered = first_rank(partial(_enter, folder, config, locks, resume=resume, total_steps=total_steps))
+        asked = _Asked(resume, with_changes, total_steps, accelerator.num_processes)
+        entered = first_rank(partial(_enter, folder, stored_config(config), locks, asked))
         for line in entered.lines:
             accelerator.print(line)
         yield entered.finished
@@ -55,12 +68,28 @@ def run_folder(
             lock.release()
 
 
-def _enter(folder: Path, config: dict[str, Any], locks: list[FolderLock], *, resume: bool, total_steps: int) -> Entered:
+@dataclass(frozen=True)
+class _Asked:
+    resume: bool
+    with_changes: bool
+    total_steps: int
+    num_processes: int
+
+
+def _enter(folder: Path, config: dict[str, Any], locks: list[FolderLock], asked: _Asked) -> Entered:
     check_run_folder(folder)  # before the lock is written there
     _locked(folder, locks)
-    lines = []
-    progress = newest_progress(folder / CHECKPOINTS)
-    if resume:
+    lines: list[str] = []
+    total_steps = asked.total_steps
+    progress = newest_progress(folder / CHECKPOINTS) if asked.resume else None
+    if asked.resume:
+        changes = _changes(folder, config, progress, asked.num_processes)
+        if changes and not asked.with_changes:
+            raise ValueError(
+                f"{folder} was begun with other options ({'; '.join(changes)}); resume it with its own, or accept "
+                "these with --resume_with_changes"
+            )
+        lines += [f"resuming with a change: {change}" for change in changes]
         metrics = _finished(folder)
         done = metrics["training"]["steps"] if metrics and progress is None else progress.step if progress else 0
         if metrics is not None and done >= total_steps:
@@ -71,15 +100,38 @@ def _enter(folder: Path, config: dict[str, Any], locks: list[FolderLock], *, res
                 f"model with --model.init {folder} and another train.output_dir"
             )
         lines.append(f"resuming from {f'step {done}' if progress else f'scratch: no checkpoint in {folder}'}")
-    if not (resume and progress):
+    if progress is None:
         # A run that was killed before its first checkpoint may have validated: its model is kept too.
         aside = move_aside(folder)
         if aside is not None:
             _locked(folder, locks)
             (aside / LOCK).unlink(missing_ok=True)
             lines.append(f"moved the earlier run in {folder} to {aside}")
-    (folder / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
     return Entered(lines=tuple(lines))
+
+
+def store_config(folder: Path, config: dict[str, Any], *, step: int) -> None:
+    """Write `config.yaml`, once the run is ready for its next step, which it makes after `step` others.
+
+    Options that are changed stay in `config.before-STEP.yaml`: an evaluation asks what a run was trained on.
+    """
+    path, config = folder / CONFIG, stored_config(config)
+    if path.is_file() and changed_options(yaml.safe_load(path.read_text(encoding="utf-8")), config):
+        shutil.copyfile(path, folder / f"config.before-{step:08d}.yaml")
+    partial_file = path.with_name(path.name + ".partial")
+    partial_file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    partial_file.replace(path)
+
+
+def _changes(folder: Path, config: dict[str, Any], progress: Progress | None, num_processes: int) -> list[str]:
+    """How this run differs from the one in the folder; nothing where there is none."""
+    if not (folder / CONFIG).is_file():
+        return []
+    begun: dict[str, Any] = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    changes = changed_options(begun, config)
+    if progress is not None and progress.places and len(progress.places) != num_processes:
+        changes.append(f"processes: {len(progress.places)} -> {num_processes}")
+    return changes
 
 
 def _finished(folder: Path) -> dict[str, Any] | None:

@@ -30,7 +30,7 @@ from loopitr.training.checkpoints import Progress, load_checkpoint, save_checkpo
 from loopitr.training.optimization import make_optimizer, make_scheduler
 from loopitr.training.options import RunOptions, TrainOptions, ValidationOptions
 from loopitr.training.reporting import History, named_values, write_results
-from loopitr.training.run_folder import CHECKPOINTS, run_folder
+from loopitr.training.run_folder import CHECKPOINTS, run_folder, store_config
 from loopitr.training.setup import Caches, make_loader, prepare_model, start
 from loopitr.training.skips import check_skips, lost_in_all
 from loopitr.training.validation import Validator
@@ -65,6 +65,7 @@ class Trainer:
         accelerator: Accelerator | None = None,
         config: dict[str, Any] | None = None,
         resume: bool = False,
+        resume_with_changes: bool = False,
     ) -> None:
         """
         Args:
@@ -73,7 +74,8 @@ class Trainer:
             test, test_split: what the final table is about, and its name; None: `val`.
             accelerator: what `start` returned, if the caller needed it earlier; it must then be of these `options`.
             config: what is written to `config.yaml`; None: the options given here.
-            resume: continue from the newest checkpoint in `options.output_dir`.
+            resume: continue from the newest checkpoint in `options.output_dir`, with the options it was begun with;
+                `resume_with_changes`: with any.
 
         Raises:
             ValueError, OSError: options that do not fit together, or data that cannot be read.
@@ -82,7 +84,8 @@ class Trainer:
         self.data, self.validation = data or DataOptions(), validation or ValidationOptions()
         given = RunOptions(self.options, self.data, self.validation)
         self.config = config or dataclasses.asdict(given)
-        self.resume, self.folder = resume, Path(self.options.output_dir)
+        self.resume, self.with_changes = resume or resume_with_changes, resume_with_changes
+        self.folder = Path(self.options.output_dir)
         self.accelerator = accelerator or start(self.options)
         self.log = self.accelerator.print
         self.bare_objective, self.model, self.processor = objective, objective.model, processor
@@ -120,8 +123,8 @@ class Trainer:
         `metrics.json`, `results.md`, `history.jsonl`, `curves.png` and `checkpoints/`. An earlier run there is moved
         aside unless it is resumed; resumed after its last step, it is left as it is.
         """
-        steps = self.total_steps
-        with run_folder(self.folder, self.config, self.accelerator, resume=self.resume, total_steps=steps) as finished:
+        resuming = {"resume": self.resume, "with_changes": self.with_changes, "total_steps": self.total_steps}
+        with run_folder(self.folder, self.config, self.accelerator, **resuming) as finished:
             metrics = self._run() if finished is None else finished
         self.accelerator.end_training()
         return metrics
@@ -132,6 +135,7 @@ class Trainer:
         self.progress = progress or Progress()
         self.saved_step = self.progress.step
         if accelerator.is_main_process:
+            store_config(self.folder, self.config, step=self.progress.step)
             self.history = History(self.folder, keep=self.progress.rows)
         if accelerator.log_with:
             accelerator.init_trackers("logs")

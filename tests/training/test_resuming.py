@@ -94,7 +94,7 @@ def test_a_finished_run_without_a_checkpoint_cannot_be_made_longer(tmp_path):
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     before = everything(tmp_path / "run")
     with pytest.raises(ValueError, match="no checkpoint to make 2 from; start from its model with --model.init"):
-        run(tmp_path, train__max_steps=2, resume=True)
+        run(tmp_path, train__max_steps=2, resume_with_changes=True)
     assert everything(tmp_path / "run") == before
 
 
