@@ -3,6 +3,8 @@
 Recall@1/5/10 in both directions, by the dual head alone and with its best candidates reranked. RUN is a run folder, an
 exported dual encoder (with `--rerank 0`) or a hub id. Without a data source: the built-in scenes' test split.
 For scenes, whose ground truth is exact, also nDCG@10, mAP@R and how stable rankings are between paraphrases.
+A table or an ALBEF list without splits is evaluated whole; of the one that RUN was trained on, what RUN held out.
+Images that RUN was trained on are found by their content and named.
 `--output metrics.json` keeps the figures; `--help` shows every option. `accelerate launch --num_processes 8
 recipes/evaluate.py ...` (`--cpu`: without a GPU) gives the same figures sooner.
 """
@@ -15,18 +17,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from loopitr.cli import check_output_file, parse, run, usable_device
-from loopitr.data import DataError, DataOptions, HubStream, LoadReport, Record, load_records
+from loopitr.data import DataOptions, LoadReport, load_evaluated, trained_data, training_overlap
 from loopitr.training.launching import start_all_processes
 from loopitr.training.reporting import write_json
 
 # What the options do without is imported where it is used, so that --help does not wait for it. Annotations with it are
 # quoted one by one: were all of them postponed, jsonargparse would import what stands here.
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
     from accelerate import PartialState
 
     from loopitr.building.folders import Saved
-    from loopitr.data import TokenCache
+    from loopitr.data import Record, TokenCache
     from loopitr.evaluation.options import EvaluationOptions
 
 
@@ -60,6 +64,9 @@ class EvaluateOptions:
     """bf16: autocast."""
     device: str | None = None
     """cpu, cuda, cuda:1, ...; unset: a GPU if there is one (of several processes, each its own)."""
+    check_overlap: bool = True
+    """Look for the evaluated images among those that the model was trained on: by content, where the training files are
+    still here. Of a training set only files as long as an evaluated one are read."""
     output: str | None = None
     """JSON file for the figures."""
 
@@ -79,9 +86,12 @@ def main() -> None:
     if options.output is not None:
         first_rank(partial(check_output_file, options.output))
     evaluation = _evaluation(options)
-    report = LoadReport()
-    records = _records(options.data, report)
+    report, history = LoadReport(), trained_data(options.model)
+    evaluated = load_evaluated(options.data, report, trained_on=history[0].data)
+    records = evaluated.records
     state.print(f"{options.data.split}: {report.summary()}")
+    if evaluated.note is not None:
+        state.print(evaluated.note)
     saved = load_saved(options.model, dtype=torch.float32)
     saved.model.to(device)  # type: ignore[arg-type]
     with state.main_process_first():
@@ -89,9 +99,14 @@ def main() -> None:
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=options.precision == "bf16"):
         result = evaluate_retrieval(saved.model, saved.processor, records, evaluation, tokens=tokens)
     state.print(f"\n{result.table()}\n")
+    figures = result.to_json()
+    if options.check_overlap and state.is_main_process:
+        overlap = training_overlap(records, history)
+        print(overlap.line())
+        figures["trained_on"] = overlap.to_json()
     if options.output is not None and state.is_main_process:
         path = Path(options.output)
-        write_json(path, result.to_json())
+        write_json(path, figures)
         print(f"written to {path}")
     state.destroy_process_group()
 
@@ -128,17 +143,8 @@ def _evaluation(options: EvaluateOptions) -> "EvaluationOptions":
     )
 
 
-def _records(options: DataOptions, report: LoadReport) -> list[Record]:
-    records = load_records(options, options.split, report)
-    if not isinstance(records, HubStream):
-        return records  # type: ignore[return-value]
-    if options.limit is None:
-        raise DataError("a stream is read into memory to be evaluated: give data.limit, or data.streaming false")
-    return list(records)
-
-
 def _tokens(
-    options: DataOptions, saved: "Saved", records: list[Record], device: "torch.device", *, progress: bool
+    options: DataOptions, saved: "Saved", records: "Sequence[Record]", device: "torch.device", *, progress: bool
 ) -> "TokenCache | None":
     from loopitr.building.build import token_cache_key
     from loopitr.data import TokenCache

@@ -2,7 +2,7 @@
 
 Trains a dual and a cross encoder in a loop. Without a config, data or a model of your own it trains the built-in
 `scenes` from scratch (recipes/configs/scenes.yaml). Fine-tuning is the same recipe with `--model.init PATH`; `--resume`
-goes on after a kill; `--print_config` shows every option.
+goes on after a kill, with the options the run was begun with; `--print_config` shows every option.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ def make_trainer(options: PretrainOptions) -> Trainer:
         accelerator=accelerator,
         config=asdict(options),
         resume=options.resume,
+        resume_with_changes=options.resume_with_changes,
     )
 
 

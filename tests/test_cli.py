@@ -66,6 +66,11 @@ def test_resume_needs_no_value(arguments, resume):
     assert parse(PretrainOptions, arguments).resume is resume
 
 
+def test_resume_with_changes_needs_no_value():
+    assert parse(PretrainOptions, ["--resume_with_changes", "--train.seed", "3"]).resume_with_changes
+    assert not parse(PretrainOptions, ["--resume"]).resume_with_changes
+
+
 def test_a_written_config_is_read_back_to_the_same_options(tmp_path):
     options = tiny_options(tmp_path, data__data_files={"train": "a-*.tar", "val": "b.tar"}, model__freeze=["vision"])
     path = tmp_path / "config.yaml"

@@ -30,7 +30,7 @@ from loopitr.models.fusion import BertParts
 from loopitr.models.image_backbone import create_timm, fit_weights, vision_data
 from loopitr.models.loop_model import LoopITRModel
 from loopitr.models.lora import add_lora
-from loopitr.models.processing import LoopITRProcessor, image_processor, set_image_size, word_tokenizer
+from loopitr.models.processing import LoopITRProcessor, image_processor, limit_length, set_image_size, word_tokenizer
 from loopitr.models.text_backbone import bert_layers
 
 
@@ -103,7 +103,7 @@ def _from_pair(options: ModelOptions) -> tuple[LoopITRModel, LoopITRProcessor]:
     )
     model = LoopITRModel(config)
     load_exactly(model.dual, pair.weights, f"model.pair {options.pair}")
-    pair.tokenizer.model_max_length = min(pair.tokenizer.model_max_length, model.dual.text.max_length)
+    limit_length(pair.tokenizer, min(pair.tokenizer.model_max_length, model.dual.text.max_length))
     return model, LoopITRProcessor(pair.image_processor, pair.tokenizer)
 
 
@@ -144,7 +144,7 @@ def _from_backbones(options: ModelOptions, vocabulary: list[str] | None) -> tupl
         if "unexpected keyword argument" not in str(error):
             raise
         raise ValueError(f"model.vision.kwargs do not fit {vision.name}: {error}") from error
-    tokenizer.model_max_length = min(text.max_length, tokenizer.model_max_length, model.dual.text.max_length)
+    limit_length(tokenizer, min(text.max_length, tokenizer.model_max_length, model.dual.text.max_length))
     if vision.pretrained or vision.checkpoint:
         _load_vision(model, vision)
     if text.pretrained:

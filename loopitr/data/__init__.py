@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .image_cache import ImageCache
     from .images import UnreadableImage, decode_image
     from .karpathy import load_albef, load_karpathy
+    from .overlap import SharedImage, shared_images
     from .records import (
         DataError,
         LazyRecords,
@@ -31,8 +32,10 @@ if TYPE_CHECKING:
     )
     from .scenes import Scene, SceneObject, SceneRecords, relevance, scene_captions, scene_vocabulary
     from .sources import DataOptions, load_records
+    from .splits import EvaluatedRecords, load_evaluated
     from .table import load_table
     from .token_cache import TokenCache
+    from .trained_on import TrainingOverlap, trained_data, training_overlap
     from .transforms import TrainTransform
 
 _MODULES = {
@@ -43,6 +46,7 @@ _MODULES = {
     "DataOptions": ".sources",
     "DecodedImages": ".decoded",
     "EpochSampler": ".dataset",
+    "EvaluatedRecords": ".splits",
     "HubRecords": ".hub",
     "HubStream": ".hub",
     "ImageCache": ".image_cache",
@@ -52,9 +56,11 @@ _MODULES = {
     "Scene": ".scenes",
     "SceneObject": ".scenes",
     "SceneRecords": ".scenes",
+    "SharedImage": ".overlap",
     "StreamDataset": ".dataset",
     "TokenCache": ".token_cache",
     "TrainTransform": ".transforms",
+    "TrainingOverlap": ".trained_on",
     "UnreadableImage": ".images",
     "caption_id": ".collate",
     "captions_of": ".records",
@@ -62,6 +68,7 @@ _MODULES = {
     "decode_image": ".images",
     "identity_of": ".records",
     "load_albef": ".karpathy",
+    "load_evaluated": ".splits",
     "load_hub": ".hub",
     "load_karpathy": ".karpathy",
     "load_records": ".sources",
@@ -72,7 +79,10 @@ _MODULES = {
     "relevance_of": ".records",
     "scene_captions": ".scenes",
     "scene_vocabulary": ".scenes",
+    "shared_images": ".overlap",
     "stable_hash": ".records",
+    "trained_data": ".trained_on",
+    "training_overlap": ".trained_on",
 }
 __all__ = [*_MODULES]
 

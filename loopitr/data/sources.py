@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from .hub import HubRecords, HubStream, load_hub
 from .karpathy import join_lists, load_albef, load_karpathy
@@ -14,12 +14,11 @@ from .records import (
     LoadReport,
     Record,
     captions_of,
-    identity_of,
     name_of,
-    relevance_of,
     stable_hash,
 )
 from .scenes import SPLITS, SceneRecords
+from .subset import Subset
 from .table import load_table, table_columns
 
 SOURCES = ("karpathy", "albef", "table", "hub")
@@ -64,7 +63,8 @@ class DataOptions:
     """Validation file beside `table`, read whole; not needed where `table` has a column "split"."""
     val_fraction: float | None = None
     """Hold out this part of the training images for validation, by a hash of their names, instead of reading
-    `val_split`. Unset: 0.05 for tables and ALBEF lists that have no validation data, else nothing."""
+    `val_split`. Unset: 0.05 for tables and ALBEF lists that have no validation data, else nothing; in an evaluation:
+    what the run held out of its own data, and nothing of a file that it was not trained on."""
     scenes_train: int = 4000
     """Images in the built-in training split."""
     scenes_val: int = 500
@@ -119,15 +119,12 @@ def load_records(options: DataOptions, split: str, report: LoadReport | None = N
         '8 images, 32 captions; nothing skipped'
     """
     report = LoadReport() if report is None else report
-    given = [name for name in SOURCES if getattr(options, name) is not None]
-    if len(given) > 1:
-        raise DataError(f"one data source is wanted, got {' and '.join(f'data.{name}' for name in given)}")
+    source = source_of(options)
     if options.limit is not None and options.limit < 1:
         raise DataError(f"data.limit must be at least 1, got {options.limit}")
     if options.shuffle_buffer < 0:
         raise DataError(f"data.shuffle_buffer must be at least 0, got {options.shuffle_buffer}")
-    source = given[0] if given else "scenes"
-    fraction = _held_out_fraction(options, source)
+    fraction = held_out_fraction(options, source)
     if fraction and split in (options.split, options.val_split):
         return _part(options, source, fraction, report, held_out=split == options.val_split)
     records = _LOADERS[source](options, split, report)
@@ -139,7 +136,29 @@ def load_records(options: DataOptions, split: str, report: LoadReport | None = N
     return records.take(options.limit) if isinstance(records, (HubRecords, SceneRecords)) else records[: options.limit]
 
 
-def _held_out_fraction(options: DataOptions, source: str) -> float:
+def source_of(options: DataOptions) -> str:
+    """The name of the one source that the options name; `scenes` where they name none.
+
+    Raises:
+        DataError: they name several.
+    """
+    given = [name for name in SOURCES if getattr(options, name) is not None]
+    if len(given) > 1:
+        raise DataError(f"one data source is wanted, got {' and '.join(f'data.{name}' for name in given)}")
+    return given[0] if given else "scenes"
+
+
+def has_splits(options: DataOptions) -> bool:
+    """Whether the data themselves say which images belong to which split.
+
+    Raises:
+        DataError: a table that cannot be read.
+    """
+    source = source_of(options)
+    return source != "albef" and (source != "table" or "split" in table_columns(str(options.table)))
+
+
+def held_out_fraction(options: DataOptions, source: str) -> float:
     """The part of the training images to hold out for validation, 0 where other data is there for it."""
     if options.val_fraction is not None:
         if not 0 <= options.val_fraction < 1:
@@ -177,39 +196,10 @@ def _part(
         )
     chosen = chosen[: options.limit]
     lazy = isinstance(records, LazyRecords)
-    part: Sequence[Record] = _Subset(records, chosen) if lazy else [records[index] for index in chosen]
+    part: Sequence[Record] = Subset(records, chosen) if lazy else [records[index] for index in chosen]
     for index in range(len(part)):
         report.add(len(captions_of(part, index)))
     return part
-
-
-class _Subset(LazyRecords):
-    """The records at some positions of lazy ones, read on access as these are."""
-
-    def __init__(self, records: Sequence[Record], positions: list[int]) -> None:
-        self.records, self.positions = records, positions
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def read(self, index: int) -> Record:
-        return self.records[self.positions[index]]
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        return captions_of(self.records, self.positions[index])
-
-    def identity(self, index: int) -> int:
-        return identity_of(self.records, self.positions[index])
-
-    def name(self, index: int) -> str:
-        return name_of(self.records, self.positions[index])
-
-    def relevance(self, positions: Sequence[int]) -> Any:  # a tensor, which needs torch, which options do not
-        return relevance_of(self.records, [self.positions[index] for index in positions])
-
-    @property
-    def fingerprint(self) -> str:
-        return getattr(self.records, "fingerprint", "")
 
 
 def _load_scenes(options: DataOptions, split: str, report: LoadReport) -> Sequence[Record]:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.image_utils import PILImageResampling
 
+from loopitr.rgb import to_rgb
+
 if TYPE_CHECKING:
     from transformers import CLIPImageProcessor
+
+UNLIMITED = 10**6  # tokens; transformers gives a tokenizer without a limit a far larger number
 
 
 class LoopITRProcessor(ProcessorMixin):
@@ -29,12 +34,42 @@ class LoopITRProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer)
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
-        """Texts are padded and truncated to the tokenizer's `model_max_length` unless told otherwise."""
+        """Texts are padded and truncated to the tokenizer's `model_max_length` unless told otherwise.
+
+        PIL images become upright 8-bit RGB ones first, as in training (`to_rgb`); arrays and tensors stay as they are.
+        """
         if text is not None:
             asked = {"return_token_type_ids": False, "return_attention_mask": True}  # SigLIP's tokenizers give no mask
             kwargs = {"padding": True, "truncation": True, **asked, **kwargs}
+            limit = self.tokenizer.model_max_length
+            if kwargs["truncation"] and limit < UNLIMITED:
+                # transformers would take a length that the tokenizer was first saved with: 128 of some, whatever
+                # `model_max_length` says.
+                kwargs.setdefault("max_length", limit)
         kwargs.setdefault("return_tensors", "pt")
-        return super().__call__(images=images, text=text, **kwargs)
+        return super().__call__(images=_upright(images), text=text, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Save both parts; whoever reads the tokenizer's files, in whichever library, cuts texts at the same length."""
+        limit_length(self.tokenizer, self.tokenizer.model_max_length)
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def limit_length(tokenizer: Any, max_length: int) -> None:
+    """Make a tokenizer cut texts at so many tokens, without what it was saved with of another length."""
+    tokenizer.model_max_length = max_length
+    for name in ("max_length", "stride", "truncation_strategy"):
+        tokenizer.init_kwargs.pop(name, None)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and max_length < UNLIMITED:
+        backend.no_padding()
+        backend.enable_truncation(max_length, direction=tokenizer.truncation_side)
+
+
+def _upright(images: Any) -> Any:
+    if isinstance(images, Image.Image):
+        return to_rgb(images)
+    return [_upright(image) for image in images] if isinstance(images, (list, tuple)) else images
 
 
 def image_processor(

@@ -66,22 +66,22 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> Progress | None:
     except (RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{complete[-1]} does not fit this run's model: {reason}") from error
-    state: dict[str, Any] = json.loads((complete[-1] / STATE_FILE).read_text())
-    progress = Progress(**state)
+    progress = _progress(complete[-1])
     if len(progress.places) == accelerator.num_processes:
         progress.epoch, progress.batch = progress.places[accelerator.process_index]
     return progress
 
 
+def newest_progress(folder: Path) -> Progress | None:
+    """Where the newest complete checkpoint stands, without loading it; None when there is none."""
+    complete = _all(folder)
+    return _progress(complete[-1]) if complete else None
+
+
+def _progress(checkpoint: Path) -> Progress:
+    state: dict[str, Any] = json.loads((checkpoint / STATE_FILE).read_text())
+    return Progress(**state)
+
+
 def _all(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step-*") if (p / STATE_FILE).is_file() and p.suffix != ".partial")
-
-
-def move_aside(folder: Path) -> Path | None:
-    """Rename a folder that holds something to the first free `NAME.1`, `NAME.2`, ...; None if there was nothing."""
-    if not folder.exists() or not any(folder.iterdir()):
-        return None
-    number = 1
-    while folder.with_name(f"{folder.name}.{number}").exists():
-        number += 1
-    return folder.rename(folder.with_name(f"{folder.name}.{number}"))

@@ -15,7 +15,8 @@ class TrainOptions:
     """The run."""
 
     output_dir: str = "runs/pretrain"
-    """Where the model, metrics, curves and checkpoints go. An older run there is moved aside, never overwritten."""
+    """Where the model, metrics, curves and checkpoints go. An older run there is moved aside, never overwritten;
+    a folder that holds anything else is refused."""
     epochs: int = 10
     """Passes over the training images (or captions)."""
     max_steps: int | None = None
@@ -64,7 +65,7 @@ class TrainOptions:
     gradient_checkpointing: bool = False
     """Trade time for memory."""
     checkpoint_every: int = 500
-    """Optimiser steps between checkpoints; 0: none."""
+    """Optimiser steps between checkpoints; 0: one at the end alone."""
     keep_checkpoints: int = 2
     """Older ones are deleted."""
     log_every: int = 10
@@ -127,6 +128,15 @@ class ValidationOptions:
 
 
 @dataclass
+class RunOptions:
+    """The options of a trainer that was made of objects, without a whole tree of them."""
+
+    train: TrainOptions
+    data: DataOptions
+    validation: ValidationOptions
+
+
+@dataclass
 class PretrainOptions:
     """Everything a run is made of."""
 
@@ -136,7 +146,10 @@ class PretrainOptions:
     train: TrainOptions = field(default_factory=TrainOptions)
     validation: ValidationOptions = field(default_factory=ValidationOptions)
     resume: bool = False
-    """Continue from the newest checkpoint in train.output_dir."""
+    """Continue from the newest checkpoint in train.output_dir; a finished run there is left as it is. The options must
+    be those that the run was begun with, but for where things go and how often something is said or kept."""
+    resume_with_changes: bool = False
+    """Continue although options that change the run (data, batch, seed, schedule, model) are others now."""
 
     def __post_init__(self) -> None:
         if not self.objective.scores_pairs and self.validation.select not in ("auto", "dual"):

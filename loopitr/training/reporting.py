@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from loopitr.objective.parts import StepOutput
 
-HISTORY = "history.jsonl"
+HISTORY, METRICS = "history.jsonl", "metrics.json"
 
 
 class History:
@@ -57,7 +57,7 @@ def named_values(output: StepOutput) -> dict[str, Tensor]:
 
 def write_results(folder: Path, metrics: dict[str, Any], table: str, rows: list[dict[str, Any]]) -> None:
     """`metrics.json`, `results.md` with the table, `curves.png` of the history's rows."""
-    write_json(folder / "metrics.json", metrics)
+    write_json(folder / METRICS, metrics)
     (folder / "results.md").write_text(f"# {folder.name}: {metrics['split']}\n\n{table}\n")
     plot_curves(rows, folder / "curves.png")
 

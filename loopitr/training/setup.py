@@ -10,7 +10,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import yaml
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
 
@@ -35,16 +34,18 @@ from loopitr.models.loop_model import LoopITRModel
 from loopitr.models.processing import LoopITRProcessor, interpolation_of
 from loopitr.objective.grad_cache import check_batch_statistics
 from loopitr.objective.loop_objective import LoopObjective
-from loopitr.training.checkpoints import move_aside
 from loopitr.training.options import TrainOptions, ValidationOptions
+from loopitr.training.run_folder import check_run_folder
 
 
 def start(train: TrainOptions) -> Accelerator:
     """accelerate with the run's precision, accumulation and tracker; the seed of weights and dropout is set.
 
     Raises:
-        ValueError: a tracker that is not installed, or chunks where weights are sharded.
+        ValueError: a tracker that is not installed, chunks where weights are sharded, or an `output_dir` that holds
+            something else than a run.
     """
+    check_run_folder(Path(train.output_dir))
     accelerator = Accelerator(
         mixed_precision={"fp32": "no", None: None}.get(train.precision, train.precision),
         gradient_accumulation_steps=train.accumulation,
@@ -137,19 +138,6 @@ def prepare_model(objective: LoopObjective, train: TrainOptions, data: DataOptio
         check_batch_statistics(model.train())
         if objective.pair_block is None:  # the pairs of so many queries
             objective.pair_block = train.chunk_size * (1 + 2 * objective.miner.num_negatives)
-
-
-def prepare_folder(folder: Path, config: dict[str, Any], accelerator: Accelerator, *, resume: bool) -> None:
-    """Make the run folder with its `config.yaml`; an earlier run there is moved aside unless it is resumed."""
-    accelerator.wait_for_everyone()  # to have read model.init, which may lie there
-    if accelerator.is_main_process:
-        if not resume:
-            aside = move_aside(folder)
-            if aside is not None:
-                accelerator.print(f"moved the earlier run in {folder} to {aside}")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    accelerator.wait_for_everyone()
 
 
 class Caches:

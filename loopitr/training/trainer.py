@@ -28,9 +28,10 @@ from loopitr.objective.loop_objective import LoopObjective
 from loopitr.objective.parts import StepOutput
 from loopitr.training.checkpoints import Progress, load_checkpoint, save_checkpoint
 from loopitr.training.optimization import make_optimizer, make_scheduler
-from loopitr.training.options import TrainOptions, ValidationOptions
+from loopitr.training.options import RunOptions, TrainOptions, ValidationOptions
 from loopitr.training.reporting import History, named_values, write_results
-from loopitr.training.setup import Caches, make_loader, prepare_folder, prepare_model, start
+from loopitr.training.run_folder import CHECKPOINTS, run_folder, store_config
+from loopitr.training.setup import Caches, make_loader, prepare_model, start
 from loopitr.training.skips import check_skips, lost_in_all
 from loopitr.training.validation import Validator
 
@@ -64,6 +65,7 @@ class Trainer:
         accelerator: Accelerator | None = None,
         config: dict[str, Any] | None = None,
         resume: bool = False,
+        resume_with_changes: bool = False,
     ) -> None:
         """
         Args:
@@ -72,16 +74,18 @@ class Trainer:
             test, test_split: what the final table is about, and its name; None: `val`.
             accelerator: what `start` returned, if the caller needed it earlier; it must then be of these `options`.
             config: what is written to `config.yaml`; None: the options given here.
-            resume: continue from the newest checkpoint in `options.output_dir`.
+            resume: continue from the newest checkpoint in `options.output_dir`, with the options it was begun with;
+                `resume_with_changes`: with any.
 
         Raises:
             ValueError, OSError: options that do not fit together, or data that cannot be read.
         """
         self.options = options or TrainOptions()
         self.data, self.validation = data or DataOptions(), validation or ValidationOptions()
-        given = _Given(self.options, self.data, self.validation)
+        given = RunOptions(self.options, self.data, self.validation)
         self.config = config or dataclasses.asdict(given)
-        self.resume, self.folder = resume, Path(self.options.output_dir)
+        self.resume, self.with_changes = resume or resume_with_changes, resume_with_changes
+        self.folder = Path(self.options.output_dir)
         self.accelerator = accelerator or start(self.options)
         self.log = self.accelerator.print
         self.bare_objective, self.model, self.processor = objective, objective.model, processor
@@ -117,17 +121,21 @@ class Trainer:
 
         The run folder gets `config.json`, `model.safetensors` and the processor (the best model), `config.yaml`,
         `metrics.json`, `results.md`, `history.jsonl`, `curves.png` and `checkpoints/`. An earlier run there is moved
-        aside unless it is resumed.
+        aside unless it is resumed; resumed after its last step, it is left as it is.
         """
+        resuming = {"resume": self.resume, "with_changes": self.with_changes, "total_steps": self.total_steps}
+        with run_folder(self.folder, self.config, self.accelerator, **resuming) as finished:
+            metrics = self._run() if finished is None else finished
+        self.accelerator.end_training()
+        return metrics
+
+    def _run(self) -> dict[str, Any]:
         accelerator = self.accelerator
-        prepare_folder(self.folder, self.config, accelerator, resume=self.resume)
-        progress = None
-        if self.resume:
-            progress = load_checkpoint(accelerator, self.folder / "checkpoints")
-            where = f"step {progress.step}" if progress else f"scratch: no checkpoint in {self.folder}"
-            self.log(f"resuming from {where}")
+        progress = load_checkpoint(accelerator, self.folder / CHECKPOINTS)  # an earlier run's is not in this folder
         self.progress = progress or Progress()
+        self.saved_step = self.progress.step
         if accelerator.is_main_process:
+            store_config(self.folder, self.config, step=self.progress.step)
             self.history = History(self.folder, keep=self.progress.rows)
         if accelerator.log_with:
             accelerator.init_trackers("logs")
@@ -144,10 +152,10 @@ class Trainer:
             while self.progress.step < self.total_steps:
                 self._epoch(bar)
                 check_skips(self.skips, self.loader, accumulation=self.options.accumulation)
+        if self.progress.step > self.saved_step:
+            self._checkpoint()
         self._validate()
-        metrics = self._finish(time.perf_counter() - started)
-        accelerator.end_training()
-        return metrics
+        return self._finish(time.perf_counter() - started)
 
     def _epoch(self, bar: tqdm) -> None:
         options, validation, progress = self.options, self.validation, self.progress
@@ -266,7 +274,8 @@ class Trainer:
         progress.skipped, progress.truncated = lost_in_all(self.progress, self.skips)
         if self.accelerator.is_main_process:
             progress.rows = len(self.history.rows)
-        save_checkpoint(self.accelerator, self.folder / "checkpoints", progress, keep=self.options.keep_checkpoints)
+        save_checkpoint(self.accelerator, self.folder / CHECKPOINTS, progress, keep=self.options.keep_checkpoints)
+        self.saved_step = progress.step
 
     def _finish(self, seconds: float) -> dict[str, Any]:
         """Evaluate the best model on the final split, all ranks together, and write the results."""
@@ -289,12 +298,3 @@ class Trainer:
             self.log(f"\n{result.table()}\n\nsaved in {self.folder}, trained in {seconds:.0f} s")
         self.accelerator.wait_for_everyone()
         return metrics
-
-
-@dataclasses.dataclass
-class _Given:
-    """The options of a trainer that was made without a whole tree of them."""
-
-    train: TrainOptions
-    data: DataOptions
-    validation: ValidationOptions

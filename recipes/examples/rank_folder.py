@@ -41,7 +41,7 @@ def main() -> None:
     model, processor = load(options.model)
     if not isinstance(model, LoopITRModel):
         raise ValueError(f"{options.model} has no fusion head")
-    pictures = [Image.open(path).convert("RGB") for path in paths]
+    pictures = [Image.open(path) for path in paths]
     images = model.encode_images(**processor(images=pictures))
     text = model.encode_texts(**processor(text=[options.query]))
     similarity = images.embeds @ text.embeds[0]  # [number of images]

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from helpers.tiny_run import reset_accelerate
 from torch import nn
 
-from loopitr.training.checkpoints import STATE_FILE, Progress, load_checkpoint, move_aside, save_checkpoint
+from loopitr.training.checkpoints import STATE_FILE, Progress, load_checkpoint, save_checkpoint
 from loopitr.training.optimization import warmup_cosine
 
 
@@ -133,16 +133,3 @@ def test_a_checkpoint_of_another_model_is_named_in_one_line(tmp_path):
     with pytest.raises(ValueError, match="step-00000001 does not fit this run's model") as raised:
         load_checkpoint(Work(width=6).accelerator, tmp_path)
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 400
-
-
-def test_an_earlier_run_is_moved_to_the_first_free_name(tmp_path):
-    folder = tmp_path / "run"
-    assert move_aside(folder) is None
-    folder.mkdir()
-    assert move_aside(folder) is None  # nothing in it
-    for number in (1, 2):
-        folder.mkdir(exist_ok=True)
-        (folder / "which").write_text(str(number))
-        assert move_aside(folder) == tmp_path / f"run.{number}"
-    assert [(tmp_path / f"run.{number}" / "which").read_text() for number in (1, 2)] == ["1", "2"]
-    assert not folder.exists()

@@ -100,8 +100,11 @@ def test_an_interrupted_run_that_is_resumed_equals_one_that_was_not(tmp_path, mo
     with pytest.raises(Killed):
         run(tmp_path / "parts", **options)
     monkeypatch.undo()
+    other = {**options, "model__lora": {"vision_rank": 2, "text_rank": 3}}
+    with pytest.raises(ValueError, match="begun with other options .*model.lora.text_rank: 2 -> 3"):
+        run(tmp_path / "parts", **other, resume=True)
     with pytest.raises(ValueError, match="does not fit this run's model"):
-        run(tmp_path / "parts", **{**options, "model__lora": {"vision_rank": 2, "text_rank": 3}}, resume=True)
+        run(tmp_path / "parts", **other, resume_with_changes=True)
     run(tmp_path / "parts", **options, resume=True)
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 

@@ -1,10 +1,12 @@
 """Runs that go on after an interruption, and runs that find an earlier one in their folder."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from helpers.tiny_run import broken_table, equal, logged, run, weights
+from safetensors.torch import load_file
 
 from loopitr.training import trainer as training
 from loopitr.training.reporting import read_history
@@ -66,6 +68,65 @@ def test_resume_without_a_checkpoint_starts_from_scratch(tmp_path, capsys):
     run(tmp_path, train__max_steps=1, resume=True)
     assert "resuming from scratch: no checkpoint" in capsys.readouterr().out
     assert logged(tmp_path, "loss/total")
+
+
+def everything(folder):
+    """The content and the time of change of every file."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [(str(path), path.read_bytes(), path.stat().st_mtime_ns) for path in files]
+
+
+@pytest.mark.parametrize("keep", ["its checkpoint", "no checkpoint"])
+def test_a_finished_run_that_is_resumed_is_left_as_it_is(tmp_path, capsys, keep):
+    first = run(tmp_path, train__max_steps=2)  # checkpoint_every is 0: the last one is written all the same
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    if keep == "no checkpoint":  # as runs before this rule left it
+        shutil.rmtree(tmp_path / "run" / "checkpoints")
+    before = everything(tmp_path / "run")
+    capsys.readouterr()
+    assert run(tmp_path, train__max_steps=2, resume=True) == first
+    assert everything(tmp_path / "run") == before and not (tmp_path / "run.1").exists()
+    assert f"{tmp_path / 'run'} has made its 2 steps: nothing to resume" in capsys.readouterr().out
+
+
+def test_a_finished_run_without_a_checkpoint_cannot_be_made_longer(tmp_path):
+    run(tmp_path, train__max_steps=1)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    before = everything(tmp_path / "run")
+    with pytest.raises(ValueError, match="no checkpoint to make 2 from; start from its model with --model.init"):
+        run(tmp_path, train__max_steps=2, resume_with_changes=True)
+    assert everything(tmp_path / "run") == before
+
+
+def test_a_run_killed_after_its_last_step_is_finished(tmp_path, monkeypatch):
+    expected = run(tmp_path / "whole", train__max_steps=2)
+
+    def killed(*_, **__):
+        raise Killed
+
+    monkeypatch.setattr(training, "write_results", killed)
+    with pytest.raises(Killed):
+        run(tmp_path / "parts", train__max_steps=2)
+    monkeypatch.undo()
+    found = run(tmp_path / "parts", train__max_steps=2, resume=True)
+    assert found["dual"] == expected["dual"] and equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    assert read_history(tmp_path / "whole" / "run") == read_history(tmp_path / "parts" / "run")
+
+
+def test_a_run_killed_before_its_first_checkpoint_is_kept_when_it_starts_again(tmp_path, monkeypatch, capsys):
+    def killed(*_, **__):
+        raise Killed
+
+    monkeypatch.setattr(training, "save_checkpoint", killed)
+    with pytest.raises(Killed):
+        run(tmp_path, train__max_steps=2, validation__every_steps=1)
+    monkeypatch.undo()
+    model = weights(tmp_path)
+    run(tmp_path, train__max_steps=2, validation__every_steps=1, resume=True)
+    assert equal(load_file(tmp_path / "run.1" / "model.safetensors"), model)
+    output = capsys.readouterr().out
+    assert "resuming from scratch: no checkpoint" in output and "moved the earlier run" in output
+    assert len(logged(tmp_path, "loss/total")) == 2
 
 
 def test_an_earlier_run_is_moved_aside_but_not_by_a_mistake(tmp_path, capsys):

@@ -101,7 +101,8 @@ def test_ranks_whose_streams_end_at_different_batches_accumulate_together_and_re
     assert json.loads((checkpoint / "progress.json").read_text())["places"] == [[2, 2], [1, 3]]  # 8 batches each
     (parts / "run").mkdir()
     shutil.copytree(checkpoint, parts / "run" / "checkpoints" / checkpoint.name)
-    shutil.copy(whole / "run" / "history.jsonl", parts / "run")
+    for name in ("history.jsonl", "config.yaml"):
+        shutil.copy(whole / "run" / name, parts / "run")
     launch_two(parts, "--resume")
     assert logged(parts, "loss/total") == logged(whole, "loss/total") and len(logged(whole, "loss/total")) == 6
     assert equal(weights(parts), weights(whole))

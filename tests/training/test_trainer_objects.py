@@ -57,10 +57,12 @@ def test_making_it_writes_and_moves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
     reset_accelerate()
     folder.mkdir()
-    (folder / "metrics.json").write_text("of an earlier run")
+    earlier = {"metrics.json": b"of an earlier run", "config.yaml": b"train: {}"}
+    for name, content in earlier.items():
+        (folder / name).write_bytes(content)
     trainer = make_trainer(settings(folder))
-    assert files(tmp_path) == {"run/metrics.json": b"of an earlier run"}
+    assert files(tmp_path) == {f"run/{name}": content for name, content in earlier.items()}
     trainer.run()
     (aside,) = [path for path in tmp_path.iterdir() if path != folder]
-    assert files(aside) == {"metrics.json": b"of an earlier run"}
+    assert files(aside) == earlier
     assert "model.safetensors" in files(folder)

@@ -1,0 +1,37 @@
+"""Some records of others, in an order of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .records import LazyRecords, Record, captions_of, identity_of, name_of, relevance_of
+
+
+class Subset(LazyRecords):
+    """The records at some positions of lazy ones, read on access as these are."""
+
+    def __init__(self, records: Sequence[Record], positions: list[int]) -> None:
+        self.records, self.positions = records, positions
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def read(self, index: int) -> Record:
+        return self.records[self.positions[index]]
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return captions_of(self.records, self.positions[index])
+
+    def identity(self, index: int) -> int:
+        return identity_of(self.records, self.positions[index])
+
+    def name(self, index: int) -> str:
+        return name_of(self.records, self.positions[index])
+
+    def relevance(self, positions: Sequence[int]) -> Any:  # a tensor, which needs torch, which options do not
+        return relevance_of(self.records, [self.positions[index] for index in positions])
+
+    @property
+    def fingerprint(self) -> str:
+        return getattr(self.records, "fingerprint", "")

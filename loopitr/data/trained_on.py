@@ -1,0 +1,139 @@
+"""What a saved model was trained on, read from the `config.yaml` of its run and of the runs that it started from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .hub import HubStream
+from .overlap import SharedImage, listed, shared_images
+from .records import DataError, Record
+from .scenes import SceneRecords
+from .sources import DataOptions, load_records
+
+CONFIG, EARLIER = "config.yaml", "config.before-*.yaml"
+MAX_RUNS = 8  # A chain of runs, each of which started from the one before, is followed so far.
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedOn:
+    """The data options of a run; `data` is None where they are unknown, and `reason` says why."""
+
+    data: DataOptions | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOverlap:
+    """The evaluated images that the model was trained on, and why more of them may be: None where all is known."""
+
+    shared: Sequence[SharedImage]
+    count: int
+    unknown: str | None
+
+    def line(self) -> str:
+        """One line for a log."""
+        if self.shared:
+            names = listed(image.name for image in self.shared)
+            text = f"warning: {len(self.shared)} of the {self.count} images were trained on: {names}"
+            return text if self.unknown is None else f"{text}; there may be more: {self.unknown}"
+        if self.unknown is not None:
+            return f"warning: whether the model was trained on any of these images is unknown: {self.unknown}"
+        return f"the model was trained on none of the {self.count} images"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "count": len(self.shared),
+            "images": [image.name for image in self.shared],
+            "unknown": self.unknown,
+        }
+
+
+def trained_data(model: str | Path) -> list[TrainedOn]:
+    """The data of the run that made this model, then those of the run whose model it started from, and so on.
+
+    Relative paths in a `config.yaml` start where the run was started: they are looked for from here, then from the
+    folders that the run folder lies in.
+    """
+    history: list[TrainedOn] = []
+    folder: str | Path | None = model
+    while folder is not None and len(history) < MAX_RUNS:
+        path = _config_file(Path(folder).expanduser())
+        if path is None:
+            history.append(TrainedOn(data=None, reason=f"the data of {folder} are not recorded (it has no {CONFIG})"))
+            break
+        start = None
+        # A run that was resumed with other options keeps those that it had before.
+        for file in (path, *sorted(path.parent.glob(EARLIER), reverse=True)):
+            try:
+                tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+                history.append(TrainedOn(data=_data_options(tree["data"], path.parent)))
+                start = (tree.get("model") or {}).get("init") or start
+            except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+                history.append(TrainedOn(data=None, reason=f"{file} cannot be read ({type(error).__name__})"))
+        folder = None if start is None else _located(str(start), path.parent)
+    return history
+
+
+def training_overlap(records: Sequence[Record], history: Sequence[TrainedOn]) -> TrainingOverlap:
+    """Which of the evaluated `records` are among the training images of `history`."""
+    shared: dict[str, SharedImage] = {}
+    unknown = None
+    for run in history:
+        try:
+            if run.data is None:
+                raise DataError(str(run.reason))
+            if run.data.streaming:
+                raise DataError("it was trained on a stream")
+            others = load_records(run.data, run.data.split)
+            assert not isinstance(others, HubStream)
+            _check_readable(others)
+            for image in shared_images(records, others):
+                shared.setdefault(image.name, image)
+        except (DataError, OSError) as error:
+            unknown = unknown or str(error)
+    return TrainingOverlap(shared=list(shared.values()), count=len(records), unknown=unknown)
+
+
+def _check_readable(records: Sequence[Record]) -> None:
+    """
+    Raises:
+        DataError: some of the files are gone.
+    """
+    if isinstance(records, SceneRecords):
+        return
+    images = (records[index].image for index in range(len(records)))
+    gone = [str(image) for image in images if isinstance(image, (str, Path)) and not Path(image).is_file()]
+    if gone:
+        raise DataError(f"{len(gone)} of {len(records)} training images are not here: {listed(gone)}")
+
+
+def _config_file(folder: Path) -> Path | None:
+    places = (folder, folder.parent) if folder.name in ("best", "model") else (folder,)
+    return next((place / CONFIG for place in places if (place / CONFIG).is_file()), None)
+
+
+def _data_options(tree: dict[str, Any], folder: Path) -> DataOptions:
+    known = {field.name for field in fields(DataOptions)}
+    options = DataOptions(**{name: value for name, value in tree.items() if name in known})
+    located: dict[str, Any] = {}
+    for name in ("karpathy", "albef", "table", "hub", "images", "val_albef", "val_table"):
+        value = getattr(options, name)
+        if isinstance(value, str):
+            located[name] = _located(value, folder)
+        elif isinstance(value, list):
+            located[name] = [_located(item, folder) for item in value]
+    return replace(options, **located)
+
+
+def _located(path: str, folder: Path) -> str:
+    """A path of a run's config from here, or from the nearest of the run's own parent folders that has it."""
+    for start in (Path(), *folder.resolve().parents):
+        candidate = start / Path(path).expanduser()
+        if candidate.exists():
+            return str(candidate)
+    return path

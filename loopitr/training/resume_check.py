@@ -1,0 +1,65 @@
+"""Whether a run that goes on is the run that was begun: its options against those in the folder's `config.yaml`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import yaml
+
+from loopitr.training.options import PretrainOptions
+
+# Options of the command line, not of the run; they are never written to `config.yaml`.
+NOT_STORED = ("resume", "resume_with_changes")
+# Options that change neither a step nor which model is the best: where things go, how often something is said or kept.
+FREE = (
+    *("train.output_dir", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every", "train.tracker"),
+    *("data.max_skipped_fraction", "validation.batch_size", "validation.final_rerank", "validation.final_split"),
+)
+FOLDERS = ("data.cache_images", "data.cache_tokens")  # only whether there is one changes the run
+MISSING = object()
+
+
+def stored_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What is written to `config.yaml`, as it reads when it is loaded again."""
+    kept = {name: value for name, value in config.items() if name not in NOT_STORED}
+    loaded: dict[str, Any] = yaml.safe_load(yaml.safe_dump(kept))
+    return loaded
+
+
+def changed_options(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """`name: old -> new` of every option that changes the run; an option that one side lacks has its default there.
+
+    Example:
+        >>> from loopitr.training.resume_check import changed_options
+        >>> changed_options({"train": {"lr": 0.1, "epochs": 10}}, {"train": {"lr": 0.2, "output_dir": "elsewhere"}})
+        ['train.lr: 0.1 -> 0.2']
+    """
+    before, after = _flat(stored_config(old)), _flat(stored_config(new))
+    defaults = _flat(stored_config(asdict(PretrainOptions())))
+    streams = bool(before.get("data.streaming") or after.get("data.streaming"))
+    # The workers of a loader share the files of a stream, so that their number is part of its order.
+    free = FREE if streams else (*FREE, "data.num_workers", "data.shuffle_buffer")
+    changes = []
+    for name in {**before, **after}:
+        default = defaults.get(name, MISSING)
+        values = [side.get(name, default) for side in (before, after)]
+        if name in free or values[0] == values[1]:
+            continue
+        if name in FOLDERS and None not in values:
+            continue
+        changes.append(
+            f"{name}: {' -> '.join('unset' if value in (MISSING, None) else str(value) for value in values)}"
+        )
+    return changes
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

@@ -1,0 +1,120 @@
+"""A run goes on with the options it was begun with, or with others that it was told to accept."""
+
+import pytest
+import yaml
+from helpers.tiny_run import OPTIONS, logged, run, weights, write_table
+
+from loopitr.data import trained_data
+from loopitr.training.resume_check import changed_options
+
+SHORT = {"train__max_steps": 2, "train__checkpoint_every": 1}
+
+
+def config(folder):
+    return yaml.safe_load((folder / "run" / "config.yaml").read_text())
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"train__batch_size": 4}, "train.batch_size: 8 -> 4"),
+        ({"train__lr": 0.5}, "train.lr: 0.001 -> 0.5"),
+        ({"train__seed": 3}, "train.seed: 0 -> 3"),
+        ({"train__max_steps": 4}, "train.max_steps: 2 -> 4"),
+        ({"train__schedule": "warmup_stable_decay"}, "train.schedule: cosine -> warmup_stable_decay"),
+        ({"data__flip": True}, "data.flip: False -> True"),
+        ({"data__scenes_train": 32}, "data.scenes_train: 64 -> 32"),
+        ({"objective__mining": "sample"}, "objective.mining: topk -> sample"),
+        ({"model__freeze": ["text"]}, r"model.freeze: \[\] -> \['text'\]"),
+        ({"validation__rerank": 2}, "validation.rerank: 4 -> 2"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_an_option_that_changes_the_run_is_named_and_nothing_is_written(begun, change, named):
+    before = {path: path.read_bytes() for path in begun.rglob("*") if path.is_file() and path.name != "tiny.yaml"}
+    with pytest.raises(ValueError, match=f"begun with other options .*{named}.*--resume_with_changes") as raised:
+        run(begun, **{**SHORT, **change}, resume=True)
+    assert "\n" not in str(raised.value)
+    after = {path: path.read_bytes() for path in begun.rglob("*") if path.is_file() and path.name != "tiny.yaml"}
+    assert after == before
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A finished run of two steps."""
+    folder = tmp_path_factory.mktemp("begun")
+    run(folder, **SHORT)
+    return folder
+
+
+def test_neither_resume_nor_its_consent_is_stored(tmp_path):
+    for resume in ({"resume": True}, {"resume_with_changes": True}):
+        run(tmp_path, **SHORT, **resume)
+        assert not {"resume", "resume_with_changes"} & set(config(tmp_path))
+
+
+def test_changes_that_are_accepted_are_said_and_the_earlier_options_kept(tmp_path, capsys):
+    table = write_table(tmp_path / "table", {"train": range(24), "val": range(24, 32)})
+    run(tmp_path, **SHORT)
+    first = config(tmp_path)
+    changes = {
+        "train__max_steps": 3,
+        "data__table": str(table),
+        "data__images": str(table.parent / "images"),
+    }
+    capsys.readouterr()
+    run(tmp_path, **{**SHORT, **changes}, resume_with_changes=True)
+    output = capsys.readouterr().out
+    assert "resuming with a change: train.max_steps: 2 -> 3" in output and "resuming from step 2" in output
+    assert len(logged(tmp_path, "loss/total")) == 3
+    assert config(tmp_path)["train"]["max_steps"] == 3
+    earlier = yaml.safe_load((tmp_path / "run" / "config.before-00000002.yaml").read_text())
+    assert earlier == first
+    assert [run.data.table for run in trained_data(tmp_path / "run") if run.data] == [str(table), None]
+    run(tmp_path, **{**SHORT, **changes}, resume=True)  # they are the run's own by now
+
+
+def test_what_changes_nothing_may_change(tmp_path):
+    run(tmp_path, **SHORT)
+    free = {
+        "train__checkpoint_every": 5,
+        "train__keep_checkpoints": 1,
+        "train__log_every": 7,
+        "data__num_workers": 1,
+        "validation__batch_size": 3,
+        "validation__final_rerank": 2,
+    }
+    before = weights(tmp_path)
+    run(tmp_path, **{**SHORT, **free}, resume=True)
+    assert weights(tmp_path).keys() == before.keys()
+
+
+def test_options_that_one_side_lacks_have_their_defaults():
+    old = {"train": {"lr": 1e-3, "seed": 0}, "data": {"an_older_option": 1}}
+    assert changed_options(old, {"train": {"lr": 1e-3, "accumulation": 1}, "data": {}}) == [
+        "data.an_older_option: 1 -> unset"
+    ]
+    assert changed_options(old, {**old, "train": {"lr": 1e-3, "accumulation": 2}}) == ["train.accumulation: 1 -> 2"]
+    assert changed_options(OPTIONS, {**OPTIONS, "resume": True}) == []
+
+
+def test_where_a_cache_lies_is_free_and_whether_there_is_one_is_not():
+    def caches(folder):
+        return {"data": {"cache_images": folder}}
+
+    assert changed_options(caches("a"), caches("b")) == []
+    assert changed_options(caches(None), caches("b")) == ["data.cache_images: unset -> b"]
+
+
+def test_the_number_of_workers_is_part_of_a_streams_order():
+    old = {"data": {"streaming": True, "num_workers": 1}}
+    assert changed_options(old, {"data": {"streaming": True, "num_workers": 2}}) == ["data.num_workers: 1 -> 2"]
+    assert changed_options({"data": {"num_workers": 1}}, {"data": {"num_workers": 2}}) == []
+
+
+def test_another_number_of_processes_is_a_change(tmp_path):
+    run(tmp_path, **SHORT)
+    (state,) = (tmp_path / "run" / "checkpoints").glob("step-00000002/progress.json")
+    state.write_text(state.read_text().replace('"places": [[0, 2]]', '"places": [[0, 2], [0, 2]]'))
+    with pytest.raises(ValueError, match="processes: 2 -> 1"):
+        run(tmp_path, **SHORT, resume=True)
