@@ -8,7 +8,13 @@ from typing import Any, Literal
 
 @dataclass
 class VisionOptions:
-    """The image backbone."""
+    """The image backbone.
+
+    Example:
+        >>> from loopitr import VisionOptions
+        >>> VisionOptions("vit_small_patch16_224", pooling="mean").image_size
+        224
+    """
 
     name: str = "tf_efficientnet_lite0"
     """Any timm model."""
@@ -26,7 +32,13 @@ class VisionOptions:
 
 @dataclass
 class TextOptions:
-    """The text backbone."""
+    """The text backbone.
+
+    Example:
+        >>> from loopitr import TextOptions
+        >>> TextOptions("bert-base-uncased", num_layers=6).pooling
+        'mean'
+    """
 
     name: str = "sentence-transformers/all-MiniLM-L6-v2"
     """Any transformers encoder: a hub id, a local folder, or a name that a package of the extra `backbones` carries;
@@ -45,7 +57,13 @@ class TextOptions:
 
 @dataclass
 class FusionOptions:
-    """The fusion head."""
+    """The fusion head.
+
+    Example:
+        >>> from loopitr import FusionOptions
+        >>> FusionOptions(num_layers=6, init="text_upper_layers").style
+        'late'
+    """
 
     style: Literal["late", "shared"] = "late"
     """Own layers on top of the text backbone (ALBEF), or its own layers run again with cross-attention (BLIP)."""
@@ -99,7 +117,13 @@ class LoraOptions:
 
 @dataclass
 class ModelOptions:
-    """What is trained."""
+    """What is trained.
+
+    Example:
+        >>> from loopitr import ModelOptions, TextOptions
+        >>> ModelOptions(text=TextOptions("bert-base-uncased"), mlm_head=True, freeze=["vision"]).embed_dim
+        256
+    """
 
     init: str | None = None
     """Continue from a saved model (folder or hub id); the options below are then ignored but for `lora`, `freeze`,

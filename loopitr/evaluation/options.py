@@ -27,6 +27,11 @@ class EvaluationOptions:
 
     Raises:
         ValueError: a number out of range.
+
+    Example:
+        >>> from loopitr import EvaluationOptions
+        >>> EvaluationOptions(rerank=16, captions_per_image=5).graded
+        True
     """
 
     rerank: int = 64

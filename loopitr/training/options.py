@@ -12,7 +12,13 @@ from loopitr.objective.options import ObjectiveOptions
 
 @dataclass
 class TrainOptions:
-    """The run."""
+    """The run.
+
+    Example:
+        >>> from loopitr import TrainOptions
+        >>> TrainOptions(output_dir="runs/mine", epochs=3, batch_size=32, fusion_start=0.2).schedule
+        'cosine'
+    """
 
     output_dir: str = "runs/pretrain"
     """Where the model, metrics, curves and checkpoints go. An older run there is moved aside, never overwritten."""

@@ -40,13 +40,23 @@ TRIM_EVERY = 10  # steps; on the CPU
 class Trainer:
     """Trains an objective's model, validates it, keeps the best one.
 
-    Everything is built and checked when the trainer is made; nothing is written to the run folder before `run`.
-    `objective` and `optimizer` are accelerate's, `bare_objective` and `model` what is in them; `scheduler` steps once
-    per optimiser step, `total_steps` in all.
+    Everything is built and checked when the trainer is made; nothing is written to the run folder before `run`. Of its
+    attributes, `objective` and `optimizer` are accelerate's, `bare_objective` and `model` what is in them.
 
-    Example (`recipes/examples/own_records.py` runs it):
-        >>> trainer = Trainer(objective, processor, train_records, val_records, TrainOptions(epochs=3))
-        >>> metrics = trainer.run()
+    Example (`model` and `processor` as in the example of `build_model`):
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> from loopitr import DataOptions, LoopObjective, Record, Trainer, TrainOptions
+        >>> images = {color: Image.new("RGB", (32, 32), color) for color in ("red", "green", "blue", "white")}
+        >>> cards = [Record(image=image, captions=(f"a {color} card",)) for color, image in images.items()]
+        >>> folder, data = tempfile.TemporaryDirectory(), DataOptions(num_workers=0)
+        >>> options = TrainOptions(output_dir=folder.name + "/run", batch_size=4, epochs=1, tracker="none")
+        >>> trainer = Trainer(LoopObjective(model), processor, cards, cards, options, data=data)
+        1.1M parameters, 1.1M trained; 1 steps of 4 x 1 x 1
+        >>> metrics = trainer.run()  # doctest: +ELLIPSIS
+        step 1: ...
+        >>> metrics["num_images"]
+        4
     """
 
     def __init__(
@@ -79,8 +89,8 @@ class Trainer:
         """
         self.options = options or TrainOptions()
         self.data, self.validation = data or DataOptions(), validation or ValidationOptions()
-        given = _Given(self.options, self.data, self.validation)
-        self.config = config or dataclasses.asdict(given)
+        given: dict[str, Any] = {"train": self.options, "data": self.data, "validation": self.validation}
+        self.config = config or {name: dataclasses.asdict(part) for name, part in given.items()}
         self.resume, self.folder = resume, Path(self.options.output_dir)
         self.accelerator = accelerator or start(self.options)
         self.log = self.accelerator.print
@@ -119,9 +129,8 @@ class Trainer:
         `metrics.json`, `results.md`, `history.jsonl`, `curves.png` and `checkpoints/`. An earlier run there is moved
         aside unless it is resumed.
         """
-        accelerator = self.accelerator
+        accelerator, progress = self.accelerator, None
         prepare_folder(self.folder, self.config, accelerator, resume=self.resume)
-        progress = None
         if self.resume:
             progress = load_checkpoint(accelerator, self.folder / "checkpoints")
             where = f"step {progress.step}" if progress else f"scratch: no checkpoint in {self.folder}"
@@ -289,12 +298,3 @@ class Trainer:
             self.log(f"\n{result.table()}\n\nsaved in {self.folder}, trained in {seconds:.0f} s")
         self.accelerator.wait_for_everyone()
         return metrics
-
-
-@dataclasses.dataclass
-class _Given:
-    """The options of a trainer that was made without a whole tree of them."""
-
-    train: TrainOptions
-    data: DataOptions
-    validation: ValidationOptions
