@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from loopitr.checks import check_at_least
+
 
 @dataclass
 class VisionOptions:
@@ -80,10 +82,13 @@ class FusionOptions:
     first)."""
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "num_heads", "intermediate_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"model.fusion.{name} must be at least 1, got {value}")
+        check_at_least(
+            1,
+            "model.fusion",
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            intermediate_size=self.intermediate_size,
+        )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.fusion.dropout must be from 0 to below 1, got {self.dropout}")
 
@@ -104,9 +109,7 @@ class LoraOptions:
     """Layers by name or what their names end in (attn.qkv, query, conv_pw); unset: every linear layer."""
 
     def __post_init__(self) -> None:
-        for name in ("vision_rank", "text_rank"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"model.lora.{name} must be at least 0, got {getattr(self, name)}")
+        check_at_least(0, "model.lora", vision_rank=self.vision_rank, text_rank=self.text_rank)
         if self.alpha is not None and not self.alpha > 0:
             raise ValueError(f"model.lora.alpha must be above 0, got {self.alpha}")
         if not 0 <= self.dropout < 1:
