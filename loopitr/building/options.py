@@ -5,10 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from loopitr.checks import check_at_least
+
 
 @dataclass
 class VisionOptions:
-    """The image backbone."""
+    """The image backbone.
+
+    Example:
+        >>> from loopitr import VisionOptions
+        >>> VisionOptions("vit_small_patch16_224", pooling="mean").image_size
+        224
+    """
 
     name: str = "tf_efficientnet_lite0"
     """Any timm model."""
@@ -26,7 +34,13 @@ class VisionOptions:
 
 @dataclass
 class TextOptions:
-    """The text backbone."""
+    """The text backbone.
+
+    Example:
+        >>> from loopitr import TextOptions
+        >>> TextOptions("bert-base-uncased", num_layers=6).pooling
+        'mean'
+    """
 
     name: str = "sentence-transformers/all-MiniLM-L6-v2"
     """Any transformers encoder: a hub id, a local folder, or a name that a package of the extra `backbones` carries;
@@ -45,7 +59,13 @@ class TextOptions:
 
 @dataclass
 class FusionOptions:
-    """The fusion head."""
+    """The fusion head.
+
+    Example:
+        >>> from loopitr import FusionOptions
+        >>> FusionOptions(num_layers=6, init="text_upper_layers").style
+        'late'
+    """
 
     style: Literal["late", "shared"] = "late"
     """Own layers on top of the text backbone (ALBEF), or its own layers run again with cross-attention (BLIP)."""
@@ -62,10 +82,13 @@ class FusionOptions:
     first)."""
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "num_heads", "intermediate_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"model.fusion.{name} must be at least 1, got {value}")
+        check_at_least(
+            1,
+            "model.fusion",
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            intermediate_size=self.intermediate_size,
+        )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.fusion.dropout must be from 0 to below 1, got {self.dropout}")
 
@@ -86,9 +109,7 @@ class LoraOptions:
     """Layers by name or what their names end in (attn.qkv, query, conv_pw); unset: every linear layer."""
 
     def __post_init__(self) -> None:
-        for name in ("vision_rank", "text_rank"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"model.lora.{name} must be at least 0, got {getattr(self, name)}")
+        check_at_least(0, "model.lora", vision_rank=self.vision_rank, text_rank=self.text_rank)
         if self.alpha is not None and not self.alpha > 0:
             raise ValueError(f"model.lora.alpha must be above 0, got {self.alpha}")
         if not 0 <= self.dropout < 1:
@@ -99,7 +120,13 @@ class LoraOptions:
 
 @dataclass
 class ModelOptions:
-    """What is trained."""
+    """What is trained.
+
+    Example:
+        >>> from loopitr import ModelOptions, TextOptions
+        >>> ModelOptions(text=TextOptions("bert-base-uncased"), mlm_head=True, freeze=["vision"]).embed_dim
+        256
+    """
 
     init: str | None = None
     """Continue from a saved model (folder or hub id); the options below are then ignored but for `lora`, `freeze`,

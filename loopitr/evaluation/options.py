@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from loopitr.checks import check_at_least
+
 from .storage import TokenStorage
 
 
@@ -29,6 +31,11 @@ class EvaluationOptions:
 
     Raises:
         ValueError: a number out of range.
+
+    Example:
+        >>> from loopitr import EvaluationOptions
+        >>> EvaluationOptions(rerank=16, captions_per_image=5).graded
+        True
     """
 
     rerank: int = 64
@@ -44,11 +51,12 @@ class EvaluationOptions:
     token_storage: TokenStorage = field(default_factory=TokenStorage)
 
     def __post_init__(self) -> None:
-        for least, names in (
-            (0, ("rerank", "num_workers")),
-            (1, ("batch_size", "image_block", "pair_block", "captions_per_image", "max_images")),
-        ):
-            for name in names:
-                value = getattr(self, name)
-                if value is not None and value < least:
-                    raise ValueError(f"{name} must be at least {least}, got {value}")
+        check_at_least(0, rerank=self.rerank, num_workers=self.num_workers)
+        check_at_least(
+            1,
+            batch_size=self.batch_size,
+            image_block=self.image_block,
+            pair_block=self.pair_block,
+            captions_per_image=self.captions_per_image,
+            max_images=self.max_images,
+        )

@@ -78,6 +78,12 @@ class DualEncoderConfig(PreTrainedConfig):
         initial_logit_bias: start of the learned bias that the sigmoid loss needs (-10, SigLIP arXiv 2303.15343); None:
             the dual head has no such parameter.
         lora: LoRA adapters by backbone (`vision`, `text`), see `LORA_DEFAULTS`; None: there are none.
+
+    Example:
+        >>> from loopitr import DualEncoderConfig
+        >>> config = DualEncoderConfig(vision={"name": "vit_small_patch16_224"}, text={"model_type": "bert"})
+        >>> config.vision["image_size"]
+        224
     """
 
     model_type = "loopitr_dual"

@@ -45,6 +45,13 @@ def build_objective(
 
     Raises:
         ValueError: a term that the model has no head for.
+
+    Example (`model` and `batch` as in the example of `LoopObjective`):
+        >>> from loopitr import build_objective
+        >>> from loopitr.objective.options import ObjectiveOptions
+        >>> objective = build_objective(model, ObjectiveOptions(distillation_loss="kl", num_negatives=1))
+        >>> list(objective(**batch).terms)
+        ['itc', 'itm', 'distillation']
     """
     options = options or ObjectiveOptions()
     return LoopObjective(

@@ -28,16 +28,19 @@ class LoopObjective(nn.Module):
         ...     text={"model_type": "bert", "vocab_size": 99, "hidden_size": 48, "num_hidden_layers": 2},
         ...     fusion={"num_layers": 1, "num_heads": 4},
         ... )
-        >>> terms = [Contrastive(), Matching(), Ranking(0.5)]
-        >>> objective = LoopObjective(LoopITRModel(config), terms=terms, miner=TopK(1))
-        >>> step = objective(
-        ...     pixel_values=torch.randn(3, 3, 32, 32),
-        ...     input_ids=torch.tensor([[2, 7, 3], [2, 8, 3], [2, 9, 3]]),
-        ...     attention_mask=torch.ones(3, 3, dtype=torch.long),
-        ...     identities=torch.arange(3),
-        ...     caption_ids=torch.arange(3),
-        ... )
+        >>> model = LoopITRModel(config)
+        >>> batch = {
+        ...     "pixel_values": torch.randn(3, 3, 32, 32),
+        ...     "input_ids": torch.tensor([[2, 7, 3], [2, 8, 3], [2, 9, 3]]),
+        ...     "attention_mask": torch.ones(3, 3, dtype=torch.long),
+        ...     "identities": torch.arange(3),
+        ...     "caption_ids": torch.arange(3),
+        ... }
+        >>> objective = LoopObjective(model, terms=[Contrastive(), Matching(), Ranking(0.5)], miner=TopK(1))
+        >>> step = objective(**batch)
         >>> step.loss.backward()
+        >>> list(step.terms)
+        ['itc', 'itm', 'lce']
     """
 
     def __init__(

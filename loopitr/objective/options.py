@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from loopitr.checks import check_at_least, check_known
+
 ContrastiveName = Literal["softmax", "sigmoid"]
 MiningName = Literal["topk", "sample", "stratified"]
 DistillationName = Literal["kl", "cprd", "margin_mse", "ranknet", "listnet", "listmle", "adr_mse"]
@@ -61,12 +63,21 @@ class ObjectiveOptions:
     """`hard_rule: top`: m."""
 
     def __post_init__(self) -> None:
-        for name in ("itc", "itm", "lce", "distillation", "cmd", "cmc", "mlm"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"objective.{name} must be a weight >= 0, got {getattr(self, name)}")
-        for name in ("num_negatives", "mining_pool", "hard_top"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"objective.{name} must be at least 1, got {getattr(self, name)}")
+        check_at_least(
+            0,
+            "objective",
+            wanted="a weight >= 0",
+            itc=self.itc,
+            itm=self.itm,
+            lce=self.lce,
+            distillation=self.distillation,
+            cmd=self.cmd,
+            cmc=self.cmc,
+            mlm=self.mlm,
+        )
+        check_at_least(
+            1, "objective", num_negatives=self.num_negatives, mining_pool=self.mining_pool, hard_top=self.hard_top
+        )
         if not 0 < self.mlm_probability < 1:
             raise ValueError(f"objective.mlm_probability must be between 0 and 1, got {self.mlm_probability}")
         if not 0 < self.hard_threshold < 1:
@@ -76,14 +87,10 @@ class ObjectiveOptions:
         if self.itm_negatives is not None and not 1 <= self.itm_negatives <= self.num_negatives:
             limits = f"from 1 to num_negatives {self.num_negatives}"
             raise ValueError(f"objective.itm_negatives must be {limits}, got {self.itm_negatives}")
-        for name, known in (
-            ("itc_loss", ContrastiveName),
-            ("mining", MiningName),
-            ("distillation_loss", DistillationName),
-            ("hard_rule", HardRuleName),
-        ):
-            if getattr(self, name) not in get_args(known):
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(get_args(known))}")
+        check_known(get_args(ContrastiveName), itc_loss=self.itc_loss)
+        check_known(get_args(MiningName), mining=self.mining)
+        check_known(get_args(DistillationName), distillation_loss=self.distillation_loss)
+        check_known(get_args(HardRuleName), hard_rule=self.hard_rule)
 
     @property
     def scores_pairs(self) -> bool:

@@ -27,7 +27,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TermOutput:
-    """A scalar `loss`, not weighted, and `metrics` for the log."""
+    """A scalar `loss`, not weighted, and `metrics` for the log.
+
+    Example:
+        >>> import torch
+        >>> from loopitr import TermOutput
+        >>> TermOutput(torch.tensor(2.0), {"closest": torch.tensor(0.5)}).loss
+        tensor(2.)
+    """
 
     loss: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
@@ -39,6 +46,16 @@ class Term(ABC):
     `name` is what it is called in the log; `weight` its factor in the total, 0: left out. `uses_pairs` says that it
     asks for match scores, so that it is left out while the dual head trains alone. `masking` hides words of the
     captions, whose copies then are in `step.encoded.masked`.
+
+    Example (`model` and `batch` as in the example of `LoopObjective`):
+        >>> from loopitr import Contrastive, LoopObjective, Term
+        >>> class Sharpness(Term):
+        ...     name, weight = "sharpness", 0.01
+        ...
+        ...     def __call__(self, step):
+        ...         return step.similarities.per_image.square().mean()
+        >>> list(LoopObjective(model, [Contrastive(), Sharpness()])(**batch).terms)
+        ['itc', 'sharpness']
     """
 
     name: ClassVar[str]
@@ -64,7 +81,13 @@ class Term(ABC):
 
 @dataclass(frozen=True)
 class Contrastive(Term):
-    """ITC: symmetric InfoNCE of the dual head's similarities, with all positives of a query (`losses.itc_loss`)."""
+    """ITC: symmetric InfoNCE of the dual head's similarities, with all positives of a query (`losses.itc_loss`).
+
+    Example (`model` and `batch` as in the example of `LoopObjective`):
+        >>> from loopitr import Contrastive, LoopObjective
+        >>> list(LoopObjective(model, [Contrastive()])(**batch).terms)
+        ['itc']
+    """
 
     weight: float = 1.0
     name = "itc"
@@ -78,7 +101,14 @@ class Contrastive(Term):
 
 @dataclass(frozen=True)
 class SigmoidContrastive(Term):
-    """Each image-text pair of the batch by itself (`losses.siglip_loss`); needs a model with a logit bias."""
+    """Each image-text pair of the batch by itself (`losses.siglip_loss`); needs a model with a logit bias.
+
+    Example (`config` and `batch` as in the example of `LoopObjective`):
+        >>> from loopitr import LoopITRModel, LoopObjective, SigmoidContrastive
+        >>> config.initial_logit_bias = -10.0
+        >>> list(LoopObjective(LoopITRModel(config), [SigmoidContrastive()])(**batch).terms)
+        ['itc']
+    """
 
     weight: float = 1.0
     name = "itc"
@@ -98,6 +128,11 @@ class Matching(Term):
     """ITM: does the pair match? Two-way cross entropy of the fusion head on each query's candidates.
 
     `balanced` gives positives and negatives one half each. `negatives`: train on only so many, the first mined.
+
+    Example (`model` and `batch` as in the example of `LoopObjective`):
+        >>> from loopitr import LoopObjective, Matching
+        >>> list(LoopObjective(model, [Matching(negatives=1)])(**batch).terms)
+        ['itm']
     """
 
     weight: float = 1.0
@@ -116,7 +151,13 @@ class Matching(Term):
 
 @dataclass(frozen=True)
 class Ranking(Term):
-    """LCE: each query's positive above its own negatives by match score (`losses.lce_loss`)."""
+    """LCE: each query's positive above its own negatives by match score (`losses.lce_loss`).
+
+    Example (`model` and `batch` as in the example of `LoopObjective`):
+        >>> from loopitr import LoopObjective, Ranking
+        >>> list(LoopObjective(model, [Ranking(0.5)])(**batch).terms)
+        ['lce']
+    """
 
     weight: float = 1.0
     negatives: int | None = None
@@ -137,6 +178,11 @@ class Distillation(Term):
 
     `loss` is a function `(student, teacher, valid) -> scalar` on `[Q, 1 + K]`, the positive first, or a
     `DistillationLoss`, such as `PartialRanking()` (CPRD).
+
+    Example (`model` and `batch` as in the example of `LoopObjective`):
+        >>> from loopitr import Distillation, LoopObjective, PartialRanking
+        >>> list(LoopObjective(model, [Distillation(PartialRanking())])(**batch).terms)
+        ['distillation']
     """
 
     name = "distillation"
@@ -165,7 +211,16 @@ class Distillation(Term):
 
 @dataclass(frozen=True)
 class WordPrediction(Term):
-    """MLM on the fused tokens of masked captions: it teaches the fusion head which word belongs to which region."""
+    """MLM on the fused tokens of masked captions: it teaches the fusion head which word belongs to which region.
+
+    Example (`config` and `batch` as in the example of `LoopObjective`):
+        >>> from loopitr import LoopITRModel, LoopObjective, WordPrediction, token_masking
+        >>> from loopitr.models.processing import word_tokenizer
+        >>> config.mlm_head = True
+        >>> masking = token_masking(word_tokenizer(["a", "red", "dog"], max_length=8), 0.3)
+        >>> list(LoopObjective(LoopITRModel(config), [WordPrediction(masking)])(**batch).terms)
+        ['mlm']
+    """
 
     masking: TokenMasking | None = None
     weight: float = 1.0
@@ -184,7 +239,13 @@ class WordPrediction(Term):
 
 @dataclass(frozen=True)
 class StructureTransfer(Term):
-    """CMD: the batch's similarities within the `source` modality teach those within the other (`losses.cmd_loss`)."""
+    """CMD: the batch's similarities within the `source` modality teach those within the other (`losses.cmd_loss`).
+
+    Example (`model` and `batch` as in the example of `LoopObjective`):
+        >>> from loopitr import LoopObjective, StructureTransfer
+        >>> list(LoopObjective(model, [StructureTransfer(source="text")])(**batch).terms)
+        ['cmd']
+    """
 
     weight: float = 1.0
     source: Literal["image", "text"] = "image"
@@ -200,6 +261,11 @@ class FrozenContrast(Term):
     """CMC: each embed picks its own among those of the `source` modality, which gets no gradient (`losses.cmc_loss`).
 
     Only the first of several rows that show one image, or carry one caption, counts: the others are no negatives.
+
+    Example (`model` and `batch` as in the example of `LoopObjective`):
+        >>> from loopitr import FrozenContrast, LoopObjective
+        >>> list(LoopObjective(model, [FrozenContrast(source="image")])(**batch).terms)
+        ['cmc']
     """
 
     weight: float = 1.0

@@ -37,7 +37,14 @@ class TokenMasking:
 
 
 def token_masking(tokenizer: PreTrainedTokenizerBase, probability: float = 0.15) -> TokenMasking | None:
-    """The masking of a tokenizer's words, None if it has no mask token."""
+    """The masking of a tokenizer's words, None if it has no mask token.
+
+    Example:
+        >>> from loopitr import token_masking
+        >>> from loopitr.models.processing import word_tokenizer
+        >>> token_masking(word_tokenizer(["a", "red", "dog"], max_length=8), 0.3).probability
+        0.3
+    """
     if tokenizer.mask_token_id is None:
         return None
     return TokenMasking(

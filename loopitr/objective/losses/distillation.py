@@ -162,7 +162,15 @@ class WholeList(DistillationLoss):
 
 @dataclass(frozen=True)
 class PartialRanking(DistillationLoss):
-    """`cprd` of a query's negatives alone; `hard_rule(teacher, valid)` says which of them are hard."""
+    """`cprd` of a query's negatives alone; `hard_rule(teacher, valid)` says which of them are hard.
+
+    Example:
+        >>> import torch
+        >>> from loopitr import PartialRanking
+        >>> student, teacher = torch.tensor([[5.0, 1.0, 2.0]]), torch.tensor([[3.0, 2.0, 1.0]])
+        >>> PartialRanking()(student, teacher, torch.ones(1, 3, dtype=torch.bool))  # -log softmax([1, 2])[0]
+        tensor(1.3133)
+    """
 
     hard_rule: Callable[[Tensor, Tensor], Tensor] = hard_above_mean
 

@@ -1,0 +1,32 @@
+"""Checks of the values that a user gives as options: a ValueError in one line that names the option and its value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def check_at_least(least: float, group: str = "", *, wanted: str | None = None, **values: float | None) -> None:
+    """Each of `values`, an option's name and its value, is at least `least` or None, which stands for an unset option.
+
+    Args:
+        group: what the options belong to, as the command line names it (`train`); empty: to nothing.
+        wanted: the words for what a value must be; None: "at least" and the number.
+
+    Raises:
+        ValueError: a smaller value, or NaN.
+    """
+    for name, value in values.items():
+        if value is not None and not value >= least:
+            option = f"{group}.{name}" if group else name
+            raise ValueError(f"{option} must be {wanted or f'at least {least}'}, got {value}")
+
+
+def check_known(known: Sequence[str], **values: str) -> None:
+    """Each of `values`, an option's name and its value, is one of `known`.
+
+    Raises:
+        ValueError: another value; the line lists those that are known.
+    """
+    for name, value in values.items():
+        if value not in known:
+            raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
