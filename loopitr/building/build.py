@@ -86,7 +86,7 @@ def _from_saved(path: str) -> tuple[LoopITRModel, LoopITRProcessor]:
 def _from_pair(options: ModelOptions) -> tuple[LoopITRModel, LoopITRProcessor]:
     assert options.pair is not None
     pair = load_pair(options.pair)
-    fusion = asdict(options.fusion)
+    fusion = {**asdict(options.fusion), "agreement": options.fusion.agreement_width}
     if fusion.pop("init") != "random":
         raise ValueError(f"fusion.init 'text_upper_layers' needs BERT-type layers; {options.pair} has none")
     initializer_range = pair.described["text"].get("initializer_range", 0.02)
@@ -107,7 +107,7 @@ def _from_backbones(options: ModelOptions, vocabulary: list[str] | None) -> tupl
     if not 1 <= kept <= depth:
         raise ValueError(f"model.text.num_layers is {kept}, but {text.name} has {depth} layers")
     text_config["num_hidden_layers"] = kept
-    fusion = asdict(options.fusion)
+    fusion = {**asdict(options.fusion), "agreement": options.fusion.agreement_width}
     init = fusion.pop("init")
     if init == "text_upper_layers":
         if options.fusion.style != "late" or not text.pretrained or options.fusion.num_layers > depth:

@@ -37,6 +37,8 @@ class ObjectiveOptions:
     """Weight of masked language modelling on the fused tokens (needs a model with an mlm_head)."""
     mlm_probability: float = 0.15
     """Part of a caption's tokens that `mlm` masks. BERT has 0.15; a fusion head from scratch learns faster from 0.3."""
+    agreement: float = 0.0
+    """Weight of InfoNCE on the token agreement of all pairs of the batch (needs a model with fusion.agreement)."""
     num_negatives: int = 4
     """K, hard negatives per image and per text."""
     itm_negatives: int | None = None
@@ -61,7 +63,7 @@ class ObjectiveOptions:
     """`hard_rule: top`: m."""
 
     def __post_init__(self) -> None:
-        for name in ("itc", "itm", "lce", "distillation", "cmd", "cmc", "mlm"):
+        for name in ("itc", "itm", "lce", "distillation", "cmd", "cmc", "mlm", "agreement"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"objective.{name} must be a weight >= 0, got {getattr(self, name)}")
         for name in ("num_negatives", "mining_pool", "hard_top"):
