@@ -41,7 +41,7 @@ class TokenAgreement(nn.Module):
         super().__init__()
         self.word = nn.Linear(text_width, width)
         self.region = nn.Linear(image_width, width)
-        self.log_scale = nn.Parameter(torch.tensor(INITIAL_SCALE).log())
+        self.logit_scale = nn.Parameter(torch.tensor(INITIAL_SCALE).log())
         self.difference = nn.Linear(width, DIFFERENCE_WIDTH)
         # Squared differences of unit vectors are about 1 / A: a larger epsilon would drown them.
         self.norm = nn.LayerNorm(DIFFERENCE_WIDTH, eps=1e-12)
@@ -101,7 +101,7 @@ class TokenAgreement(nn.Module):
 
     def _judge(self, words: Tensor, regions: Tensor) -> Tensor:
         """`words [n, M, A]`, or `[M, A]` for all images, and `regions [n, N, A]` -> gate and score `[n, M, 2]`."""
-        scale = self.log_scale.clamp(max=math.log(MAX_SCALE)).exp()
+        scale = self.logit_scale.clamp(max=math.log(MAX_SCALE)).exp()
         weights = (scale * words @ regions.transpose(1, 2)).softmax(-1)  # [n, M, N]
         attended = weights.to(regions.dtype) @ regions  # [n, M, A]
         differences = self.norm(self.difference((words - attended).square()))  # [n, M, S]

@@ -40,7 +40,7 @@ def plain_agreement(agreement: TokenAgreement, image: Tensor, words: Tensor) -> 
     for token in words:
         word = agreement.word(token)
         word = word / word.norm()
-        exponentials = [(agreement.log_scale.exp() * (word * region).sum()).exp() for region in regions]
+        exponentials = [(agreement.logit_scale.exp() * (word * region).sum()).exp() for region in regions]
         attended = sum(e * region for e, region in zip(exponentials, regions, strict=True)) / sum(exponentials)
         difference = agreement.difference((word - attended) ** 2)
         centred = difference - difference.mean()

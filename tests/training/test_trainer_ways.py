@@ -16,8 +16,10 @@ PARTS = {
     "fusion": "fusion.",
     "itm": "itm_head.",
     "dual_head": "dual.vision_projection",
+    "agreement": "agreement.",
 }
-ALL = set(PARTS)
+ALL = {*PARTS} - {"agreement"}
+AGREEMENT = {"model__fusion__agreement": 12}
 
 
 def parts_of(names):
@@ -37,6 +39,20 @@ def parts_of(names):
             {"vision", "text", "fusion", "dual_head"},
         ),
         ({"model__mlm_head": True}, ALL),
+        (AGREEMENT, {*ALL, "agreement"}),
+        ({**AGREEMENT, "objective__agreement": 1}, {*ALL, "agreement"}),
+        (
+            {**AGREEMENT, "objective__agreement": 1, "objective__itm": 0, "objective__distillation": 0},
+            {"vision", "text", "dual_head", "agreement"},
+        ),
+        (
+            {**AGREEMENT, "objective__mlm": 1, "model__mlm_head": True, "objective__itm": 0},
+            {"vision", "text", "fusion", "dual_head"},
+        ),
+        (
+            {**AGREEMENT, "objective__agreement": 1, "model__freeze": ["vision", "text", "dual_head"]},
+            {"fusion", "itm", "agreement"},
+        ),
         ({"model__freeze": ["vision", "text"]}, {"fusion", "itm", "dual_head"}),
         ({"model__fusion__style": "shared"}, ALL),
     ],
