@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -55,6 +56,8 @@ def build_model(options: ModelOptions, *, vocabulary: list[str] | None = None) -
         if options.image_size is not None and options.image_size != model.config.vision["image_size"]:
             model.resize_images(options.image_size)
             set_image_size(processor.image_processor, options.image_size)
+    if options.fusion.agreement and model.agreement is None:
+        warnings.warn(f"{options.init} has no token agreement: model.fusion.agreement is left off", stacklevel=2)
     hold = options.hold_batch_statistics
     if hold is None:
         vision = options.vision

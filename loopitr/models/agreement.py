@@ -94,10 +94,14 @@ class TokenAgreement(nn.Module):
             ]
         return self._mean(torch.cat(judged).transpose(0, 1), texts.segments).T  # [B, T]
 
-    def activation_elements(self, rows: int, images: int, num_tokens: int) -> int:
-        """About how many elements `forward` without gradient holds at once, of so many rows and images."""
+    def activation_elements(self, rows: int, images: int, num_tokens: int, *, projected: bool) -> int:
+        """About how many elements `forward` without gradient holds at once, of so many rows and images.
+
+        Args:
+            projected: the images come with regions.
+        """
         width = self.word.weight.shape[0]
-        return rows * (3 * width + 2 * num_tokens) + 2 * images * num_tokens * width
+        return rows * (5 * width + 2 * num_tokens) + (1 if projected else 2) * images * num_tokens * width
 
     def _judge(self, words: Tensor, regions: Tensor) -> Tensor:
         """`words [n, M, A]`, or `[M, A]` for all images, and `regions [n, N, A]` -> gate and score `[n, M, 2]`."""

@@ -187,7 +187,8 @@ class LoopITRModel(LoopITRPreTrainedModel):
         projected = images.keys_values is not None
         elements = self.fusion.activation_elements(rows, used, images.tokens.shape[1], projected=projected)
         if self.agreement is not None:
-            elements = max(elements, self.agreement.activation_elements(rows, used, images.tokens.shape[1]))
+            own = self.agreement.activation_elements(rows, used, images.tokens.shape[1], projected=projected)
+            elements = max(elements, own)
         room = BLOCK_BYTES if images.tokens.device.type == "cpu" else GPU_BLOCK_BYTES
         return max(1, len(pairs) * room // (elements * self.itm_head.weight.element_size()))
 
