@@ -58,6 +58,10 @@ def build_model(options: ModelOptions, *, vocabulary: list[str] | None = None) -
             set_image_size(processor.image_processor, options.image_size)
     if options.fusion.agreement and model.agreement is None:
         warnings.warn(f"{options.init} has no token agreement: model.fusion.agreement is left off", stacklevel=2)
+    if options.init is None and model.agreement is not None:
+        # Token agreement learns first: until a new ITM head has learned too, it is not to add chance to it.
+        nn.init.zeros_(model.itm_head.weight)
+        nn.init.zeros_(model.itm_head.bias)
     hold = options.hold_batch_statistics
     if hold is None:
         vision = options.vision

@@ -89,5 +89,5 @@ class ObjectiveOptions:
 
     @property
     def scores_pairs(self) -> bool:
-        """Whether a term asks for match scores."""
-        return self.itm > 0 or self.lce > 0 or self.distillation > 0
+        """Whether a term asks for match scores, or trains a part of them."""
+        return self.itm > 0 or self.lce > 0 or self.distillation > 0 or self.agreement > 0

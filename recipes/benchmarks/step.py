@@ -1,10 +1,10 @@
 """python recipes/benchmarks/step.py [--batch_size 16] [--rounds 7] [--device cuda] [--precision bf16] [--output F.json]
 
 What the loop costs: one training step (forward and backward, no optimiser) of ITC only, ITC + ITM, and the loop with
-K = 4 and 8 (CPRD), the latter also with ITM on one negative and the other scores without gradient; ITC only and the
-loop with token agreement too, of its candidates and of all pairs of the batch. All on one model with
-random weights (ViT-S/16 at 224 px, MiniLM-like text, 6 text + 3 fusion layers by default) and captions of 14 tokens on
-average in batches padded to their longest; and the loop with a padded forward pass per pair. All variants run
+K = 4 and 8 (CPRD), the latter also with ITM on one negative and the other scores without gradient; the loop with a
+padded forward pass per pair; and ITC only and the loop with token agreement, in the candidates' scores and as a loss
+of its own on all pairs. All on one model with random weights (ViT-S/16 at 224 px, MiniLM-like text, 6 text + 3 fusion
+layers by default) and captions of 14 tokens on average in batches padded to their longest. All variants run
 interleaved in one process; medians of seconds and of ratios to ITC only, FLOPs counted by torch.utils.flop_counter, and
 the part of a large matrix product's speed that is reached.
 """
