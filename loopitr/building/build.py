@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -63,6 +64,12 @@ def build_model(options: ModelOptions, *, vocabulary: list[str] | None = None) -
         if options.image_size is not None and options.image_size != model.config.vision["image_size"]:
             model.resize_images(options.image_size)
             set_image_size(processor.image_processor, options.image_size)
+    if options.fusion.agreement and model.agreement is None:
+        warnings.warn(f"{options.init} has no token agreement: model.fusion.agreement is left off", stacklevel=2)
+    if options.init is None and model.agreement is not None:
+        # Token agreement learns first: until a new ITM head has learned too, it is not to add chance to it.
+        nn.init.zeros_(model.itm_head.weight)
+        nn.init.zeros_(model.itm_head.bias)
     hold = options.hold_batch_statistics
     if hold is None:
         vision = options.vision
@@ -94,7 +101,7 @@ def _from_saved(path: str) -> tuple[LoopITRModel, LoopITRProcessor]:
 def _from_pair(options: ModelOptions) -> tuple[LoopITRModel, LoopITRProcessor]:
     assert options.pair is not None
     pair = load_pair(options.pair)
-    fusion = asdict(options.fusion)
+    fusion = {**asdict(options.fusion), "agreement": options.fusion.agreement_width}
     if fusion.pop("init") != "random":
         raise ValueError(f"fusion.init 'text_upper_layers' needs BERT-type layers; {options.pair} has none")
     initializer_range = pair.described["text"].get("initializer_range", 0.02)
@@ -115,7 +122,7 @@ def _from_backbones(options: ModelOptions, vocabulary: list[str] | None) -> tupl
     if not 1 <= kept <= depth:
         raise ValueError(f"model.text.num_layers is {kept}, but {text.name} has {depth} layers")
     text_config["num_hidden_layers"] = kept
-    fusion = asdict(options.fusion)
+    fusion = {**asdict(options.fusion), "agreement": options.fusion.agreement_width}
     init = fusion.pop("init")
     if init == "text_upper_layers":
         if options.fusion.style != "late" or not text.pretrained or options.fusion.num_layers > depth:

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from loopitr.checks import check_at_least
 
+AGREEMENT_WIDTH = 256
+
 
 @dataclass
 class VisionOptions:
@@ -77,6 +79,9 @@ class FusionOptions:
     """Feed-forward width; unset: 4 x width."""
     dropout: float = 0.1
     """Dropout after attention and feed-forward."""
+    agreement: bool | int = False
+    """Token agreement: words attend to image tokens in a space of their own, cheap enough for all pairs of a batch, and
+    what comes of it is added to the match score. A number is the width of that space; true: 256."""
     init: Literal["random", "text_upper_layers"] = "random"
     """`late`: start the fusion layers from the upper layers of the text backbone (those `text.num_layers` cuts off
     first)."""
@@ -91,6 +96,13 @@ class FusionOptions:
         )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.fusion.dropout must be from 0 to below 1, got {self.dropout}")
+        if not isinstance(self.agreement, bool) and self.agreement < 1:
+            raise ValueError(f"model.fusion.agreement must be true, false or a width, at least 1, got {self.agreement}")
+
+    @property
+    def agreement_width(self) -> int | None:
+        """Width of the token agreement; None: there is none."""
+        return (AGREEMENT_WIDTH if self.agreement else None) if isinstance(self.agreement, bool) else self.agreement
 
 
 @dataclass

@@ -34,6 +34,7 @@ FUSION_DEFAULTS: dict[str, Any] = {
     "layer_norm_eps": 1e-12,
     "image_positions": None,  # learned positions on the image tokens; None: only where the backbone has none (a CNN)
     "first_token_id": None,  # read in place of a text's first token when pairs are scored ([ENC] of BLIP); shared only
+    "agreement": None,  # width A of the token agreement that is added to the match score; None: there is none
 }
 LORA_DEFAULTS: dict[str, Any] = {
     "rank": 8,
@@ -172,7 +173,7 @@ class LoopITRConfig(DualEncoderConfig):
         self.fusion = _merged("fusion", fusion, FUSION_DEFAULTS)
         _one_of("fusion.style", self.fusion["style"], FUSION_STYLES)
         _positive("fusion.num_layers", self.fusion["num_layers"])
-        for name in ("num_heads", "intermediate_size"):
+        for name in ("num_heads", "intermediate_size", "agreement"):
             if self.fusion[name] is not None:
                 _positive(f"fusion.{name}", self.fusion[name])
         if self.fusion["first_token_id"] is not None and self.fusion["style"] != "shared":

@@ -29,7 +29,8 @@ class DualOutput(ModelOutput):
 
 @dataclass(frozen=True)
 class ImageState:
-    """Encoded images: `embeds [B, E]`, `tokens [B, N, D]` and, once projected, the fusion layers' keys and values.
+    """Encoded images: `embeds [B, E]`, `tokens [B, N, D]` and, once projected, the fusion layers' keys and values and
+    what token agreement compares words with: `regions [B, N, A]`, if the model has it.
 
     Example (`model` and `batch` as in the example of `LoopObjective`):
         >>> images = model.encode_images(batch["pixel_values"])
@@ -40,6 +41,7 @@ class ImageState:
     embeds: Tensor
     tokens: Tensor
     keys_values: KeysValues | None = None
+    regions: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from loopitr.objective.losses.distillation import WHOLE_LIST_LOSSES
 from loopitr.objective.mining import Miner, Sample, Stratified, TopK
 from loopitr.objective.options import ObjectiveOptions
 from loopitr.objective.terms import (
+    Agreement,
     Contrastive,
     Distillation,
     FrozenContrast,
@@ -74,6 +75,7 @@ def build_terms(options: ObjectiveOptions, token_masking: TokenMasking | None = 
         StructureTransfer(options.cmd, source=options.structure_source),
         FrozenContrast(options.cmc, source=options.structure_source),
         WordPrediction(token_masking, options.mlm),
+        Agreement(options.agreement),
     ]
     return [term for term in terms if term.weight]
 

@@ -53,7 +53,8 @@ def cached_backward(
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     check_batch_statistics(objective.model)
-    keeps_tokens = (objective.uses_pairs and with_pairs) or objective.predicts_words
+    always = objective.predicts_words or objective.compares_tokens
+    keeps_tokens = (objective.uses_pairs and with_pairs) or always
     inputs = {name: batch[name] for name in INPUTS if name in batch}
     starts = range(0, len(batch["input_ids"]), chunk_size)
     chunks = [{name: value[start : start + chunk_size] for name, value in inputs.items()} for start in starts]

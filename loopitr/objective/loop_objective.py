@@ -85,6 +85,11 @@ class LoopObjective(nn.Module):
         return any(term.masking is not None for term in self.terms)
 
     @property
+    def compares_tokens(self) -> bool:
+        """Whether a term asks for the agreement of tokens."""
+        return any(term.compares_tokens for term in self.terms)
+
+    @property
     def trained_negatives(self) -> int:
         """How many of a query's K negatives the fusion head learns from; the scores of the others only teach."""
         return max((term.trained_negatives(self.miner.num_negatives) for term in self.terms), default=0)
@@ -169,6 +174,7 @@ class LoopObjective(nn.Module):
         """Zero, connected to every trained parameter that this step's terms may leave alone: DDP waits for each."""
         parameters = [] if self.model.dual.logit_bias is None else [self.model.dual.logit_bias]
         if self.uses_pairs and not with_pairs:
-            parameters += [*self.model.fusion.parameters(), *self.model.itm_head.parameters()]
+            heads = (self.model.fusion, self.model.itm_head, self.model.agreement)
+            parameters += [parameter for head in heads if head is not None for parameter in head.parameters()]
         zero = step.similarities.per_image.sum() * 0  # so that there is a loss even without a term
         return sum((parameter.sum() * 0 for parameter in parameters if parameter.requires_grad), zero)

@@ -39,6 +39,8 @@ class ObjectiveOptions:
     """Weight of masked language modelling on the fused tokens (needs a model with an mlm_head)."""
     mlm_probability: float = 0.15
     """Part of a caption's tokens that `mlm` masks. BERT has 0.15; a fusion head from scratch learns faster from 0.3."""
+    agreement: float = 0.0
+    """Weight of InfoNCE on the token agreement of all pairs of the batch (needs a model with fusion.agreement)."""
     num_negatives: int = 4
     """K, hard negatives per image and per text."""
     itm_negatives: int | None = None
@@ -74,6 +76,7 @@ class ObjectiveOptions:
             cmd=self.cmd,
             cmc=self.cmc,
             mlm=self.mlm,
+            agreement=self.agreement,
         )
         check_at_least(
             1, "objective", num_negatives=self.num_negatives, mining_pool=self.mining_pool, hard_top=self.hard_top
@@ -94,5 +97,5 @@ class ObjectiveOptions:
 
     @property
     def scores_pairs(self) -> bool:
-        """Whether a term asks for match scores."""
-        return self.itm > 0 or self.lce > 0 or self.distillation > 0
+        """Whether a term asks for match scores, or trains a part of them."""
+        return self.itm > 0 or self.lce > 0 or self.distillation > 0 or self.agreement > 0

@@ -63,8 +63,17 @@ class Similarities:
 
 
 @dataclass(frozen=True)
+class Agreements:
+    """Token agreement: images of this rank against all texts `[B, G]`, its texts against all images `[B, G]`."""
+
+    per_image: Tensor
+    per_text: Tensor
+
+
+@dataclass(frozen=True)
 class Positives:
-    """Masks that go with `Similarities`: images against all texts, texts against all images, `[B, G]` bool each."""
+    """Masks `[B, G]` bool that go with `Similarities` and `Agreements`: images against all texts, texts against all
+    images."""
 
     per_image: Tensor
     per_text: Tensor

@@ -21,6 +21,7 @@ from torch import Tensor
 from loopitr.distributed import all_gather, all_gather_padded, rank, world_size
 from loopitr.objective import losses
 from loopitr.objective.parts import (
+    Agreements,
     Candidates,
     Embeds,
     Encoded,
@@ -76,6 +77,14 @@ class Step:
             )
 
     @cached_property
+    def agreement(self) -> Agreements:
+        """The token agreement of all pairs of all ranks; each rank computes that of its own images."""
+        per_image = self.model.agreement_of_all(self._projected, self._all_texts)  # [B, G]
+        size, start = len(per_image), rank() * len(per_image)
+        per_text = all_gather(per_image, gradient=True)[:, start : start + size].T  # [B, G]
+        return Agreements(per_image, per_text)
+
+    @cached_property
     def positives(self) -> Positives:
         """Text j is a positive of image i if some row of any rank shows i's image with j's caption."""
         identities, captions = self.gathered.identities, self.gathered.caption_ids
@@ -91,7 +100,7 @@ class Step:
         start, columns = rank() * size, slice(None)
         images, texts = self._projected, self.encoded.texts
         if self.objective.mine_across_ranks:
-            images, texts = _gather_states(images, texts)
+            images, texts = _gather_images(images), self._all_texts
         else:
             start, columns = 0, slice(start, start + size)
         own = torch.arange(start, start + size, device=self.identities.device)  # [B] each query's partner
@@ -161,11 +170,23 @@ class Step:
 
     @cached_property
     def _projected(self) -> ImageState:
-        """The images, with their keys and values where several runs of the fusion head share them."""
-        objective, images = self.objective, self.encoded.images
+        """The images, with their keys and values where several runs of the fusion head share them, and likewise the
+        regions that token agreement looks at."""
+        objective, images, agreement = self.objective, self.encoded.images, self.model.agreement
         if objective.predicts_words and objective.pair_block is None:  # otherwise `score_pairs` projects what it needs
             return self.model.project_images(images)
+        if objective.compares_tokens and agreement is not None:
+            return replace(images, regions=agreement.project_regions(images.tokens))
         return images
+
+    @cached_property
+    def _all_texts(self) -> TextState:
+        """The texts of all ranks, with gradient."""
+        texts = self.encoded.texts
+        if world_size() == 1:
+            return texts
+        mask = all_gather_padded(texts.mask.long()).bool()
+        return type(texts)(all_gather(texts.embeds), all_gather_padded(texts.tokens, gradient=True), mask)
 
     def _mine(self, similarity: Tensor, positives: Tensor, own: Tensor, groups: Tensor) -> tuple[Tensor, ...]:
         """Indices, validity and similarity `[B, 1 + K]` each of one direction's candidates."""
@@ -185,14 +206,11 @@ class Step:
         return scored.logits.unflatten(0, pairs.shape[:3])
 
 
-def _gather_states(images: ImageState, texts: TextState) -> tuple[ImageState, TextState]:
+def _gather_images(images: ImageState) -> ImageState:
     """Tokens of all ranks, with gradient. Keys and values are projected later, of the images in this rank's pairs."""
     if world_size() == 1:
-        return images, texts
-    tokens = all_gather_padded(texts.tokens, gradient=True)
-    mask = all_gather_padded(texts.mask.long()).bool()
-    gathered = type(images)(embeds=all_gather(images.embeds), tokens=all_gather(images.tokens, gradient=True))
-    return gathered, type(texts)(all_gather(texts.embeds), tokens, mask)
+        return images
+    return type(images)(embeds=all_gather(images.embeds), tokens=all_gather(images.tokens, gradient=True))
 
 
 def _shown_together(queries: Tensor, own: Tensor, others: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """What a step is trained on: small objects, each with a name, a weight and a call on the step (`step.py`).
 
-A term asks the step for what it needs (`similarities`, `positives`, `candidates`, `match`, `words`, `embeds`), which
-the step computes once. A term of your own is a subclass with a `__call__` that returns a scalar: see
-`recipes/examples/own_term.py`.
+A term asks the step for what it needs (`similarities`, `positives`, `candidates`, `match`, `words`, `embeds`,
+`agreement`), which the step computes once. A term of your own is a subclass with a `__call__` that returns a scalar:
+see `recipes/examples/own_term.py`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class Term(ABC):
     """One loss of the step.
 
     `name` is what it is called in the log; `weight` its factor in the total, 0: left out. `uses_pairs` says that it
-    asks for match scores, so that it is left out while the dual head trains alone. `masking` hides words of the
+    asks for match scores, so that it is left out while the dual head trains alone; `compares_tokens` that it asks for
+    the agreement of tokens, which the step has from its start. `masking` hides words of the
     captions, whose copies then are in `step.encoded.masked`.
 
     Example (`model` and `batch` as in the example of `LoopObjective`):
@@ -61,6 +62,7 @@ class Term(ABC):
     name: ClassVar[str]
     weight: float
     uses_pairs: ClassVar[bool] = False
+    compares_tokens: ClassVar[bool] = False
     masking: TokenMasking | None = None
 
     @abstractmethod
@@ -235,6 +237,28 @@ class WordPrediction(Term):
     def check(self, model: LoopITRModel) -> None:
         if model.mlm_head is None or self.masking is None:
             raise ValueError("objective.mlm needs a model with an mlm_head and a tokenizer with a mask token")
+
+
+@dataclass(frozen=True)
+class Agreement(Term):
+    """Symmetric InfoNCE of token agreement, the cheap part of the match score, over all pairs of the batch.
+
+    It trains from the first step on: unlike match scores, it costs little enough for every pair.
+    """
+
+    weight: float = 1.0
+    name = "agreement"
+    compares_tokens = True
+
+    def __call__(self, step: Step) -> Tensor:
+        agreement, positives = step.agreement, step.positives
+        return losses.itc_loss(
+            agreement.per_image, agreement.per_text, positives.per_image, positives.per_text
+        )  # of this rank's queries
+
+    def check(self, model: LoopITRModel) -> None:
+        if model.agreement is None:
+            raise ValueError("objective.agreement needs a model with token agreement (model.fusion.agreement true)")
 
 
 @dataclass(frozen=True)

@@ -116,10 +116,14 @@ def prepare_model(objective: LoopObjective, train: TrainOptions, data: DataOptio
     model = objective.model
     # DDP demands that every trained parameter is used.
     trains_scores = objective.trained_negatives > 0
-    if not trains_scores and not objective.predicts_words:
+    if not trains_scores and not objective.predicts_words and not objective.compares_tokens:
         model.freeze(["fusion"])
+    if not trains_scores and not objective.predicts_words:
+        model.fusion.requires_grad_(False)
     if not trains_scores:
         model.itm_head.requires_grad_(False)
+    if model.agreement is not None and not trains_scores and not objective.compares_tokens:
+        model.agreement.requires_grad_(False)
     if model.mlm_head is not None and not objective.predicts_words:
         model.mlm_head.requires_grad_(False)
     if train.gradient_checkpointing:

@@ -34,7 +34,8 @@ class Validator:
     ) -> None:
         self.model, self.caches, self.options, self.folder = objective.model, caches, options, folder
         self.records, self.fusion_start = records, fusion_start
-        self.uses_pairs = objective.uses_pairs
+        self.uses_pairs = objective.uses_pairs or objective.compares_tokens
+        self.starts_early = objective.compares_tokens  # token agreement, a part of match scores, waits for no one
 
     @property
     def accelerator(self) -> Accelerator:
@@ -60,13 +61,13 @@ class Validator:
         final: bool = False,
         calibrate: bool = False,
     ) -> RetrievalResult:
-        """Recalls of `model` on `records`, reranked once the fusion head has joined.
+        """Recalls of `model` on `records`, reranked once a part of the match score is trained.
 
         `calibrate` fits the weight of the similarity in the reranking score on these records.
         """
         options = self.options
         rerank = options.final_rerank if final else options.rerank
-        started = not self.fusion_start or step > self.fusion_start
+        started = self.starts_early or not self.fusion_start or step > self.fusion_start
         tokens = self.caches.tokens(records)  # in float32, whatever the precision of the run that computes them
         with self.accelerator.autocast():
             return evaluate_retrieval(

@@ -44,9 +44,11 @@ def assert_same(first, second):
         assert torch.equal(first[name].t2i, second[name].t2i), name
 
 
-@pytest.mark.parametrize("style", ["late", "shared"])
-def test_reranking_everything_equals_brute_force(style):
-    model, records = tiny_model(style=style), tiny_records()
+@pytest.mark.parametrize("style, agreement", [("late", None), ("shared", None), ("late", 12)])
+def test_reranking_everything_equals_brute_force(style, agreement):
+    model, records = tiny_model(style=style, fusion={"agreement": agreement}), tiny_records()
+    if agreement is not None:
+        model.agreement.score.weight.data.mul_(30)  # or else it changes no order
     similarity, match, owner = all_scores(model, records)
     with torch.no_grad():
         both = match + model.dual.scale * similarity
