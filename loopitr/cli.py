@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Options = TypeVar("Options")
 USAGE_ERROR = 2
+SWITCHES = ("--resume", "--table_only")
 
 
 def parse(options: type[Options], arguments: Sequence[str] | None = None, *, description: str | None = None) -> Options:
@@ -92,9 +93,9 @@ def check_output_file(output: str | Path) -> None:
 
 
 def _flags(arguments: Sequence[str]) -> list[str]:
-    """`--resume` alone means true."""
+    """`--resume` alone means true, and so do other switches."""
     following = [*arguments[1:], ""]
-    return [a + "=true" if a == "--resume" and b not in ("true", "false") else a for a, b in zip(arguments, following)]
+    return [a + "=true" if a in SWITCHES and b not in ("true", "false") else a for a, b in zip(arguments, following)]
 
 
 def _not_text(arguments: Sequence[str]) -> str:
