@@ -45,7 +45,7 @@ def test_a_stopped_ablation_goes_on_and_repeats_no_finished_run(tmp_path):
     assert "resuming from step" in (second.with_name("seed-0.log")).read_text()
     assert json.loads((second / "metrics.json").read_text())["training"]["steps"] == 32
     table = (tmp_path / "out" / "ablation.md").read_text()
-    assert table in again.stdout and "| long | 1/1" in table
+    assert table in again.stdout and "| long |  1/1 |" in table
     assert {path.name for path in (tmp_path / "out" / "long").iterdir()} == {"seed-0", "seed-0.log", "seed-0.yaml"}
 
 
