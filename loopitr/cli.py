@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Options = TypeVar("Options")
 USAGE_ERROR = 2
-SWITCHES = ("--resume", "--resume_with_changes")
+SWITCHES = ("--resume", "--resume_with_changes", "--table_only")
 
 
 def parse(options: type[Options], arguments: Sequence[str] | None = None, *, description: str | None = None) -> Options:
@@ -93,7 +93,7 @@ def check_output_file(output: str | Path) -> None:
 
 
 def _flags(arguments: Sequence[str]) -> list[str]:
-    """`--resume` and `--resume_with_changes` alone mean true."""
+    """A switch alone, such as `--resume`, means true."""
     following = [*arguments[1:], ""]
     return [a + "=true" if a in SWITCHES and b not in ("true", "false") else a for a, b in zip(arguments, following)]
 

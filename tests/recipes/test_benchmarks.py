@@ -66,6 +66,17 @@ def test_on_a_gpu_no_operation_mixes_devices(gpu, monkeypatch, capsys, tmp_path,
     assert status == 0, errors
 
 
+def test_the_layout_of_pixels_is_timed_where_there_are_convolutions(monkeypatch, capsys, tmp_path):
+    file = tmp_path / "figures.json"
+    done = run_here(
+        monkeypatch, capsys, "benchmarks/encode.py", *SMALL["encode.py"], "--vision", "resnet10t", "--output", file
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(file.read_text())["figures"]
+    assert [name for name in figures if "layout" in name] == ["images, layout", "images, layout, trained"]
+    assert figures["images, layout, trained"]["flops"] > 2 * figures["images, layout"]["flops"] > 0
+
+
 def test_input_of_a_folder_needs_a_jpeg_in_it(monkeypatch, capsys, tmp_path):
     done = run_here(monkeypatch, capsys, "benchmarks/input.py", "--images", tmp_path)
     assert (done.returncode, done.stdout) == (2, "") and "no .jpg or .jpeg file in it" in done.stderr
