@@ -39,7 +39,7 @@ class Case:
         model = model_of(options, style=self.style)
         with torch.no_grad():
             model.itm_head.weight.mul_(30)  # match scores spread out
-        objective = build_objective(model, options, token_masking=EveryThirdWord())
+        objective = build_objective(model, options, masking=EveryThirdWord())
         if in_blocks:
             objective.miner = BlockMining(objective.miner)
         return objective

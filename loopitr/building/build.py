@@ -28,6 +28,7 @@ from loopitr.building.weights import (
 )
 from loopitr.models.config import LoopITRConfig
 from loopitr.models.fusion import BertParts
+from loopitr.models.heads import MLMHead
 from loopitr.models.image_backbone import create_timm, fit_weights, vision_data
 from loopitr.models.loop_model import LoopITRModel
 from loopitr.models.lora import add_lora
@@ -66,6 +67,8 @@ def build_model(options: ModelOptions, *, vocabulary: list[str] | None = None) -
             set_image_size(processor.image_processor, options.image_size)
     if options.fusion.agreement and model.agreement is None:
         warnings.warn(f"{options.init} has no token agreement: model.fusion.agreement is left off", stacklevel=2)
+    if options.mlm_head and model.mlm_head is None:
+        _add_mlm_head(model)
     if options.init is None and model.agreement is not None:
         # Token agreement learns first: until a new ITM head has learned too, it is not to add chance to it.
         nn.init.zeros_(model.itm_head.weight)
@@ -96,6 +99,15 @@ def _from_saved(path: str) -> tuple[LoopITRModel, LoopITRProcessor]:
     if not isinstance(saved.model, LoopITRModel):
         raise ValueError(f"model.init {path} holds a dual encoder alone; training needs one with its fusion head")
     return saved.model, saved.processor
+
+
+def _add_mlm_head(model: LoopITRModel) -> None:
+    """A new head; a model that was saved for use has none."""
+    text = model.dual.text.model
+    head = MLMHead(text.get_input_embeddings(), text.config)
+    nn.init.normal_(head.dense.weight, std=model.config.initializer_range)
+    nn.init.zeros_(head.dense.bias)
+    model.mlm_head, model.config.mlm_head = head.to(model.device), True
 
 
 def _from_pair(options: ModelOptions) -> tuple[LoopITRModel, LoopITRProcessor]:

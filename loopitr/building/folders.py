@@ -135,3 +135,17 @@ def check_output(output: str | Path, kind: str) -> Path:
                 f"{output} holds a {model_type!r} model, which would be overwritten; choose another folder"
             )
     return folder
+
+
+def save_for_use(
+    model: LoopITRModel, processor: LoopITRProcessor, folder: str | Path, *, keep_mlm_head: bool = False
+) -> None:
+    """Save a model with its processor, without the head that only training needs (unless asked for)."""
+    head, kept = model.mlm_head, keep_mlm_head or model.mlm_head is None
+    try:
+        if not kept:
+            model.mlm_head, model.config.mlm_head = None, False
+        model.save_pretrained(folder)
+    finally:
+        model.mlm_head, model.config.mlm_head = head, head is not None
+    processor.save_pretrained(folder)

@@ -142,7 +142,7 @@ class ModelOptions:
 
     init: str | None = None
     """Continue from a saved model (folder or hub id); the options below are then ignored but for `lora`, `freeze`,
-    `hold_batch_statistics` and `image_size`."""
+    `hold_batch_statistics`, `image_size`, and `mlm_head`, which gives a model without one a new one."""
     pair: str | None = None
     """Start from a CLIP or SigLIP checkpoint of transformers (folder or hub id): both towers, the dual head and the
     processor are its own, and only `fusion`, `mlm_head`, `lora`, `freeze` and `image_size` are still read."""

@@ -276,14 +276,8 @@ class LoopITRModel(LoopITRPreTrainedModel):
         before = self.dual.vision.num_tokens
         self.dual.vision.resize(image_size)
         self.config.vision["image_size"] = self.dual.config.vision["image_size"] = image_size
-        positions = self.fusion.image_positions
-        if positions is not None and self.dual.vision.num_tokens != before:
-            prefix = self.dual.vision.num_prefix_tokens
-            old, new = round((before - prefix) ** 0.5), round((self.dual.vision.num_tokens - prefix) ** 0.5)
-            grid = positions[:, prefix:].transpose(1, 2).unflatten(-1, (old, old))
-            grid = F.interpolate(grid.float(), size=(new, new), mode="bicubic", antialias=True).to(positions.dtype)
-            resized = torch.cat([positions[:, :prefix], grid.flatten(2).transpose(1, 2)], 1)  # [1, N, Dv]
-            self.fusion.image_positions = nn.Parameter(resized.detach().contiguous())
+        if self.dual.vision.num_tokens != before:
+            self.fusion.resize_positions(self.dual.vision.num_tokens, prefix=self.dual.vision.num_prefix_tokens)
         self.freeze(tuple(self._frozen))  # parameters made anew
         freeze_adapted(self.dual)
 

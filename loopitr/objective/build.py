@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -25,23 +25,25 @@ from loopitr.objective.terms import (
     Term,
     WordPrediction,
 )
+from loopitr.objective.word_masking import TokenMasking, common_tokens, token_masking
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from loopitr.models.loop_model import LoopITRModel
-    from loopitr.objective.word_masking import TokenMasking
 
 
 def build_objective(
     model: LoopITRModel,
     options: ObjectiveOptions | None = None,
     *,
-    token_masking: TokenMasking | None = None,
+    masking: TokenMasking | None = None,
     pair_block: int | None = None,
 ) -> LoopObjective:
     """The objective that the options describe.
 
     Args:
-        token_masking: hides words for `options.mlm`.
+        masking: hides words for `options.mlm`.
         pair_block: pairs scored at a time; None: all.
 
     Raises:
@@ -57,14 +59,33 @@ def build_objective(
     options = options or ObjectiveOptions()
     return LoopObjective(
         model,
-        build_terms(options, token_masking),
+        build_terms(options, masking),
         miner=build_miner(options),
         mine_across_ranks=options.mine_across_ranks,
         pair_block=pair_block,
     )
 
 
-def build_terms(options: ObjectiveOptions, token_masking: TokenMasking | None = None) -> list[Term]:
+def build_masking(
+    tokenizer: PreTrainedTokenizerBase, options: ObjectiveOptions, captions: Iterable[str] | None
+) -> TokenMasking | None:
+    """Which tokens of the captions are hidden for `options.mlm`; None if the tokenizer has no mask token.
+
+    Args:
+        captions: those of the training data, read for `mlm_words: content` alone; None: a stream.
+
+    Raises:
+        ValueError: content words of a stream.
+    """
+    common: tuple[int, ...] = ()
+    if options.mlm and options.mlm_words == "content":
+        if captions is None:
+            raise ValueError("objective.mlm_words 'content' counts words in all captions, which a stream does not show")
+        common = common_tokens(tokenizer, captions, options.mlm_common)
+    return token_masking(tokenizer, options.mlm_probability, common_ids=common)
+
+
+def build_terms(options: ObjectiveOptions, masking: TokenMasking | None = None) -> list[Term]:
     """One term for each weight; those of weight 0 are left out."""
     contrastive = Contrastive if options.itc_loss == "softmax" else SigmoidContrastive
     terms: list[Term] = [
@@ -74,7 +95,7 @@ def build_terms(options: ObjectiveOptions, token_masking: TokenMasking | None = 
         Distillation(distillation_loss(options), options.distillation),
         StructureTransfer(options.cmd, source=options.structure_source),
         FrozenContrast(options.cmc, source=options.structure_source),
-        WordPrediction(token_masking, options.mlm),
+        WordPrediction(masking, options.mlm),
         Agreement(options.agreement),
     ]
     return [term for term in terms if term.weight]

@@ -10,6 +10,7 @@ from loopitr.checks import check_at_least, check_known
 ContrastiveName = Literal["softmax", "sigmoid"]
 MiningName = Literal["topk", "sample", "stratified"]
 DistillationName = Literal["kl", "cprd", "margin_mse", "ranknet", "listnet", "listmle", "adr_mse"]
+WordChoice = Literal["all", "content"]
 HardRuleName = Literal["threshold", "mean", "top"]
 
 
@@ -37,8 +38,13 @@ class ObjectiveOptions:
     """`cmd`, `cmc`: the modality that teaches the other."""
     mlm: float = 0.0
     """Weight of masked language modelling on the fused tokens (needs a model with an mlm_head)."""
-    mlm_probability: float = 0.15
-    """Part of a caption's tokens that `mlm` masks. BERT has 0.15; a fusion head from scratch learns faster from 0.3."""
+    mlm_probability: float = 0.3
+    """Part of a caption's tokens that `mlm` masks, at least one of each caption. BERT has 0.15; a fusion head from
+    scratch learns faster from 0.3."""
+    mlm_words: WordChoice = "all"
+    """Which tokens `mlm` may mask: all, or those of content alone, which few captions share (`mlm_common`)."""
+    mlm_common: float = 0.1
+    """`mlm_words: content`: tokens that stand in at least this part of the training captions are never masked."""
     agreement: float = 0.0
     """Weight of InfoNCE on the token agreement of all pairs of the batch (needs a model with fusion.agreement)."""
     num_negatives: int = 4
@@ -83,6 +89,8 @@ class ObjectiveOptions:
         )
         if not 0 < self.mlm_probability < 1:
             raise ValueError(f"objective.mlm_probability must be between 0 and 1, got {self.mlm_probability}")
+        if not 0 < self.mlm_common <= 1:
+            raise ValueError(f"objective.mlm_common must be above 0 and at most 1, got {self.mlm_common}")
         if not 0 < self.hard_threshold < 1:
             raise ValueError(f"objective.hard_threshold must be between 0 and 1, got {self.hard_threshold}")
         if not self.teacher_temperature > 0:

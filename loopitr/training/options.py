@@ -143,6 +143,8 @@ class ValidationOptions:
     select: Literal["auto", "dual", "match", "match_plus_similarity", "reranked"] = "auto"
     """Whose mean R@1 chooses the best model; auto: reranked (by match score and the fitted weight of the similarity)
     where pairs are scored, else dual."""
+    keep_mlm_head: bool = False
+    """Keep the masked-language-model head in the model that is saved for use; checkpoints always have it."""
 
     def __post_init__(self) -> None:
         check_at_least(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +24,7 @@ from loopitr.data import (
     StreamDataset,
     TokenCache,
     TrainTransform,
+    captions_of,
     load_records,
 )
 from loopitr.data.cache_folder import make_folder
@@ -105,6 +106,13 @@ def load_run_records(
     test_split = validation.final_split or ("test" if scenes else data.val_split)
     test = val if test_split == data.val_split else load(test_split, streaming=False)
     return RunRecords(train, val, test, test_split)
+
+
+def all_captions(records: Sequence[Record] | HubStream) -> Iterator[str] | None:
+    """Every caption of the records, one after the other; None of a stream."""
+    if isinstance(records, HubStream):
+        return None
+    return (caption for position in range(len(records)) for caption in captions_of(records, position))
 
 
 def prepare_model(objective: LoopObjective, train: TrainOptions, data: DataOptions) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from loopitr.building.folders import save_for_use
 from loopitr.data import Record
 from loopitr.data.sources import DataOptions
 from loopitr.evaluation.retrieval import EvaluationOptions, RetrievalResult, evaluate_retrieval
@@ -100,7 +101,8 @@ class Validator:
         score = scores.get(self.selected, -math.inf)  # the fusion head may not have started
         if score > (-math.inf if progress.best is None else progress.best):
             progress.best, progress.best_step = score, progress.step
-            self._save(self.model)
+            if self.accelerator.is_main_process:
+                save_for_use(self.model, self.caches.processor, self.folder, keep_mlm_head=self.options.keep_mlm_head)
         return scores
 
     def final(self, records: Sequence[Record], *, step: int) -> RetrievalResult:
@@ -122,8 +124,3 @@ class Validator:
             weight = f"the similarity weight stays {model.config.similarity_weight:g}"
             self.accelerator.print(f"validation.final_rerank is 0: there are no candidates to fit on, and {weight}")
         return self.evaluate(model, records, step=step, final=True)
-
-    def _save(self, model: LoopITRModel) -> None:
-        if self.accelerator.is_main_process:
-            model.save_pretrained(self.folder)
-            self.caches.processor.save_pretrained(self.folder)

@@ -55,11 +55,11 @@ def step(
     model: LoopITRModel | None = None,
     batch: dict[str, Tensor] | None = None,
     *,
-    token_masking: TokenMasking | None = None,
+    masking: TokenMasking | None = None,
     scale: float = 1.0,
     **options: Any,
 ) -> StepOutput:
-    objective = build_objective(model or tiny_model().train(), ObjectiveOptions(**options), token_masking=token_masking)
+    objective = build_objective(model or tiny_model().train(), ObjectiveOptions(**options), masking=masking)
     return objective(**(batch or step_batch()), distillation_scale=scale)
 
 

@@ -18,7 +18,7 @@ from loopitr.objective.options import ObjectiveOptions
 def objective_of(case="cprd", *, style="late", pair_block=None, **model):
     options = ObjectiveOptions(**CASES[case])
     return build_objective(
-        model_of(options, style=style, **model), options, token_masking=EveryThirdWord(), pair_block=pair_block
+        model_of(options, style=style, **model), options, masking=EveryThirdWord(), pair_block=pair_block
     )
 
 
