@@ -13,6 +13,7 @@ from loopitr.objective.loop_objective import LoopObjective
 from loopitr.objective.losses.distillation import WHOLE_LIST_LOSSES
 from loopitr.objective.mining import Miner, Sample, Stratified, TopK
 from loopitr.objective.options import ObjectiveOptions
+from loopitr.objective.teachers import Frozen, Match, MatchPlusSimilarity, Momentum, Teacher
 from loopitr.objective.terms import (
     Agreement,
     Contrastive,
@@ -39,6 +40,7 @@ def build_objective(
     *,
     masking: TokenMasking | None = None,
     pair_block: int | None = None,
+    teacher: Teacher | None = None,
 ) -> LoopObjective:
     """The objective that the options describe.
 
@@ -59,10 +61,11 @@ def build_objective(
     options = options or ObjectiveOptions()
     return LoopObjective(
         model,
-        build_terms(options, masking),
+        build_terms(options, masking, teacher or build_teacher(options, model)),
         miner=build_miner(options),
         mine_across_ranks=options.mine_across_ranks,
         pair_block=pair_block,
+        sum_dropout=options.sum_dropout if options.train_on_sum else None,
     )
 
 
@@ -85,14 +88,40 @@ def build_masking(
     return token_masking(tokenizer, options.mlm_probability, common_ids=common)
 
 
-def build_terms(options: ObjectiveOptions, masking: TokenMasking | None = None) -> list[Term]:
+def build_teacher(
+    options: ObjectiveOptions, model: LoopITRModel, *, load: Callable[[str], LoopITRModel] | None = None
+) -> Teacher | None:
+    """The teacher that `options.teacher` names; None without distillation.
+
+    Args:
+        model: the student.
+        load: reads the model of `options.teacher_model`.
+
+    Raises:
+        ValueError: a frozen teacher that does not fit the model, or no `load` to read it.
+    """
+    if not options.distillation:
+        return None
+    if options.teacher == "momentum":
+        return Momentum(model, decay=options.momentum)
+    if options.teacher == "frozen":
+        path = str(options.teacher_model)
+        if load is None:
+            raise ValueError(f"objective.teacher 'frozen' needs the model in {path}: pass it as Frozen(model)")
+        return Frozen(load(path), student=model, source=f"objective.teacher_model {path}")
+    return Match() if options.teacher == "match" else MatchPlusSimilarity()
+
+
+def build_terms(
+    options: ObjectiveOptions, masking: TokenMasking | None = None, teacher: Teacher | None = None
+) -> list[Term]:
     """One term for each weight; those of weight 0 are left out."""
     contrastive = Contrastive if options.itc_loss == "softmax" else SigmoidContrastive
     terms: list[Term] = [
         contrastive(options.itc),
         Matching(options.itm, balanced=options.balance_itm, negatives=options.itm_negatives),
         Ranking(options.lce, negatives=options.itm_negatives),
-        Distillation(distillation_loss(options), options.distillation),
+        Distillation(distillation_loss(options), options.distillation, teacher=teacher),
         StructureTransfer(options.cmd, source=options.structure_source),
         FrozenContrast(options.cmc, source=options.structure_source),
         WordPrediction(masking, options.mlm),

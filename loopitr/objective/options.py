@@ -11,6 +11,7 @@ ContrastiveName = Literal["softmax", "sigmoid"]
 MiningName = Literal["topk", "sample", "stratified"]
 DistillationName = Literal["kl", "cprd", "margin_mse", "ranknet", "listnet", "listmle", "adr_mse"]
 WordChoice = Literal["all", "content"]
+TeacherName = Literal["match", "match_plus_similarity", "momentum", "frozen"]
 HardRuleName = Literal["threshold", "mean", "top"]
 
 
@@ -24,6 +25,10 @@ class ObjectiveOptions:
     """InfoNCE over a query's candidates (CLIP), or each pair by itself (SigLIP; needs a model with a logit_bias)."""
     itm: float = 1.0
     """Weight of the matching loss of the fusion head."""
+    train_on_sum: bool = False
+    """Train the fusion head on match score + similarity / temperature: it learns the correction that the dual needs."""
+    sum_dropout: float = 0.3
+    """`train_on_sum`: share of the queries for which the similarity is left out."""
     balance_itm: bool = True
     """Positives and negatives weigh one half each in the matching loss; otherwise every pair weighs the same."""
     lce: float = 0.0
@@ -61,6 +66,16 @@ class ObjectiveOptions:
     """Mine in the batch of all ranks (tokens are gathered) instead of the local one."""
     distillation_loss: DistillationName = "cprd"
     """What the teacher's scores teach: their softmax (kl), the partial ranking of the negatives (cprd), ..."""
+    teacher: TeacherName = "match"
+    """Whose scores: the match scores, the reranking scores (match_plus_similarity), the match scores of an exponential
+    moving average of the model (momentum), or of another model (frozen, `teacher_model`)."""
+    teacher_model: str | None = None
+    """`teacher: frozen`: a model folder or hub id, of the same image size and vocabulary."""
+    momentum: float = 0.995
+    """`teacher: momentum`: how much of the average stays at each step."""
+    teacher_margin: float | None = 1.0
+    """The gate: distillation counts only while the last validation found the teacher ahead of the dual head by so many
+    points of mean R@1. null: it always counts."""
     teacher_temperature: float = 1.0
     """`kl`: temperature of the teacher's softmax."""
     hard_rule: HardRuleName = "mean"
@@ -89,6 +104,17 @@ class ObjectiveOptions:
         )
         if not 0 < self.mlm_probability < 1:
             raise ValueError(f"objective.mlm_probability must be between 0 and 1, got {self.mlm_probability}")
+        if not 0 <= self.sum_dropout <= 1:
+            raise ValueError(f"objective.sum_dropout must be from 0 to 1, got {self.sum_dropout}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"objective.momentum must be from 0 to below 1, got {self.momentum}")
+        if self.teacher_margin is not None and not -100 <= self.teacher_margin <= 100:
+            raise ValueError(f"objective.teacher_margin must be points of R@1, or null, got {self.teacher_margin}")
+        if (self.teacher == "frozen") != (self.teacher_model is not None):
+            raise ValueError(
+                "objective.teacher 'frozen' and objective.teacher_model go together, "
+                f"got {self.teacher!r} and {self.teacher_model}"
+            )
         if not 0 < self.mlm_common <= 1:
             raise ValueError(f"objective.mlm_common must be above 0 and at most 1, got {self.mlm_common}")
         if not 0 < self.hard_threshold < 1:

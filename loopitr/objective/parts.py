@@ -28,6 +28,15 @@ class Encoded:
     images: ImageState
     texts: TextState
     masked: MaskedTexts | None = None
+    teacher: EncodedPairs | None = None
+
+
+@dataclass(frozen=True)
+class EncodedPairs:
+    """A batch as a teacher with a model of its own sees it."""
+
+    images: ImageState
+    texts: TextState
 
 
 @dataclass(frozen=True)
@@ -91,6 +100,17 @@ class Candidates:
     images: ImageState
     texts: TextState
     pairs: Tensor
+    valid: Tensor
+    student: Tensor
+
+
+@dataclass(frozen=True)
+class Queries:
+    """The dual head's view of the candidates of all ranks, directions as in `Candidates`.
+
+    `valid [2, G, 1 + K]`, `student [2, G, 1 + K]`: similarity / temperature.
+    """
+
     valid: Tensor
     student: Tensor
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from loopitr.distributed import all_sum, world_size
 from loopitr.objective import losses
 from loopitr.objective.losses.distillation import DistillationLoss, WholeList
+from loopitr.objective.teachers import Match, Teacher
 
 if TYPE_CHECKING:
     from loopitr.models.loop_model import LoopITRModel
@@ -46,7 +47,7 @@ class Term(ABC):
     `name` is what it is called in the log; `weight` its factor in the total, 0: left out. `uses_pairs` says that it
     asks for match scores, so that it is left out while the dual head trains alone; `compares_tokens` that it asks for
     the agreement of tokens, which the step has from its start. `masking` hides words of the
-    captions, whose copies then are in `step.encoded.masked`.
+    captions, whose copies then are in `step.encoded.masked`; `teacher` is whom it learns from (`teachers.py`).
 
     Example (`model` and `batch` as in the example of `LoopObjective`):
         >>> from loopitr import Contrastive, LoopObjective, Term
@@ -64,6 +65,8 @@ class Term(ABC):
     uses_pairs: ClassVar[bool] = False
     compares_tokens: ClassVar[bool] = False
     masking: TokenMasking | None = None
+
+    teacher: Teacher | None = None
 
     @abstractmethod
     def __call__(self, step: Step) -> Tensor | TermOutput:
@@ -145,7 +148,7 @@ class Matching(Term):
 
     def __call__(self, step: Step) -> Tensor:
         loss = losses.balanced_itm_loss if self.balanced else losses.itm_loss
-        return loss(*step.match.as_pairs(1 + self.trained_negatives(step.objective.miner.num_negatives)))
+        return loss(*step.trained_match.as_pairs(1 + self.trained_negatives(step.objective.miner.num_negatives)))
 
     def trained_negatives(self, num_negatives: int) -> int:
         return self.negatives or num_negatives
@@ -168,7 +171,8 @@ class Ranking(Term):
 
     def __call__(self, step: Step) -> Tensor:
         count = 1 + self.trained_negatives(step.objective.miner.num_negatives)
-        scores, valid = step.match.scores[..., :count], step.match.valid[..., :count]  # [2, G, count]
+        match = step.trained_match
+        scores, valid = match.scores[..., :count], match.valid[..., :count]  # [2, G, count]
         return losses.lce_loss(scores.flatten(0, 1), valid.flatten(0, 1))
 
     def trained_negatives(self, num_negatives: int) -> int:
@@ -176,10 +180,11 @@ class Ranking(Term):
 
 
 class Distillation(Term):
-    """The detached match scores of a query's candidates teach the dual's similarities of the same candidates.
+    """A teacher's scores of a query's candidates teach the dual's similarities of the same candidates.
 
     `loss` is a function `(student, teacher, valid) -> scalar` on `[Q, 1 + K]`, the positive first, or a
-    `DistillationLoss`, such as `PartialRanking()` (CPRD).
+    `DistillationLoss`, such as `PartialRanking()` (CPRD). `teacher` (`teachers.py`) scores the candidates; None: the
+    detached match scores.
 
     Example (`model` and `batch` as in the example of `LoopObjective`):
         >>> from loopitr import Distillation, LoopObjective, PartialRanking
@@ -191,14 +196,18 @@ class Distillation(Term):
     uses_pairs = True
 
     def __init__(
-        self, loss: DistillationLoss | Callable[[Tensor, Tensor, Tensor], Tensor], weight: float = 1.0
+        self,
+        loss: DistillationLoss | Callable[[Tensor, Tensor, Tensor], Tensor],
+        weight: float = 1.0,
+        *,
+        teacher: Teacher | None = None,
     ) -> None:
         self.loss = loss if isinstance(loss, DistillationLoss) else WholeList(loss)
         self.weight = weight
+        self.teacher: Teacher = teacher or Match()
 
     def __call__(self, step: Step) -> TermOutput:
-        match = step.match
-        student, teacher, valid = match.student, match.scores.detach(), match.valid  # [2, G, 1 + K] each
+        student, valid, teacher = step.queries.student, step.queries.valid, self.teacher(step)  # [2, G, 1 + K] each
         directions = [(student[side], teacher[side], valid[side]) for side in (0, 1)]
         image_loss, text_loss = (self.loss(*direction) for direction in directions)
         image_length, text_length = (
