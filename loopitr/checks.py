@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def check_at_least(least: float, group: str = "", *, wanted: str | None = None, **values: float | None) -> None:
@@ -30,3 +34,19 @@ def check_known(known: Sequence[str], **values: str) -> None:
     for name, value in values.items():
         if value not in known:
             raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
+
+
+def usable_device(name: str | torch.device) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        ValueError: torch does not know it, or this machine does not have it.
+    """
+    import torch  # on use: --help does without it
+
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter: torch was built without it
+        raise ValueError(f"device {str(name)!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device

@@ -8,12 +8,9 @@ import tempfile
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from jsonargparse import ArgumentParser, set_parsing_settings
-
-if TYPE_CHECKING:
-    import torch
 
 Options = TypeVar("Options")
 USAGE_ERROR = 2
@@ -57,22 +54,6 @@ def run(main: Callable[[], None]) -> None:
             raise
         print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(USAGE_ERROR)
-
-
-def usable_device(name: str) -> torch.device:
-    """The device of this name.
-
-    Raises:
-        ValueError: torch does not know it, or this machine does not have it.
-    """
-    import torch  # on use: --help does without it
-
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter: torch was built without it
-        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def check_output_file(output: str | Path) -> None:

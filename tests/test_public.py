@@ -170,6 +170,13 @@ def test_load_gives_model_and_processor(tmp_path):
     assert torch.equal(loopitr.load(tmp_path / "dual").model.get_text_features(ids), dual.get_text_features(ids))
 
 
+@pytest.mark.parametrize("device", ["toaster", "cuda:99", torch.device("cuda", 99)])
+def test_a_device_that_cannot_be_used_is_named(tmp_path, device):
+    with pytest.raises(ValueError, match=f"^device '{device}' cannot be used: .") as raised:
+        loopitr.load(save_tiny(tmp_path / "saved"), device=device)
+    assert "\n" not in str(raised.value)
+
+
 def test_what_load_cannot_load(tmp_path):
     with pytest.raises(OSError, match="no model folder"):
         loopitr.load(tmp_path / "nothing")

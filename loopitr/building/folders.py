@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 
 from loopitr.building.weights import hub_access
+from loopitr.checks import usable_device
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.processing import LoopITRProcessor
 
@@ -91,8 +92,7 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: t
 
     Raises:
         OSError: nothing there, or damaged weights; the hub cannot be reached or does not know the id.
-        ValueError: a model of another kind.
-        RuntimeError: torch does not know the device, or this machine does not have it.
+        ValueError: a model of another kind, or a device that torch does not know or this machine does not have.
 
     Example:
         >>> import tempfile
@@ -109,9 +109,10 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: t
         >>> model.get_text_features(**processor(text=["a dog"])).shape
         torch.Size([1, 256])
     """
+    where = None if device is None else usable_device(device)  # before the weights are read
     saved = load_saved(path, dtype=dtype)
     model: Any = saved.model
-    return Loaded(model if device is None else model.to(device), saved.processor)
+    return Loaded(model if where is None else model.to(where), saved.processor)
 
 
 def check_output(output: str | Path, kind: str) -> Path:

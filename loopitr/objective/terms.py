@@ -208,11 +208,11 @@ class Distillation(Term):
 
     def __call__(self, step: Step) -> TermOutput:
         student, valid, teacher = step.queries.student, step.queries.valid, self.teacher(step)  # [2, G, 1 + K] each
-        directions = [(student[side], teacher[side], valid[side]) for side in (0, 1)]
-        image_loss, text_loss = (self.loss(*direction) for direction in directions)
-        image_length, text_length = (
-            self.loss.ranked(teacher, valid).sum(1).float().mean() for _, teacher, valid in directions
+        ranked = [self.loss.ranked(teacher[side], valid[side]) for side in (0, 1)]
+        image_loss, text_loss = (
+            self.loss.of_ranked(student[side], teacher[side], valid[side], ranked[side]) for side in (0, 1)
         )
+        image_length, text_length = (mask.sum(1).float().mean() for mask in ranked)
         lengths = {"valid_length": (image_length + text_length) / 2}  # candidates per query that were ranked
         return TermOutput((image_loss + text_loss) / 2, lengths)
 
@@ -308,7 +308,7 @@ class FrozenContrast(Term):
     def __call__(self, step: Step) -> Tensor:
         source, target = _source_and_target(step, self.source)
         first = _first(step.gathered.identities) & _first(step.gathered.caption_ids)  # [G]
-        return losses.cmc_loss(source[first], target[first])
+        return losses.cmc_loss(source, target, valid=first)
 
 
 def _source_and_target(step: Step, source: str) -> tuple[Tensor, Tensor]:
@@ -319,4 +319,7 @@ def _source_and_target(step: Step, source: str) -> tuple[Tensor, Tensor]:
 
 def _first(ids: Tensor) -> Tensor:
     """`[G]` bool: whether no earlier row has the same id."""
-    return (ids[:, None] == ids).int().argmax(1) == torch.arange(len(ids), device=ids.device)
+    ordered, order = ids.sort(stable=True)  # rows of one id together, the earliest first
+    changes = torch.ones_like(ordered, dtype=torch.bool)
+    changes[1:] = ordered[1:] != ordered[:-1]
+    return torch.zeros_like(changes).scatter(0, order, changes)

@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
 import loopitr  # whose names are imported when they are used: --help does not wait for transformers
-from loopitr.cli import check_output_file, usable_device
+from loopitr.checks import usable_device
+from loopitr.cli import check_output_file
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -171,6 +171,29 @@ def test_structure_terms_are_the_ones_written_out_in_loops(name, made, source, t
     assert not any(key.startswith(towers[source]) for key in learned)
 
 
+def test_the_frozen_contrast_does_not_wait_for_a_gpu(gpu):
+    model = tiny_model().train().cuda()
+    objective = LoopObjective(model, [FrozenContrast()])
+    batch = {name: value.cuda() for name, value in step_batch().items()}
+    encoded = objective.encode(batch["input_ids"], batch["attention_mask"], pixel_values=batch["pixel_values"])
+    step = Step(objective, encoded, batch["identities"], batch["caption_ids"])
+    assert step.embeds.images.is_cuda and step.gathered.identities.is_cuda
+    gpu.waits.clear()
+    objective.terms[0](step).backward()
+    assert gpu.waits == []
+
+
+def test_the_hard_candidates_are_chosen_once_for_each_direction():
+    calls = []
+
+    def rule(teacher, valid):
+        calls.append(len(teacher))
+        return losses.hard_above_mean(teacher, valid)
+
+    LoopObjective(tiny_model().train(), [Distillation(PartialRanking(rule))])(**step_batch())
+    assert calls == [8, 8]
+
+
 def test_weights_make_the_structure_terms():
     options = ObjectiveOptions(itc=0, itm=0, distillation=0, cmd=0.5, cmc=0.25, structure_source="text")
     assert build_terms(options) == [StructureTransfer(0.5, source="text"), FrozenContrast(0.25, source="text")]
