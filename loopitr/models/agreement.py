@@ -1,10 +1,10 @@
 """Token agreement: a cheap second path of the fusion head, words compared with the image regions that they attend to.
 
 Words and image tokens meet in one space of width `A`. Each word attends to an image's regions (as in SCAN and SGRAF);
-how far it is from what it finds, coordinate by coordinate, goes through a small projection of width `S`; a gate says
-which words count; their weighted mean is one logit per pair. After the similarity attention filtration (SAF) of SGRAF
-(arXiv 2101.01368, https://arxiv.org/abs/2101.01368) and the word-region similarities of FILIP (arXiv 2111.07783), with
-a LayerNorm in the place of SGRAF's norms, since batch statistics would tie a pair's score to the rest of its batch.
+how far it is from what it sees there, coordinate by coordinate, goes through a small projection of width `S`; a gate
+says which words count; their weighted mean is one logit per pair. After the similarity attention filtration (SAF) of
+SGRAF (arXiv 2101.01368) and the word-region similarities of FILIP (arXiv 2111.07783), with a LayerNorm in the place of
+SGRAF's norms: batch statistics would tie a pair's score to the rest of its batch.
 """
 
 from __future__ import annotations

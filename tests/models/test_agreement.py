@@ -103,6 +103,8 @@ def test_all_pairs_and_single_pairs_are_the_same():
     torch.testing.assert_close(added(model, image_state, text_state, EVERY).view_as(matrix), matrix, atol=1e-5, rtol=0)
     projected = model.agreement_of_all(model.project_images(image_state), text_state)
     assert torch.equal(projected, matrix)
+    only_keys = replace(model.project_images(image_state), regions=None)
+    torch.testing.assert_close(added(model, only_keys, text_state, EVERY).view_as(matrix), matrix, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
