@@ -57,6 +57,13 @@ CASES = {
     "sigmoid": Case("late", {"itc_loss": "sigmoid", "distillation_loss": "kl"}),
     "structure": Case("late", {"itm": 0.0, "distillation": 0.0, "cmd": 0.6, "cmc": 0.8}),
     "local_agreement": Case("late", {"distillation_loss": "kl", "agreement": 0.8}),
+    "local_momentum": Case("late", {"teacher": "momentum", "distillation_loss": "kl"}),
+    "across_momentum_only": Case(
+        "shared", {"mine_across_ranks": True, "teacher": "momentum", "distillation_loss": "kl", "itc": 0.0, "itm": 0.0}
+    ),
+    "local_sum": Case(
+        "late", {"train_on_sum": True, "sum_dropout": 0.0, "lce": 0.7, "teacher": "match_plus_similarity"}
+    ),
     "across_agreement_mlm": Case("shared", {"mine_across_ranks": True, "agreement": 0.8, "mlm": 1.5}),
     "agreement_only": Case("late", {"itm": 0.0, "distillation": 0.0, "agreement": 0.8}),
     "structure_of_texts": Case("shared", {"cmd": 0.6, "cmc": 0.8, "structure_source": "text"}),

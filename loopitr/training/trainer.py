@@ -27,6 +27,7 @@ from loopitr.objective.grad_cache import cached_backward
 from loopitr.objective.loop_objective import LoopObjective
 from loopitr.objective.parts import StepOutput
 from loopitr.training.checkpoints import Progress, load_checkpoint, save_checkpoint
+from loopitr.training.gate import Gate
 from loopitr.training.optimization import make_optimizer, make_scheduler
 from loopitr.training.options import RunOptions, TrainOptions, ValidationOptions
 from loopitr.training.reporting import History, named_values, write_results
@@ -104,6 +105,8 @@ class Trainer:
         self.caches = Caches(self.model, processor, self.data, self.accelerator)
         self.loader = make_loader(train, self.options, self.caches)
         self._prepare()
+        warmup = self.options.distillation_warmup * self.total_steps
+        self.gate = Gate(objective, fusion_start=self.fusion_start, warmup=warmup, log=self.log)
         self.validator = Validator(
             objective, self.caches, self.validation, folder=self.folder, records=val, fusion_start=self.fusion_start
         )
@@ -149,6 +152,8 @@ class Trainer:
         accelerator = self.accelerator
         progress = load_checkpoint(accelerator, self.folder / CHECKPOINTS)  # an earlier run's is not in this folder
         self.progress = progress or Progress()
+        if self.progress.similarity_weight is not None:
+            self.model.config.similarity_weight = self.progress.similarity_weight
         self.saved_step = self.progress.step
         if accelerator.is_main_process:
             store_config(self.folder, self.config, step=self.progress.step)
@@ -165,12 +170,16 @@ class Trainer:
             disable=not accelerator.is_main_process,
             dynamic_ncols=True,
         ) as bar:
+            if self.gate.is_used and not self.fusion_start and not self.progress.step:
+                self._validate()  # a teacher that has learned before teaches from the first step on
             while self.progress.step < self.total_steps:
                 self._epoch(bar)
                 check_skips(self.skips, self.loader, accumulation=self.options.accumulation)
         if self.progress.step > self.saved_step:
             self._checkpoint()
         self._validate()
+        if warning := self.gate.warning(self.progress):
+            self.log(warning)
         return self._finish(time.perf_counter() - started)
 
     def _epoch(self, bar: tqdm) -> None:
@@ -216,9 +225,10 @@ class Trainer:
 
     def _backward(self, batch: dict[str, Any], *, last: bool) -> StepOutput:
         options, accelerator = self.options, self.accelerator
-        warmup = options.distillation_warmup * self.total_steps
-        scale = min(1.0, (self.progress.step + 1 - self.fusion_start) / warmup) if warmup > 0 else 1.0
-        stage: dict[str, Any] = {"distillation_scale": scale, "with_pairs": self.progress.step >= self.fusion_start}
+        stage: dict[str, Any] = {
+            "distillation_scale": self.gate.next_scale(self.progress),
+            "with_pairs": self.progress.step >= self.fusion_start,
+        }
         chunk_size = options.chunk_size
         with nullcontext() if last and chunk_size is None else accelerator.no_sync(self.objective):
             if chunk_size is None:
@@ -255,6 +265,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.scheduler.step()
+        self.bare_objective.after_step()
         self.progress.step += 1
         if self.accelerator.device.type == "cpu" and self.progress.step % TRIM_EVERY == 0:
             trim_memory()
@@ -281,6 +292,7 @@ class Trainer:
 
     def _validate(self) -> None:
         scores = self.validator.validate(self.progress)
+        scores |= self.gate.update(self.progress, scores, self.validator.measure)
         self._record({f"val/{name}": value for name, value in scores.items()})
         self.accelerator.wait_for_everyone()
         self.objective.train()

@@ -94,7 +94,7 @@ class Validator:
         """
         result = self.evaluate(self.model, self.records, step=progress.step, calibrate=True)
         if result.similarity_weight is not None:
-            self.model.config.similarity_weight = result.similarity_weight
+            self.model.config.similarity_weight = progress.similarity_weight = result.similarity_weight
         scores = result.mean_r1()
         shown = ", ".join(f"{name} {value:.1f}" for name, value in scores.items())
         self.accelerator.print(f"step {progress.step}: mean R@1 {shown}")
@@ -104,6 +104,10 @@ class Validator:
             if self.accelerator.is_main_process:
                 save_for_use(self.model, self.caches.processor, self.folder, keep_mlm_head=self.options.keep_mlm_head)
         return scores
+
+    def measure(self, model: LoopITRModel) -> dict[str, float]:
+        """Mean R@1 by score of another model, such as a teacher's own, on the validation records."""
+        return self.evaluate(model, self.records, step=self.fusion_start + 1).mean_r1()
 
     def final(self, records: Sequence[Record], *, step: int) -> RetrievalResult:
         """The best model on the final records.
