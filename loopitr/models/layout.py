@@ -42,7 +42,8 @@ class EagerArrangement:
         device = images.tokens.device
         if images.keys_values is None:
             return FusionInput(pick_rows(images.tokens, used), lay_out(pairs, mask).to(device))
-        if not _are_consecutive(used):  # every layer picks from its own keys and values, when it needs them
+        if not _are_consecutive(used):
+            # Every layer picks from its own keys and values when it needs them.
             return FusionInput(images.keys_values, lay_out(pairs, mask, all_images=True).to(device))
         keys_values = [(pick_rows(keys, used), pick_rows(values, used)) for keys, values in images.keys_values]
         return FusionInput(keys_values, lay_out(pairs, mask).to(device))

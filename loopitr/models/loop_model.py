@@ -25,8 +25,10 @@ from loopitr.models.lora import freeze_adapted
 from loopitr.models.outputs import DualOutput, ImageState, PairScores, TextState
 from loopitr.models.packing import image_blocks, send
 
-GRAPHS = 32  # of one compiled module: beyond torch's 8 it would silently run uncompiled
-BLOCK_BYTES, GPU_BLOCK_BYTES = 2**28, 2**30  # of activations of pairs that are scored at a time
+# One compiled module may have so many graphs. Beyond torch's default of 8 it would silently run uncompiled.
+GRAPHS = 32
+# The activations of the pairs that are scored at a time take about so many bytes, on a CPU and on a GPU.
+BLOCK_BYTES, GPU_BLOCK_BYTES = 2**28, 2**30
 
 
 class LoopITRModel(LoopITRPreTrainedModel):
@@ -55,7 +57,7 @@ class LoopITRModel(LoopITRPreTrainedModel):
         self.dual = DualEncoder(config.dual_config())
         vision, text = self.dual.vision, self.dual.text
         if config.fusion["image_positions"] is None:
-            config.fusion["image_positions"] = vision.is_map  # a CNN's tokens do not say where they are
+            config.fusion["image_positions"] = vision.is_map  # A CNN's tokens do not say where they are.
         self._inner_layer: int | None = None
         if config.fusion["style"] == "shared":
             self._inner_layer = len(text.layers) - config.fusion["num_layers"]
@@ -159,7 +161,8 @@ class LoopITRModel(LoopITRPreTrainedModel):
             low, high = (int(x) for x in pairs[:, column].aminmax()) if len(pairs) else (0, -1)
             if low < 0 or high >= count:
                 raise ValueError(f"pairs name {kind} {low if low < 0 else high}, but {kind}s are 0 to {count - 1}")
-        keys, inverse = torch.unique(pairs[:, 0] * texts + pairs[:, 1], return_inverse=True)  # of rows: much slower
+        # Each pair becomes one number, because finding the unique rows of a matrix is much slower.
+        keys, inverse = torch.unique(pairs[:, 0] * texts + pairs[:, 1], return_inverse=True)
         return torch.stack([keys // texts, keys % texts], 1), inverse
 
     def _block_size(self, images: ImageState, mask: Tensor, pairs: Tensor) -> int:
@@ -173,7 +176,7 @@ class LoopITRModel(LoopITRPreTrainedModel):
         return max(1, len(pairs) * room // (elements * self.itm_head.weight.element_size()))
 
     def _score_block(self, images: ImageState, texts: TextState, mask: Tensor, pairs: Tensor) -> Tensor:
-        # ITM logits in float32: their difference is a teacher and a ranking score.
+        # The ITM logits are in float32, because their difference is a teacher's score and orders candidates.
         return self.itm_head(self._fuse(images, texts, mask, pairs, first_only=True)).float()  # [P, 2]
 
     def _fuse(self, images: ImageState, texts: TextState, mask: Tensor, pairs: Tensor, *, first_only: bool) -> Tensor:
@@ -227,7 +230,7 @@ class LoopITRModel(LoopITRPreTrainedModel):
         for name in getattr(self, "_frozen", ()):
             for item in self.parts()[name]:
                 if isinstance(item, nn.Module):
-                    item.eval()  # no dropout, and batch statistics stay as they are
+                    item.eval()  # Dropout is off, and batch statistics stay as they are.
         return self
 
     def resize_images(self, image_size: int) -> None:
@@ -243,7 +246,7 @@ class LoopITRModel(LoopITRPreTrainedModel):
             grid = F.interpolate(grid.float(), size=(new, new), mode="bicubic", antialias=True).to(positions.dtype)
             resized = torch.cat([positions[:, :prefix], grid.flatten(2).transpose(1, 2)], 1)  # [1, N, Dv]
             self.fusion.image_positions = nn.Parameter(resized.detach().contiguous())
-        self.freeze(tuple(self._frozen))  # parameters made anew
+        self.freeze(tuple(self._frozen))  # The parameters are new ones.
         freeze_adapted(self.dual)
 
     def compile_parts(self, **options: Any) -> None:
@@ -255,7 +258,8 @@ class LoopITRModel(LoopITRPreTrainedModel):
         """
         torch.fx.experimental._config.use_duck_shape = False
         torch._dynamo.config.cache_size_limit = max(GRAPHS, torch._dynamo.config.cache_size_limit)
-        with torch.no_grad():  # transformers installs hooks in its first run, which cannot be traced
+        # In its first run transformers installs hooks, which cannot be traced.
+        with torch.no_grad():
             self.encode_texts(torch.zeros(1, 2, dtype=torch.long, device=self.device))
         self.dual.vision.compile(**options)
         self.dual.text.compile(dynamic=True, **options)

@@ -51,13 +51,14 @@ def start(train: TrainOptions) -> Accelerator:
         log_with=_tracker(train.tracker),
         project_dir=train.output_dir,
         kwargs_handlers=[
-            # Ranks wait for each other's share of a validation, and for caches: longer than the default.
+            # Ranks wait for each other's share of a validation, and for caches, which may take longer than the default.
             InitProcessGroupKwargs(timeout=timedelta(hours=4)),
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],
     )
     sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    if train.chunk_size is not None and sharded:  # which gather and free weights in a forward pass of their own
+    if train.chunk_size is not None and sharded:
+        # FSDP gathers and frees weights in a forward pass of its own, which chunks go around.
         raise ValueError(f"train.chunk_size works with DDP, not with {accelerator.distributed_type.value}")
     if train.tracker not in ("auto", "none") and not accelerator.log_with:
         raise ValueError(f"train.tracker {train.tracker} is not installed")
@@ -99,7 +100,7 @@ def load_run_records(
         return records
 
     train = load(data.split)
-    val = load(data.val_split, streaming=False)  # it is read many times, and ranked as a whole
+    val = load(data.val_split, streaming=False)  # It is read many times and ranked as a whole.
     scenes = all(getattr(data, source) is None for source in SOURCES)
     test_split = validation.final_split or ("test" if scenes else data.val_split)
     test = val if test_split == data.val_split else load(test_split, streaming=False)
@@ -135,13 +136,14 @@ def prepare_model(objective: LoopObjective, train: TrainOptions, data: DataOptio
         raise ValueError("data.cache_images is of no use with data.cache_tokens, which reads no image in training")
     if train.chunk_size is not None:
         check_batch_statistics(model.train())
-        if objective.pair_block is None:  # the pairs of so many queries
+        # The pairs of as many queries as are encoded at a time are scored at a time.
+        if objective.pair_block is None:
             objective.pair_block = train.chunk_size * (1 + 2 * objective.miner.num_negatives)
 
 
 def prepare_folder(folder: Path, config: dict[str, Any], accelerator: Accelerator, *, resume: bool) -> None:
     """Make the run folder with its `config.yaml`; an earlier run there is moved aside unless it is resumed."""
-    accelerator.wait_for_everyone()  # to have read model.init, which may lie there
+    accelerator.wait_for_everyone()  # Every rank has then read model.init, which may lie there.
     if accelerator.is_main_process:
         if not resume:
             aside = move_aside(folder)

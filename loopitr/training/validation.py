@@ -58,7 +58,8 @@ class Validator:
         options = self.options
         rerank = options.final_rerank if final else options.rerank
         started = not self.fusion_start or step > self.fusion_start
-        tokens = self.caches.tokens(records)  # in float32, whatever the precision of the run that computes them
+        # The tokens are in float32, whatever the precision of the run that computes them.
+        tokens = self.caches.tokens(records)
         with self.accelerator.autocast():
             return evaluate_retrieval(
                 model,
@@ -80,7 +81,7 @@ class Validator:
         scores = self.evaluate(self.model, self.records, step=progress.step).mean_r1()
         shown = ", ".join(f"{name} {value:.1f}" for name, value in scores.items())
         self.accelerator.print(f"step {progress.step}: mean R@1 {shown}")
-        score = scores.get(self.selected, -math.inf)  # the fusion head may not have started
+        score = scores.get(self.selected, -math.inf)  # The fusion head may not have started.
         if score > (-math.inf if progress.best is None else progress.best):
             progress.best, progress.best_step = score, progress.step
             if self.accelerator.is_main_process:
