@@ -92,8 +92,8 @@ def recipe_faults(source: str, module: str, recipes: set[str]) -> list[str]:
 
     The benchmarks share `shared.py`.
     """
-    found = ((line, name) for line, name in imports(source, module) if name.split(".")[0] in {"recipes", *recipes})
-    return [f"{module}:{line} imports the recipe {name}" for line, name in found]
+    actual = ((line, name) for line, name in imports(source, module) if name.split(".")[0] in {"recipes", *recipes})
+    return [f"{module}:{line} imports the recipe {name}" for line, name in actual]
 
 
 def pickle_faults(source: str, module: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Training checkpoints: complete or absent, newest found by step, older ones deleted."""
+"""Training checkpoints: each is complete or absent, the newest is known by its step, older ones are deleted."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def write_results(folder: Path, metrics: dict[str, Any], table: str, rows: list[
 
 def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
     """Losses over steps on the left, recall on the right."""
-    from matplotlib.figure import Figure  # no global state, no display
+    from matplotlib.figure import Figure  # A figure of its own needs no global state and no display.
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)

@@ -36,7 +36,7 @@ from loopitr.training.setup import Caches, make_loader, prepare_model, start
 from loopitr.training.skips import check_skips, lost_in_all
 from loopitr.training.validation import Validator
 
-TRIM_EVERY = 10  # steps; on the CPU
+TRIM_EVERY = 10  # On the CPU, memory is given back after so many steps.
 
 
 class Trainer:
@@ -116,7 +116,7 @@ class Trainer:
         self.total_steps = options.max_steps or options.epochs * (len(self.loader) // options.accumulation)
         self.fusion_start = int(options.fusion_start * self.total_steps)
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-            # Batch statistics of all ranks, as of one; torch's own conversion drops timm's fused activations.
+            # Batch statistics are those of all ranks. torch's own conversion would drop timm's fused activations.
             convert_sync_batchnorm(self.model)
         optimizer = make_optimizer(self.model, options)
         self.objective, self.optimizer = accelerator.prepare(self.bare_objective, optimizer)
@@ -160,8 +160,8 @@ class Trainer:
             self.history = History(self.folder, keep=self.progress.rows)
         if accelerator.log_with:
             accelerator.init_trackers("logs")
-        self.micro = 0  # batches of the step that is being accumulated
-        self.skips = SkipCounter(max_fraction=self.data.max_skipped_fraction, log=print)  # of every rank
+        self.micro = 0  # Batches so far of the step that is being accumulated.
+        self.skips = SkipCounter(max_fraction=self.data.max_skipped_fraction, log=print)  # Every rank prints.
         started = time.perf_counter()
         with tqdm(
             total=self.total_steps,
@@ -216,9 +216,9 @@ class Trainer:
             raise ValueError("the training data gave not one full batch")
         progress.epoch, progress.batch = progress.epoch + 1, 0
         if self.loader.sampler is None:
-            return  # ranks reach the end of their streams at different batches: nothing ends that they do together
+            return  # Ranks end their streams at different batches, so nothing that they do together ends here.
         self.micro = 0
-        self.optimizer.zero_grad()  # of batches that did not fill an accumulated step
+        self.optimizer.zero_grad()  # The last batches did not fill an accumulated step.
         every = validation.every_epochs
         if every and progress.epoch % every == 0 and progress.step < self.total_steps:
             self._validate()
@@ -232,7 +232,7 @@ class Trainer:
         chunk_size = options.chunk_size
         with nullcontext() if last and chunk_size is None else accelerator.no_sync(self.objective):
             if chunk_size is None:
-                output = self.objective(**batch, **stage)  # autocast is inside
+                output = self.objective(**batch, **stage)  # Autocast is inside.
                 self._backward_from(output)
             else:
                 output = cached_backward(
@@ -254,7 +254,7 @@ class Trainer:
                 f"the loss is {float(output.loss.detach())} at step {self.progress.step + 1} ({values}); "
                 "lower the learning rate or use fp32"
             )
-        self.accelerator.backward(output.loss)  # divides by the accumulation
+        self.accelerator.backward(output.loss)  # This divides by the accumulation.
 
     @property
     def _parameters(self) -> list[torch.Tensor]:

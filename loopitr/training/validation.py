@@ -98,7 +98,7 @@ class Validator:
         scores = result.mean_r1()
         shown = ", ".join(f"{name} {value:.1f}" for name, value in scores.items())
         self.accelerator.print(f"step {progress.step}: mean R@1 {shown}")
-        score = scores.get(self.selected, -math.inf)  # the fusion head may not have started
+        score = scores.get(self.selected, -math.inf)  # The fusion head may not have started.
         if score > (-math.inf if progress.best is None else progress.best):
             progress.best, progress.best_step = score, progress.step
             if self.accelerator.is_main_process:
