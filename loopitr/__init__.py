@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from loopitr.objective.losses.distillation import PartialRanking
     from loopitr.objective.mining import Sample, Stratified, TopK
     from loopitr.objective.terms import (
+        Agreement,
         Contrastive,
         Distillation,
         FrozenContrast,
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from loopitr.training.trainer import Trainer
 
 _MODULES = {
+    "Agreement": "loopitr.objective.terms",
     "Contrastive": "loopitr.objective.terms",
     "DataOptions": "loopitr.data.sources",
     "Distillation": "loopitr.objective.terms",

@@ -8,16 +8,13 @@ import tempfile
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-if TYPE_CHECKING:
-    import torch
-
 Options = TypeVar("Options")
 USAGE_ERROR = 2
-SWITCHES = ("--resume", "--resume_with_changes")
+SWITCHES = ("--resume", "--resume_with_changes", "--table_only")
 
 
 def parse(options: type[Options], arguments: Sequence[str] | None = None, *, description: str | None = None) -> Options:
@@ -59,22 +56,6 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(USAGE_ERROR)
 
 
-def usable_device(name: str) -> torch.device:
-    """The device of this name.
-
-    Raises:
-        ValueError: torch does not know it, or this machine does not have it.
-    """
-    import torch  # on use: --help does without it
-
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter: torch was built without it
-        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
-
-
 def check_output_file(output: str | Path) -> None:
     """Before the work that fills it; makes the file's folder.
 
@@ -93,7 +74,7 @@ def check_output_file(output: str | Path) -> None:
 
 
 def _flags(arguments: Sequence[str]) -> list[str]:
-    """`--resume` and `--resume_with_changes` alone mean true."""
+    """A switch alone, such as `--resume`, means true."""
     following = [*arguments[1:], ""]
     return [a + "=true" if a in SWITCHES and b not in ("true", "false") else a for a, b in zip(arguments, following)]
 

@@ -16,7 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from loopitr.cli import check_output_file, parse, run, usable_device
+from loopitr.checks import usable_device
+from loopitr.cli import check_output_file, parse, run
 from loopitr.data import DataOptions, LoadReport, load_evaluated, trained_data, training_overlap
 from loopitr.training.launching import start_all_processes
 from loopitr.training.reporting import write_json

@@ -27,17 +27,18 @@ def make_trainer(options: PretrainOptions) -> Trainer:
     """The objects that a run is composed of; any of them can be one of your own (recipes/examples)."""
     # Imported here, since --help must not wait for torch.
     from loopitr.building.build import build_model
+    from loopitr.building.folders import load_model
     from loopitr.data import scene_vocabulary
-    from loopitr.objective.build import build_objective
-    from loopitr.objective.word_masking import token_masking
-    from loopitr.training.setup import load_run_records, start
+    from loopitr.objective.build import build_masking, build_objective, build_teacher
+    from loopitr.training.setup import all_captions, load_run_records, start
     from loopitr.training.trainer import Trainer
 
     accelerator = start(options.train)
     model, processor = build_model(options.model, vocabulary=scene_vocabulary())
-    masking = token_masking(processor.tokenizer, options.objective.mlm_probability)
-    objective = build_objective(model, options.objective, token_masking=masking)
     records = load_run_records(options.data, options.validation, log=accelerator.print)
+    masking = build_masking(processor.tokenizer, options.objective, all_captions(records.train))
+    teacher = build_teacher(options.objective, model, load=load_model)
+    objective = build_objective(model, options.objective, masking=masking, teacher=teacher)
     return Trainer(
         objective,
         processor,

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.rank_processes import RANKS, join, leave, start_ranks
-from helpers.step_reference import EveryThirdWord, step_batch
-from helpers.support import tiny_model
+from helpers.step_reference import EveryThirdWord, model_of, step_batch
 
 from loopitr.distributed import all_gather, all_gather_padded, all_sum, average_gradients, rank, world_size
 from loopitr.objective.build import build_objective
@@ -37,11 +36,10 @@ class Case:
 
     def objective(self, *, in_blocks: bool = False) -> LoopObjective:
         options = ObjectiveOptions(**{"num_negatives": 3, "itc": 0.7, "itm": 1.3, "distillation": 2.0, **self.options})
-        bias = -1.0 if options.itc_loss == "sigmoid" else None
-        model = tiny_model(style=self.style, mlm_head=options.mlm > 0, initial_logit_bias=bias).train()
+        model = model_of(options, style=self.style)
         with torch.no_grad():
             model.itm_head.weight.mul_(30)  # match scores spread out
-        objective = build_objective(model, options, token_masking=EveryThirdWord())
+        objective = build_objective(model, options, masking=EveryThirdWord())
         if in_blocks:
             objective.miner = BlockMining(objective.miner)
         return objective
@@ -58,11 +56,14 @@ CASES = {
     "itc_only": Case("late", {"itm": 0.0, "distillation": 0.0}),
     "sigmoid": Case("late", {"itc_loss": "sigmoid", "distillation_loss": "kl"}),
     "structure": Case("late", {"itm": 0.0, "distillation": 0.0, "cmd": 0.6, "cmc": 0.8}),
+    "local_agreement": Case("late", {"distillation_loss": "kl", "agreement": 0.8}),
+    "across_agreement_mlm": Case("shared", {"mine_across_ranks": True, "agreement": 0.8, "mlm": 1.5}),
+    "agreement_only": Case("late", {"itm": 0.0, "distillation": 0.0, "agreement": 0.8}),
     "structure_of_texts": Case("shared", {"cmd": 0.6, "cmc": 0.8, "structure_source": "text"}),
 }
 
 
-IN_CHUNKS = ("across_cprd", "local_kl", "itc_only")
+IN_CHUNKS = ("across_cprd", "local_kl", "itc_only", "local_agreement")
 
 
 def rank_batch(index: int) -> dict[str, torch.Tensor]:
@@ -164,7 +165,7 @@ def test_two_processes_are_one_on_the_concatenated_batch(ranks, name):
     out.loss.backward()
     results = [result[name] for result in ranks]
 
-    # ITC and MLM are this rank's share, everything else is the same number on every rank.
+    # ITC, agreement and MLM are this rank's share, everything else is the same number on every rank.
     for term, value in out.terms.items():
         found = torch.stack([result["terms"][term] for result in results])
         torch.testing.assert_close(found.mean(), value.detach(), atol=1e-6, rtol=1e-5, msg=lambda m: f"{term}: {m}")

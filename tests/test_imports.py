@@ -18,16 +18,20 @@ ALLOWED: dict[str, set[str]] = {
     "distributed": set(),
     "memory": set(),
     "rgb": set(),
+    "checks": set(),
     "data": {"distributed", "lazy", "rgb"},
     "models": {"rgb"},
     "objective.losses": set(),
     "objective.mining": set(),
-    "objective": {"objective.losses", "objective.mining", *MODELS_UP},
-    "building": {"models"},
-    "evaluation": {"data", "lazy", *MODELS_UP},
+    "objective": {"checks", "objective.losses", "objective.mining", *MODELS_UP},
+    "building": {"checks", "models"},
+    "evaluation": {"checks", "data", "lazy", *MODELS_UP},
     "convert": {"building", "cli", "models"},
     "export": {"building", "models"},
-    "training": {"building", "data", "evaluation", "objective", "objective.losses", "objective.mining", *MODELS_UP},
+    "training": {
+        *("building", "checks", "data", "evaluation", "objective", "objective.losses", "objective.mining"),
+        *MODELS_UP,
+    },
 }
 
 PICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

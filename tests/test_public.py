@@ -3,6 +3,7 @@
 import ast
 import doctest
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,17 +12,15 @@ import pytest
 import torch
 from helpers.recipe_process import environment
 from helpers.tiny_building import save_tiny
+from helpers.tiny_run import reset_accelerate
 
 import loopitr
 import loopitr.data
 import loopitr.evaluation
 
 HEAVY = ("timm", "torchvision", "datasets", "accelerate", "matplotlib")
-# These have an example each; a class of plain fields, such as an output, needs none.
-SHOWN = (
-    *("DualEncoder", "LoopITRConfig", "LoopITRModel", "LoopITRProcessor", "LoopObjective"),
-    *("build_model", "evaluate_retrieval", "export_dual", "load", "load_records"),
-)
+# "as in the example of `NAME`": an example that goes on with what another one has made.
+GOES_ON = re.compile(r"Example \(.* as in the example of `(\w+)`\):")
 
 
 def run(code: str, *arguments: object) -> str:
@@ -58,12 +57,29 @@ def test_lazy_names_are_what_type_checkers_see(package):
         exec(f"from {package.__name__} import Nonsense")
 
 
-@pytest.mark.parametrize("name", SHOWN)
-def test_examples_run(name):
+def run_example(name: str) -> dict:
+    """Run the example of a public name, after the one that it goes on from; returns the variables that it leaves."""
     documented = getattr(loopitr, name)
-    (example,) = doctest.DocTestFinder(recurse=False).find(documented, name, globs={})
+    start = GOES_ON.search(documented.__doc__)
+    variables = run_example(start[1]) if start else {}
+    (example,) = doctest.DocTestFinder(recurse=False).find(documented, name, globs=variables)
     assert example.examples, f"{name} has no example"
-    assert doctest.DocTestRunner().run(example).failed == 0
+    assert doctest.DocTestRunner().run(example, clear_globs=False).failed == 0
+    return example.globs
+
+
+@pytest.mark.parametrize("name", loopitr.__all__)
+def test_examples_run(name):
+    reset_accelerate()
+    try:
+        run_example(name)
+    finally:
+        reset_accelerate()
+
+
+def test_the_examples_of_the_page_on_the_package_run():
+    (example,) = doctest.DocTestFinder(recurse=False).find(loopitr, "loopitr", globs={})
+    assert example.examples and doctest.DocTestRunner().run(example).failed == 0
 
 
 def test_importing_the_package_imports_nothing_heavy():
@@ -152,6 +168,13 @@ def test_load_gives_model_and_processor(tmp_path):
     assert isinstance(loopitr.load(tmp_path / "dual").model, loopitr.DualEncoder)
     ids = torch.tensor([[2, 7, 3]])
     assert torch.equal(loopitr.load(tmp_path / "dual").model.get_text_features(ids), dual.get_text_features(ids))
+
+
+@pytest.mark.parametrize("device", ["toaster", "cuda:99", torch.device("cuda", 99)])
+def test_a_device_that_cannot_be_used_is_named(tmp_path, device):
+    with pytest.raises(ValueError, match=f"^device '{device}' cannot be used: .") as raised:
+        loopitr.load(save_tiny(tmp_path / "saved"), device=device)
+    assert "\n" not in str(raised.value)
 
 
 def test_what_load_cannot_load(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -16,9 +17,18 @@ from loopitr.building.clip import load_pair
 from loopitr.building.folders import load_saved
 from loopitr.building.options import ModelOptions, TextOptions, VisionOptions
 from loopitr.building.text import describe_text, load_text, load_text_config, load_tokenizer
-from loopitr.building.weights import hub_access, text_source, vision_weights
+from loopitr.building.weights import (
+    Misfit,
+    first_keys,
+    hub_access,
+    load_exactly,
+    load_weights,
+    text_source,
+    vision_weights,
+)
 from loopitr.models.config import LoopITRConfig
 from loopitr.models.fusion import BertParts
+from loopitr.models.heads import MLMHead
 from loopitr.models.image_backbone import create_timm, fit_weights, vision_data
 from loopitr.models.loop_model import LoopITRModel
 from loopitr.models.lora import add_lora
@@ -55,6 +65,14 @@ def build_model(options: ModelOptions, *, vocabulary: list[str] | None = None) -
         if options.image_size is not None and options.image_size != model.config.vision["image_size"]:
             model.resize_images(options.image_size)
             set_image_size(processor.image_processor, options.image_size)
+    if options.fusion.agreement and model.agreement is None:
+        warnings.warn(f"{options.init} has no token agreement: model.fusion.agreement is left off", stacklevel=2)
+    if options.mlm_head and model.mlm_head is None:
+        _add_mlm_head(model)
+    if options.init is None and model.agreement is not None:
+        # Token agreement learns first: until a new ITM head has learned too, it is not to add chance to it.
+        nn.init.zeros_(model.itm_head.weight)
+        nn.init.zeros_(model.itm_head.bias)
     hold = options.hold_batch_statistics
     if hold is None:
         vision = options.vision
@@ -83,10 +101,19 @@ def _from_saved(path: str) -> tuple[LoopITRModel, LoopITRProcessor]:
     return saved.model, saved.processor
 
 
+def _add_mlm_head(model: LoopITRModel) -> None:
+    """A new head; a model that was saved for use has none."""
+    text = model.dual.text.model
+    head = MLMHead(text.get_input_embeddings(), text.config)
+    nn.init.normal_(head.dense.weight, std=model.config.initializer_range)
+    nn.init.zeros_(head.dense.bias)
+    model.mlm_head, model.config.mlm_head = head.to(model.device), True
+
+
 def _from_pair(options: ModelOptions) -> tuple[LoopITRModel, LoopITRProcessor]:
     assert options.pair is not None
     pair = load_pair(options.pair)
-    fusion = asdict(options.fusion)
+    fusion = {**asdict(options.fusion), "agreement": options.fusion.agreement_width}
     if fusion.pop("init") != "random":
         raise ValueError(f"fusion.init 'text_upper_layers' needs BERT-type layers; {options.pair} has none")
     initializer_range = pair.described["text"].get("initializer_range", 0.02)
@@ -94,7 +121,7 @@ def _from_pair(options: ModelOptions) -> tuple[LoopITRModel, LoopITRProcessor]:
         **pair.described, fusion=fusion, mlm_head=options.mlm_head, initializer_range=initializer_range
     )
     model = LoopITRModel(config)
-    model.dual.load_state_dict(pair.weights)
+    load_exactly(model.dual, pair.weights, f"model.pair {options.pair}")
     limit_length(pair.tokenizer, min(pair.tokenizer.model_max_length, model.dual.text.max_length))
     return model, LoopITRProcessor(pair.image_processor, pair.tokenizer)
 
@@ -107,7 +134,7 @@ def _from_backbones(options: ModelOptions, vocabulary: list[str] | None) -> tupl
     if not 1 <= kept <= depth:
         raise ValueError(f"model.text.num_layers is {kept}, but {text.name} has {depth} layers")
     text_config["num_hidden_layers"] = kept
-    fusion = asdict(options.fusion)
+    fusion = {**asdict(options.fusion), "agreement": options.fusion.agreement_width}
     init = fusion.pop("init")
     if init == "text_upper_layers":
         if options.fusion.style != "late" or not text.pretrained or options.fusion.num_layers > depth:
@@ -122,6 +149,8 @@ def _from_backbones(options: ModelOptions, vocabulary: list[str] | None) -> tupl
         vision_pooling=vision.pooling,
         text_pooling=text.pooling,
         embed_dim=options.embed_dim,
+        projection=options.projection,
+        projection_dropout=options.projection_dropout,
         initial_temperature=options.temperature,
         initial_logit_bias=options.logit_bias,
         fusion=fusion,
@@ -174,30 +203,28 @@ def _load_vision(model: LoopITRModel, vision: VisionOptions) -> None:
             raise ValueError(f"no pretrained weights for {vision.name} as described: {error}") from error
     else:
         weights = fit_weights(backbone, weights)
-    left_over = [name for name in weights if name not in backbone.state_dict()]
-    if left_over:
-        raise ValueError(f"weights of {vision.name} do not fit: left over {left_over[:3]} ({len(left_over)} in all)")
-    _load(backbone, weights, vision.checkpoint or vision.name)
+    _load(backbone, weights, vision.checkpoint or vision.name, extra_allowed=False)
 
 
-def _load(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Every tensor of `module` out of `weights`, which may hold more."""
-    own = module.state_dict()
-    known = {name: value for name, value in weights.items() if name in own}
-    for name, value in known.items():
-        if value.shape != own[name].shape:
-            shapes = f"{list(value.shape)}, wanted {list(own[name].shape)}"
-            raise ValueError(f"weights of {source} do not fit: {name} is {shapes}")
-    missing = module.load_state_dict(known, strict=False).missing_keys  # old files lack batch counts, which is fine
-    if missing:
-        raise ValueError(f"weights of {source} do not fit: missing {missing[:3]} ({len(missing)} in all)")
+def _load(module: nn.Module, weights: Mapping[str, Tensor], source: str, *, extra_allowed: bool) -> None:
+    def error(misfit: Misfit) -> str:
+        if misfit.left_over:
+            fault = f"left over {first_keys(misfit.left_over)}"
+        elif misfit.other_shape:
+            name, (shape, wanted) = next(iter(misfit.other_shape.items()))
+            fault = f"{name} is {shape}, wanted {wanted}"
+        else:
+            fault = f"missing {first_keys(misfit.missing)}"
+        return f"weights of {source} do not fit: {fault}"
+
+    load_weights(module, weights, extra_allowed=extra_allowed, error=error)
 
 
 def _load_text(model: LoopITRModel, source: str, kept: int, depth: int, init: str) -> None:
     with hub_access(source):
         text = load_text(source)
     weights = {name: value for name, value in text.model.state_dict().items() if name not in text.random_names}
-    _load(model.dual.text.model, weights, source)
+    _load(model.dual.text.model, weights, source, extra_allowed=True)  # the layers that were cut off
     if init != "text_upper_layers":
         return
     assert model.fusion.text is not None

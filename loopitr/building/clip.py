@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedTokenizerBase
 
 from loopitr.building.text import describe_text, load_tokenizer
-from loopitr.building.weights import hub_access, local_or_hub
+from loopitr.building.weights import first_keys, hub_access, local_or_hub
 from loopitr.models.image_backbone import ACTIVATIONS, mlp_ratio
 
 TIMM_NAMES = {"clip": "vit_base_patch16_clip_224", "siglip": "vit_base_patch16_siglip_224"}  # any size by arguments
@@ -64,8 +64,7 @@ def load_pair(name: str) -> Pair:
         images = AutoImageProcessor.from_pretrained(source)
         model, info = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
     if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise ValueError(f"model.pair {name}: missing weights {missing[:3]} ({len(missing)} in all)")
+        raise ValueError(f"model.pair {name}: missing weights {first_keys(sorted(info['missing_keys']))}")
     state = model.state_dict()
     return Pair(describe_pair(config, state, tokenizer), convert_pair(state), images, tokenizer)
 

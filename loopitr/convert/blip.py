@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers import BlipForImageTextRetrieval, PreTrainedConfig
 
-from loopitr.building.weights import hub_access
-from loopitr.convert.weights import head_count, load_exactly, read_checkpoint, refuse, resize_positions
+from loopitr.building.weights import hub_access, load_exactly, refuse
+from loopitr.convert.weights import head_count, read_checkpoint, resize_positions
 from loopitr.models.config import LoopITRConfig
 from loopitr.models.image_backbone import ACTIVATIONS, mlp_ratio
 from loopitr.models.loop_model import LoopITRModel

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import BlipConfig, BlipForImageTextRetrieval, BlipImageProcessor, BlipProcessor
 
 from loopitr.building.folders import check_output
+from loopitr.building.weights import load_exactly
 from loopitr.convert.blip import SPECIAL_TOKENS, transformers_name
-from loopitr.convert.weights import load_exactly
 from loopitr.models.loop_model import LoopITRModel
 from loopitr.models.processing import LoopITRProcessor
 
@@ -63,6 +63,7 @@ def _comparison(model: LoopITRModel) -> Iterator[tuple[str, Any, Any]]:
     yield "fusion.num_layers", fusion["num_layers"], text.config.num_hidden_layers
     yield "fusion.layer_norm_eps", fusion["layer_norm_eps"], text.config.layer_norm_eps
     yield "fusion.first_token_id", fusion["first_token_id"], None  # set it to None for transformers' matching scores
+    yield "fusion.agreement", fusion["agreement"], None
     yield "text model", text.config.model_type, "bert"
     yield "text is_decoder", bool(getattr(text.config, "is_decoder", False)), False
     yield "text_pooling", config.text_pooling, "first"

@@ -1,9 +1,9 @@
-"""What every converter does: read a checkpoint without running code from it, fit it exactly, write a folder."""
+"""What every converter does: read a checkpoint without running code from it, and write a model folder."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +11,17 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessor, PreTrainedTokenizerBase
 
 from loopitr.building.folders import check_output
-from loopitr.building.weights import hub_access, text_source
+from loopitr.building.weights import hub_access, listed, text_source
 from loopitr.models.loop_model import LoopITRModel
 from loopitr.models.processing import LoopITRProcessor, image_processor
 
 WRAPPERS = ("model", "state_dict")  # what training scripts put their weights under
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-SHOWN = 3  # keys of each kind in an error
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
@@ -47,7 +46,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} holds a {type(content).__name__}, wanted a dictionary of weights")
     weights = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     if not weights:
-        raise ValueError(f"{path} holds no weights, only {_listed(map(str, content))}")
+        raise ValueError(f"{path} holds no weights, only {listed(map(str, content))}")
     return weights
 
 
@@ -69,55 +68,6 @@ def _load_torch(file: Path) -> Any:
         else:
             reason = "is not a checkpoint that torch can read, or not a whole one"
         raise ValueError(f"{file} {reason}") from error
-
-
-def load_exactly(
-    module: nn.Module, weights: Mapping[str, Tensor], source: str, *, names: Mapping[str, str] | None = None
-) -> None:
-    """Every tensor of `module` out of `weights`, and nothing else in there.
-
-    Args:
-        weights: in the module's names, or in those that `names` leads to.
-        source: where they are from, for the error.
-        names: the module's name of a tensor -> its name in `weights`, where they differ.
-
-    Raises:
-        ValueError: keys that are missing, left over or of another shape, in the names of `weights`.
-    """
-    wanted = {(names or {}).get(ours, ours): ours for ours in module.state_dict()}
-    own = module.state_dict()
-    shapes = [
-        f"{name} {list(weights[name].shape)} (wanted {list(own[ours].shape)})"
-        for name, ours in wanted.items()
-        if name in weights and weights[name].shape != own[ours].shape
-    ]
-    refuse(
-        source,
-        missing=[name for name in wanted if name not in weights],
-        left_over=[name for name in weights if name not in wanted],
-        other_shape=shapes,
-    )
-    module.load_state_dict({ours: weights[name] for name, ours in wanted.items()})
-
-
-def refuse(
-    source: str, *, missing: Collection[str] = (), left_over: Collection[str] = (), other_shape: Collection[str] = ()
-) -> None:
-    """Nothing where all three are empty.
-
-    Raises:
-        ValueError: the first keys of each kind and how many there are.
-    """
-    kinds = {"missing": missing, "left over": left_over, "of another shape": other_shape}
-    faults = [f"{kind} {_listed(keys)}" for kind, keys in kinds.items() if keys]
-    if faults:
-        raise ValueError(f"{source} does not fit: {'; '.join(faults)}")
-
-
-def _listed(keys: Any) -> str:
-    keys = list(keys)
-    shown = ", ".join(keys[:SHOWN])
-    return shown if len(keys) <= SHOWN else f"{shown}, ... ({len(keys)} in all)"
 
 
 def resize_positions(positions: Tensor, grid: int) -> Tensor:

@@ -152,7 +152,15 @@ def relevance_of(records: Sequence[Record], positions: Sequence[int]) -> Tensor 
 
 @dataclass
 class LoadReport:
-    """What was read and what was skipped: counts by reason, and the first few names of each."""
+    """What was read and what was skipped: counts by reason, and the first few names of each.
+
+    Example:
+        >>> from loopitr import LoadReport
+        >>> report = LoadReport(images=2, captions=3)
+        >>> report.skip("empty caption", "3.jpg")
+        >>> report.counts
+        {'empty caption': 1}
+    """
 
     images: int = 0
     captions: int = 0

@@ -27,8 +27,13 @@ DEFAULT_VAL_FRACTION = 0.05
 
 @dataclass
 class DataOptions:
-    """Where images and captions come from (one of karpathy, albef, table, hub; none: the built-in scenes) and how they
-    are read."""
+    """Where images and captions come from (karpathy, albef, table, hub; none: the built-in scenes), how they are read.
+
+    Example:
+        >>> from loopitr import DataOptions
+        >>> DataOptions(karpathy="dataset_coco.json", images="coco/", split="restval").val_split
+        'val'
+    """
 
     karpathy: str | None = None
     """Karpathy's JSON (COCO, Flickr30k, Flickr8k); needs `images`."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from loopitr.checks import check_at_least
+
 from .storage import TokenStorage
 
 
@@ -19,6 +21,8 @@ class EvaluationOptions:
         max_skipped_fraction: the evaluation stops when more of the images than this cannot be used.
         graded: whether graded relevance and paraphrase stability are measured too, where the records have the ground
             truth for it.
+        calibrate: whether the weight of the similarity in the reranking score is fitted on these candidates
+            (`calibration.py`), instead of the model's `config.similarity_weight`; the model is not changed.
         batch_size: captions, and images up to `image_block`, that are encoded at a time.
         image_block: images whose tokens, keys and values are held at a time while reranking.
         pair_block: pairs that are scored at a time.
@@ -27,6 +31,11 @@ class EvaluationOptions:
 
     Raises:
         ValueError: a number out of range.
+
+    Example:
+        >>> from loopitr import EvaluationOptions
+        >>> EvaluationOptions(rerank=16, captions_per_image=5).graded
+        True
     """
 
     rerank: int = 64
@@ -34,6 +43,7 @@ class EvaluationOptions:
     max_images: int | None = None
     max_skipped_fraction: float = 0.05
     graded: bool = True
+    calibrate: bool = False
     batch_size: int = 64
     image_block: int = 32
     pair_block: int = 1024
@@ -41,11 +51,12 @@ class EvaluationOptions:
     token_storage: TokenStorage = field(default_factory=TokenStorage)
 
     def __post_init__(self) -> None:
-        for least, names in (
-            (0, ("rerank", "num_workers")),
-            (1, ("batch_size", "image_block", "pair_block", "captions_per_image", "max_images")),
-        ):
-            for name in names:
-                value = getattr(self, name)
-                if value is not None and value < least:
-                    raise ValueError(f"{name} must be at least {least}, got {value}")
+        check_at_least(0, rerank=self.rerank, num_workers=self.num_workers)
+        check_at_least(
+            1,
+            batch_size=self.batch_size,
+            image_block=self.image_block,
+            pair_block=self.pair_block,
+            captions_per_image=self.captions_per_image,
+            max_images=self.max_images,
+        )

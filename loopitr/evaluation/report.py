@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loopitr.data import LoadReport
+from loopitr.models.scoring import DUAL_ALONE
 
+from .calibration import Gain
 from .graded import GradedMetrics
 from .ranking import Ranking
 
 # By what candidates are ranked, and its name in the table.
-HEADS = {"dual": "dual", "match": "match", "match_plus_similarity": "match + similarity"}
+HEADS = {"dual": "dual", "match": "match", "match_plus_similarity": "match + similarity", "reranked": "reranked"}
 KS = (1, 5, 10)
 
 
@@ -23,12 +25,15 @@ class RetrievalResult:
 
     Attributes:
         k: candidates per query that were reranked; 0: the dual encoder alone.
-        rankings: `dual` and, where `k > 0`, `match` and `match_plus_similarity`.
+        rankings: `dual` and, where `k > 0`, `match`, `match_plus_similarity` and, by the reranking score, `reranked`.
         num_pairs: pairs scored by the fusion head, each once.
         seconds: encode, rank, rerank, total.
         skipped: how much was evaluated on and what was left out.
         truncated: captions longer than the text backbone takes, of which only the beginning counted.
         graded: the metrics of each of the rankings; empty where the records have no graded relevance.
+        similarity_weight: of the reranking score; None with `k = 0`.
+        calibrated: whether that weight was fitted on these very candidates.
+        gain: of reranking over the dual encoder; None with `k = 0`.
     """
 
     num_images: int
@@ -40,6 +45,9 @@ class RetrievalResult:
     skipped: LoadReport
     truncated: int
     graded: dict[str, GradedMetrics] = field(default_factory=dict)
+    similarity_weight: float | None = None
+    calibrated: bool = False
+    gain: Gain | None = None
 
     @property
     def pairs_per_second(self) -> float | None:
@@ -49,6 +57,11 @@ class RetrievalResult:
     def ceiling(self) -> dict[str, float] | None:
         """Percent of queries with a right answer among their `k` candidates: the most that reranking can reach."""
         return self.rankings["match"].ceiling() if self.k else None
+
+    def _label(self, name: str) -> str:
+        if name != "reranked" or self.similarity_weight is None:
+            return HEADS[name]
+        return f"reranked ({weight_text(self.similarity_weight)})"
 
     def mean_r1(self) -> dict[str, float]:
         """Mean of both directions' R@1 in percent, by head."""
@@ -65,6 +78,9 @@ class RetrievalResult:
             "num_captions": self.num_captions,
             "k": self.k,
             **{name: _head(self.rankings.get(name)) for name in HEADS},
+            "similarity_weight": self.similarity_weight,
+            "calibrated": self.calibrated,
+            "reranking_gain": None if self.gain is None else {"points": self.gain.points, "margin": self.gain.margin},
             "ceiling": self.ceiling,
             **({"graded": graded} if graded else {}),
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
@@ -75,8 +91,12 @@ class RetrievalResult:
         }
 
     def table(self) -> str:
-        """Markdown: recalls of each head, then size, ceiling, graded metrics, speed and time."""
-        lines = [recall_table({HEADS[name]: ranking for name, ranking in self.rankings.items()}), ""]
+        """Markdown: recalls of each head, whether reranking pays, then size, ceiling, graded metrics and seconds."""
+        lines = [recall_table({self._label(name): ranking for name, ranking in self.rankings.items()}), ""]
+        if self.gain is not None:
+            lines.append(f"- {self.gain.line()}")
+            if self.calibrated:
+                lines.append("- the weight w of the similarity was fitted on these very queries")
         lines.append(f"- gallery: {self.skipped.summary()}")
         if self.ceiling is not None:
             ceiling = f"i2t {self.ceiling['i2t']:.1f}, t2i {self.ceiling['t2i']:.1f}"
@@ -88,6 +108,11 @@ class RetrievalResult:
         if self.truncated:
             lines.append(f"- captions cut to the text backbone's length: {self.truncated}")
         return "\n".join(lines)
+
+
+def weight_text(weight: float) -> str:
+    """A similarity weight as it stands in tables: `w = 0.35`."""
+    return "the dual alone" if weight >= DUAL_ALONE else f"w = {weight:.2g}"
 
 
 def _head(ranking: Ranking | None) -> dict[str, Any] | None:

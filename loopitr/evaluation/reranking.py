@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from loopitr.models.loop_model import LoopITRModel
+from loopitr.models.scoring import reranking_score
 
 from .gallery import Gallery
 from .nearest import Nearest
@@ -69,42 +70,65 @@ def score_candidates(
 
 @dataclass(frozen=True)
 class CandidateScores:
-    """Scores of the candidates of `Nearest`: of its `captions [I, k]` and of its `images [T, k]`."""
+    """A value for each of the candidates of `Nearest`: for its `captions [I, k]` and for its `images [T, k]`."""
 
     captions: Tensor
     images: Tensor
 
 
-def candidate_scores(candidates: Nearest, pairs: Tensor, scores: Tensor, *, scale: float) -> dict[str, CandidateScores]:
-    """The candidates' `match` scores and `match_plus_similarity`: + similarity * `scale`.
+@dataclass(frozen=True)
+class ScoredCandidates:
+    """What the two heads say of the candidates, and which are right answers.
 
-    `scores [P]` of `pairs [P, 2]`, sorted; `scale` is 1 / temperature.
+    `match` scores, `similarity` / temperature, `right` (bool).
     """
+
+    match: CandidateScores
+    similarity: CandidateScores
+    right: CandidateScores
+
+    def reranking(self, weight: float) -> CandidateScores:
+        """Reranking scores with this similarity weight (`models/scoring.py`)."""
+        return CandidateScores(
+            reranking_score(self.match.captions, self.similarity.captions, weight),
+            reranking_score(self.match.images, self.similarity.images, weight),
+        )
+
+    def reranked(self, weight: float) -> dict[str, CandidateScores]:
+        """What the candidates are ordered by, under the names of a result's rankings."""
+        return {
+            "match": self.match,
+            "match_plus_similarity": self.reranking(1.0),
+            "reranked": self.reranking(weight),
+        }
+
+    def ranking(self, scores: CandidateScores) -> Ranking:
+        """Ranks of the right answers when the candidates are ordered by `scores`."""
+        return Ranking(
+            i2t=candidate_ranks(scores.captions, self.right.captions, torch.ones_like(self.right.captions)),
+            t2i=candidate_ranks(scores.images, self.right.images, torch.ones_like(self.right.images)),
+        )
+
+
+def scored_candidates(
+    candidates: Nearest, pairs: Tensor, scores: Tensor, gallery: Gallery, *, scale: float
+) -> ScoredCandidates:
+    """Both directions' candidates with the match scores `[P]` of `pairs [P, 2]`, sorted; `scale` is 1 / temperature."""
     images, texts = len(candidates.captions), len(candidates.images)
     keys = _keys(pairs[:, 0], pairs[:, 1], texts)
     caption_keys = _keys(torch.arange(images)[:, None], candidates.captions, texts)  # [I, k]
     image_keys = _keys(candidates.images, torch.arange(texts)[:, None], texts)  # [T, k]
-    image_side = scores[torch.searchsorted(keys, caption_keys)]  # [I, k]
-    text_side = scores[torch.searchsorted(keys, image_keys)]  # [T, k]
-    return {
-        "match": CandidateScores(image_side, text_side),
-        "match_plus_similarity": CandidateScores(
-            image_side + scale * candidates.caption_similarity, text_side + scale * candidates.image_similarity
+    return ScoredCandidates(
+        match=CandidateScores(
+            scores[torch.searchsorted(keys, caption_keys)],  # [I, k]
+            scores[torch.searchsorted(keys, image_keys)],  # [T, k]
         ),
-    }
-
-
-def rerank(candidates: Nearest, scores: Mapping[str, CandidateScores], gallery: Gallery) -> dict[str, Ranking]:
-    """Rankings of the candidates by each of the scores."""
-    right_captions = gallery.text_identities[candidates.captions] == gallery.image_identities[:, None]  # [I, k]
-    right_images = gallery.image_identities[candidates.images] == gallery.text_identities[:, None]  # [T, k]
-    return {
-        name: Ranking(
-            i2t=candidate_ranks(side.captions, right_captions, torch.ones_like(right_captions)),
-            t2i=candidate_ranks(side.images, right_images, torch.ones_like(right_images)),
-        )
-        for name, side in scores.items()
-    }
+        similarity=CandidateScores(scale * candidates.caption_similarity, scale * candidates.image_similarity),
+        right=CandidateScores(
+            gallery.text_identities[candidates.captions] == gallery.image_identities[:, None],  # [I, k]
+            gallery.image_identities[candidates.images] == gallery.text_identities[:, None],  # [T, k]
+        ),
+    )
 
 
 def _keys(image: Tensor, text: Tensor, num_texts: int) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -15,14 +16,14 @@ from loopitr.distributed import each_rank, first_rank, rank, world_size
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.processing import LoopITRProcessor
 
-from .gallery import account, build_gallery, evaluation_transform
-from .graded import grade
+from .calibration import Gain, fit_similarity_weight, reranking_gain
+from .gallery import Gallery, account, build_gallery, evaluation_transform
+from .graded import GradedMetrics, grade
 from .image_tokens import ImageTokens
-from .nearest import nearest
+from .nearest import Nearest, nearest
 from .options import EvaluationOptions
 from .report import RetrievalResult
-from .reranking import CandidateScores, candidate_pairs, candidate_scores, score_candidates
-from .reranking import rerank as rerank_candidates
+from .reranking import CandidateScores, candidate_pairs, score_candidates, scored_candidates
 from .text_tokens import TextTokens
 
 __all__ = ["EvaluationOptions", "RetrievalResult", "evaluate_retrieval", "evaluation_transform"]
@@ -42,10 +43,11 @@ def evaluate_retrieval(
     """Recall of all images against all captions of `records`, by the dual head alone and reranked.
 
     Reranked: each image's `options.rerank` most similar captions and each caption's as many most similar images; the
-    union of both directions' pairs is scored once. Candidates are ordered by match score (ALBEF, arXiv 2107.07651), and
-    by match score + similarity / temperature. BLIP (arXiv 2201.12086) adds the bare cosine to the matching logit;
-    divided by the temperature, as in the contrastive loss, it is on the same log-odds scale as the match score. A right
-    answer that is not among the candidates is a miss at every k. Right answers are those of equal identity.
+    union of both directions' pairs is scored once. Candidates are ordered by match score (ALBEF, arXiv 2107.07651), by
+    match score + similarity / temperature, and by the reranking score, which weighs the similarity by the model's
+    `config.similarity_weight`. BLIP (arXiv 2201.12086) adds the bare cosine to the matching logit; divided by the
+    temperature, as in the contrastive loss, it is on the same log-odds scale as the match score. A right answer that is
+    not among the candidates is a miss at every k. Right answers are those of equal identity.
 
     The model runs in eval mode, under the caller's autocast, and every module comes back in the mode it had.
 
@@ -78,13 +80,12 @@ def evaluate_retrieval(
         >>> records = load_records(DataOptions(limit=4), "test", LoadReport())
         >>> result = evaluate_retrieval(model, processor, records)
         >>> result.num_images, sorted(result.rankings)
-        (4, ['dual', 'match', 'match_plus_similarity'])
+        (4, ['dual', 'match', 'match_plus_similarity', 'reranked'])
     """
     options = options or EvaluationOptions()
-    rerank = options.rerank
-    if rerank and not isinstance(model, LoopITRModel):
-        raise ValueError(f"a {type(model).__name__} has no fusion head to rerank with: rerank must be 0, got {rerank}")
-    storage = options.token_storage if rerank else None
+    if options.rerank and not isinstance(model, LoopITRModel):
+        kind = type(model).__name__
+        raise ValueError(f"a {kind} has no fusion head to rerank with: rerank must be 0, got {options.rerank}")
     if device is not None:
         nn.Module.to(model, device)
     dual = model.dual_encoder() if isinstance(model, LoopITRModel) else model
@@ -97,110 +98,152 @@ def evaluate_retrieval(
         batch_size=min(options.batch_size, options.image_block),
         num_workers=options.num_workers,
     )
-    skipped = LoadReport()
-    count = len(records) if options.max_images is None else min(options.max_images, len(records))
     progress = progress and rank() == 0
     with _evaluating(model), torch.inference_mode():
-        # An image without captions is not worth decoding, and captions of an unreadable one not worth encoding.
-        captioned = build_gallery(
-            records, range(count), skipped, captions_per_image=options.captions_per_image
-        ).positions
-        own_images = [captioned[index] for index in _share(len(captioned))]
-        encoded = each_rank(lambda: images.encode(own_images, storage=storage, progress=progress))
-        for position, reason in (failure for part in encoded for failure in part.failed):
-            skipped.skip(f"unreadable image: {reason}", name_of(records, position))
-        readable = [position for part in encoded for position in part.positions]
-        gallery = build_gallery(records, readable, LoadReport(), captions_per_image=options.captions_per_image)
-        account(skipped, report, gallery, count, options.max_skipped_fraction)
-        texts = TextTokens(
-            model if rerank else dual, processor, gallery.captions, batch_size=options.batch_size, storage=storage
-        )
-        own_texts = torch.tensor(_share(len(gallery.captions)), dtype=torch.int64)
-        text_parts = each_rank(lambda: texts.encode(own_texts, progress=progress))
-        texts.embeds = torch.cat(text_parts).to(clock.device)  # [T, E]
+        encoded = _encode(model, processor, images, options, report=report, progress=progress)
         clock.lap("encode")
-        image_embeds = torch.cat([part.embeds for part in encoded])  # [I, E] on the CPU
-        candidates = first_rank(  # all ranks use its candidates, so that they agree on the pairs
-            lambda: nearest(
-                image_embeds.to(clock.device),
-                texts.embeds,
-                gallery.image_identities.to(clock.device),
-                gallery.text_identities.to(clock.device),
-                k=max(1, rerank),
-            )
-        )
+        candidates = _candidates(encoded, max(1, options.rerank))
+        rankings = {"dual": candidates.ranking}
         clock.lap("rank")
-        rankings, num_pairs = {"dual": candidates.ranking}, 0
-        reranked: dict[str, CandidateScores] = {}
-        if rerank and isinstance(model, LoopITRModel):
+        pairs, reranked = torch.empty(0, 2, dtype=torch.int64), dict[str, CandidateScores]()
+        weight: float | None = None
+        gain: Gain | None = None
+        if options.rerank and isinstance(model, LoopITRModel):
             pairs = candidate_pairs(candidates)
-            before = sum(len(part.positions) for part in encoded[: rank()])
-            score = partial(
-                _score_own,
-                model,
-                images,
-                texts,
-                pairs,
-                encoded[rank()].positions,
-                before,
-                options=options,
-                progress=progress,
-            )
-            scores = torch.cat(each_rank(score))  # [P]
-            reranked = candidate_scores(candidates, pairs, scores, scale=float(dual.scale))
-            rankings.update(rerank_candidates(candidates, reranked, gallery))
-            num_pairs = len(pairs)
-        clock.lap("rerank")
-        relevance = relevance_of(records, gallery.positions) if options.graded else None
-        measured = {}
-        if relevance is not None:
-            measured = first_rank(
-                partial(
-                    grade,
-                    image_embeds,
-                    texts.embeds.cpu(),
-                    candidates,
-                    reranked,
-                    relevance=relevance,
-                    caption_rows=gallery.caption_rows,
-                )
-            )
+            scores = torch.cat(each_rank(partial(_score_own, model, encoded, pairs, options, progress=progress)))  # [P]
+            clock.lap("rerank")
+            scored = scored_candidates(candidates, pairs, scores, encoded.gallery, scale=float(dual.scale))
+            weight = model.config.similarity_weight
+            if options.calibrate:
+                weight = first_rank(partial(fit_similarity_weight, scored))
+            reranked = scored.reranked(weight)
+            rankings.update({name: scored.ranking(values) for name, values in reranked.items()})
+            gain = reranking_gain(candidates.ranking, rankings["reranked"], encoded.gallery.caption_rows)
+        graded = _grade(encoded, candidates, reranked) if options.graded else {}
     return RetrievalResult(
-        num_images=len(gallery.positions),
-        num_captions=len(gallery.captions),
-        k=rerank,
+        num_images=len(encoded.gallery.positions),
+        num_captions=len(encoded.gallery.captions),
+        k=options.rerank,
         rankings=rankings,
-        num_pairs=num_pairs,
+        num_pairs=len(pairs),
         seconds={**clock.laps, "total": sum(clock.laps.values())},
+        skipped=encoded.skipped,
+        truncated=encoded.texts.truncated,
+        graded=graded,
+        similarity_weight=weight,
+        calibrated=weight is not None and options.calibrate,
+        gain=gain,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Encoded:
+    """A gallery after the backbones have run on it.
+
+    Attributes:
+        gallery: the images that could be read and have captions, and these captions; the same on every rank.
+        image_embeds: `[I, E]` of the gallery's images, on the CPU.
+        images: the tokens of this rank's images.
+        texts: the embeds `[T, E]` of all captions, on the model's device, and the tokens of any of them.
+        own_images: where this rank's images are in the gallery.
+        skipped: what was left out.
+    """
+
+    gallery: Gallery
+    image_embeds: Tensor
+    images: ImageTokens
+    texts: TextTokens
+    own_images: range
+    skipped: LoadReport
+
+
+def _encode(
+    model: LoopITRModel | DualEncoder,
+    processor: LoopITRProcessor,
+    images: ImageTokens,
+    options: EvaluationOptions,
+    *,
+    report: LoadReport | None,
+    progress: bool,
+) -> _Encoded:
+    """Run the backbones on this rank's share of the images and captions, and gather the embeds of all ranks."""
+    records, skipped = images.records, LoadReport()
+    storage = options.token_storage if options.rerank else None
+    count = len(records) if options.max_images is None else min(options.max_images, len(records))
+    # An image without captions is not worth decoding, and captions of an unreadable one not worth encoding.
+    captioned = build_gallery(records, range(count), skipped, captions_per_image=options.captions_per_image).positions
+    share = [captioned[index] for index in _share(len(captioned))]
+    image_parts = each_rank(lambda: images.encode(share, storage=storage, progress=progress))
+    for position, reason in (failure for part in image_parts for failure in part.failed):
+        skipped.skip(f"unreadable image: {reason}", name_of(records, position))
+    readable = [position for part in image_parts for position in part.positions]
+    gallery = build_gallery(records, readable, LoadReport(), captions_per_image=options.captions_per_image)
+    account(skipped, report, gallery, count, options.max_skipped_fraction)
+    text_model = model if options.rerank or isinstance(model, DualEncoder) else model.dual_encoder()
+    texts = TextTokens(text_model, processor, gallery.captions, batch_size=options.batch_size, storage=storage)
+    own_texts = torch.tensor(_share(len(gallery.captions)), dtype=torch.int64)
+    text_parts = each_rank(lambda: texts.encode(own_texts, progress=progress))
+    texts.embeds = torch.cat(text_parts).to(images.parameter.device)  # [T, E]
+    before = sum(len(part.positions) for part in image_parts[: rank()])
+    return _Encoded(
+        gallery=gallery,
+        image_embeds=torch.cat([part.embeds for part in image_parts]),  # [I, E]
+        images=images,
+        texts=texts,
+        own_images=range(before, before + len(image_parts[rank()].positions)),
         skipped=skipped,
-        truncated=texts.truncated,
-        graded=measured,
+    )
+
+
+def _candidates(encoded: _Encoded, k: int) -> Nearest:
+    """Each query's `k` nearest by the dual head. All ranks get the first rank's, so that they agree on the pairs."""
+    gallery, text_embeds = encoded.gallery, encoded.texts.embeds
+    device = text_embeds.device
+    return first_rank(
+        lambda: nearest(
+            encoded.image_embeds.to(device),
+            text_embeds,
+            gallery.image_identities.to(device),
+            gallery.text_identities.to(device),
+            k=k,
+        )
+    )
+
+
+def _score_own(
+    model: LoopITRModel, encoded: _Encoded, pairs: Tensor, options: EvaluationOptions, *, progress: bool
+) -> Tensor:
+    """Match scores (CPU) of those of `pairs [P, 2]`, sorted by image, whose images are this rank's."""
+    images, texts, own_images = encoded.images, encoded.texts, encoded.own_images
+    ends = torch.tensor([own_images.start, own_images.stop])
+    low, high = torch.searchsorted(pairs[:, 0].contiguous(), ends).tolist()
+    own = pairs[low:high] - torch.tensor([own_images.start, 0])  # [p, 2]
+    texts.keep(own[:, 1].unique(), progress=progress)
+    positions = encoded.gallery.positions[own_images.start : own_images.stop]
+    blocks = images.blocks(positions, options.image_block)
+    return score_candidates(model, blocks, texts, own, pair_block=options.pair_block, progress=progress)
+
+
+def _grade(encoded: _Encoded, candidates: Nearest, reranked: Mapping[str, CandidateScores]) -> dict[str, GradedMetrics]:
+    """The graded metrics of every ranking; none where the records have no graded relevance."""
+    relevance = relevance_of(encoded.images.records, encoded.gallery.positions)
+    if relevance is None:
+        return {}
+    return first_rank(
+        lambda: grade(
+            encoded.image_embeds,
+            encoded.texts.embeds.cpu(),
+            candidates,
+            reranked,
+            relevance=relevance,
+            caption_rows=encoded.gallery.caption_rows,
+        )
     )
 
 
 def _share(count: int) -> range:
     """This rank's of `count` items: ranks' shares are consecutive and differ by one at most."""
     return range(rank() * count // world_size(), (rank() + 1) * count // world_size())
-
-
-def _score_own(
-    model: LoopITRModel,
-    images: ImageTokens,
-    texts: TextTokens,
-    pairs: Tensor,
-    positions: list[int],
-    before: int,
-    *,
-    options: EvaluationOptions,
-    progress: bool,
-) -> Tensor:
-    """Match scores of those of `pairs [P, 2]` whose images are this rank's: `positions`, numbered from `before` on."""
-    ends = torch.tensor([before, before + len(positions)])
-    low, high = torch.searchsorted(pairs[:, 0].contiguous(), ends).tolist()
-    own = pairs[low:high] - torch.tensor([before, 0])  # [p, 2]
-    texts.keep(own[:, 1].unique(), progress=progress)
-    blocks = images.blocks(positions, options.image_block)
-    return score_candidates(model, blocks, texts, own, pair_block=options.pair_block, progress=progress)
 
 
 class _Clock:

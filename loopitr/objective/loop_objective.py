@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from loopitr.objective.mining import Miner, TopK
 from loopitr.objective.parts import Encoded, MaskedTexts, StepOutput
 from loopitr.objective.step import Step
+from loopitr.objective.teachers import OwnModel, Teacher
 from loopitr.objective.terms import Contrastive, Matching, Term, TermOutput
 
 if TYPE_CHECKING:
@@ -28,16 +29,19 @@ class LoopObjective(nn.Module):
         ...     text={"model_type": "bert", "vocab_size": 99, "hidden_size": 48, "num_hidden_layers": 2},
         ...     fusion={"num_layers": 1, "num_heads": 4},
         ... )
-        >>> terms = [Contrastive(), Matching(), Ranking(0.5)]
-        >>> objective = LoopObjective(LoopITRModel(config), terms=terms, miner=TopK(1))
-        >>> step = objective(
-        ...     pixel_values=torch.randn(3, 3, 32, 32),
-        ...     input_ids=torch.tensor([[2, 7, 3], [2, 8, 3], [2, 9, 3]]),
-        ...     attention_mask=torch.ones(3, 3, dtype=torch.long),
-        ...     identities=torch.arange(3),
-        ...     caption_ids=torch.arange(3),
-        ... )
+        >>> model = LoopITRModel(config)
+        >>> batch = {
+        ...     "pixel_values": torch.randn(3, 3, 32, 32),
+        ...     "input_ids": torch.tensor([[2, 7, 3], [2, 8, 3], [2, 9, 3]]),
+        ...     "attention_mask": torch.ones(3, 3, dtype=torch.long),
+        ...     "identities": torch.arange(3),
+        ...     "caption_ids": torch.arange(3),
+        ... }
+        >>> objective = LoopObjective(model, terms=[Contrastive(), Matching(), Ranking(0.5)], miner=TopK(1))
+        >>> step = objective(**batch)
         >>> step.loss.backward()
+        >>> list(step.terms)
+        ['itc', 'itm', 'lce']
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class LoopObjective(nn.Module):
         miner: Miner | None = None,
         mine_across_ranks: bool = False,
         pair_block: int | None = None,
+        sum_dropout: float | None = None,
     ) -> None:
         """
         Args:
@@ -56,6 +61,8 @@ class LoopObjective(nn.Module):
             miner: chooses the hard negatives; None: the 4 most similar.
             mine_across_ranks: mine in the batch of all ranks (tokens are gathered) instead of the local one.
             pair_block: pairs scored at a time (`score_pairs`); None: all.
+            sum_dropout: train the fusion head on match score + similarity / temperature, the similarity left out for
+                this share of the queries; None: on the match score alone.
 
         Raises:
             ValueError: two terms of one name, or one that the model has no head for.
@@ -64,7 +71,8 @@ class LoopObjective(nn.Module):
         self.model = model
         self.terms = [term for term in ([Contrastive(), Matching()] if terms is None else terms) if term.weight]
         self.miner = miner or TopK(4)
-        self.mine_across_ranks, self.pair_block = mine_across_ranks, pair_block
+        self.mine_across_ranks, self.pair_block, self.sum_dropout = mine_across_ranks, pair_block, sum_dropout
+        self.own_teacher = next((term.teacher for term in self.terms if isinstance(term.teacher, OwnModel)), None)
         names = [term.name for term in self.terms]
         if len(set(names)) < len(names):
             raise ValueError(f"terms must have names of their own, got {', '.join(names)}")
@@ -77,9 +85,24 @@ class LoopObjective(nn.Module):
         return any(term.uses_pairs for term in self.terms)
 
     @property
+    def teacher(self) -> Teacher | None:
+        """Whom the dual head learns from; None without distillation."""
+        return next((term.teacher for term in self.terms if term.teacher is not None), None)
+
+    def after_step(self) -> None:
+        """Call this after every optimiser step: a momentum teacher follows the model."""
+        if self.teacher is not None:
+            self.teacher.after_step(self.model)
+
+    @property
     def predicts_words(self) -> bool:
         """Whether a term asks for predicted words."""
         return any(term.masking is not None for term in self.terms)
+
+    @property
+    def compares_tokens(self) -> bool:
+        """Whether a term asks for the agreement of tokens."""
+        return any(term.compares_tokens for term in self.terms)
 
     @property
     def trained_negatives(self) -> int:
@@ -105,10 +128,16 @@ class LoopObjective(nn.Module):
             identities: `[B]` int64: rows with the same number show the same image.
             caption_ids: `[B]` int64: rows with the same number carry the same caption.
             pixel_values: `[B, 3, S, S]`, or instead `image_tokens [B, N, D]` of a frozen backbone.
-            distillation_scale: factor on the weight of the distillation (its warm-up).
+            distillation_scale: factor on the weight of the distillation (its warm-up); 0 leaves it out.
             with_pairs: False leaves the terms that score pairs out, while the dual head trains alone.
         """
-        encoded = self.encode(input_ids, attention_mask, pixel_values=pixel_values, image_tokens=image_tokens)
+        encoded = self.encode(
+            input_ids,
+            attention_mask,
+            pixel_values=pixel_values,
+            image_tokens=image_tokens,
+            with_teacher=with_pairs and distillation_scale > 0,
+        )
         return self.compare(
             encoded, identities, caption_ids, distillation_scale=distillation_scale, with_pairs=with_pairs
         )
@@ -120,8 +149,12 @@ class LoopObjective(nn.Module):
         *,
         pixel_values: Tensor | None = None,
         image_tokens: Tensor | None = None,
+        with_teacher: bool = True,
     ) -> Encoded:
-        """One run of each backbone; captions and, for word prediction, their masked copies in the same run."""
+        """One run of each backbone; captions and, for word prediction, their masked copies in the same run.
+
+        A teacher with a model of its own encodes the batch too, unless `with_teacher` is False.
+        """
         if pixel_values is not None:
             images = self.model.encode_images(pixel_values)
         elif image_tokens is not None:
@@ -129,14 +162,19 @@ class LoopObjective(nn.Module):
         else:
             raise ValueError("a batch needs pixel_values or image_tokens")
         masking = next((term.masking for term in self.terms if term.masking is not None), None)
+        teacher = None
+        if self.own_teacher is not None and with_teacher:
+            teacher = self.own_teacher.encode(
+                input_ids, attention_mask, pixel_values=pixel_values, image_tokens=image_tokens
+            )
         if masking is None:
-            return Encoded(images, self.model.encode_texts(input_ids, attention_mask))
+            return Encoded(images, self.model.encode_texts(input_ids, attention_mask), teacher=teacher)
         changed, labels = masking(input_ids, attention_mask)
         both = self.model.encode_texts(torch.cat([input_ids, changed]), attention_mask.repeat(2, 1))
         size = len(input_ids)
         texts = type(both)(both.embeds[:size], both.tokens[:size], both.mask[:size])
         masked = type(both)(both.embeds[size:], both.tokens[size:], both.mask[size:])
-        return Encoded(images, texts, MaskedTexts(masked, labels))
+        return Encoded(images, texts, MaskedTexts(masked, labels), teacher)
 
     def compare(
         self,
@@ -152,11 +190,11 @@ class LoopObjective(nn.Module):
         outputs: dict[str, TermOutput] = {}
         loss = self._touch(step, with_pairs=with_pairs)
         for term in self.terms:
-            if with_pairs or not term.uses_pairs:
+            if (with_pairs or not term.uses_pairs) and (weight := term.weight_in(step)):
                 output = term(step)
                 output = output if isinstance(output, TermOutput) else TermOutput(output)
                 outputs[term.name] = output
-                loss = loss + term.weight_in(step) * output.loss
+                loss = loss + weight * output.loss
         metrics = {"temperature": 1 / self.model.dual.scale.detach(), **step.metrics()}
         for output in outputs.values():
             metrics |= output.metrics
@@ -166,6 +204,7 @@ class LoopObjective(nn.Module):
         """Zero, connected to every trained parameter that this step's terms may leave alone: DDP waits for each."""
         parameters = [] if self.model.dual.logit_bias is None else [self.model.dual.logit_bias]
         if self.uses_pairs and not with_pairs:
-            parameters += [*self.model.fusion.parameters(), *self.model.itm_head.parameters()]
+            heads = (self.model.fusion, self.model.itm_head, self.model.agreement)
+            parameters += [parameter for head in heads if head is not None for parameter in head.parameters()]
         zero = step.similarities.per_image.sum() * 0  # so that there is a loss even without a term
         return sum((parameter.sum() * 0 for parameter in parameters if parameter.requires_grad), zero)

@@ -148,6 +148,7 @@ class TopK:
 
     Example:
         >>> import torch
+        >>> from loopitr import TopK
         >>> TopK(1)(torch.tensor([[0.9, 0.2, 0.7]]), torch.tensor([[True, False, False]])).indices
         tensor([[2]])
     """
@@ -160,7 +161,15 @@ class TopK:
 
 @dataclass(frozen=True)
 class Sample:
-    """Negatives drawn by their similarity: `mine_sample`."""
+    """Negatives drawn by their similarity: `mine_sample`.
+
+    Example:
+        >>> import torch
+        >>> from loopitr import Sample
+        >>> mined = Sample(2)(torch.tensor([[0.9, 0.2, 0.7]]), torch.tensor([[True, False, False]]))
+        >>> mined.indices.sort().values
+        tensor([[1, 2]])
+    """
 
     num_negatives: int = 4
 
@@ -170,7 +179,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class Stratified:
-    """Negatives from all over the first `pool` of the ranking: `mine_stratified`."""
+    """Negatives from all over the first `pool` of the ranking: `mine_stratified`.
+
+    Example:
+        >>> import torch
+        >>> from loopitr import Stratified
+        >>> similarity, positives = torch.tensor([[0.9, 0.2, 0.7, 0.1]]), torch.tensor([[True, False, False, False]])
+        >>> Stratified(2, pool=3)(similarity, positives).indices[0, 0]  # its first stratum is the hardest one alone
+        tensor(2)
+    """
 
     num_negatives: int = 4
     pool: int = 32

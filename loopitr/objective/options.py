@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from loopitr.checks import check_at_least, check_known
+
 ContrastiveName = Literal["softmax", "sigmoid"]
 MiningName = Literal["topk", "sample", "stratified"]
 DistillationName = Literal["kl", "cprd", "margin_mse", "ranknet", "listnet", "listmle", "adr_mse"]
+WordChoice = Literal["all", "content"]
+TeacherName = Literal["match", "match_plus_similarity", "momentum", "frozen"]
 HardRuleName = Literal["threshold", "mean", "top"]
 
 
@@ -21,6 +25,10 @@ class ObjectiveOptions:
     """InfoNCE over a query's candidates (CLIP), or each pair by itself (SigLIP; needs a model with a logit_bias)."""
     itm: float = 1.0
     """Weight of the matching loss of the fusion head."""
+    train_on_sum: bool = False
+    """Train the fusion head on match score + similarity / temperature: it learns the correction that the dual needs."""
+    sum_dropout: float = 0.3
+    """`train_on_sum`: share of the queries for which the similarity is left out."""
     balance_itm: bool = True
     """Positives and negatives weigh one half each in the matching loss; otherwise every pair weighs the same."""
     lce: float = 0.0
@@ -35,8 +43,15 @@ class ObjectiveOptions:
     """`cmd`, `cmc`: the modality that teaches the other."""
     mlm: float = 0.0
     """Weight of masked language modelling on the fused tokens (needs a model with an mlm_head)."""
-    mlm_probability: float = 0.15
-    """Part of a caption's tokens that `mlm` masks. BERT has 0.15; a fusion head from scratch learns faster from 0.3."""
+    mlm_probability: float = 0.3
+    """Part of a caption's tokens that `mlm` masks, at least one of each caption. BERT has 0.15; a fusion head from
+    scratch learns faster from 0.3."""
+    mlm_words: WordChoice = "all"
+    """Which tokens `mlm` may mask: all, or those of content alone, which few captions share (`mlm_common`)."""
+    mlm_common: float = 0.1
+    """`mlm_words: content`: tokens that stand in at least this part of the training captions are never masked."""
+    agreement: float = 0.0
+    """Weight of InfoNCE on the token agreement of all pairs of the batch (needs a model with fusion.agreement)."""
     num_negatives: int = 4
     """K, hard negatives per image and per text."""
     itm_negatives: int | None = None
@@ -51,6 +66,16 @@ class ObjectiveOptions:
     """Mine in the batch of all ranks (tokens are gathered) instead of the local one."""
     distillation_loss: DistillationName = "cprd"
     """What the teacher's scores teach: their softmax (kl), the partial ranking of the negatives (cprd), ..."""
+    teacher: TeacherName = "match"
+    """Whose scores: the match scores, the reranking scores (match_plus_similarity), the match scores of an exponential
+    moving average of the model (momentum), or of another model (frozen, `teacher_model`)."""
+    teacher_model: str | None = None
+    """`teacher: frozen`: a model folder or hub id, of the same image size and vocabulary."""
+    momentum: float = 0.995
+    """`teacher: momentum`: how much of the average stays at each step."""
+    teacher_margin: float | None = 1.0
+    """The gate: distillation counts only while the last validation found the teacher ahead of the dual head by so many
+    points of mean R@1. null: it always counts."""
     teacher_temperature: float = 1.0
     """`kl`: temperature of the teacher's softmax."""
     hard_rule: HardRuleName = "mean"
@@ -61,14 +86,37 @@ class ObjectiveOptions:
     """`hard_rule: top`: m."""
 
     def __post_init__(self) -> None:
-        for name in ("itc", "itm", "lce", "distillation", "cmd", "cmc", "mlm"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"objective.{name} must be a weight >= 0, got {getattr(self, name)}")
-        for name in ("num_negatives", "mining_pool", "hard_top"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"objective.{name} must be at least 1, got {getattr(self, name)}")
+        check_at_least(
+            0,
+            "objective",
+            wanted="a weight >= 0",
+            itc=self.itc,
+            itm=self.itm,
+            lce=self.lce,
+            distillation=self.distillation,
+            cmd=self.cmd,
+            cmc=self.cmc,
+            mlm=self.mlm,
+            agreement=self.agreement,
+        )
+        check_at_least(
+            1, "objective", num_negatives=self.num_negatives, mining_pool=self.mining_pool, hard_top=self.hard_top
+        )
         if not 0 < self.mlm_probability < 1:
             raise ValueError(f"objective.mlm_probability must be between 0 and 1, got {self.mlm_probability}")
+        if not 0 <= self.sum_dropout <= 1:
+            raise ValueError(f"objective.sum_dropout must be from 0 to 1, got {self.sum_dropout}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"objective.momentum must be from 0 to below 1, got {self.momentum}")
+        if self.teacher_margin is not None and not -100 <= self.teacher_margin <= 100:
+            raise ValueError(f"objective.teacher_margin must be points of R@1, or null, got {self.teacher_margin}")
+        if (self.teacher == "frozen") != (self.teacher_model is not None):
+            raise ValueError(
+                "objective.teacher 'frozen' and objective.teacher_model go together, "
+                f"got {self.teacher!r} and {self.teacher_model}"
+            )
+        if not 0 < self.mlm_common <= 1:
+            raise ValueError(f"objective.mlm_common must be above 0 and at most 1, got {self.mlm_common}")
         if not 0 < self.hard_threshold < 1:
             raise ValueError(f"objective.hard_threshold must be between 0 and 1, got {self.hard_threshold}")
         if not self.teacher_temperature > 0:
@@ -76,16 +124,12 @@ class ObjectiveOptions:
         if self.itm_negatives is not None and not 1 <= self.itm_negatives <= self.num_negatives:
             limits = f"from 1 to num_negatives {self.num_negatives}"
             raise ValueError(f"objective.itm_negatives must be {limits}, got {self.itm_negatives}")
-        for name, known in (
-            ("itc_loss", ContrastiveName),
-            ("mining", MiningName),
-            ("distillation_loss", DistillationName),
-            ("hard_rule", HardRuleName),
-        ):
-            if getattr(self, name) not in get_args(known):
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(get_args(known))}")
+        check_known(get_args(ContrastiveName), itc_loss=self.itc_loss)
+        check_known(get_args(MiningName), mining=self.mining)
+        check_known(get_args(DistillationName), distillation_loss=self.distillation_loss)
+        check_known(get_args(HardRuleName), hard_rule=self.hard_rule)
 
     @property
     def scores_pairs(self) -> bool:
-        """Whether a term asks for match scores."""
-        return self.itm > 0 or self.lce > 0 or self.distillation > 0
+        """Whether a term asks for match scores, or trains a part of them."""
+        return self.itm > 0 or self.lce > 0 or self.distillation > 0 or self.agreement > 0

@@ -28,6 +28,15 @@ class Encoded:
     images: ImageState
     texts: TextState
     masked: MaskedTexts | None = None
+    teacher: EncodedPairs | None = None
+
+
+@dataclass(frozen=True)
+class EncodedPairs:
+    """A batch as a teacher with a model of its own sees it."""
+
+    images: ImageState
+    texts: TextState
 
 
 @dataclass(frozen=True)
@@ -63,8 +72,17 @@ class Similarities:
 
 
 @dataclass(frozen=True)
+class Agreements:
+    """Token agreement: images of this rank against all texts `[B, G]`, its texts against all images `[B, G]`."""
+
+    per_image: Tensor
+    per_text: Tensor
+
+
+@dataclass(frozen=True)
 class Positives:
-    """Masks that go with `Similarities`: images against all texts, texts against all images, `[B, G]` bool each."""
+    """Masks `[B, G]` bool that go with `Similarities` and `Agreements`: images against all texts, texts against all
+    images."""
 
     per_image: Tensor
     per_text: Tensor
@@ -82,6 +100,17 @@ class Candidates:
     images: ImageState
     texts: TextState
     pairs: Tensor
+    valid: Tensor
+    student: Tensor
+
+
+@dataclass(frozen=True)
+class Queries:
+    """The dual head's view of the candidates of all ranks, directions as in `Candidates`.
+
+    `valid [2, G, 1 + K]`, `student [2, G, 1 + K]`: similarity / temperature.
+    """
+
     valid: Tensor
     student: Tensor
 

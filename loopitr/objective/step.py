@@ -16,18 +16,22 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from loopitr.distributed import all_gather, all_gather_padded, rank, world_size
 from loopitr.objective import losses
 from loopitr.objective.parts import (
+    Agreements,
     Candidates,
     Embeds,
     Encoded,
+    EncodedPairs,
     Gathered,
     MatchScores,
     Positives,
     PredictedWords,
+    Queries,
     Similarities,
 )
 
@@ -76,6 +80,14 @@ class Step:
             )
 
     @cached_property
+    def agreement(self) -> Agreements:
+        """The token agreement of all pairs of all ranks; each rank computes that of its own images."""
+        per_image = self.model.agreement_of_all(self._projected, self._all_texts)  # [B, G]
+        size, start = len(per_image), rank() * len(per_image)
+        per_text = all_gather(per_image, gradient=True)[:, start : start + size].T  # [B, G]
+        return Agreements(per_image, per_text)
+
+    @cached_property
     def positives(self) -> Positives:
         """Text j is a positive of image i if some row of any rank shows i's image with j's caption."""
         identities, captions = self.gathered.identities, self.gathered.caption_ids
@@ -91,7 +103,7 @@ class Step:
         start, columns = rank() * size, slice(None)
         images, texts = self._projected, self.encoded.texts
         if self.objective.mine_across_ranks:
-            images, texts = _gather_states(images, texts)
+            images, texts = _gather_images(images), self._all_texts
         else:
             start, columns = 0, slice(start, start + size)
         own = torch.arange(start, start + size, device=self.identities.device)  # [B] each query's partner
@@ -118,6 +130,11 @@ class Step:
         )
 
     @cached_property
+    def queries(self) -> Queries:
+        """The candidates of all ranks, as the dual head sees them."""
+        return Queries(_gather_queries(self.candidates.valid), _gather_queries(self.candidates.student))
+
+    @cached_property
     def match(self) -> MatchScores:
         """The fusion head's scores of the candidates of all ranks, without gradient where they only teach."""
         candidates, trained = self.candidates, self.objective.trained_negatives
@@ -133,7 +150,32 @@ class Step:
             with torch.no_grad():
                 only_teach = self._score(candidates, slice(1 + trained, None))
             logits = torch.cat([self._score(candidates, slice(1 + trained)), only_teach], 2)
-        return MatchScores(*map(_gather_queries, (logits, candidates.valid, candidates.student)))
+        return MatchScores(_gather_queries(logits), self.queries.valid, self.queries.student)
+
+    @cached_property
+    def trained_match(self) -> MatchScores:
+        """What the fusion head is trained on: its scores or, if the objective says so, their sum with the similarities.
+
+        On the sum it learns the correction that the dual head needs. The similarities, divided by the temperature and
+        without gradient, are left out for a share of the queries, so that the head does not come to lean on them: they
+        are better in training than on new data.
+        """
+        share = self.objective.sum_dropout
+        if share is None:
+            return self.match
+        drawn = torch.rand(2, len(self.identities), 1, device=self.identities.device)
+        kept = _gather_queries(drawn) >= share  # [2, G, 1]
+        added = (self.match.student.detach() * kept).to(self.match.logits.dtype)  # [2, G, 1 + K]
+        return replace(self.match, logits=self.match.logits + F.pad(added[..., None], (1, 0)))
+
+    @cached_property
+    def teacher_states(self) -> EncodedPairs:
+        """The batch as the teacher's own model sees it, of all ranks where candidates are mined across them."""
+        own = self.encoded.teacher
+        assert own is not None
+        if not self.objective.mine_across_ranks:
+            return own
+        return EncodedPairs(_gather_images(own.images), _gather_texts(own.texts))
 
     @cached_property
     def words(self) -> PredictedWords:
@@ -161,11 +203,18 @@ class Step:
 
     @cached_property
     def _projected(self) -> ImageState:
-        """The images, with their keys and values where several runs of the fusion head share them."""
-        objective, images = self.objective, self.encoded.images
+        """The images, with their keys and values where several runs of the fusion head share them, and likewise the
+        regions that token agreement looks at."""
+        objective, images, agreement = self.objective, self.encoded.images, self.model.agreement
         if objective.predicts_words and objective.pair_block is None:  # otherwise `score_pairs` projects what it needs
             return self.model.project_images(images)
+        if objective.compares_tokens and agreement is not None:
+            return replace(images, regions=agreement.project_regions(images.tokens))
         return images
+
+    @cached_property
+    def _all_texts(self) -> TextState:
+        return _gather_texts(self.encoded.texts)
 
     def _mine(self, similarity: Tensor, positives: Tensor, own: Tensor, groups: Tensor) -> tuple[Tensor, ...]:
         """Indices, validity and similarity `[B, 1 + K]` each of one direction's candidates."""
@@ -185,14 +234,19 @@ class Step:
         return scored.logits.unflatten(0, pairs.shape[:3])
 
 
-def _gather_states(images: ImageState, texts: TextState) -> tuple[ImageState, TextState]:
+def _gather_images(images: ImageState) -> ImageState:
     """Tokens of all ranks, with gradient. Keys and values are projected later, of the images in this rank's pairs."""
     if world_size() == 1:
-        return images, texts
-    tokens = all_gather_padded(texts.tokens, gradient=True)
+        return images
+    return type(images)(embeds=all_gather(images.embeds), tokens=all_gather(images.tokens, gradient=True))
+
+
+def _gather_texts(texts: TextState) -> TextState:
+    """Tokens of all ranks, with gradient."""
+    if world_size() == 1:
+        return texts
     mask = all_gather_padded(texts.mask.long()).bool()
-    gathered = type(images)(embeds=all_gather(images.embeds), tokens=all_gather(images.tokens, gradient=True))
-    return gathered, type(texts)(all_gather(texts.embeds), tokens, mask)
+    return type(texts)(all_gather(texts.embeds), all_gather_padded(texts.tokens, gradient=True), mask)
 
 
 def _shown_together(queries: Tensor, own: Tensor, others: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """What a step is trained on: small objects, each with a name, a weight and a call on the step (`step.py`).
 
-A term asks the step for what it needs (`similarities`, `positives`, `candidates`, `match`, `words`, `embeds`), which
-the step computes once. A term of your own is a subclass with a `__call__` that returns a scalar: see
-`recipes/examples/own_term.py`.
+A term asks the step for what it needs (`similarities`, `positives`, `candidates`, `match`, `words`, `embeds`,
+`agreement`), which the step computes once. A term of your own is a subclass with a `__call__` that returns a scalar:
+see `recipes/examples/own_term.py`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from loopitr.distributed import all_sum, world_size
 from loopitr.objective import losses
 from loopitr.objective.losses.distillation import DistillationLoss, WholeList
+from loopitr.objective.teachers import Match, Teacher
 
 if TYPE_CHECKING:
     from loopitr.models.loop_model import LoopITRModel
@@ -27,7 +28,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TermOutput:
-    """A scalar `loss`, not weighted, and `metrics` for the log."""
+    """A scalar `loss`, not weighted, and `metrics` for the log.
+
+    Example:
+        >>> import torch
+        >>> from loopitr import TermOutput
+        >>> TermOutput(torch.tensor(2.0), {"closest": torch.tensor(0.5)}).loss
+        tensor(2.)
+    """
 
     loss: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
@@ -37,14 +45,28 @@ class Term(ABC):
     """One loss of the step.
 
     `name` is what it is called in the log; `weight` its factor in the total, 0: left out. `uses_pairs` says that it
-    asks for match scores, so that it is left out while the dual head trains alone. `masking` hides words of the
-    captions, whose copies then are in `step.encoded.masked`.
+    asks for match scores, so that it is left out while the dual head trains alone; `compares_tokens` that it asks for
+    the agreement of tokens, which the step has from its start. `masking` hides words of the
+    captions, whose copies then are in `step.encoded.masked`; `teacher` is whom it learns from (`teachers.py`).
+
+    Example (`model` and `batch` as in the example of `LoopObjective`):
+        >>> from loopitr import Contrastive, LoopObjective, Term
+        >>> class Sharpness(Term):
+        ...     name, weight = "sharpness", 0.01
+        ...
+        ...     def __call__(self, step):
+        ...         return step.similarities.per_image.square().mean()
+        >>> list(LoopObjective(model, [Contrastive(), Sharpness()])(**batch).terms)
+        ['itc', 'sharpness']
     """
 
     name: ClassVar[str]
     weight: float
     uses_pairs: ClassVar[bool] = False
+    compares_tokens: ClassVar[bool] = False
     masking: TokenMasking | None = None
+
+    teacher: Teacher | None = None
 
     @abstractmethod
     def __call__(self, step: Step) -> Tensor | TermOutput:
@@ -64,7 +86,13 @@ class Term(ABC):
 
 @dataclass(frozen=True)
 class Contrastive(Term):
-    """ITC: symmetric InfoNCE of the dual head's similarities, with all positives of a query (`losses.itc_loss`)."""
+    """ITC: symmetric InfoNCE of the dual head's similarities, with all positives of a query (`losses.itc_loss`).
+
+    Example (`model` and `batch` as in the example of `LoopObjective`):
+        >>> from loopitr import Contrastive, LoopObjective
+        >>> list(LoopObjective(model, [Contrastive()])(**batch).terms)
+        ['itc']
+    """
 
     weight: float = 1.0
     name = "itc"
@@ -78,7 +106,14 @@ class Contrastive(Term):
 
 @dataclass(frozen=True)
 class SigmoidContrastive(Term):
-    """Each image-text pair of the batch by itself (`losses.siglip_loss`); needs a model with a logit bias."""
+    """Each image-text pair of the batch by itself (`losses.siglip_loss`); needs a model with a logit bias.
+
+    Example (`config` and `batch` as in the example of `LoopObjective`):
+        >>> from loopitr import LoopITRModel, LoopObjective, SigmoidContrastive
+        >>> config.initial_logit_bias = -10.0
+        >>> list(LoopObjective(LoopITRModel(config), [SigmoidContrastive()])(**batch).terms)
+        ['itc']
+    """
 
     weight: float = 1.0
     name = "itc"
@@ -98,6 +133,11 @@ class Matching(Term):
     """ITM: does the pair match? Two-way cross entropy of the fusion head on each query's candidates.
 
     `balanced` gives positives and negatives one half each. `negatives`: train on only so many, the first mined.
+
+    Example (`model` and `batch` as in the example of `LoopObjective`):
+        >>> from loopitr import LoopObjective, Matching
+        >>> list(LoopObjective(model, [Matching(negatives=1)])(**batch).terms)
+        ['itm']
     """
 
     weight: float = 1.0
@@ -108,7 +148,7 @@ class Matching(Term):
 
     def __call__(self, step: Step) -> Tensor:
         loss = losses.balanced_itm_loss if self.balanced else losses.itm_loss
-        return loss(*step.match.as_pairs(1 + self.trained_negatives(step.objective.miner.num_negatives)))
+        return loss(*step.trained_match.as_pairs(1 + self.trained_negatives(step.objective.miner.num_negatives)))
 
     def trained_negatives(self, num_negatives: int) -> int:
         return self.negatives or num_negatives
@@ -116,7 +156,13 @@ class Matching(Term):
 
 @dataclass(frozen=True)
 class Ranking(Term):
-    """LCE: each query's positive above its own negatives by match score (`losses.lce_loss`)."""
+    """LCE: each query's positive above its own negatives by match score (`losses.lce_loss`).
+
+    Example (`model` and `batch` as in the example of `LoopObjective`):
+        >>> from loopitr import LoopObjective, Ranking
+        >>> list(LoopObjective(model, [Ranking(0.5)])(**batch).terms)
+        ['lce']
+    """
 
     weight: float = 1.0
     negatives: int | None = None
@@ -125,7 +171,8 @@ class Ranking(Term):
 
     def __call__(self, step: Step) -> Tensor:
         count = 1 + self.trained_negatives(step.objective.miner.num_negatives)
-        scores, valid = step.match.scores[..., :count], step.match.valid[..., :count]  # [2, G, count]
+        match = step.trained_match
+        scores, valid = match.scores[..., :count], match.valid[..., :count]  # [2, G, count]
         return losses.lce_loss(scores.flatten(0, 1), valid.flatten(0, 1))
 
     def trained_negatives(self, num_negatives: int) -> int:
@@ -133,29 +180,39 @@ class Ranking(Term):
 
 
 class Distillation(Term):
-    """The detached match scores of a query's candidates teach the dual's similarities of the same candidates.
+    """A teacher's scores of a query's candidates teach the dual's similarities of the same candidates.
 
     `loss` is a function `(student, teacher, valid) -> scalar` on `[Q, 1 + K]`, the positive first, or a
-    `DistillationLoss`, such as `PartialRanking()` (CPRD).
+    `DistillationLoss`, such as `PartialRanking()` (CPRD). `teacher` (`teachers.py`) scores the candidates; None: the
+    detached match scores.
+
+    Example (`model` and `batch` as in the example of `LoopObjective`):
+        >>> from loopitr import Distillation, LoopObjective, PartialRanking
+        >>> list(LoopObjective(model, [Distillation(PartialRanking())])(**batch).terms)
+        ['distillation']
     """
 
     name = "distillation"
     uses_pairs = True
 
     def __init__(
-        self, loss: DistillationLoss | Callable[[Tensor, Tensor, Tensor], Tensor], weight: float = 1.0
+        self,
+        loss: DistillationLoss | Callable[[Tensor, Tensor, Tensor], Tensor],
+        weight: float = 1.0,
+        *,
+        teacher: Teacher | None = None,
     ) -> None:
         self.loss = loss if isinstance(loss, DistillationLoss) else WholeList(loss)
         self.weight = weight
+        self.teacher: Teacher = teacher or Match()
 
     def __call__(self, step: Step) -> TermOutput:
-        match = step.match
-        student, teacher, valid = match.student, match.scores.detach(), match.valid  # [2, G, 1 + K] each
-        directions = [(student[side], teacher[side], valid[side]) for side in (0, 1)]
-        image_loss, text_loss = (self.loss(*direction) for direction in directions)
-        image_length, text_length = (
-            self.loss.ranked(teacher, valid).sum(1).float().mean() for _, teacher, valid in directions
+        student, valid, teacher = step.queries.student, step.queries.valid, self.teacher(step)  # [2, G, 1 + K] each
+        ranked = [self.loss.ranked(teacher[side], valid[side]) for side in (0, 1)]
+        image_loss, text_loss = (
+            self.loss.of_ranked(student[side], teacher[side], valid[side], ranked[side]) for side in (0, 1)
         )
+        image_length, text_length = (mask.sum(1).float().mean() for mask in ranked)
         lengths = {"valid_length": (image_length + text_length) / 2}  # candidates per query that were ranked
         return TermOutput((image_loss + text_loss) / 2, lengths)
 
@@ -165,7 +222,16 @@ class Distillation(Term):
 
 @dataclass(frozen=True)
 class WordPrediction(Term):
-    """MLM on the fused tokens of masked captions: it teaches the fusion head which word belongs to which region."""
+    """MLM on the fused tokens of masked captions: it teaches the fusion head which word belongs to which region.
+
+    Example (`config` and `batch` as in the example of `LoopObjective`):
+        >>> from loopitr import LoopITRModel, LoopObjective, WordPrediction, token_masking
+        >>> from loopitr.models.processing import word_tokenizer
+        >>> config.mlm_head = True
+        >>> masking = token_masking(word_tokenizer(["a", "red", "dog"], max_length=8), 0.3)
+        >>> list(LoopObjective(LoopITRModel(config), [WordPrediction(masking)])(**batch).terms)
+        ['mlm']
+    """
 
     masking: TokenMasking | None = None
     weight: float = 1.0
@@ -183,8 +249,36 @@ class WordPrediction(Term):
 
 
 @dataclass(frozen=True)
+class Agreement(Term):
+    """Symmetric InfoNCE of token agreement, the cheap part of the match score, over all pairs of the batch.
+
+    It trains from the first step on: unlike match scores, it costs little enough for every pair.
+    """
+
+    weight: float = 1.0
+    name = "agreement"
+    compares_tokens = True
+
+    def __call__(self, step: Step) -> Tensor:
+        agreement, positives = step.agreement, step.positives
+        return losses.itc_loss(
+            agreement.per_image, agreement.per_text, positives.per_image, positives.per_text
+        )  # of this rank's queries
+
+    def check(self, model: LoopITRModel) -> None:
+        if model.agreement is None:
+            raise ValueError("objective.agreement needs a model with token agreement (model.fusion.agreement true)")
+
+
+@dataclass(frozen=True)
 class StructureTransfer(Term):
-    """CMD: the batch's similarities within the `source` modality teach those within the other (`losses.cmd_loss`)."""
+    """CMD: the batch's similarities within the `source` modality teach those within the other (`losses.cmd_loss`).
+
+    Example (`model` and `batch` as in the example of `LoopObjective`):
+        >>> from loopitr import LoopObjective, StructureTransfer
+        >>> list(LoopObjective(model, [StructureTransfer(source="text")])(**batch).terms)
+        ['cmd']
+    """
 
     weight: float = 1.0
     source: Literal["image", "text"] = "image"
@@ -200,6 +294,11 @@ class FrozenContrast(Term):
     """CMC: each embed picks its own among those of the `source` modality, which gets no gradient (`losses.cmc_loss`).
 
     Only the first of several rows that show one image, or carry one caption, counts: the others are no negatives.
+
+    Example (`model` and `batch` as in the example of `LoopObjective`):
+        >>> from loopitr import FrozenContrast, LoopObjective
+        >>> list(LoopObjective(model, [FrozenContrast(source="image")])(**batch).terms)
+        ['cmc']
     """
 
     weight: float = 1.0
@@ -209,7 +308,7 @@ class FrozenContrast(Term):
     def __call__(self, step: Step) -> Tensor:
         source, target = _source_and_target(step, self.source)
         first = _first(step.gathered.identities) & _first(step.gathered.caption_ids)  # [G]
-        return losses.cmc_loss(source[first], target[first])
+        return losses.cmc_loss(source, target, valid=first)
 
 
 def _source_and_target(step: Step, source: str) -> tuple[Tensor, Tensor]:
@@ -220,4 +319,7 @@ def _source_and_target(step: Step, source: str) -> tuple[Tensor, Tensor]:
 
 def _first(ids: Tensor) -> Tensor:
     """`[G]` bool: whether no earlier row has the same id."""
-    return (ids[:, None] == ids).int().argmax(1) == torch.arange(len(ids), device=ids.device)
+    ordered, order = ids.sort(stable=True)  # rows of one id together, the earliest first
+    changes = torch.ones_like(ordered, dtype=torch.bool)
+    changes[1:] = ordered[1:] != ordered[:-1]
+    return torch.zeros_like(changes).scatter(0, order, changes)

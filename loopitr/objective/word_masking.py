@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,30 +15,43 @@ from loopitr.objective.losses import IGNORE_INDEX
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+COUNTED = 1000  # captions that are split into tokens at a time
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenMasking:
     """`(input_ids, attention_mask) -> (changed ids, labels)`: each real, non-special token is to be predicted with
-    `probability`; of these tokens 80% become the mask token, 10% a random one, 10% stay."""
+    `probability`, and at least one of every caption; of these tokens 80% become the mask token, 10% a random one, 10%
+    stay.
+
+    `common_ids` are left alone, except in a caption that has no other word.
+    """
 
     mask_token_id: int
     vocab_size: int
     special_ids: tuple[int, ...]
-    probability: float = 0.15
+    common_ids: tuple[int, ...] = ()
+    probability: float = 0.3
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        special = torch.isin(input_ids, torch.tensor(self.special_ids, device=input_ids.device))
-        draw = torch.rand(input_ids.shape, device=input_ids.device)  # [B, L]
-        chosen = (draw < self.probability) & ~special & attention_mask.bool()
+        words = attention_mask.bool() & ~_among(input_ids, self.special_ids)  # [B, L]
+        content = words & ~_among(input_ids, self.common_ids)
+        maskable = torch.where(content.any(1, keepdim=True), content, words)
+        draw = torch.rand(input_ids.shape, device=input_ids.device).masked_fill(~maskable, torch.inf)  # [B, L]
+        chosen = draw < self.probability
+        at_least = draw == draw.amin(1, keepdim=True)  # the word that came closest, where none was drawn
+        chosen |= at_least & maskable & ~chosen.any(1, keepdim=True)
         labels = input_ids.where(chosen, IGNORE_INDEX)
-        kind = draw / self.probability  # uniform in 0..1 among the chosen
-        words = torch.randint_like(input_ids, self.vocab_size)
+        kind = torch.rand_like(draw)
+        others = torch.randint_like(input_ids, self.vocab_size)
         changed = torch.where(chosen & (kind < 0.8), self.mask_token_id, input_ids)
-        changed = torch.where(chosen & (kind >= 0.8) & (kind < 0.9), words, changed)
+        changed = torch.where(chosen & (kind >= 0.8) & (kind < 0.9), others, changed)
         return changed, labels
 
 
-def token_masking(tokenizer: PreTrainedTokenizerBase, probability: float = 0.15) -> TokenMasking | None:
+def token_masking(
+    tokenizer: PreTrainedTokenizerBase, probability: float = 0.3, *, common_ids: Iterable[int] = ()
+) -> TokenMasking | None:
     """The masking of a tokenizer's words, None if it has no mask token."""
     if tokenizer.mask_token_id is None:
         return None
@@ -44,5 +59,34 @@ def token_masking(tokenizer: PreTrainedTokenizerBase, probability: float = 0.15)
         mask_token_id=tokenizer.mask_token_id,
         vocab_size=len(tokenizer),
         special_ids=tuple(tokenizer.all_special_ids),
+        common_ids=tuple(common_ids),
         probability=probability,
     )
+
+
+def common_tokens(tokenizer: PreTrainedTokenizerBase, captions: Iterable[str], share: float) -> tuple[int, ...]:
+    """Ids of the tokens that stand in at least `share` of the captions: articles, forms of to be, punctuation, ...
+
+    Counting them in the data needs no stop-word list of one language.
+    """
+    counts: Counter[int] = Counter()
+    total = 0
+    batch: list[str] = []
+
+    def count() -> None:
+        if batch:
+            for ids in tokenizer(batch, add_special_tokens=False)["input_ids"]:
+                counts.update(set(ids))
+            batch.clear()
+
+    for caption in captions:
+        batch.append(caption)
+        total += 1
+        if len(batch) == COUNTED:
+            count()
+    count()
+    return tuple(sorted(token for token, number in counts.items() if number >= share * total))
+
+
+def _among(input_ids: Tensor, ids: tuple[int, ...]) -> Tensor:
+    return torch.isin(input_ids, torch.tensor(ids, dtype=input_ids.dtype, device=input_ids.device))

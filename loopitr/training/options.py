@@ -6,13 +6,20 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from loopitr.building.options import ModelOptions
+from loopitr.checks import check_at_least
 from loopitr.data.sources import DataOptions
 from loopitr.objective.options import ObjectiveOptions
 
 
 @dataclass
 class TrainOptions:
-    """The run."""
+    """The run.
+
+    Example:
+        >>> from loopitr import TrainOptions
+        >>> TrainOptions(output_dir="runs/mine", epochs=3, batch_size=32, fusion_start=0.2).schedule
+        'cosine'
+    """
 
     output_dir: str = "runs/pretrain"
     """Where the model, metrics, curves and checkpoints go. An older run there is moved aside, never overwritten;
@@ -74,10 +81,27 @@ class TrainOptions:
     """accelerate tracker: tensorboard, wandb, ...; auto: tensorboard if installed; none."""
 
     def __post_init__(self) -> None:
-        _at_least(self, "train", 1, "batch_size", "chunk_size", "accumulation", "keep_checkpoints", "log_every")
-        _at_least(self, "train", 1, "max_steps")
-        _at_least(self, "train", 0, "epochs", "backbone_lr", "loop_backbone_lr", "lora_lr", "lr", "weight_decay")
-        _at_least(self, "train", 0, "checkpoint_every")
+        check_at_least(
+            1,
+            "train",
+            batch_size=self.batch_size,
+            chunk_size=self.chunk_size,
+            accumulation=self.accumulation,
+            keep_checkpoints=self.keep_checkpoints,
+            log_every=self.log_every,
+            max_steps=self.max_steps,
+        )
+        check_at_least(
+            0,
+            "train",
+            epochs=self.epochs,
+            backbone_lr=self.backbone_lr,
+            loop_backbone_lr=self.loop_backbone_lr,
+            lora_lr=self.lora_lr,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            checkpoint_every=self.checkpoint_every,
+        )
         if not 0 <= self.warmup <= 1 or not 0 <= self.distillation_warmup <= 1:
             raise ValueError(
                 "train.warmup and train.distillation_warmup are parts of the steps, from 0 to 1, "
@@ -116,12 +140,22 @@ class ValidationOptions:
     """Split of the final table; unset: the validation split (`scenes`: its test split)."""
     final_rerank: int = 32
     """Candidates per query in the final table."""
-    select: Literal["auto", "dual", "match", "match_plus_similarity"] = "auto"
-    """Whose mean R@1 chooses the best model; auto: match_plus_similarity where pairs are scored, else dual."""
+    select: Literal["auto", "dual", "match", "match_plus_similarity", "reranked"] = "auto"
+    """Whose mean R@1 chooses the best model; auto: reranked (by match score and the fitted weight of the similarity)
+    where pairs are scored, else dual."""
+    keep_mlm_head: bool = False
+    """Keep the masked-language-model head in the model that is saved for use; checkpoints always have it."""
 
     def __post_init__(self) -> None:
-        _at_least(self, "validation", 0, "every_epochs", "every_steps", "rerank", "final_rerank")
-        _at_least(self, "validation", 1, "batch_size", "max_images")
+        check_at_least(
+            0,
+            "validation",
+            every_epochs=self.every_epochs,
+            every_steps=self.every_steps,
+            rerank=self.rerank,
+            final_rerank=self.final_rerank,
+        )
+        check_at_least(1, "validation", batch_size=self.batch_size, max_images=self.max_images)
         if self.rerank == 0 and self.select not in ("auto", "dual"):
             raise ValueError(f"validation.select {self.select!r} needs validation.rerank above 0")
 
@@ -153,10 +187,3 @@ class PretrainOptions:
     def __post_init__(self) -> None:
         if not self.objective.scores_pairs and self.validation.select not in ("auto", "dual"):
             raise ValueError(f"validation.select {self.validation.select!r} needs objective.itm, .lce or .distillation")
-
-
-def _at_least(options: object, group: str, least: int, *names: str) -> None:
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and not value >= least:
-            raise ValueError(f"{group}.{name} must be at least {least}, got {value}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +24,7 @@ from loopitr.data import (
     StreamDataset,
     TokenCache,
     TrainTransform,
+    captions_of,
     load_records,
 )
 from loopitr.data.cache_folder import make_folder
@@ -107,6 +108,13 @@ def load_run_records(
     return RunRecords(train, val, test, test_split)
 
 
+def all_captions(records: Sequence[Record] | HubStream) -> Iterator[str] | None:
+    """Every caption of the records, one after the other; None of a stream."""
+    if isinstance(records, HubStream):
+        return None
+    return (caption for position in range(len(records)) for caption in captions_of(records, position))
+
+
 def prepare_model(objective: LoopObjective, train: TrainOptions, data: DataOptions) -> None:
     """Freeze the parts that no term trains, and follow the options that concern the model.
 
@@ -116,10 +124,14 @@ def prepare_model(objective: LoopObjective, train: TrainOptions, data: DataOptio
     model = objective.model
     # DDP demands that every trained parameter is used.
     trains_scores = objective.trained_negatives > 0
-    if not trains_scores and not objective.predicts_words:
+    if not trains_scores and not objective.predicts_words and not objective.compares_tokens:
         model.freeze(["fusion"])
+    if not trains_scores and not objective.predicts_words:
+        model.fusion.requires_grad_(False)
     if not trains_scores:
         model.itm_head.requires_grad_(False)
+    if model.agreement is not None and not trains_scores and not objective.compares_tokens:
+        model.agreement.requires_grad_(False)
     if model.mlm_head is not None and not objective.predicts_words:
         model.mlm_head.requires_grad_(False)
     if train.gradient_checkpointing:

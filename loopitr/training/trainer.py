@@ -41,13 +41,23 @@ TRIM_EVERY = 10  # steps; on the CPU
 class Trainer:
     """Trains an objective's model, validates it, keeps the best one.
 
-    Everything is built and checked when the trainer is made; nothing is written to the run folder before `run`.
-    `objective` and `optimizer` are accelerate's, `bare_objective` and `model` what is in them; `scheduler` steps once
-    per optimiser step, `total_steps` in all.
+    Everything is built and checked when the trainer is made; nothing is written to the run folder before `run`. Of its
+    attributes, `objective` and `optimizer` are accelerate's, `bare_objective` and `model` what is in them.
 
-    Example (`recipes/examples/own_records.py` runs it):
-        >>> trainer = Trainer(objective, processor, train_records, val_records, TrainOptions(epochs=3))
-        >>> metrics = trainer.run()
+    Example (`model` and `processor` as in the example of `build_model`):
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> from loopitr import DataOptions, LoopObjective, Record, Trainer, TrainOptions
+        >>> images = {color: Image.new("RGB", (32, 32), color) for color in ("red", "green", "blue", "white")}
+        >>> cards = [Record(image=image, captions=(f"a {color} card",)) for color, image in images.items()]
+        >>> folder, data = tempfile.TemporaryDirectory(), DataOptions(num_workers=0)
+        >>> options = TrainOptions(output_dir=folder.name + "/run", batch_size=4, epochs=1, tracker="none")
+        >>> trainer = Trainer(LoopObjective(model), processor, cards, cards, options, data=data)
+        1.1M parameters, 1.1M trained; 1 steps of 4 x 1 x 1
+        >>> metrics = trainer.run()  # doctest: +ELLIPSIS
+        step 1: ...
+        >>> metrics["num_images"]
+        4
     """
 
     def __init__(

@@ -9,6 +9,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from loopitr.building.folders import save_for_use
 from loopitr.data import Record
 from loopitr.data.sources import DataOptions
 from loopitr.evaluation.retrieval import EvaluationOptions, RetrievalResult, evaluate_retrieval
@@ -34,7 +35,8 @@ class Validator:
     ) -> None:
         self.model, self.caches, self.options, self.folder = objective.model, caches, options, folder
         self.records, self.fusion_start = records, fusion_start
-        self.uses_pairs = objective.uses_pairs
+        self.uses_pairs = objective.uses_pairs or objective.compares_tokens
+        self.starts_early = objective.compares_tokens  # token agreement, a part of match scores, waits for no one
 
     @property
     def accelerator(self) -> Accelerator:
@@ -49,15 +51,24 @@ class Validator:
         """The score whose mean R@1 chooses the best model."""
         if self.options.select != "auto":
             return self.options.select
-        return "match_plus_similarity" if self.uses_pairs and self.options.rerank > 0 else "dual"
+        return "reranked" if self.uses_pairs and self.options.rerank > 0 else "dual"
 
     def evaluate(
-        self, model: LoopITRModel, records: Sequence[Record], *, step: int, final: bool = False
+        self,
+        model: LoopITRModel,
+        records: Sequence[Record],
+        *,
+        step: int,
+        final: bool = False,
+        calibrate: bool = False,
     ) -> RetrievalResult:
-        """Recalls of `model` on `records`, reranked once the fusion head has joined."""
+        """Recalls of `model` on `records`, reranked once a part of the match score is trained.
+
+        `calibrate` fits the weight of the similarity in the reranking score on these records.
+        """
         options = self.options
         rerank = options.final_rerank if final else options.rerank
-        started = not self.fusion_start or step > self.fusion_start
+        started = self.starts_early or not self.fusion_start or step > self.fusion_start
         tokens = self.caches.tokens(records)  # in float32, whatever the precision of the run that computes them
         with self.accelerator.autocast():
             return evaluate_retrieval(
@@ -71,24 +82,45 @@ class Validator:
                     max_images=None if final else options.max_images,
                     max_skipped_fraction=self.data.max_skipped_fraction,
                     graded=final,
+                    calibrate=calibrate,
                 ),
                 tokens=tokens,
             )
 
     def validate(self, progress: Progress) -> dict[str, float]:
-        """Mean R@1 by score; the model is saved, and `progress` says so, if it is the best so far."""
-        scores = self.evaluate(self.model, self.records, step=progress.step).mean_r1()
+        """Mean R@1 by score; the model is saved, and `progress` says so, if it is the best so far.
+
+        The weight of the similarity in the reranking score is fitted on the validation records, too.
+        """
+        result = self.evaluate(self.model, self.records, step=progress.step, calibrate=True)
+        if result.similarity_weight is not None:
+            self.model.config.similarity_weight = result.similarity_weight
+        scores = result.mean_r1()
         shown = ", ".join(f"{name} {value:.1f}" for name, value in scores.items())
         self.accelerator.print(f"step {progress.step}: mean R@1 {shown}")
         score = scores.get(self.selected, -math.inf)  # the fusion head may not have started
         if score > (-math.inf if progress.best is None else progress.best):
             progress.best, progress.best_step = score, progress.step
             if self.accelerator.is_main_process:
-                self.model.save_pretrained(self.folder)
-                self.caches.processor.save_pretrained(self.folder)
+                save_for_use(self.model, self.caches.processor, self.folder, keep_mlm_head=self.options.keep_mlm_head)
         return scores
 
     def final(self, records: Sequence[Record], *, step: int) -> RetrievalResult:
-        """The best model on the final records."""
+        """The best model on the final records.
+
+        Its similarity weight is first fitted on all validation records with as many candidates as the final table has,
+        and kept in the run folder's `config.json`.
+        """
         model: Any = LoopITRModel.from_pretrained(self.folder).to(self.accelerator.device)
+        if self.uses_pairs and self.options.final_rerank:
+            calibration = self.evaluate(model, self.records, step=step, final=True, calibrate=True)
+            if calibration.similarity_weight is not None:
+                model.config.similarity_weight = calibration.similarity_weight
+                if self.accelerator.is_main_process:
+                    model.config.save_pretrained(self.folder)
+            if records is self.records:
+                return calibration
+        elif self.uses_pairs:
+            weight = f"the similarity weight stays {model.config.similarity_weight:g}"
+            self.accelerator.print(f"validation.final_rerank is 0: there are no candidates to fit on, and {weight}")
         return self.evaluate(model, records, step=step, final=True)

@@ -2,12 +2,15 @@
 
 What the dual head costs above its bare backbones: `get_image_features` against the timm model's own forward, and
 `get_text_features` against the transformers model's, on the same batch (captions of 14 tokens on average, padded to
-35, and all of one length). Random weights, interleaved in one process; medians, throughput as a part of the bare
-backbone's, FLOPs counted by torch.utils.flop_counter, and the part of a large matrix product's speed that is reached.
+35, and all of one length). Of a convolutional backbone also what the layout of pixels in memory gains: images encoded
+and trained on plane by plane ("bare") and with the channels of each pixel side by side. Random weights, interleaved in
+one process; medians, throughput as a part of the bare backbone's, FLOPs counted by torch.utils.flop_counter, and the
+part of a large matrix product's speed that is reached.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -53,7 +56,24 @@ def build(options: Options) -> loopitr.DualEncoder:
     return model.to(options.device, PRECISIONS[options.precision])
 
 
-@torch.inference_mode()
+def train_images(model: loopitr.DualEncoder, pixels: torch.Tensor) -> None:
+    """Forward and backward pass of the image side."""
+    with torch.enable_grad():
+        model.get_image_features(pixels).square().sum().backward()
+    model.zero_grad()
+
+
+def in_layout(
+    model: loopitr.DualEncoder, memory_format: torch.memory_format, call: Callable[..., Any], *arguments: Any
+) -> None:
+    """`call(*arguments)` with pixels in this layout."""
+    own = model.vision.memory_format
+    model.vision.memory_format = memory_format
+    call(*arguments)
+    model.vision.memory_format = own
+
+
+@torch.no_grad()
 def main() -> None:
     options = parse(Options, description=__doc__)
     check_options(options)
@@ -66,8 +86,10 @@ def main() -> None:
     mask = (torch.arange(LENGTH) < lengths[:, None]).long().to(device)
     ids = torch.randint(1000, 30000, mask.shape, generator=generator).to(device)
     full = torch.ones_like(mask[:, :14])
-    sides = {
-        "images": (partial(model.vision.model, pixels), partial(model.get_image_features, pixels)),
+    layout = model.vision.memory_format
+    laid_out = pixels.contiguous(memory_format=layout)
+    sides: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+        "images": (partial(model.vision.model, laid_out), partial(model.get_image_features, laid_out)),
         "captions, padded": (
             partial(model.text.model, ids * mask, attention_mask=mask),
             partial(model.get_text_features, ids * mask, mask),
@@ -77,6 +99,13 @@ def main() -> None:
             partial(model.get_text_features, ids[:, :14], full),
         ),
     }
+    if layout != torch.contiguous_format:
+        for name, call in (
+            ("images, layout", model.get_image_features),
+            ("images, layout, trained", partial(train_images, model)),
+        ):
+            plain, own = (partial(in_layout, model, f, call, pixels) for f in (torch.contiguous_format, layout))
+            sides[name] = plain, own
     print(
         f"{options.vision} {options.image_size} px, {options.text_layers} layers of width {options.hidden_size}, "
         f"B={size}, {options.precision}, {device}, {torch.get_num_threads()} threads, "

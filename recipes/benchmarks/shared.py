@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
 import loopitr  # whose names are imported when they are used: --help does not wait for transformers
-from loopitr.cli import check_output_file, usable_device
+from loopitr.checks import usable_device
+from loopitr.cli import check_output_file
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -121,8 +122,9 @@ class ModelSizes(Protocol):
     device: str
 
 
-def random_model(options: ModelSizes, *, head_width: int = 32) -> loopitr.LoopITRModel:
-    """A model of random weights with a BERT-like text side of this width, in training mode."""
+def random_model(options: ModelSizes, *, head_width: int = 32, agreement: int | None = None) -> loopitr.LoopITRModel:
+    """A model of random weights with a BERT-like text side of this width, in training mode; `agreement`: the width of
+    its token agreement."""
     width, heads = options.hidden_size, max(1, options.hidden_size // head_width)
     text = {
         "model_type": "bert",
@@ -136,7 +138,7 @@ def random_model(options: ModelSizes, *, head_width: int = 32) -> loopitr.LoopIT
         vision={"name": options.vision, "image_size": options.image_size},
         text=text,
         vision_pooling="first",
-        fusion={"style": "late", "num_layers": options.fusion_layers, "num_heads": heads},
+        fusion={"style": "late", "num_layers": options.fusion_layers, "num_heads": heads, "agreement": agreement},
     )
     torch.manual_seed(0)
     model = loopitr.LoopITRModel(config).train()

@@ -1,9 +1,10 @@
 """python recipes/benchmarks/step.py [--batch_size 16] [--rounds 7] [--device cuda] [--precision bf16] [--output F.json]
 
 What the loop costs: one training step (forward and backward, no optimiser) of ITC only, ITC + ITM, and the loop with
-K = 4 and 8 (CPRD), the latter also with ITM on one negative and the other scores without gradient, on one model with
-random weights (ViT-S/16 at 224 px, MiniLM-like text, 6 text + 3 fusion layers by default) and captions of 14 tokens on
-average in batches padded to their longest; and the loop with a padded forward pass per pair. All variants run
+K = 4 and 8 (CPRD), the latter also with ITM on one negative and the other scores without gradient; the loop with a
+padded forward pass per pair; and ITC only and the loop with token agreement, in the candidates' scores and as a loss
+of its own on all pairs. All on one model with random weights (ViT-S/16 at 224 px, MiniLM-like text, 6 text + 3 fusion
+layers by default) and captions of 14 tokens on average in batches padded to their longest. All variants run
 interleaved in one process; medians of seconds and of ratios to ITC only, FLOPs counted by torch.utils.flop_counter, and
 the part of a large matrix product's speed that is reached.
 """
@@ -28,6 +29,7 @@ from shared import (
 )
 
 import loopitr
+from loopitr.building.options import AGREEMENT_WIDTH
 from loopitr.cli import parse, run
 from loopitr.evaluation.report import markdown_table
 from loopitr.objective.options import ObjectiveOptions
@@ -39,6 +41,8 @@ VARIANTS = {
     "loop, K=4": ObjectiveOptions(num_negatives=4),
     "loop, K=8": ObjectiveOptions(num_negatives=8),
     "loop, K=8, ITM on one": ObjectiveOptions(num_negatives=8, itm_negatives=1),
+    "ITC + agreement": ObjectiveOptions(itm=0.0, distillation=0.0, agreement=1.0),
+    "loop, K=4, agreement": ObjectiveOptions(num_negatives=4, agreement=1.0),
 }
 PLAIN = ("loop, K=4", "loop, K=8")
 
@@ -61,12 +65,14 @@ class Options:
 def main() -> None:
     options = parse(Options, description=__doc__)
     check_options(options)
-    model = random_model(options)
+    model = random_model(options, agreement=AGREEMENT_WIDTH)
+    agreement = model.agreement
     inputs = random_batch(options.batch_size, image_size=options.image_size, device=options.device)
     plain = PlainPairs(model)
 
     def step(objective: loopitr.LoopObjective, score_pairs: Callable[..., loopitr.PairScores]) -> None:
         model.zero_grad()
+        model.agreement = agreement if objective.compares_tokens else None
         model.score_pairs = score_pairs  # type: ignore[method-assign]
         with torch.autocast(options.device.split(":")[0], torch.bfloat16, enabled=options.precision == "bf16"):
             loss = objective(**inputs).loss

@@ -1,5 +1,6 @@
 """Models out of saved ones, the key of their cached tokens, and what is said when a model cannot be built."""
 
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -42,6 +43,35 @@ def test_init_is_the_saved_model(saved):
     own = model.state_dict()
     assert all(torch.equal(own[name], expected[name]) for name in expected)
     assert processor(images=picture(0))["pixel_values"].shape == (1, 3, 32, 32)
+
+
+def test_a_saved_model_without_token_agreement_stays_without(saved):
+    """A converted ALBEF or BLIP model, say: it scores as it did."""
+    with pytest.warns(UserWarning, match=r"has no token agreement: model.fusion.agreement is left off"):
+        model, _ = build_model(ModelOptions(init=saved, fusion=FusionOptions(agreement=True)))
+    assert model.agreement is None
+
+
+def test_init_with_token_agreement_keeps_it(tmp_path):
+    for part in build(scratch(fusion=FusionOptions(num_layers=1, num_heads=4, intermediate_size=48, agreement=12))):
+        part.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model, _ = build_model(ModelOptions(init=str(tmp_path), fusion=FusionOptions(agreement=True)))
+    assert model.agreement is not None and model.config.fusion["agreement"] == 12
+
+
+@pytest.mark.parametrize("given, width", [(False, None), (True, 256), (12, 12), (1, 1)])
+def test_the_width_of_token_agreement(given, width):
+    model, _ = build(scratch(fusion=FusionOptions(num_layers=1, num_heads=4, agreement=given)))
+    assert model.config.fusion["agreement"] == width
+    assert (None if model.agreement is None else model.agreement.word.out_features) == width
+
+
+@pytest.mark.parametrize("given", [0, -3])
+def test_a_width_of_nothing_is_refused(given):
+    with pytest.raises(ValueError, match=f"model.fusion.agreement must be true, false or a width, .* got {given}"):
+        FusionOptions(agreement=given)
 
 
 def test_init_with_another_image_size(saved, tmp_path):

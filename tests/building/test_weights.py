@@ -162,3 +162,51 @@ def test_the_real_text_package_understands_paraphrases(monkeypatch):
     pooled = torch.nn.functional.normalize((tokens * mask).sum(1) / mask.sum(1), dim=-1)
     similarity = pooled @ pooled.T
     assert similarity[0, 1] > 0.6 > 0.2 > similarity[0, 2]
+
+
+# Weights into a module
+
+
+def norm():
+    return torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+
+
+def load(module, weights, *, extra_allowed=False, names=None):
+    pretrained.load_weights(module, weights, extra_allowed=extra_allowed, error=repr, names=names)
+
+
+def test_weights_fill_a_module_under_their_own_names_or_others():
+    weights = {name: torch.rand_like(value, dtype=torch.float32) for name, value in norm().state_dict().items()}
+    weights["1.num_batches_tracked"] = torch.tensor(7)
+    first, second = norm(), norm()
+    load(first, weights)
+    load(second, {name.upper(): value for name, value in weights.items()}, names={x: x.upper() for x in weights})
+    for module in (first, second):
+        assert all(torch.equal(value, weights[name]) for name, value in module.state_dict().items())
+
+
+def test_extra_weights_are_left_alone_only_where_that_is_allowed():
+    module = norm()
+    weights = {**norm().state_dict(), "more": torch.ones(1)}
+    with pytest.raises(ValueError, match=r"missing=\[\], left_over=\['more'\], other_shape={}"):
+        load(module, weights)
+    load(module, weights, extra_allowed=True)
+    assert torch.equal(module[0].weight, weights["0.weight"])
+
+
+def test_only_the_count_of_batches_may_be_missing():
+    weights = norm().state_dict()
+    del weights["1.num_batches_tracked"]
+    module = norm()
+    load(module, weights)
+    assert torch.equal(module[0].weight, weights["0.weight"]) and module[1].num_batches_tracked == 0
+    with pytest.raises(ValueError, match=r"missing=\['1.running_var'\]"):
+        load(module, {name: value for name, value in weights.items() if name != "1.running_var"})
+
+
+def test_weights_that_do_not_fit_change_nothing():
+    module, other = norm(), {**norm().state_dict(), "0.bias": torch.ones(4)}
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(ValueError, match=r"other_shape={'0.bias': \(\[4\], \[3\]\)}"):
+        load(module, other, extra_allowed=True)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())

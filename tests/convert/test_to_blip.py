@@ -79,6 +79,7 @@ def test_the_temperature_goes_along(tmp_path: Path) -> None:
         ({"layers": 1}, "fusion.num_layers 1, wanted 2"),
         ({"fusion": {"layer_norm_eps": 1e-5}}, "fusion.layer_norm_eps 1e-05, wanted 1e-12"),
         ({"fusion": {"image_positions": True}}, "fusion.image_positions True"),
+        ({"fusion": {"agreement": 12}}, "fusion.agreement 12, wanted None"),
         ({"fusion": {"first_token_id": 3}}, "fusion.first_token_id 3, wanted None"),
         ({"text": {**BERT, "model_type": "roberta", "pad_token_id": 1}}, "text model 'roberta', wanted 'bert'"),
         ({"text_pooling": "mean"}, "text_pooling 'mean', wanted 'first'"),

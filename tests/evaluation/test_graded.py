@@ -79,7 +79,7 @@ def test_an_evaluation_of_scenes_reports_them():
     records = SceneRecords("test", 24, image_size=32)
     result = evaluate(tiny_model(), records, rerank=4, max_images=20)
     json, lines = result.to_json()["graded"], result.table().splitlines()
-    assert [*json] == ["dual", "match", "match_plus_similarity"]
+    assert [*json] == ["dual", "match", "match_plus_similarity", "reranked"]
     for name, head in (("dual", "dual"), ("match", "match"), ("match_plus_similarity", "match + similarity")):
         assert json[name].keys() == {"ndcg10", "map_at_r", "paraphrase_overlap10", "paraphrase_jaccard10"}
         assert 0 < json[name]["ndcg10"]["t2i"] < 1

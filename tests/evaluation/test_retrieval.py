@@ -13,10 +13,12 @@ from loopitr.evaluation import Ranking, evaluation_transform
 from loopitr.evaluation.storage import TokenStorage
 from loopitr.evaluation.text_tokens import TextTokens
 
-KEYS = {"num_images", "num_captions", "k", "dual", "match", "match_plus_similarity", "ceiling", "seconds"} | {
-    "pairs_per_second"
+HEADS = ("dual", "match", "match_plus_similarity", "reranked")
+KEYS = {"num_images", "num_captions", "k", *HEADS, "ceiling", "seconds", "pairs_per_second"} | {
+    "similarity_weight",
+    "calibrated",
+    "reranking_gain",
 }
-HEADS = ("dual", "match", "match_plus_similarity")
 
 
 def all_scores(model, records):
@@ -42,9 +44,11 @@ def assert_same(first, second):
         assert torch.equal(first[name].t2i, second[name].t2i), name
 
 
-@pytest.mark.parametrize("style", ["late", "shared"])
-def test_reranking_everything_equals_brute_force(style):
-    model, records = tiny_model(style=style), tiny_records()
+@pytest.mark.parametrize("style, agreement", [("late", None), ("shared", None), ("late", 12)])
+def test_reranking_everything_equals_brute_force(style, agreement):
+    model, records = tiny_model(style=style, fusion={"agreement": agreement}), tiny_records()
+    if agreement is not None:
+        model.agreement.score.weight.data.mul_(30)  # or else it changes no order
     similarity, match, owner = all_scores(model, records)
     with torch.no_grad():
         both = match + model.dual.scale * similarity
@@ -52,7 +56,9 @@ def test_reranking_everything_equals_brute_force(style):
         "dual": Ranking.from_scores(similarity, owner),
         "match": Ranking.from_scores(match, owner),
         "match_plus_similarity": Ranking.from_scores(both, owner),
+        "reranked": Ranking.from_scores(match + 0.3 * model.dual.scale.detach() * similarity, owner),
     }
+    model.config.similarity_weight = 0.3
     result = evaluate(model, records, rerank=1000)
     assert_same(result.rankings, expected)
     assert result.num_pairs == 6 * 18 and result.ceiling == {"i2t": 100.0, "t2i": 100.0}
@@ -224,7 +230,12 @@ def test_json_and_table():
     assert figures["seconds"].keys() == {"encode", "rank", "rerank", "total"}
     assert figures["pairs_per_second"] == pytest.approx(result.num_pairs / result.seconds["rerank"])
     rows = [line for line in result.table().splitlines() if line.startswith("|")]
-    assert [row.split("|")[1].strip() for row in rows[2:]] == ["dual", "match", "match + similarity"]
+    assert [row.split("|")[1].strip() for row in rows[2:]] == [
+        "dual",
+        "match",
+        "match + similarity",
+        "reranked (w = 1)",
+    ]
     assert len({row.count("|") for row in rows}) == 1
     values = [float(cell) for cell in rows[2].split("|")[2:-1]]
     assert values[0] == pytest.approx(figures["dual"]["i2t"]["r1"], abs=0.05)

@@ -30,20 +30,30 @@ def launch(recipe: str, *arguments: Any, launcher: tuple[str, ...] = ()) -> subp
     return subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=600)
 
 
-def call(
+def run_here(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], recipe: str, *arguments: Any
-) -> tuple[Any, str]:
-    """In this process: (exit status, standard error)."""
-    monkeypatch.setattr(sys, "argv", [recipe, *map(str, arguments)])
+) -> subprocess.CompletedProcess[str]:
+    """`python recipes/RECIPE arguments` in this process, which spares the seconds in which a new one imports torch."""
+    words = [recipe, *map(str, arguments)]
+    monkeypatch.setattr(sys, "argv", words)
     try:
         runpy.run_path(str(ROOT / "recipes" / recipe), run_name="__main__")
         status: Any = 0
     except SystemExit as stop:
-        status = stop.code
-    return status, capsys.readouterr().err
+        status = stop.code or 0
+    written = capsys.readouterr()
+    return subprocess.CompletedProcess(words, status, written.out, written.err)
 
 
-def told(errors: str) -> list[str]:
-    """What a recipe says of an error that its user can mend; progress bars share the stream."""
+def call(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], recipe: str, *arguments: Any
+) -> tuple[int, str]:
+    """The exit status and the standard error of `run_here`."""
+    done = run_here(monkeypatch, capsys, recipe, *arguments)
+    return done.returncode, done.stderr
+
+
+def error_lines(errors: str) -> list[str]:
+    """The lines in which a recipe names an error that its user can mend; progress bars share the stream."""
     assert "Traceback" not in errors and "usage:" not in errors
     return [line for line in errors.replace("\r", "\n").splitlines() if line.startswith("error: ")]

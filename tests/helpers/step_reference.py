@@ -26,7 +26,15 @@ CASES: dict[str, dict[str, Any]] = {
     "one_negative": {"num_negatives": 4, "itm_negatives": 1},
     "teacher_only": {"itm": 0.0, "distillation_loss": "kl"},
     "sigmoid": {"itc_loss": "sigmoid", "distillation": 0.0},
+    "agreement": {"num_negatives": 3, "distillation_loss": "kl", "agreement": 0.5},
 }
+
+
+def model_of(options: ObjectiveOptions, **changes: Any) -> LoopITRModel:
+    """A tiny model in training mode with the heads that the options ask for."""
+    fusion = {"agreement": 12 if options.agreement else None, **changes.pop("fusion", {})}
+    bias = -1.0 if options.itc_loss == "sigmoid" else None
+    return tiny_model(mlm_head=options.mlm > 0, initial_logit_bias=bias, fusion=fusion, **changes).train()
 
 
 def step_batch(
@@ -47,11 +55,11 @@ def step(
     model: LoopITRModel | None = None,
     batch: dict[str, Tensor] | None = None,
     *,
-    token_masking: TokenMasking | None = None,
+    masking: TokenMasking | None = None,
     scale: float = 1.0,
     **options: Any,
 ) -> StepOutput:
-    objective = build_objective(model or tiny_model().train(), ObjectiveOptions(**options), token_masking=token_masking)
+    objective = build_objective(model or tiny_model().train(), ObjectiveOptions(**options), masking=masking)
     return objective(**(batch or step_batch()), distillation_scale=scale)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from loopitr import LoopITRConfig, LoopITRModel, TextState
+from loopitr.models.agreement import TokenAgreement
 from loopitr.models.fusion import BertParts
 
 VIT: dict[str, Any] = {
@@ -68,8 +69,8 @@ def images(count: int = 4, size: int = 32, seed: int = 2) -> Tensor:
 
 
 def plain_score(model: LoopITRModel, image_tokens: Tensor, text_state: TextState, pairs: Tensor) -> Tensor:
-    """The ITM logits `[P, 2]` pair by pair: keys and values projected anew, softmax written out, every row computed."""
-    fusion = model.fusion
+    """The logits `[P, 2]` pair by pair: keys and values projected anew, softmax written out, every row computed."""
+    fusion, bare = model.fusion, image_tokens
     if fusion.image_positions is not None:
         image_tokens = image_tokens + fusion.image_positions
     if fusion.text is not None:
@@ -88,8 +89,30 @@ def plain_score(model: LoopITRModel, image_tokens: Tensor, text_state: TextState
             hidden = cross.norm(cross.output(attended) + hidden)
             inner = parts.activation(parts.feed_forward_in(hidden))
             hidden = parts.feed_forward_norm(parts.feed_forward_out(inner) + hidden)
-        rows.append(model.itm_head(hidden[0]))
+        logits = model.itm_head(hidden[0])
+        if model.agreement is not None:
+            words = text_state.tokens[text][text_state.mask[text]]  # [L, D]
+            logits = torch.stack([logits[0], logits[1] + plain_agreement(model.agreement, bare[image], words)])
+        rows.append(logits)
     return torch.stack(rows)
+
+
+def plain_agreement(agreement: TokenAgreement, image: Tensor, words: Tensor) -> Tensor:
+    """Token agreement of one pair, word by word: `image [N, Dv]`, `words [L, D]` without padding -> a scalar."""
+    regions = [agreement.region(token) for token in image]
+    regions = [region / region.norm() for region in regions]
+    gates, scores = [], []
+    for token in words:
+        word = agreement.word(token)
+        word = word / word.norm()
+        exponentials = [(agreement.logit_scale.exp() * (word * region).sum()).exp() for region in regions]
+        attended = sum(e * region for e, region in zip(exponentials, regions, strict=True)) / sum(exponentials)
+        difference = agreement.difference((word - attended) ** 2)
+        centred = difference - difference.mean()
+        normed = centred / (centred.square().mean() + 1e-12).sqrt() * agreement.norm.weight + agreement.norm.bias
+        gates.append(1 / (1 + (-agreement.gate(normed)).exp()))
+        scores.append(agreement.score(normed))
+    return (sum(gate * score for gate, score in zip(gates, scores, strict=True)) / sum(gates)).squeeze()
 
 
 def _plain_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:

@@ -46,6 +46,26 @@ def test_save_and_load_is_exact_to_the_bit(vision, style, tmp_path):
     assert first == second
 
 
+def test_token_agreement_is_saved_and_a_folder_older_than_it_loads(saved, tmp_path):
+    model = tiny_model(fusion={"agreement": 12}).eval()
+    model.save_pretrained(tmp_path / "new")
+    loaded = LoopITRModel.from_pretrained(tmp_path / "new")
+    assert loaded.agreement is not None
+    assert_same_tensors(model, loaded)
+    for ours, theirs in zip(outputs(model), outputs(loaded), strict=True):
+        assert torch.equal(ours, theirs)
+    assert not any("agreement" in name for name in loaded.dual_encoder().state_dict())
+    old = tmp_path / "old"
+    shutil.copytree(saved[1], old)
+    config = json.loads((old / "config.json").read_text())
+    assert config["fusion"].pop("agreement") is None
+    (old / "config.json").write_text(json.dumps(config))
+    loaded = LoopITRModel.from_pretrained(old)
+    assert loaded.agreement is None and loaded.config.fusion["agreement"] is None
+    for ours, theirs in zip(outputs(saved[0]), outputs(loaded), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_a_loaded_model_lives_without_its_folder(tmp_path):
     """Training writes the folder that it started from: weights must not be a view of the file."""
     tiny_model(seed=1).save_pretrained(tmp_path)

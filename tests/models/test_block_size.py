@@ -42,13 +42,13 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-@pytest.fixture(scope="module")
-def model() -> LoopITRModel:
+@pytest.fixture(scope="module", params=[None, 64, 2048], ids=["", "agreement", "wide agreement"])
+def model(request) -> LoopITRModel:
     heads = {"num_attention_heads": 6, "num_hidden_layers": 1, "vocab_size": 60}
     config = LoopITRConfig(
         vision={"name": "vit_tiny_patch16_224", "image_size": 32, "kwargs": {"embed_dim": WIDTH, "depth": 1}},
         text={"model_type": "bert", "hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, **heads},
-        fusion={"style": "late", "num_layers": 3, "num_heads": 6},
+        fusion={"style": "late", "num_layers": 3, "num_heads": 6, "agreement": request.param},
     )
     torch.manual_seed(0)
     return LoopITRModel(config).eval()

@@ -87,6 +87,23 @@ def test_chunks_and_validation_need_a_graph_for_each_use_and_no_more():
     assert graphs[-1] == graphs[2], graphs
 
 
+@pytest.mark.parametrize("projected", [False, True])
+def test_token_agreement_goes_by_the_compiled_layout(projected):
+    """Its buckets are padded with segments that occur twice, which must not count twice."""
+    plain, whole = tiny_model(fusion={"agreement": 12}).train(), compiled(fusion={"agreement": 12}).train()
+    found = []
+    for model in (plain, whole):
+        model.agreement.score.weight.data.mul_(30)
+        image_state, text_state = model.encode_images(images(4)), model.encode_texts(*ragged_texts(5))
+        if projected:
+            image_state = model.project_images(image_state)
+        pairs = torch.tensor([[3, 4], [0, 0], [3, 1], [1, 2], [0, 4]])
+        score = model.score_pairs(image_state, text_state, pairs).score
+        found.append((score.detach(), gradients(model, score.square().sum())))
+    torch.testing.assert_close(found[1][0], found[0][0], atol=1e-5, rtol=1e-4)
+    assert_same_gradients(found[1][1], found[0][1])
+
+
 def test_gradient_checkpointing_and_blocks_go_with_it():
     plain, whole = tiny_model().train(), compiled().train()
     whole.fusion.gradient_checkpointing = True  # transformers warns in its own, which breaks the graph

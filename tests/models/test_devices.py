@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.step_reference import CASES, EveryThirdWord, step_batch
+from helpers.step_reference import CASES, EveryThirdWord, model_of, step_batch
 from helpers.support import images, ragged_texts, tiny_model
 from helpers.tiny_gallery import evaluate, tiny_records
 
@@ -34,7 +34,7 @@ def test_pretending_finds_what_a_gpu_would_refuse(gpu):
 @pytest.mark.parametrize("style", ["late", "shared"])
 def test_scoring_does_not_wait(gpu, style, projected):
     """Up to its end, given pairs and mask on the CPU; many texts, so that there are buckets."""
-    model = tiny_model(style=style).eval()
+    model = tiny_model(style=style, fusion={"agreement": 12}).eval()
     pairs = torch.cartesian_prod(torch.arange(5), torch.arange(40)).flip(0)
     texts = ragged_texts(40)
     with torch.inference_mode():
@@ -55,8 +55,7 @@ def test_scoring_does_not_wait(gpu, style, projected):
 @pytest.mark.parametrize("case", CASES)
 def test_a_step(gpu, case, chunk_size, monkeypatch):
     options = ObjectiveOptions(**CASES[case])
-    bias = -1.0 if options.itc_loss == "sigmoid" else None
-    model = tiny_model(mlm_head=options.mlm > 0, initial_logit_bias=bias).train()
+    model = model_of(options)
     objective = build_objective(model, options, token_masking=EveryThirdWord())
     expected = objective(**step_batch())
     expected.loss.backward()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from helpers.support import BERT, CNN, VIT, images, tiny_model
+from safetensors.torch import load_file
 
 from loopitr import DualEncoderConfig, LoopITRModel
+from loopitr.models import image_backbone
 from loopitr.models.image_backbone import VisionBackbone, fit_weights, vision_data
 
 SWIN: dict[str, Any] = {
@@ -40,7 +43,8 @@ def vision_backbone(vision: dict[str, Any], pooling: str = "backbone") -> Vision
 def test_tokens_are_timms_features_row_by_row(name):
     backbone = vision_backbone(VISION[name])
     x = images(2, backbone.image_size)
-    features, tokens = backbone.model.forward_features(x), backbone(x)
+    # The other layout of the same numbers has other last bits.
+    features, tokens = backbone.model.forward_features(x.contiguous(memory_format=backbone.memory_format)), backbone(x)
     assert tokens.shape == (2, backbone.num_tokens, backbone.width)
     if name == "cnn":
         features = features.permute(0, 2, 3, 1)
@@ -51,6 +55,75 @@ def test_tokens_are_timms_features_row_by_row(name):
         expected = features
     assert torch.equal(tokens, expected)
     assert backbone.num_prefix_tokens == PREFIX.get(name, 0)
+
+
+CONVOLUTIONAL: dict[str, dict[str, Any]] = {
+    "resnet": CNN,
+    "clip_resnet": CLIP_RESNET,
+    "efficientnet": {"name": "tf_efficientnet_lite0", "image_size": 64, "kwargs": {"drop_path_rate": 0.0}},
+    "convnext": {
+        "name": "convnext_atto",
+        "image_size": 64,
+        "kwargs": {"dims": [8, 16, 24, 32], "depths": [1, 1, 1, 1]},
+    },
+}
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize("name", CONVOLUTIONAL)
+def test_channels_side_by_side_give_the_tokens_and_gradients_of_the_plain_layout(name, training):
+    backbone = vision_backbone(CONVOLUTIONAL[name]).double().train(training)
+    assert backbone.memory_format == torch.channels_last
+    x, gradients, outputs, strides = images(4, backbone.image_size).double(), [], [], []
+    seen = next(m for m in backbone.model.modules() if isinstance(m, torch.nn.Conv2d))
+    seen.register_forward_pre_hook(lambda _, arguments: strides.append(arguments[0].stride(1)))
+    statistics = copy.deepcopy(dict(backbone.named_buffers()))
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        backbone.load_state_dict(statistics, strict=False)
+        backbone.memory_format = memory_format
+        outputs.append(backbone(x))
+        weights = [p for p in backbone.parameters() if p.requires_grad]
+        of_weights = torch.autograd.grad(backbone.pool(outputs[-1]).square().sum(), weights, allow_unused=True)
+        gradients.append([g for g in of_weights if g is not None])
+    assert strides[0] > 1 and strides[-1] == 1  # the layout reaches the convolutions
+    torch.testing.assert_close(outputs[1], outputs[0])
+    torch.testing.assert_close(gradients[1], gradients[0])
+    assert outputs[1].is_contiguous()  # so that tokens cost no copy
+
+
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_other_backbones_keep_the_plain_layout(name):
+    assert vision_backbone(VISION[name]).memory_format == torch.contiguous_format
+
+
+def test_a_network_that_cannot_run_with_channels_side_by_side_keeps_the_plain_layout(monkeypatch):
+    class Rows(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+
+        def forward_features(self, x):
+            return x.view(len(x), -1).view(x.shape) * self.weight
+
+    monkeypatch.setattr(image_backbone, "create_timm", lambda *_, **__: Rows())
+    config = DualEncoderConfig(vision={"name": "rows", "image_size": 8}, text=BERT, vision_pooling="mean")
+    backbone = VisionBackbone(config)
+    x = images(2, 8)
+    assert torch.equal(backbone(x), x.flatten(2).transpose(1, 2))
+
+
+@torch.no_grad()
+def test_weights_of_a_convolutional_backbone_are_saved_in_the_plain_layout(tmp_path):
+    model = tiny_model(CNN).eval()
+    model.get_image_features(images(2, 64))
+    model.save_pretrained(tmp_path)
+    loaded = LoopITRModel.from_pretrained(tmp_path).eval()
+    saved = load_file(tmp_path / "model.safetensors")
+    kept, again = model.state_dict(), loaded.state_dict()
+    assert all(torch.equal(kept[name], value) and torch.equal(again[name], value) for name, value in saved.items())
+    assert all(value.is_contiguous() for state in (kept, again) for value in state.values())
+    assert loaded.dual.vision.memory_format == torch.channels_last
+    assert torch.equal(loaded.get_image_features(images(2, 64)), model.get_image_features(images(2, 64)))
 
 
 @pytest.mark.parametrize("name", [*VISION, "clip_resnet"])

@@ -6,8 +6,8 @@ import weakref
 
 import pytest
 import torch
-from helpers.step_reference import CASES, EveryThirdWord, assert_same_gradients, gradients, step_batch
-from helpers.support import BERT, CNN, tiny_model
+from helpers.step_reference import CASES, EveryThirdWord, assert_same_gradients, gradients, model_of, step_batch
+from helpers.support import BERT, CNN
 
 from loopitr.objective import grad_cache
 from loopitr.objective.build import build_objective
@@ -17,9 +17,9 @@ from loopitr.objective.options import ObjectiveOptions
 
 def objective_of(case="cprd", *, style="late", pair_block=None, **model):
     options = ObjectiveOptions(**CASES[case])
-    bias = -1.0 if options.itc_loss == "sigmoid" else None
-    made = tiny_model(style=style, mlm_head=options.mlm > 0, initial_logit_bias=bias, **model).train()
-    return build_objective(made, options, token_masking=EveryThirdWord(), pair_block=pair_block)
+    return build_objective(
+        model_of(options, style=style, **model), options, masking=EveryThirdWord(), pair_block=pair_block
+    )
 
 
 def chunked_gradients(objective, **arguments):
@@ -44,8 +44,12 @@ def test_gradients_are_the_plain_steps(style, case, chunk_size):
 
 
 def test_without_pairs_and_with_a_scaled_distillation():
-    for stage in ({"with_pairs": False}, {"distillation_scale": 0.25}):
-        objective = objective_of()
+    for case, stage in (
+        ("cprd", {"with_pairs": False}),
+        ("cprd", {"distillation_scale": 0.25}),
+        ("agreement", {"with_pairs": False}),
+    ):
+        objective = objective_of(case)
         wanted = gradients(objective.model, objective(**step_batch(), **stage).loss)
         _, found = chunked_gradients(objective, chunk_size=3, **stage)
         assert_same_gradients(found, wanted)

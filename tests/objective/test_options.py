@@ -18,6 +18,7 @@ from loopitr.objective.options import DistillationName, ObjectiveOptions
         ({"mining": "random"}, "unknown mining 'random'; known: topk, sample, stratified"),
         ({"hard_rule": "median"}, "unknown hard_rule 'median'; known: threshold, mean, top"),
         ({"num_negatives": 0}, "objective.num_negatives must be at least 1, got 0"),
+        ({"agreement": -0.5}, "objective.agreement must be a weight >= 0, got -0.5"),
         ({"itc": -1.0}, "objective.itc must be a weight >= 0, got -1.0"),
         ({"mlm_probability": 0.0}, "objective.mlm_probability must be between 0 and 1, got 0.0"),
         ({"mlm_probability": 1.0}, "objective.mlm_probability must be between 0 and 1, got 1.0"),

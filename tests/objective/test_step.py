@@ -195,7 +195,7 @@ def test_every_parameter_gets_a_gradient(style, vision, mlm):
         vision = {**CNN, "kwargs": {**CNN["kwargs"], "zero_init_last": False}}
     model = tiny_model(vision, style, mlm_head=bool(mlm)).train()
     batch = step_batch(size=vision["image_size"])
-    found = gradients(model, step(model, batch, mlm=mlm, token_masking=EveryThirdWord()).loss)
+    found = gradients(model, step(model, batch, mlm=mlm, masking=EveryThirdWord()).loss)
     assert {name for name, _ in model.named_parameters()} == set(found)
     # The biases of keys move all logits of a softmax alike: zero but for rounding.
     dead = [n for n, g in found.items() if not g.any() and not n.endswith("key.bias")]

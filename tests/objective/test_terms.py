@@ -9,11 +9,12 @@ from functools import cached_property, partial
 
 import pytest
 import torch
-from helpers.step_reference import CASES, EveryThirdWord, gradients, step_batch
+from helpers.step_reference import CASES, EveryThirdWord, assert_same_gradients, gradients, is_positive, step_batch
 from helpers.support import tiny_model
 from torch import Tensor
 
 from loopitr import (
+    Agreement,
     Contrastive,
     Distillation,
     FrozenContrast,
@@ -44,11 +45,14 @@ OBJECTS: dict[str, tuple[list[Term], int]] = {  # what the options in `CASES` st
     "one_negative": ([Contrastive(), Matching(negatives=1), Distillation(CPRD)], 4),
     "teacher_only": ([Contrastive(), Distillation(KL)], 4),
     "sigmoid": ([SigmoidContrastive(), Matching()], 4),
+    "agreement": ([Contrastive(), Matching(), Distillation(KL), Agreement(0.5)], 3),
 }
 
 
 def model_for(case: str) -> LoopITRModel:
-    return tiny_model(mlm_head="mlm" in case, initial_logit_bias=-2.0 if case == "sigmoid" else None).train()
+    bias = -2.0 if case == "sigmoid" else None
+    agreement = {"agreement": 12 if "agreement" in case else None}
+    return tiny_model(mlm_head="mlm" in case, initial_logit_bias=bias, fusion=agreement).train()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -91,8 +95,8 @@ def computed(monkeypatch) -> Counter[str]:
 
 
 def test_each_part_is_computed_once(computed):
-    terms = [*OBJECTS["kl_and_mlm"][0], Ranking(), StructureTransfer(), FrozenContrast()]
-    LoopObjective(model_for("kl_and_mlm"), terms, miner=TopK(3))(**step_batch())
+    terms = [*OBJECTS["kl_and_mlm"][0], Ranking(), StructureTransfer(), FrozenContrast(), Agreement()]
+    LoopObjective(model_for("mlm and agreement"), terms, miner=TopK(3))(**step_batch())
     assert computed == dict.fromkeys([*PARTS, "score_pairs"], 1)
 
 
@@ -167,11 +171,85 @@ def test_structure_terms_are_the_ones_written_out_in_loops(name, made, source, t
     assert not any(key.startswith(towers[source]) for key in learned)
 
 
+def test_the_frozen_contrast_does_not_wait_for_a_gpu(gpu):
+    model = tiny_model().train().cuda()
+    objective = LoopObjective(model, [FrozenContrast()])
+    batch = {name: value.cuda() for name, value in step_batch().items()}
+    encoded = objective.encode(batch["input_ids"], batch["attention_mask"], pixel_values=batch["pixel_values"])
+    step = Step(objective, encoded, batch["identities"], batch["caption_ids"])
+    assert step.embeds.images.is_cuda and step.gathered.identities.is_cuda
+    gpu.waits.clear()
+    objective.terms[0](step).backward()
+    assert gpu.waits == []
+
+
+def test_the_hard_candidates_are_chosen_once_for_each_direction():
+    calls = []
+
+    def rule(teacher, valid):
+        calls.append(len(teacher))
+        return losses.hard_above_mean(teacher, valid)
+
+    LoopObjective(tiny_model().train(), [Distillation(PartialRanking(rule))])(**step_batch())
+    assert calls == [8, 8]
+
+
 def test_weights_make_the_structure_terms():
     options = ObjectiveOptions(itc=0, itm=0, distillation=0, cmd=0.5, cmc=0.25, structure_source="text")
     assert build_terms(options) == [StructureTransfer(0.5, source="text"), FrozenContrast(0.25, source="text")]
     out = build_objective(tiny_model().train(), options)(**step_batch())
     torch.testing.assert_close(out.loss, 0.5 * out.terms["cmd"] + 0.25 * out.terms["cmc"])
+
+
+# Token agreement
+
+
+def agreement_loop(model: LoopITRModel, batch: dict[str, Tensor]) -> Tensor:
+    """InfoNCE over what agreement adds to the match score of each pair, query by query."""
+    images, texts = model.encode_images(batch["pixel_values"]), model.encode_texts(*captions_of(batch))
+    logits = model.agreement_of_all(images, texts)
+    losses = []
+    for i in range(len(logits)):
+        for row, positives in (
+            (logits[i], [j for j in range(len(logits)) if is_positive(batch, i, j)]),
+            (logits[:, i], [j for j in range(len(logits)) if is_positive(batch, j, i)]),
+        ):
+            losses.append(sum(row.logsumexp(0) - row[j] for j in positives) / len(positives))
+    return sum(losses) / len(losses)
+
+
+def captions_of(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    return batch["input_ids"], batch["attention_mask"]
+
+
+@pytest.mark.parametrize("with_pairs", [True, False])
+def test_agreement_is_the_loss_written_out_over_queries(with_pairs):
+    """Whether match scores are computed or not, which they are part of; and whoever waits for a gradient gets one."""
+    model, batch = model_for("agreement"), step_batch()
+    terms = [Contrastive(), Matching(), Agreement(0.5)]
+    out = LoopObjective(model, terms)(**batch, with_pairs=with_pairs)
+    expected = agreement_loop(model, batch)
+    assert expected > 1
+    torch.testing.assert_close(out.terms["agreement"], expected, atol=1e-6, rtol=1e-5)
+    every = gradients(model, out.loss)
+    assert every.keys() == {name for name, _ in model.named_parameters()}
+    assert all(every[name].any() for name in every if name.startswith("agreement."))
+    found = gradients(model, LoopObjective(model, [Agreement()])(**batch).loss)
+    assert_same_gradients(found, gradients(model, expected))
+
+
+def test_matching_trains_the_agreement_too():
+    model, batch = model_for("agreement"), step_batch()
+    found = gradients(model, LoopObjective(model, [Matching()])(**batch).loss)
+    assert all(found[f"agreement.{name}"].any() for name, _ in model.agreement.named_parameters())
+    left_out = gradients(model, LoopObjective(model, [Contrastive(), Matching()])(**batch, with_pairs=False).loss)
+    assert left_out.keys() == {name for name, _ in model.named_parameters()}  # DDP waits for each
+    assert not any(left_out[name].any() for name in left_out if name.startswith("agreement."))
+
+
+def test_agreement_needs_its_head():
+    with pytest.raises(ValueError, match="objective.agreement needs a model with token agreement"):
+        build_objective(tiny_model(), ObjectiveOptions(agreement=0.5))
 
 
 # The list of terms

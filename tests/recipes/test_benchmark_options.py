@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import shared as benchmarking
 import torch
-from helpers.recipe_process import ROOT, call, told
+from helpers.recipe_process import ROOT, call, error_lines
 from shared import Timing, check_options, interleaved, peak_memory
 
 from loopitr.cli import check_output_file
@@ -32,7 +32,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     for work in ("random_model", "matmul_speed", "interleaved"):
         monkeypatch.setattr(benchmarking, work, too_late)
     status, errors = call(monkeypatch, capsys, f"benchmarks/{name}.py", *arguments)
-    (line,) = told(errors)
+    (line,) = error_lines(errors)
     assert status == 2
     return line
 

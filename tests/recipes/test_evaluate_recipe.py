@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers.recipe_process import TWO_ON_CPU, call, launch, told
+from helpers.recipe_process import TWO_ON_CPU, call, error_lines, launch
 from helpers.support import tiny_model
 from helpers.tiny_gallery import captions, jpeg, tiny_processor
 
@@ -50,6 +50,7 @@ def test_the_command_of_the_readme(folder, tmp_path):
     assert "encode images" in done.stderr and "rerank" in done.stderr  # progress
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(folder, tmp_path, monkeypatch, capsys):
     given = ["--model", folder / "run", *data(folder, "--data.max_skipped_fraction", 0.2, "--data.num_workers", 0)]
     given += ["--rerank", 4, "--token_storage", "disk", "--token_dtype", "bf16", "--token_folder", tmp_path / "tokens"]
@@ -123,7 +124,7 @@ def test_a_wrong_option_is_one_line(folder, monkeypatch, capsys, change, named):
     given = ["--model", folder / "run", *data(folder, "--data.num_workers", 0), *change]
     status, errors = call(monkeypatch, capsys, "evaluate.py", *(str(a).format(folder=folder) for a in given))
     assert status == 2
-    (line,) = told(errors)
+    (line,) = error_lines(errors)
     assert named in line
 
 

@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from helpers.recipe_process import call, launch
+from helpers.recipe_process import call, run_here
 from helpers.support import tiny_model
 from helpers.tiny_gallery import jpeg, tiny_processor
 from helpers.tiny_run import reset_accelerate
@@ -39,7 +39,7 @@ def test_a_list_of_records_is_trained_on(tmp_path, monkeypatch, capsys):
     assert LoopITRModel.from_pretrained(tmp_path / "run").config.vision["name"] == "test_vit"
 
 
-def test_a_folder_is_ranked_by_match_score(tmp_path):
+def test_a_folder_is_ranked_by_match_score(monkeypatch, capsys, tmp_path):
     for part in (tiny_model(), tiny_processor()):
         part.save_pretrained(tmp_path / "run")
     (tmp_path / "images").mkdir()
@@ -49,7 +49,7 @@ def test_a_folder_is_ranked_by_match_score(tmp_path):
     given = ["--model", tmp_path / "run", "--images", tmp_path / "images", "--query", "a red circle"]
     ranked = {}
     for count in (3, 8):
-        done = launch("examples/rank_folder.py", *given, "--rerank", count)
+        done = run_here(monkeypatch, capsys, "examples/rank_folder.py", *given, "--rerank", count)
         assert done.returncode == 0, done.stderr
         ranked[count] = [line.split("\t") for line in done.stdout.splitlines()]
         matches = [float(match) for _, _, match in ranked[count]]

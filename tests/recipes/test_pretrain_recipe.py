@@ -13,7 +13,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from helpers.recipe_process import ACCELERATE, ROOT, TWO_ON_CPU, call, command, environment, launch, told
+from helpers.recipe_process import (
+    ACCELERATE,
+    ROOT,
+    TWO_ON_CPU,
+    call,
+    command,
+    environment,
+    error_lines,
+    launch,
+    run_here,
+)
 from helpers.tiny_run import (
     NO_AUGMENTATION,
     NO_DROPOUT,
@@ -88,6 +98,7 @@ def test_its_model_is_loadable(first):
     assert equal({name: value for name, value in auto.state_dict().items() if name in saved}, saved)
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_model_of_one(first, tmp_path):
     """4 x 2 as 8 x 1: the same batches, losses and weights."""
     config = write_config(tmp_path, **EXACT, train__batch_size=4)
@@ -107,6 +118,7 @@ def test_two_processes_train_the_model_of_one(first, tmp_path):
             torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=0, msg=lambda m: f"{name}: {m}")
 
 
+@pytest.mark.slow
 def test_two_processes_validate_as_one(tmp_path):
     """Untrained, so that the weights are the same; one of the images is broken."""
     changes = {**VIT, **broken_table(tmp_path), "train__epochs": 0}
@@ -124,6 +136,7 @@ def test_two_processes_validate_as_one(tmp_path):
     assert done.stdout.count("| dual ") == 1 and done.stdout.count("step 0: mean R@1") == 1  # one of them speaks
 
 
+@pytest.mark.slow
 def test_a_killed_run_that_is_resumed_equals_one_that_was_not(tmp_path):
     """Dropout and augmentation on."""
     changes = {"train__epochs": 4, "train__checkpoint_every": 4}  # 32 steps
@@ -148,7 +161,7 @@ def test_a_killed_run_that_is_resumed_equals_one_that_was_not(tmp_path):
     assert logged(tmp_path / "whole", "loss/total") == logged(tmp_path / "parts", "loss/total")
 
 
-def test_fine_tuning_on_a_table_with_a_broken_image_and_a_missing_caption(first, tmp_path):
+def test_fine_tuning_on_a_table_with_a_broken_image_and_a_missing_caption(first, tmp_path, monkeypatch, capsys):
     table = write_table(tmp_path / "table", {"train": range(12), "val": range(12, 16)}, broken=(5,))
     table.write_text(table.read_text() + "3.jpg,,train\n")
     given = {
@@ -162,7 +175,9 @@ def test_fine_tuning_on_a_table_with_a_broken_image_and_a_missing_caption(first,
         "--train.epochs": 1,
         "--train.tracker": "none",
     }
-    done = launch("pretrain.py", *(word for pair in given.items() for word in pair), launcher=ACCELERATE)
+    reset_accelerate()
+    done = run_here(monkeypatch, capsys, "pretrain.py", *(word for pair in given.items() for word in pair))
+    reset_accelerate()
     assert done.returncode == 0, done.stderr
     (read,) = [line for line in done.stdout.splitlines() if line.startswith("train: ")]
     assert read == "train: 12 images, 24 captions; skipped 1 x empty caption (3.jpg)"
@@ -201,7 +216,7 @@ def test_an_error_is_one_line_that_names_the_culprit(tmp_path, monkeypatch, caps
     status, errors = call(monkeypatch, capsys, "pretrain.py", "--config", write_config(tmp_path), *changes)
     reset_accelerate()
     assert status == 2
-    (line,) = told(errors)
+    (line,) = error_lines(errors)
     assert named in line
 
 
@@ -220,7 +235,7 @@ def test_every_config_is_understood(config, monkeypatch, capsys):
     assert not status and not errors
 
 
-def test_a_pair_alone_is_not_trained_with_the_options_of_the_scenes():
-    shown = launch("pretrain.py", "--model.pair", "some/pair", "--print_config")
+def test_a_pair_alone_is_not_trained_with_the_options_of_the_scenes(monkeypatch, capsys):
+    shown = run_here(monkeypatch, capsys, "pretrain.py", "--model.pair", "some/pair", "--print_config")
     assert shown.returncode == 0 and "pair: some/pair" in shown.stdout
     assert "name: scenes" not in shown.stdout and "fusion_start: 0.0" in shown.stdout

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers.step_reference import step_batch
-from helpers.support import tiny_model
+from helpers.support import images, ragged_texts, tiny_model
 from helpers.tiny_run import run
 
 from loopitr import LoopITRModel
@@ -42,6 +42,28 @@ def test_no_model_is_kept_by_the_score_of_a_head_that_has_not_started(tmp_path):
     assert early and not any("val/match" in row for row in early)
     assert metrics["training"]["best_step"] == 16
     assert LoopITRModel.from_pretrained(tmp_path / "run")
+
+
+def test_token_agreement_trains_and_is_validated_from_the_start(tmp_path):
+    agreement = {"model__fusion__agreement": 8, "objective__agreement": 1}
+    run(tmp_path, train__epochs=2, train__fusion_start=0.5, **agreement)
+    history = read_history(tmp_path / "run")
+    assert all("loss/agreement" in row for row in history if "loss/total" in row)
+    validations = [row for row in history if "val/dual" in row]
+    assert len(validations) == 2 and all("val/match" in row for row in validations)
+
+
+def test_token_agreement_alone_is_the_match_score(tmp_path):
+    """The ITM head, which no term trains, adds nothing to it."""
+    losses = {"objective__itm": 0, "objective__distillation": 0, "objective__agreement": 1}
+    run(tmp_path, model__fusion__agreement=8, validation__select="match", **losses)
+    assert any("val/match" in row for row in read_history(tmp_path / "run"))
+    model = LoopITRModel.from_pretrained(tmp_path / "run").eval()
+    pixels, (ids, mask) = images(3), ragged_texts(4)
+    image_state, text_state = model.encode_images(pixels), model.encode_texts(ids.clamp(max=20), mask)
+    pairs = torch.cartesian_prod(torch.arange(3), torch.arange(4))
+    expected = model.agreement_of_all(image_state, text_state).flatten()
+    torch.testing.assert_close(model.score_pairs(image_state, text_state, pairs).score, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_distillation_warms_up_from_there(tmp_path, monkeypatch):

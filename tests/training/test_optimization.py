@@ -13,6 +13,7 @@ VARIANTS = {
     "cnn": {"vision": CNN},
     "shared": {"vision": VIT, "style": "shared"},
     "mlm": {"vision": CNN, "mlm_head": True},
+    "agreement": {"vision": VIT, "fusion": {"agreement": 12}},
 }
 
 

@@ -78,6 +78,8 @@ def test_training_learns(tmp_path):
 class Found:
     """Stands in for a validation's result."""
 
+    similarity_weight = 0.5
+
     def __init__(self, scores):
         self.scores = scores
 
@@ -94,10 +96,10 @@ class Found:
 @pytest.mark.parametrize(("select", "best"), [("auto", 3), ("dual", 2), ("match", 4)])
 def test_the_best_validated_model_is_the_one_that_is_kept(tmp_path, monkeypatch, select, best):
     results = {
-        1: {"dual": 10.0, "match": 5.0, "match_plus_similarity": 10.0},
-        2: {"dual": 30.0, "match": 6.0, "match_plus_similarity": 20.0},
-        3: {"dual": 20.0, "match": 7.0, "match_plus_similarity": 40.0},
-        4: {"dual": 30.0, "match": 8.0, "match_plus_similarity": 40.0},  # a tie keeps the earlier one
+        1: {"dual": 10.0, "match": 5.0, "reranked": 10.0},
+        2: {"dual": 30.0, "match": 6.0, "reranked": 20.0},
+        3: {"dual": 20.0, "match": 7.0, "reranked": 40.0},
+        4: {"dual": 30.0, "match": 8.0, "reranked": 40.0},  # a tie keeps the earlier one
     }
     states = {}
 
@@ -112,9 +114,7 @@ def test_the_best_validated_model_is_the_one_that_is_kept(tmp_path, monkeypatch,
     assert len(states) == 4
     assert metrics["training"]["best_step"] == best
     assert equal(weights(tmp_path), states[best])
-    assert (
-        metrics["training"]["best_val_mean_r1"] == results[best][{"auto": "match_plus_similarity"}.get(select, select)]
-    )
+    assert metrics["training"]["best_val_mean_r1"] == results[best][{"auto": "reranked"}.get(select, select)]
 
 
 def test_an_accumulated_step_is_one_step_of_the_schedule(tmp_path):

@@ -16,8 +16,10 @@ PARTS = {
     "fusion": "fusion.",
     "itm": "itm_head.",
     "dual_head": "dual.vision_projection",
+    "agreement": "agreement.",
 }
-ALL = set(PARTS)
+ALL = {*PARTS} - {"agreement"}
+AGREEMENT = {"model__fusion__agreement": 12}
 
 
 def parts_of(names):
@@ -37,6 +39,20 @@ def parts_of(names):
             {"vision", "text", "fusion", "dual_head"},
         ),
         ({"model__mlm_head": True}, ALL),
+        (AGREEMENT, {*ALL, "agreement"}),
+        ({**AGREEMENT, "objective__agreement": 1}, {*ALL, "agreement"}),
+        (
+            {**AGREEMENT, "objective__agreement": 1, "objective__itm": 0, "objective__distillation": 0},
+            {"vision", "text", "dual_head", "agreement"},
+        ),
+        (
+            {**AGREEMENT, "objective__mlm": 1, "model__mlm_head": True, "objective__itm": 0},
+            {"vision", "text", "fusion", "dual_head"},
+        ),
+        (
+            {**AGREEMENT, "objective__agreement": 1, "model__freeze": ["vision", "text", "dual_head"]},
+            {"fusion", "itm", "agreement"},
+        ),
         ({"model__freeze": ["vision", "text"]}, {"fusion", "itm", "dual_head"}),
         ({"model__fusion__style": "shared"}, ALL),
     ],
@@ -47,6 +63,8 @@ def test_what_is_trained_is_what_the_losses_need(tmp_path, changes, trained):
     with trainer(tmp_path, **changes) as made:
         names = {id(parameter): name for name, parameter in made.model.named_parameters()}
         held = [names[id(p)] for group in made.optimizer.param_groups for p in group["params"]]
+        if made.model.agreement is not None:  # the new ITM head beside it is zero, which blocks the first gradient
+            torch.nn.init.normal_(made.model.itm_head.weight)
         made.bare_objective.train()
         made.bare_objective(**next(iter(made.loader.epoch(0))).inputs).loss.backward()
     gradients = [name for name, p in made.model.named_parameters() if p.grad is not None and p.grad.any()]

@@ -136,15 +136,22 @@ def hard_top(teacher: Tensor, valid: Tensor, m: int) -> Tensor:
 
 
 class DistillationLoss(ABC):
-    """A loss on all candidates of a query, `[Q, 1 + K]`, the positive first, which knows which of them it ranks."""
+    """A loss on all candidates of a query, `[Q, 1 + K]`, the positive first, which knows which of them it ranks.
 
-    @abstractmethod
+    Who needs that mask too computes it first and calls `of_ranked`; a call of the loss itself does both.
+    """
+
     def __call__(self, student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
         """The scalar loss."""
+        return self.of_ranked(student, teacher, valid, self.ranked(teacher, valid))
 
     @abstractmethod
     def ranked(self, teacher: Tensor, valid: Tensor) -> Tensor:
         """The candidates whose order is taught: bool, `[Q, C]`."""
+
+    @abstractmethod
+    def of_ranked(self, student: Tensor, teacher: Tensor, valid: Tensor, ranked: Tensor) -> Tensor:
+        """The scalar loss; `ranked` is what the method of that name returned for this teacher."""
 
 
 @dataclass(frozen=True)
@@ -153,24 +160,32 @@ class WholeList(DistillationLoss):
 
     function: Callable[[Tensor, Tensor, Tensor], Tensor]
 
-    def __call__(self, student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
-        return self.function(student, teacher, valid)
-
     def ranked(self, teacher: Tensor, valid: Tensor) -> Tensor:
         return valid
+
+    def of_ranked(self, student: Tensor, teacher: Tensor, valid: Tensor, ranked: Tensor) -> Tensor:
+        return self.function(student, teacher, valid)
 
 
 @dataclass(frozen=True)
 class PartialRanking(DistillationLoss):
-    """`cprd` of a query's negatives alone; `hard_rule(teacher, valid)` says which of them are hard."""
+    """`cprd` of a query's negatives alone; `hard_rule(teacher, valid)` says which of them are hard.
+
+    Example:
+        >>> import torch
+        >>> from loopitr import PartialRanking
+        >>> student, teacher = torch.tensor([[5.0, 1.0, 2.0]]), torch.tensor([[3.0, 2.0, 1.0]])
+        >>> PartialRanking()(student, teacher, torch.ones(1, 3, dtype=torch.bool))  # -log softmax([1, 2])[0]
+        tensor(1.3133)
+    """
 
     hard_rule: Callable[[Tensor, Tensor], Tensor] = hard_above_mean
 
-    def __call__(self, student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
-        return cprd(student[:, 1:], teacher[:, 1:], valid[:, 1:], self.ranked(teacher, valid))
-
     def ranked(self, teacher: Tensor, valid: Tensor) -> Tensor:
         return self.hard_rule(teacher[:, 1:], valid[:, 1:])
+
+    def of_ranked(self, student: Tensor, teacher: Tensor, valid: Tensor, ranked: Tensor) -> Tensor:
+        return cprd(student[:, 1:], teacher[:, 1:], valid[:, 1:], ranked)
 
 
 # The functions on whole lists, by the names that `objective.distillation_loss` gives them.

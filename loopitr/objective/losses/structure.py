@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .contrastive import soft_cross_entropy
-from .means import at_least_float32, check_positive
+from .means import at_least_float32, check_positive, lowest
 
 
 def cmd_loss(
@@ -29,17 +29,25 @@ def cmd_loss(
     return (log_p.exp() * (log_p - log_q)).sum() / max(len(source), 1)
 
 
-def cmc_loss(source: Tensor, target: Tensor, *, temperature: float = 0.07) -> Tensor:
+def cmc_loss(source: Tensor, target: Tensor, *, temperature: float = 0.07, valid: Tensor | None = None) -> Tensor:
     """CMC: InfoNCE that picks, for each target, its own source among the batch's.
 
-    -mean_i log( exp(b_i . a_i / t) / sum_j exp(b_i . a_j / t) ), source a and target b `[B, E]`.
+    -mean_i log( exp(b_i . a_i / t) / sum_j exp(b_i . a_j / t) ), source a and target b `[B, E]`. Only the rows in
+    `valid [B]` (bool) are there, both as i and as j; None: all.
     """
     _check_paired(source, target)
     if source.shape != target.shape:
         raise ValueError(f"expected source and target of one width, got {source.shape[1]} and {target.shape[1]}")
     check_positive("temperature", temperature)
     logits = at_least_float32(target) @ at_least_float32(source).T / temperature  # [B, B]
-    return soft_cross_entropy(logits, torch.eye(len(source), dtype=logits.dtype, device=logits.device))
+    own = torch.eye(len(source), dtype=logits.dtype, device=logits.device)  # [B, B]
+    if valid is not None:  # by masks: to select the rows, a GPU would have to be waited for
+        if valid.shape != source.shape[:1] or valid.dtype != torch.bool:
+            raise ValueError(
+                f"expected valid to be a bool mask [{len(source)}], got {valid.dtype} {tuple(valid.shape)}"
+            )
+        logits, own = logits.masked_fill(~valid, lowest(logits)), own * valid
+    return soft_cross_entropy(logits, own)
 
 
 def _check_paired(source: Tensor, target: Tensor) -> None:

@@ -35,10 +35,22 @@ def test_cmc_closed_form_and_rotation():
     assert cmc_loss(source, source.roll(1, 0), temperature=0.5).item() == pytest.approx(expected + 2, abs=1e-12)
 
 
+def test_cmc_of_valid_rows_is_that_of_a_batch_without_the_others():
+    source, target = embeds(6, 3), embeds(6, 3, seed=1).requires_grad_()
+    valid = torch.tensor([True, False, True, True, False, True])
+    loss, expected = cmc_loss(source, target, valid=valid), cmc_loss(source[valid], target[valid])
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
+    gradient, wanted = (torch.autograd.grad(x, target)[0] for x in (loss, expected))
+    torch.testing.assert_close(gradient, wanted)
+    assert cmc_loss(source, target, valid=torch.zeros(6, dtype=torch.bool)).item() == 0
+
+
 def test_gradcheck():
     source, target = embeds(4, 3), embeds(4, 3, seed=1).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: cmd_loss(source, x), target)
     assert torch.autograd.gradcheck(lambda x: cmc_loss(source, x), target)
+    valid = torch.tensor([True, False, True, True])
+    assert torch.autograd.gradcheck(lambda x: cmc_loss(source, x, valid=valid), target)
 
 
 def test_wrong_input_is_named():
@@ -46,5 +58,7 @@ def test_wrong_input_is_named():
         cmd_loss(embeds(4, 3), embeds(5, 3))
     with pytest.raises(ValueError, match="got 3 and 5"):
         cmc_loss(embeds(4, 3), embeds(4, 5))
+    with pytest.raises(ValueError, match=r"valid to be a bool mask \[4\], got torch.int64 \(3,\)"):
+        cmc_loss(embeds(4, 3), embeds(4, 3), valid=torch.arange(3))
     with pytest.raises(ValueError, match="target_temperature > 0, got 0"):
         cmd_loss(embeds(4, 3), embeds(4, 3), target_temperature=0)

@@ -1,0 +1,128 @@
+"""Token agreement: a cheap second path of the fusion head, words compared with the image regions that they attend to.
+
+Words and image tokens meet in one space of width `A`. Each word attends to an image's regions (as in SCAN and SGRAF);
+how far it is from what it sees there, coordinate by coordinate, goes through a small projection of width `S`; a gate
+says which words count; their weighted mean is one logit per pair. After the similarity attention filtration (SAF) of
+SGRAF (arXiv 2101.01368) and the word-region similarities of FILIP (arXiv 2111.07783), with a LayerNorm in the place of
+SGRAF's norms: batch statistics would tie a pair's score to the rest of its batch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from loopitr.models.packing import PairLayout, Segments, pack_texts
+
+DIFFERENCE_WIDTH = 64  # S
+INITIAL_SCALE, MAX_SCALE = 10.0, 100.0  # of the cosines that the softmax over regions sees
+# Elements of `[images, rows, A]` that are compared at a time: few stay in a CPU's cache, many fill a GPU.
+BLOCK_ELEMENTS, GPU_BLOCK_ELEMENTS = 2**20, 2**26
+
+
+class TokenAgreement(nn.Module):
+    """One logit per pair from the words of a text and the tokens of an image.
+
+    Example:
+        >>> import torch
+        >>> from loopitr.models.agreement import TokenAgreement
+        >>> agreement = TokenAgreement(text_width=32, image_width=48, width=16)
+        >>> regions = agreement.project_regions(torch.randn(3, 9, 48))
+        >>> mask = torch.tensor([[True, True, True], [True, True, False]])
+        >>> agreement.all_pairs(regions, torch.randn(2, 3, 32), mask).shape
+        torch.Size([3, 2])
+    """
+
+    def __init__(self, *, text_width: int, image_width: int, width: int) -> None:
+        super().__init__()
+        self.word = nn.Linear(text_width, width)
+        self.region = nn.Linear(image_width, width)
+        self.logit_scale = nn.Parameter(torch.tensor(INITIAL_SCALE).log())
+        self.difference = nn.Linear(width, DIFFERENCE_WIDTH)
+        # Squared differences of unit vectors are about 1 / A: a larger epsilon would drown them.
+        self.norm = nn.LayerNorm(DIFFERENCE_WIDTH, eps=1e-12)
+        self.gate = nn.Linear(DIFFERENCE_WIDTH, 1)
+        self.score = nn.Linear(DIFFERENCE_WIDTH, 1)
+
+    def project_regions(self, tokens: Tensor) -> Tensor:
+        """Image tokens `[B, N, Dv]` -> unit vectors `[B, N, A]`: once per image."""
+        return F.normalize(self.region(tokens), dim=-1)
+
+    def project_words(self, tokens: Tensor) -> Tensor:
+        """Text tokens `[R, D]` -> unit vectors `[R, A]`: once per text."""
+        return F.normalize(self.word(tokens), dim=-1)
+
+    def forward(self, packed: Tensor, regions: Tensor, layout: PairLayout) -> Tensor:
+        """The logits `[P]` of the pairs of a layout, as the fusion encoder is handed them.
+
+        Args:
+            packed: `[sum(lengths), D]` text tokens, texts end to end, no padding.
+            regions: `[I, N, A]`, one row for each image that the layout counts.
+        """
+        words = self.project_words(packed).index_select(0, layout.source)  # [R, A]
+        judged = []
+        for bucket in layout.images.buckets:
+            cut = layout.images.cut(words, bucket)  # [n, M, A]
+            judged.append(self._judge(cut, layout.images.pick(regions, bucket)))  # [n, M, 2]
+        return self._mean(layout.images.scatter(judged), layout.texts)  # [P]
+
+    def all_pairs(self, regions: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        """The logits `[B, T]` of every image with every text, a block of images at a time.
+
+        With gradient, blocks are computed again in the backward pass, so that memory does not grow with `B x T`.
+
+        Args:
+            regions: `[B, N, A]`.
+            tokens: `[T, L, D]`; `mask [T, L]` says which of them are real.
+
+        Raises:
+            ValueError: a text without a token.
+        """
+        texts = pack_texts(mask.cpu()).to(tokens.device)
+        words = self.project_words(tokens.flatten(0, 1).index_select(0, texts.tokens))  # [R, A]
+        room = BLOCK_ELEMENTS if regions.device.type == "cpu" else GPU_BLOCK_ELEMENTS
+        blocks = regions.split(max(1, room // max(1, words.numel())))
+        if len(blocks) == 1 or not torch.is_grad_enabled():
+            judged = [self._judge(words, block) for block in blocks]
+        else:
+            judged = [
+                checkpoint(self._judge, words, block, use_reentrant=False, preserve_rng_state=False) for block in blocks
+            ]
+        return self._mean(torch.cat(judged).transpose(0, 1), texts.segments).T  # [B, T]
+
+    def activation_elements(self, rows: int, images: int, num_tokens: int, *, projected: bool) -> int:
+        """About how many elements `forward` without gradient holds at once, of so many rows and images.
+
+        Args:
+            projected: the images come with regions.
+        """
+        width = self.word.weight.shape[0]
+        return rows * (5 * width + 2 * num_tokens) + (1 if projected else 2) * images * num_tokens * width
+
+    def _judge(self, words: Tensor, regions: Tensor) -> Tensor:
+        """`words [n, M, A]`, or `[M, A]` for all images, and `regions [n, N, A]` -> gate and score `[n, M, 2]`."""
+        scale = self.logit_scale.clamp(max=math.log(MAX_SCALE)).exp()
+        weights = (scale * words @ regions.transpose(1, 2)).softmax(-1)  # [n, M, N]
+        attended = weights.to(regions.dtype) @ regions  # [n, M, A]
+        differences = self.norm(self.difference((words - attended).square()))  # [n, M, S]
+        with torch.autocast(words.device.type, enabled=False):  # bf16 would tie close candidates
+            differences = differences.to(self.score.weight.dtype)
+            return torch.cat([self.gate(differences), self.score(differences)], -1)  # [n, M, 2]
+
+    def _mean(self, judged: Tensor, texts: Segments) -> Tensor:
+        """The mean of the scores of a text's words, weighted by their gates: `[rows, ..., 2]` -> `[P, ...]`."""
+        gates, scores = judged.float().unbind(-1) if judged.itemsize < 4 else judged.unbind(-1)
+        gates = gates.sigmoid()
+        sums = []
+        for bucket in texts.buckets:
+            parts = torch.stack([texts.cut(gates, bucket), texts.cut(gates * scores, bucket)])  # [2, n, M, ...]
+            if bucket.mask is not None:
+                mask = bucket.mask.view(*bucket.mask.shape, *[1] * (parts.ndim - 3))
+                parts = torch.where(mask, parts, 0.0)
+            sums.append(parts.sum(2).transpose(0, 1))  # [n, 2, ...]
+        total, weighted = texts.unpick(sums).unbind(1)  # [P, ...]
+        return weighted / total.clamp(min=torch.finfo(total.dtype).tiny)

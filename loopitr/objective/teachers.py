@@ -1,0 +1,159 @@
+"""Who teaches the dual head: the scores that distillation hands it, one interface for each kind of teacher.
+
+A teacher scores the candidates of a step (`Step.candidates`), without gradient. `Match` and `MatchPlusSimilarity` use
+what the model itself says in this step; `Momentum` and `Frozen` carry a model of their own, which sees the same images
+and captions. A teacher of your own is a subclass with a `__call__` that returns `[2, G, 1 + K]`.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from loopitr.distributed import all_gather
+from loopitr.models.scoring import reranking_score
+from loopitr.objective.parts import EncodedPairs
+
+if TYPE_CHECKING:
+    from loopitr.models.loop_model import LoopITRModel
+    from loopitr.objective.step import Step
+
+
+class Teacher(ABC):
+    """Scores of a step's candidates that the dual head is to learn from."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def __call__(self, step: Step) -> Tensor:
+        """Scores `[2, G, 1 + K]` of the candidates of all ranks, as in `MatchScores`, without gradient."""
+
+    def held_out_score(self, scores: dict[str, float]) -> float | None:
+        """Its recall among those of a validation, by name; None: it has a model of its own, to be validated."""
+        return None
+
+    def after_step(self, model: LoopITRModel) -> None:  # noqa: B027  most teachers need nothing
+        """Follow the model after an optimiser step."""
+
+
+class Match(Teacher):
+    """The match scores of the model itself (LoopITR, arXiv 2203.05465; CPRD, arXiv 2407.07479)."""
+
+    name = "match"
+
+    def __call__(self, step: Step) -> Tensor:
+        return step.match.scores.detach()
+
+    def held_out_score(self, scores: dict[str, float]) -> float | None:
+        return scores.get("match")
+
+
+class MatchPlusSimilarity(Teacher):
+    """The reranking score of the model itself: better than either head alone where the fusion head is young.
+
+    Its similarity weight w is the one that the last validation fitted. With w above 1 the sum is divided by w, which
+    leaves its order and keeps it on the scale of the student.
+    """
+
+    name = "match_plus_similarity"
+
+    def __call__(self, step: Step) -> Tensor:
+        weight = step.model.config.similarity_weight
+        match = step.match.scores.detach()
+        scores = reranking_score(match, step.queries.student.detach(), weight) / max(1.0, weight)
+        return scores.to(match.dtype)
+
+    def held_out_score(self, scores: dict[str, float]) -> float | None:
+        return scores.get("reranked")
+
+
+class OwnModel(Teacher, nn.Module):
+    """A teacher with a model of its own, which is never trained; a part of the objective, so that checkpoints have it.
+
+    Its match scores teach.
+    """
+
+    def __init__(self, model: LoopITRModel) -> None:
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> OwnModel:
+        """The model stays in eval mode."""
+        return self
+
+    @torch.no_grad()
+    def encode(
+        self, input_ids: Tensor, attention_mask: Tensor, *, pixel_values: Tensor | None, image_tokens: Tensor | None
+    ) -> EncodedPairs:
+        """What the teacher's model makes of a batch; arguments as of `LoopObjective.forward`."""
+        if pixel_values is not None:
+            images = self.model.encode_images(pixel_values)
+        else:
+            assert image_tokens is not None
+            images = self.model.image_state(image_tokens)
+        return EncodedPairs(images, self.model.encode_texts(input_ids, attention_mask))
+
+    @torch.no_grad()
+    def __call__(self, step: Step) -> Tensor:
+        own = step.teacher_states
+        pairs = step.candidates.pairs  # [2, B, 1 + K, 2]
+        scores = self.model.score_pairs(
+            own.images, own.texts, pairs.flatten(0, 2), block_size=step.objective.pair_block
+        ).score
+        return all_gather(scores.unflatten(0, pairs.shape[:3]).transpose(0, 1)).transpose(0, 1)  # [2, G, 1 + K]
+
+
+class Momentum(OwnModel):
+    """An exponential moving average of the model (as in MoCo and ALBEF, arXiv 2107.07651).
+
+    After each optimiser step every weight w of the teacher becomes `decay` w + (1 - `decay`) w of the model.
+    """
+
+    name = "momentum"
+
+    def __init__(self, model: LoopITRModel, *, decay: float = 0.995) -> None:
+        """
+        Raises:
+            ValueError: a decay that is not from 0 to below 1.
+        """
+        if not 0 <= decay < 1:
+            raise ValueError(f"the decay of a momentum teacher must be from 0 to below 1, got {decay}")
+        super().__init__(copy.deepcopy(model))
+        self.decay = decay
+
+    @torch.no_grad()
+    def after_step(self, model: LoopITRModel) -> None:
+        own, others = list(self.model.parameters()), [parameter.detach() for parameter in model.parameters()]
+        torch._foreach_lerp_(own, others, 1 - self.decay)
+        for buffer, other in zip(self.model.buffers(), model.buffers(), strict=True):
+            buffer.copy_(other)
+
+
+class Frozen(OwnModel):
+    """Another model's fusion head, which stays as it is: the setting of CPRD (arXiv 2407.07479)."""
+
+    name = "frozen"
+
+    def __init__(self, model: LoopITRModel, *, student: LoopITRModel, source: str = "the frozen teacher") -> None:
+        """
+        Args:
+            student: the model that is to be taught; both read the same pixels and token ids.
+            source: what messages call the teacher.
+
+        Raises:
+            ValueError: the teacher takes images of another size or has another vocabulary, or is not finite.
+        """
+        sizes = [each.config.vision["image_size"] for each in (model, student)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"{source} takes images of {sizes[0]} pixels, the model of {sizes[1]}: they must be equal")
+        words = [each.dual.text.model.get_input_embeddings().weight.shape[0] for each in (model, student)]
+        if words[0] != words[1]:
+            raise ValueError(f"{source} has a vocabulary of {words[0]}, the model of {words[1]}: they must be the same")
+        broken = [name for name, value in model.named_parameters() if not value.isfinite().all()]
+        if broken:
+            raise ValueError(f"{source} holds NaN or infinite weights: {broken[0]}")
+        super().__init__(model)

@@ -1,0 +1,193 @@
+"""What the runs of a grid were measured at: means and standard deviations over seeds, as Markdown, CSV and a plot."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loopitr.evaluation.report import HEADS, markdown_table
+from loopitr.training.grid import TABLE, GridRun
+from loopitr.training.grid_running import attempts, failure
+
+SCORES = {**HEADS, "reranked": "reranked"}  # the last where a run has fitted a similarity weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Mean over seeds and, of two or more, the sample standard deviation."""
+
+    mean: float
+    deviation: float | None
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f}" + ("" if self.deviation is None else f" ± {self.deviation:.1f}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSummary:
+    """One row of the table.
+
+    Attributes:
+        scores: mean R@1 in percent, by score.
+        differences: to the first row, of the seeds that both rows have: the mean and the standard deviation of the
+            differences of each seed. A seed is the same in all rows, so what it does to both of them cancels out.
+        steps, seconds: of training. A run that was resumed does not know the seconds before, and does not count.
+        failures: seed -> why it failed, of runs that have ended without metrics.
+    """
+
+    name: str
+    runs: int
+    finished: int
+    scores: dict[str, Spread]
+    differences: dict[str, Spread]
+    steps: Spread | None
+    seconds: Spread | None
+    failures: dict[int, str]
+
+
+def spread(values: Sequence[float]) -> Spread | None:
+    """
+    Example:
+        >>> print(spread([1.0, 2.0, 3.0]))
+        2.0 ± 1.0
+    """
+    if not values:
+        return None
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return Spread(mean=statistics.fmean(values), deviation=deviation, count=len(values))
+
+
+def summarize(runs: Sequence[GridRun]) -> list[RowSummary]:
+    """The table's rows, in the order of the runs."""
+    by_row: dict[str, list[GridRun]] = {}
+    for run in runs:
+        by_row.setdefault(run.row, []).append(run)
+    measured = {name: {run.seed: run.metrics() for run in of_row} for name, of_row in by_row.items()}
+    done = {name: {seed: m for seed, m in of_row.items() if m is not None} for name, of_row in measured.items()}
+    first = next(iter(done.values()), {})
+    summaries = []
+    for name, of_row in by_row.items():
+        own = done[name]
+        whole = [own[run.seed]["training"]["seconds"] for run in of_row if run.seed in own and attempts(run) < 2]
+        failures = {run.seed: reason for run in of_row if (reason := failure(run)) is not None}
+        summaries.append(
+            RowSummary(
+                name=name,
+                runs=len(of_row),
+                finished=len(own),
+                scores=_spreads({s: [*_by_seed(own, s).values()] for s in SCORES}),
+                differences=_spreads({s: _differences(_by_seed(own, s), _by_seed(first, s)) for s in SCORES}),
+                steps=spread([metrics["training"]["steps"] for metrics in own.values()]),
+                seconds=spread(whole),
+                failures=failures,
+            )
+        )
+    return summaries
+
+
+def markdown(summaries: Sequence[RowSummary], *, title: str) -> str:
+    """Two tables, mean R@1 and what it differs from the first row by; then what failed or is not there yet."""
+    scores = [s for s in SCORES if any(s in row.scores for row in summaries)]
+    names = [SCORES[s] for s in scores]
+    rows = []
+    for row in summaries:
+        costs = ["" if value is None else f"{value.mean:,.0f}" for value in (row.steps, row.seconds)]
+        shown = ["" if s not in row.scores else str(row.scores[s]) for s in scores]
+        rows.append([row.name, f"{row.finished}/{row.runs}", *shown, *costs])
+    parts = [f"# {title}", "Mean R@1 in percent, mean and standard deviation over seeds."]
+    parts.append(markdown_table(["", "runs", *names, "steps", "seconds"], rows))
+    if len(summaries) > 1:
+        parts.append(f"Difference to {summaries[0].name}, seed by seed: mean and standard deviation.")
+        rows = [[row.name, *(_signed(row.differences.get(s)) for s in scores)] for row in summaries[1:]]
+        parts.append(markdown_table(["", *names], rows))
+    failures = [f"- {row.name}, seed {seed}: {text}" for row in summaries for seed, text in row.failures.items()]
+    if failures:
+        parts += ["Failed:", "\n".join(failures)]
+    waiting = sum(row.runs - row.finished - len(row.failures) for row in summaries)
+    if waiting:
+        parts.append(f"Not finished: {waiting} of {sum(row.runs for row in summaries)} runs.")
+    return "\n\n".join(parts) + "\n"
+
+
+def table_csv(summaries: Sequence[RowSummary]) -> str:
+    """One line per row; cells without a value are empty."""
+    header = ["row", "runs", "finished"]
+    for name in SCORES:
+        header += [f"{name}_mean", f"{name}_sd", f"{name}_difference_mean", f"{name}_difference_sd"]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*header, "steps", "seconds", "failed"])
+    for row in summaries:
+        cells: list[Any] = [row.name, row.runs, row.finished]
+        for name in SCORES:
+            for value in (row.scores.get(name), row.differences.get(name)):
+                cells += ["", ""] if value is None else [value.mean, "" if value.deviation is None else value.deviation]
+        cells += ["" if value is None else value.mean for value in (row.steps, row.seconds)]
+        writer.writerow([*cells, "; ".join(f"seed {seed}: {text}" for seed, text in row.failures.items())])
+    return text.getvalue()
+
+
+def plot(summaries: Sequence[RowSummary], path: Path, *, title: str) -> None:
+    """Mean R@1 of every row, with the standard deviation as a bar."""
+    from matplotlib.figure import Figure  # no global state, no display
+
+    figure = Figure(figsize=(9, 1.5 + 0.4 * len(summaries)), layout="constrained")
+    axes = figure.subplots()
+    present = [s for s in SCORES if any(s in row.scores for row in summaries)]
+    for number, score in enumerate(present):
+        offset = 0.15 * (number - (len(present) - 1) / 2)
+        points = [(place, row.scores[score]) for place, row in enumerate(summaries) if score in row.scores]
+        axes.errorbar(
+            [value.mean for _, value in points],
+            [place + offset for place, _ in points],
+            xerr=[value.deviation or 0.0 for _, value in points],
+            fmt="o",
+            capsize=2,
+            label=SCORES[score],
+        )
+    axes.set(title=title, xlabel="mean R@1 in percent")
+    axes.set_yticks(range(len(summaries)), [row.name for row in summaries])
+    axes.set_ylim(len(summaries) - 0.5, -0.5)  # the first row on top
+    axes.grid(alpha=0.3)
+    if present:
+        axes.legend()
+    figure.savefig(path, dpi=120, format="png")
+
+
+def write_tables(runs: Sequence[GridRun], output: Path) -> list[RowSummary]:
+    """`ablation.md`, `.csv` and `.png` in `output`, each complete or as it was before."""
+    summaries = summarize(runs)
+    output.mkdir(parents=True, exist_ok=True)
+    for suffix in ("md", "csv", "png"):
+        path = output / f"{TABLE}.{suffix}"
+        partial = path.with_name(path.name + ".partial")
+        if suffix == "png":
+            plot(summaries, partial, title=output.name)
+        else:
+            text = markdown(summaries, title=output.name) if suffix == "md" else table_csv(summaries)
+            partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    return summaries
+
+
+def _by_seed(metrics: Mapping[int, dict[str, Any]], score: str) -> dict[int, float]:
+    return {seed: m[score]["mean_r1"] for seed, m in metrics.items() if isinstance(m.get(score), dict)}
+
+
+def _differences(own: Mapping[int, float], first: Mapping[int, float]) -> list[float]:
+    return [own[seed] - first[seed] for seed in own if seed in first]
+
+
+def _spreads(values: Mapping[str, Sequence[float]]) -> dict[str, Spread]:
+    spreads = {name: spread(of_seeds) for name, of_seeds in values.items()}
+    return {name: value for name, value in spreads.items() if value is not None}
+
+
+def _signed(value: Spread | None) -> str:
+    return "" if value is None else f"{'+' if value.mean >= 0 else ''}{value}"
