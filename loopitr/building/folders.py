@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 
+from loopitr.building.sizes import check_sizes
 from loopitr.building.weights import hub_access
 from loopitr.checks import usable_device
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
@@ -64,8 +65,8 @@ def load_saved(path: str | Path, *, dtype: torch.dtype | None = None) -> Saved:
         dtype: of the weights; None: as saved.
 
     Raises:
-        OSError: nothing there, or damaged weights; the hub cannot be reached or does not know the id.
-        ValueError: a model of another kind.
+        OSError: nothing there, a file missing, or damaged weights; the hub cannot be reached or does not know the id.
+        ValueError: a model of another kind, or parts that do not fit each other.
     """
     source = model_source(path)
     try:
@@ -75,7 +76,9 @@ def load_saved(path: str | Path, *, dtype: torch.dtype | None = None) -> Saved:
             if kind not in CLASSES:
                 raise ValueError(f"{path} holds a {kind!r} model, wanted {' or '.join(map(repr, CLASSES))}")
             model = CLASSES[kind].from_pretrained(source, dtype="auto" if dtype is None else dtype)
-            return Saved(model.eval(), LoopITRProcessor.from_pretrained(source), source)
+            processor = LoopITRProcessor.from_pretrained(source)
+            check_sizes(model, processor, source)
+            return Saved(model.eval(), processor, source)
     except SafetensorError as error:
         raise OSError(f"{path}: its weights are damaged ({error})") from error
 

@@ -29,7 +29,8 @@ class LoopITRPreTrainedModel(PreTrainedModel):
         """Load a folder or hub id.
 
         Raises:
-            ValueError: the folder holds a model of another kind, or weights are missing or left over.
+            ValueError: the folder holds a model of another kind, or weights are missing, left over or of other shapes
+                than its config says.
             OSError: no such folder or hub id, or no safetensors in it.
         """
         path = str(pretrained_model_name_or_path)
@@ -45,12 +46,19 @@ class LoopITRPreTrainedModel(PreTrainedModel):
             )
         report = kwargs.pop("output_loading_info", False)
         kwargs["use_safetensors"] = True
+        kwargs["ignore_mismatched_sizes"] = True  # so that they come back, to be named here
         loaded: Any = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         model, info = loaded
         for what in ("missing_keys", "unexpected_keys"):
             if info[what]:
                 keys = sorted(info[what])
                 raise ValueError(f"{path}: {what.replace('_', ' ')} {keys[:5]} ({len(keys)} in all)")
+        if info["mismatched_keys"]:
+            name, saved, built = sorted(info["mismatched_keys"])[0]
+            raise ValueError(
+                f"{path}: config.json does not fit the weights: {name} is {list(saved)}, wanted {list(built)} "
+                f"({len(info['mismatched_keys'])} in all)"
+            )
         for module in model.modules():
             if isinstance(module, VisionBackbone):
                 module.restore_buffers(model.config)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.image_utils import PILImageResampling
 
+from loopitr.models.processor_files import check_processor_files, check_words
 from loopitr.rgb import to_rgb
 
 if TYPE_CHECKING:
@@ -49,6 +51,22 @@ class LoopITRProcessor(ProcessorMixin):
                 kwargs.setdefault("max_length", limit)
         kwargs.setdefault("return_tensors", "pt")
         return super().__call__(images=_upright(images), text=text, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load the processor of a folder or hub id.
+
+        Raises:
+            OSError: a part of it is missing.
+            ValueError: a part of it is damaged, or its tokenizer knows no words or cannot pad.
+        """
+        source = str(pretrained_model_name_or_path)
+        folder = Path(source, kwargs.get("subfolder") or "")
+        if folder.is_dir():
+            check_processor_files(folder)
+        processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        check_words(processor.tokenizer, source)
+        return processor
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """Save both parts; whoever reads the tokenizer's files, in whichever library, cuts texts at the same length."""

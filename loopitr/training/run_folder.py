@@ -36,10 +36,10 @@ def run_folder(
     folder: Path,
     config: dict[str, Any],
     accelerator: Accelerator,
+    total_steps: int,
     *,
     resume: bool,
     with_changes: bool = False,
-    total_steps: int,
 ) -> Iterator[dict[str, Any] | None]:
     """Within it, `folder` is this run's alone; nothing is written there but the lock.
 

@@ -136,14 +136,8 @@ class Trainer:
         `metrics.json`, `results.md`, `history.jsonl`, `curves.png` and `checkpoints/`. An earlier run there is moved
         aside unless it is resumed; resumed after its last step, it is left as it is.
         """
-        with run_folder(
-            self.folder,
-            self.config,
-            self.accelerator,
-            resume=self.resume,
-            with_changes=self.with_changes,
-            total_steps=self.total_steps,
-        ) as finished:
+        resuming: dict[str, Any] = {"resume": self.resume, "with_changes": self.with_changes}
+        with run_folder(self.folder, self.config, self.accelerator, self.total_steps, **resuming) as finished:
             metrics = self._run() if finished is None else finished
         self.accelerator.end_training()
         return metrics

@@ -23,7 +23,7 @@ def embeds(model, size=32):
 def saved_run(folder, **kwargs):
     model = tiny_model(**kwargs)
     model.save_pretrained(folder)
-    tiny_processor().save_pretrained(folder)
+    tiny_processor(model.config.vision["image_size"]).save_pretrained(folder)
     return model
 
 
