@@ -32,6 +32,10 @@ ALLOWED: dict[str, set[str]] = {
         *("building", "checks", "data", "evaluation", "objective", "objective.losses", "objective.mining"),
         *MODELS_UP,
     },
+    "commands": {
+        *("building", "checks", "cli", "convert", "data", "evaluation", "export", "training"),
+        *MODELS_UP,
+    },
 }
 
 PICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

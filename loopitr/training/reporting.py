@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from loopitr.evaluation.report import RetrievalResult
     from loopitr.objective.parts import StepOutput
+    from loopitr.training.checkpoints import Progress
 
 HISTORY, METRICS = "history.jsonl", "metrics.json"
 
@@ -53,6 +55,29 @@ def named_values(output: StepOutput) -> dict[str, Tensor]:
     """What a step is logged as: `loss/total`, `loss/TERM`, `train/METRIC`."""
     terms = {f"loss/{name}": value for name, value in output.terms.items()}
     return {"loss/total": output.loss, **terms, **{f"train/{name}": value for name, value in output.metrics.items()}}
+
+
+def run_metrics(
+    split: str,
+    result: RetrievalResult,
+    progress: Progress,
+    seconds: float,
+    skipped: dict[str, int],
+    truncated: int,
+) -> dict[str, Any]:
+    """What `metrics.json` holds: the figures of the final table on `split`, and what the training was."""
+    return {
+        "split": split,
+        **result.to_json(),
+        "training": {
+            "seconds": round(seconds, 1),
+            "steps": progress.step,
+            "best_step": progress.best_step,
+            "best_val_mean_r1": progress.best,
+            "skipped": skipped,
+            "truncated_captions": truncated,
+        },
+    }
 
 
 def write_results(folder: Path, metrics: dict[str, Any], table: str, rows: list[dict[str, Any]]) -> None:

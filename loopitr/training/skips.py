@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from loopitr.data import LoadReport
@@ -34,3 +36,13 @@ def check_skips(skips: SkipCounter, loader: EpochLoader, *, accumulation: int) -
         report.merge_skips(part)
         seen += count
     report.check(skips.max_fraction, seen=seen)
+
+
+def lost_so_far(progress: Progress, skips: SkipCounter, accelerator: Accelerator) -> dict[str, float]:
+    """What is logged of all ranks: examples left out and captions cut, earlier parts of the run included."""
+    lost = torch.tensor([skips.report.skipped, skips.truncated], device=accelerator.device)
+    skipped, truncated = accelerator.reduce(lost, "sum").tolist()
+    return {
+        "train/skipped": float(sum(progress.skipped.values()) + skipped),
+        "train/truncated": float(progress.truncated + truncated),
+    }

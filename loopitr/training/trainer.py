@@ -30,10 +30,10 @@ from loopitr.training.checkpoints import Progress, load_checkpoint, save_checkpo
 from loopitr.training.gate import Gate
 from loopitr.training.optimization import make_optimizer, make_scheduler
 from loopitr.training.options import RunOptions, TrainOptions, ValidationOptions
-from loopitr.training.reporting import History, named_values, write_results
+from loopitr.training.reporting import History, named_values, run_metrics, write_results
 from loopitr.training.run_folder import CHECKPOINTS, run_folder, store_config
 from loopitr.training.setup import Caches, make_loader, prepare_model, start
-from loopitr.training.skips import check_skips, lost_in_all
+from loopitr.training.skips import check_skips, lost_in_all, lost_so_far
 from loopitr.training.validation import Validator
 
 TRIM_EVERY = 10  # On the CPU, memory is given back after so many steps.
@@ -219,10 +219,8 @@ class Trainer:
 
     def _backward(self, batch: dict[str, Any], *, last: bool) -> StepOutput:
         options, accelerator = self.options, self.accelerator
-        stage: dict[str, Any] = {
-            "distillation_scale": self.gate.next_scale(self.progress),
-            "with_pairs": self.progress.step >= self.fusion_start,
-        }
+        stage: dict[str, Any] = {"with_pairs": self.progress.step >= self.fusion_start}
+        stage["distillation_scale"] = self.gate.next_scale(self.progress)
         chunk_size = options.chunk_size
         with nullcontext() if last and chunk_size is None else accelerator.no_sync(self.objective):
             if chunk_size is None:
@@ -267,14 +265,10 @@ class Trainer:
     def _log(self, bar: tqdm, means: dict[str, torch.Tensor]) -> None:
         """Of all ranks: some terms are of a rank's own queries."""
         averaged = self.accelerator.reduce(torch.stack([value.float() for value in means.values()]), "mean")
-        lost = torch.tensor([self.skips.report.skipped, self.skips.truncated], device=averaged.device)
-        skipped, truncated = self.accelerator.reduce(lost, "sum").tolist()
         values = dict(zip(means, averaged.tolist(), strict=True))
         values["train/lr"] = float(self.scheduler.get_last_lr()[-1])
-        values["train/skipped"] = float(sum(self.progress.skipped.values()) + skipped)
-        values["train/truncated"] = float(self.progress.truncated + truncated)
-        shown = {name.removeprefix("loss/"): f"{v:.3f}" for name, v in values.items() if name.startswith("loss/")}
-        bar.set_postfix(shown)
+        values |= lost_so_far(self.progress, self.skips, self.accelerator)
+        bar.set_postfix({n.removeprefix("loss/"): f"{v:.3f}" for n, v in values.items() if n.startswith("loss/")})
         self._record(values)
 
     def _record(self, values: dict[str, float]) -> None:
@@ -301,20 +295,9 @@ class Trainer:
 
     def _finish(self, seconds: float) -> dict[str, Any]:
         """Evaluate the best model on the final split, all ranks together, and write the results."""
-        skipped, truncated = lost_in_all(self.progress, self.skips)
+        lost = lost_in_all(self.progress, self.skips)
         result = self.validator.final(self.test, step=self.progress.step)
-        metrics = {
-            "split": self.test_split,
-            **result.to_json(),
-            "training": {
-                "seconds": round(seconds, 1),
-                "steps": self.progress.step,
-                "best_step": self.progress.best_step,
-                "best_val_mean_r1": self.progress.best,
-                "skipped": skipped,
-                "truncated_captions": truncated,
-            },
-        }
+        metrics = run_metrics(self.test_split, result, self.progress, seconds, *lost)
         if self.accelerator.is_main_process:
             write_results(self.folder, metrics, result.table(), self.history.rows)
             self.log(f"\n{result.table()}\n\nsaved in {self.folder}, trained in {seconds:.0f} s")
