@@ -33,6 +33,7 @@ def make_trainer(options: PretrainOptions) -> Trainer:
     from loopitr.training.setup import all_captions, load_run_records, start
     from loopitr.training.trainer import Trainer
 
+    options = options.decided()
     accelerator = start(options.train)
     model, processor = build_model(options.model, vocabulary=scene_vocabulary())
     records = load_run_records(options.data, options.validation, log=accelerator.print)

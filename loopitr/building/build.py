@@ -67,8 +67,8 @@ def build_model(options: ModelOptions, *, vocabulary: list[str] | None = None) -
             set_image_size(processor.image_processor, options.image_size)
     if options.fusion.agreement and model.agreement is None:
         warnings.warn(f"{options.init} has no token agreement: model.fusion.agreement is left off", stacklevel=2)
-    if options.mlm_head and model.mlm_head is None:
-        _add_mlm_head(model)
+    if options.mlm_head:
+        _prepare_word_prediction(model, processor)
     if options.init is None and model.agreement is not None:
         # Token agreement learns first: until a new ITM head has learned too, it is not to add chance to it.
         nn.init.zeros_(model.itm_head.weight)
@@ -101,13 +101,22 @@ def _from_saved(path: str) -> tuple[LoopITRModel, LoopITRProcessor]:
     return saved.model, saved.processor
 
 
-def _add_mlm_head(model: LoopITRModel) -> None:
-    """A new head; a model that was saved for use has none."""
-    text = model.dual.text.model
-    head = MLMHead(text.get_input_embeddings(), text.config)
-    nn.init.normal_(head.dense.weight, std=model.config.initializer_range)
-    nn.init.zeros_(head.dense.bias)
-    model.mlm_head, model.config.mlm_head = head.to(model.device), True
+def _prepare_word_prediction(model: LoopITRModel, processor: LoopITRProcessor) -> None:
+    """A mask token for a tokenizer that has none (CLIP's), a head for a model that was saved for use."""
+    text, tokenizer = model.dual.text.model, processor.tokenizer
+    if tokenizer.mask_token_id is None:
+        tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+        wanted = int(tokenizer.convert_tokens_to_ids("[MASK]")) + 1
+        if wanted > text.get_input_embeddings().weight.shape[0]:
+            text.resize_token_embeddings(wanted)
+            for config in (model.config, model.dual.config):
+                config.text["vocab_size"] = wanted
+            model.mlm_head = None  # Its biases are as many as there are words.
+    if model.mlm_head is None:
+        head = MLMHead(text.get_input_embeddings(), text.config)
+        nn.init.normal_(head.dense.weight, std=model.config.initializer_range)
+        nn.init.zeros_(head.dense.bias)
+        model.mlm_head, model.config.mlm_head = head.to(model.device), True
 
 
 def _from_pair(options: ModelOptions) -> tuple[LoopITRModel, LoopITRProcessor]:

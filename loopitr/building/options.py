@@ -162,7 +162,8 @@ class ModelOptions:
     logit_bias: float | None = None
     """Give the dual head the learned bias that `objective.itc_loss: sigmoid` needs, with this start (SigLIP: -10)."""
     mlm_head: bool = False
-    """Carry a masked-language-model head."""
+    """Carry a masked-language-model head, which `objective.mlm` trains (and asks for). A tokenizer without a mask token
+    is given one."""
     lora: LoraOptions = field(default_factory=LoraOptions)
     hold_batch_statistics: bool | None = None
     """Batch norm of the image backbone goes by the statistics it comes with, not by those of the batch; unset: only

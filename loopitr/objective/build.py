@@ -123,7 +123,7 @@ def build_terms(
         Distillation(distillation_loss(options), options.distillation, teacher=teacher, margin=options.teacher_margin),
         StructureTransfer(options.cmd, source=options.structure_source),
         FrozenContrast(options.cmc, source=options.structure_source),
-        WordPrediction(masking, options.mlm),
+        WordPrediction(masking, options.mlm or 0.0),
         Agreement(options.agreement),
     ]
     return [term for term in terms if term.weight]

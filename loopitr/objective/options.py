@@ -41,8 +41,9 @@ class ObjectiveOptions:
     """Weight of the contrast with the embeds of one modality, which get no gradient from it (arXiv 2405.03355)."""
     structure_source: Literal["image", "text"] = "image"
     """`cmd`, `cmc`: the modality that teaches the other."""
-    mlm: float = 0.0
-    """Weight of masked language modelling on the fused tokens (needs a model with an mlm_head)."""
+    mlm: float | None = None
+    """Weight of masked language modelling on the fused tokens, which teaches a new fusion head which word belongs to
+    which region. Unset: 1 in a run whose fusion head starts from scratch, otherwise 0."""
     mlm_probability: float = 0.3
     """Part of a caption's tokens that `mlm` masks, at least one of each caption. BERT has 0.15; a fusion head from
     scratch learns faster from 0.3."""

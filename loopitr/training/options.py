@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from loopitr.building.options import ModelOptions
@@ -183,6 +183,18 @@ class PretrainOptions:
     be those that the run was begun with, but for where things go and how often something is said or kept."""
     resume_with_changes: bool = False
     """Continue although options that change the run (data, batch, seed, schedule, model) are others now."""
+
+    def decided(self) -> PretrainOptions:
+        """A copy in which `objective.mlm` is a number, and `model.mlm_head` is there where words are predicted.
+
+        A fusion head that starts from scratch learns grounding from word prediction (recipes/results/scenes.md).
+        """
+        mlm = self.objective.mlm
+        if mlm is None:
+            starts = self.model.init is None and self.objective.scores_pairs and "fusion" not in self.model.freeze
+            mlm = 1.0 if starts else 0.0
+        model = replace(self.model, mlm_head=self.model.mlm_head or mlm > 0)
+        return replace(self, model=model, objective=replace(self.objective, mlm=mlm))
 
     def __post_init__(self) -> None:
         if not self.objective.scores_pairs and self.validation.select not in ("auto", "dual"):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.step_reference import gradients, step
+from helpers.step_reference import gradients, step, step_batch
 from helpers.support import images, plain_score
 from helpers.tiny_building import build as build_scenes
 from helpers.tiny_building import save_bert, with_text
@@ -29,6 +30,9 @@ from loopitr.building.folders import load_saved
 from loopitr.building.options import FusionOptions, ModelOptions
 from loopitr.data.collate import Collator
 from loopitr.export.dual import export_dual
+from loopitr.objective.build import build_objective
+from loopitr.objective.options import ObjectiveOptions
+from loopitr.objective.word_masking import token_masking
 from loopitr.training.optimization import parameter_groups
 
 FUSION = FusionOptions(num_layers=2, num_heads=4, intermediate_size=48, dropout=0.0)
@@ -194,3 +198,45 @@ def test_a_pair_without_a_fixed_size_or_pooling_head_or_weights_is_refused(tmp_p
     model.save_pretrained(name, state_dict={k: v for k, v in model.state_dict().items() if "post_layernorm" not in k})
     with pytest.raises(ValueError, match="missing weights .*post_layernorm"):
         build(name)
+
+
+@pytest.fixture
+def without_mask(pair, tmp_path) -> str:
+    """The pair with a tokenizer that has no mask token, as CLIP's."""
+    folder = Path(shutil.copytree(pair, tmp_path / Path(pair).name))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (folder / name).read_text()
+        (folder / name).write_text(text.replace("[MASK]", "unheard").replace('"mask_token"', '"unused"'))
+    return str(folder)
+
+
+def test_word_prediction_gives_a_tokenizer_without_a_mask_token_one(without_mask, tmp_path):
+    """The words that were there keep their ids and vectors, the captions their embeds."""
+    plain, before = build(without_mask)
+    model, processor = build(without_mask, mlm_head=True)
+    assert before.tokenizer.mask_token_id is None
+    mask, size = processor.tokenizer.mask_token_id, plain.dual.text.model.get_input_embeddings().weight.shape[0]
+    words = model.dual.text.model.get_input_embeddings().weight
+    assert mask == len(words) - 1 and len(words) == max(size, mask + 1)
+    assert torch.equal(words[:size], plain.dual.text.model.get_input_embeddings().weight)
+    texts = captions(0, 3)
+    for name, value in before(text=texts).items():
+        assert torch.equal(value, processor(text=texts)[name]), name
+    ids, attention = ended_texts(9, 11)
+    assert torch.equal(model.get_text_features(ids, attention), plain.get_text_features(ids, attention))
+    masking = token_masking(processor.tokenizer)
+    assert masking is not None and masking.mask_token_id == mask
+    bias = plain.dual.logit_bias is not None
+    batch = step_batch(longest=11)
+    objective = build_objective(
+        model.train(),
+        ObjectiveOptions(mlm=1.0, itc_loss="sigmoid" if bias else "softmax", distillation=0.0),
+        masking=masking,
+    )
+    output = objective(**batch)
+    assert output.terms["mlm"].isfinite() and gradients(model, output.loss)["mlm_head.dense.weight"].any()
+    model.eval().save_pretrained(tmp_path / "saved")
+    processor.save_pretrained(tmp_path / "saved")
+    saved = load_saved(tmp_path / "saved")
+    assert saved.processor.tokenizer.mask_token_id == mask
+    assert torch.equal(saved.model.get_text_features(ids, attention), model.get_text_features(ids, attention))
