@@ -158,7 +158,7 @@ def test_images_of_another_size(pair):
     pixels = processor(images=[picture(0)])["pixel_values"]
     assert pixels.shape == (1, 3, 48, 48)
     features = theirs(pair).get_image_features(pixels, interpolate_pos_encoding=True).pooler_output
-    with torch.no_grad():  # the two interpolate a little differently
+    with torch.no_grad():  # The two interpolate a little differently.
         similarity = torch.cosine_similarity(model.get_image_features(pixels), features)
     assert similarity > 0.98
 

@@ -32,7 +32,7 @@ def test_save_and_load_is_exact_to_the_bit(vision, style, tmp_path):
     model = tiny_model(VISION[vision], style, mlm_head=True)
     if vision == "cnn":
         model.train()
-        model.encode_images(images(4, 64))  # running statistics of their own
+        model.encode_images(images(4, 64))  # The statistics differ from those of a new model.
     model.eval().save_pretrained(tmp_path)
     torch.manual_seed(99)
     loaded = LoopITRModel.from_pretrained(tmp_path)
