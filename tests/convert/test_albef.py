@@ -203,7 +203,7 @@ def without(weights: dict[str, Tensor], *beginnings: str) -> dict[str, Tensor]:
         (lambda w: w | {"temp": torch.tensor(0.0)}, ["temp is 0.0, wanted a positive temperature"]),
     ],
 )
-def test_another_kind_of_checkpoint_is_told_by_its_keys(change, complaints, tmp_path):
+def test_another_kind_of_checkpoint_is_known_by_its_keys(change, complaints, tmp_path):
     file = tmp_path / "other.pth"
     torch.save(change(fixture("weights")), file)
     with pytest.raises(ValueError) as raised:

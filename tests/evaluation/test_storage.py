@@ -142,7 +142,7 @@ def test_a_full_disk_is_told_before_anything_is_written(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="nothing to reserve with")
-def test_room_that_another_process_took_is_told(monkeypatch, tmp_path):
+def test_room_that_another_process_took_is_reported(monkeypatch, tmp_path):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -152,7 +152,7 @@ def test_room_that_another_process_took_is_told(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_too_little_memory_is_told(monkeypatch):
+def test_too_little_memory_is_reported(monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1))
     with pytest.raises(DataError, match="memory: keeping tokens needs 0.0 GiB, 0.0 are free"):
         scores(monkeypatch, token_storage="memory")

@@ -135,7 +135,7 @@ def test_learning_rates_and_weight_decay_reach_their_groups(tmp_path):
 
 
 @pytest.mark.parametrize(("given", "rate"), [(None, 1e-3), (5e-5, 5e-5)])
-def test_adapters_learn_at_ten_times_the_backbones_rate_unless_told(tmp_path, given, rate):
+def test_adapters_learn_at_ten_times_the_backbones_rate_unless_another_is_given(tmp_path, given, rate):
     pytest.importorskip("peft", reason="LoRA adapters are made by peft (extra `lora`)")
     lora = {"model__lora": {"text_rank": 2}, "train__backbone_lr": 1e-4, "train__lora_lr": given}
     with trainer(tmp_path, **EXACT, **lora) as made:

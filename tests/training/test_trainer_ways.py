@@ -162,7 +162,7 @@ def test_cached_images_do_not_go_with_a_stream_or_cached_tokens(tmp_path, change
     assert not (tmp_path / "cache").exists()
 
 
-def test_large_jpegs_are_decoded_small_in_training_unless_told_not_to(tmp_path, monkeypatch):
+def test_large_jpegs_are_decoded_small_in_training_unless_an_option_forbids_it(tmp_path, monkeypatch):
     asked = []
 
     def noting(image, name, *, shortest):
