@@ -132,7 +132,7 @@ def test_tokens_that_cannot_be_kept_name_their_image_or_caption(monkeypatch, val
         scores(monkeypatch, captions, records, token_dtype=dtype)
 
 
-def test_a_full_disk_is_told_before_anything_is_written(monkeypatch, tmp_path):
+def test_a_full_disk_is_reported_before_anything_is_written(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
     monkeypatch.setattr(torch, "from_file", lambda *_, **__: pytest.fail("mapped"))
     with pytest.raises(DataError, match=f"{tmp_path}: keeping tokens needs 0.0 GiB, 0.0 are free"):

@@ -78,7 +78,7 @@ def test_auto_classes_know_both_models(saved, tmp_path):
     assert type(AutoModel.from_pretrained(tmp_path)) is DualEncoder
 
 
-def test_a_subfolder_is_found(saved, tmp_path):
+def test_a_subfolder_may_hold_the_model(saved, tmp_path):
     model, folder = saved
     shutil.copytree(folder, tmp_path / "best")
     assert_same_tensors(model, LoopITRModel.from_pretrained(tmp_path, subfolder="best"))
