@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # subprocesses too
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # Subprocesses get it too.
 
 import pytest
 import torch
@@ -25,6 +25,6 @@ def gpu(monkeypatch) -> Iterator[PretendGPU]:
     }.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *_: torch.get_rng_state())
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x, *_: x)  # in threads too
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x, *_: x)  # It holds in threads too.
     with PretendGPU() as mode:
         yield mode

@@ -38,7 +38,7 @@ class Case:
         options = ObjectiveOptions(**{"num_negatives": 3, "itc": 0.7, "itm": 1.3, "distillation": 2.0, **self.options})
         model = model_of(options, style=self.style)
         with torch.no_grad():
-            model.itm_head.weight.mul_(30)  # match scores spread out
+            model.itm_head.weight.mul_(30)  # This spreads the match scores out.
         objective = build_objective(model, options, masking=EveryThirdWord())
         if in_blocks:
             objective.miner = BlockMining(objective.miner)
@@ -91,7 +91,7 @@ def whole_batch() -> dict[str, torch.Tensor]:
 def check_gathers(index: int) -> dict[str, torch.Tensor]:
     mine = torch.full((2, 3), float(index + 1), requires_grad=True)
     beside = torch.zeros(4, 3, requires_grad=True)
-    other = beside * 1  # made before the gather, so that its backward runs after the gather's
+    other = beside * 1  # It is computed before the gather, so that its backward runs after the gather's.
     weights = torch.arange(12.0).reshape(4, 3) * (index + 1)
     gathered = all_gather(mine, gradient=True)
     # The sum hands one and the same gradient tensor to both of its inputs.
@@ -214,8 +214,9 @@ def test_gathers(ranks):
     weights = torch.arange(12.0).reshape(4, 3)
     for index, result in enumerate((first, second)):
         assert torch.equal(result["gathered"], rows) and torch.equal(result["without"], rows)
-        assert torch.equal(result["gradient"], 3 * weights[2 * index : 2 * index + 2])  # summed over ranks: 1 + 2
-        assert torch.equal(result["beside"], (index + 1) * weights)  # what others get stays what it was
+        # The gradient is summed over ranks: 1 + 2.
+        assert torch.equal(result["gradient"], 3 * weights[2 * index : 2 * index + 2])
+        assert torch.equal(result["beside"], (index + 1) * weights)  # The gradient that others get stays what it was.
         expected = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [2.0, 2.0, 2.0], [2.0, 2.0, 2.0]])
         assert torch.equal(result["padded"], expected)
         assert torch.equal(result["ragged_gradient"], torch.full((2, 2 + index), 3.0))

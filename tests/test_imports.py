@@ -161,7 +161,7 @@ def test_modules_do_not_import_each_other_in_a_circle():
         }
         graph[module] -= {"loopitr"}
     assert graph["loopitr.objective.build"] >= {"loopitr.objective.loop_objective", "loopitr.objective.terms"}
-    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
+    list(graphlib.TopologicalSorter(graph).static_order())  # It raises CycleError.
 
 
 @pytest.mark.parametrize("module", [*PACKAGE, *RECIPES, *TESTS])

@@ -14,7 +14,7 @@ def test_fragments_are_given_back():
     def resident() -> int:
         return psutil.Process().memory_info().rss
 
-    size = 96 * 2**10  # below the size that glibc maps, and gives back, by itself
+    size = 96 * 2**10  # This is below the size that glibc maps, and gives back, by itself.
     memory.trim_memory()
     before = resident()
     blocks = [torch.ones(size // 4) for _ in range(2000)]  # 188 MiB
@@ -22,7 +22,7 @@ def test_fragments_are_given_back():
     del blocks
     fragmented = resident()
     assert memory.trim_memory()
-    assert fragmented - before > 100 * 2**20  # held though free
+    assert fragmented - before > 100 * 2**20  # The memory is free and still held.
     assert resident() - before < 60 * 2**20 and all(block[0] == 1 for block in kept)
 
 

@@ -109,14 +109,14 @@ print(type(AutoConfig.for_model("loopitr")).__name__, type(AutoConfig.for_model(
 MODEL_FIRST = """
 import sys, loopitr
 from transformers import AutoModel, AutoProcessor
-AutoModel, AutoProcessor  # loads them, and our classes after them
+AutoModel, AutoProcessor  # This loads them, and our classes after them.
 assert "loopitr.models.loop_model" in sys.modules and "timm" not in sys.modules
 print(type(AutoModel.from_pretrained(sys.argv[1])).__name__, type(AutoProcessor.from_pretrained(sys.argv[1])).__name__)
 """
 OURS_LAST = """
 import sys
 from transformers import AutoModel, AutoProcessor
-AutoModel, AutoProcessor  # loads them
+AutoModel, AutoProcessor  # This loads them.
 import loopitr
 print(type(AutoModel.from_pretrained(sys.argv[1])).__name__, type(AutoProcessor.from_pretrained(sys.argv[1])).__name__)
 """

@@ -9,7 +9,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 
-sys.modules["peft"] = sys.modules["tensorboard"] = None  # importing them fails
+sys.modules["peft"] = sys.modules["tensorboard"] = None  # Importing them fails.
 from helpers.tiny_run import run
 
 from loopitr.export.dual import export_dual

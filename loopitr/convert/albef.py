@@ -55,7 +55,7 @@ RENAMED = (
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the shapes tell; `text` is the prefix of the text encoder's names."""
+    """The sizes that the shapes of weights show; `text` is the prefix of the text encoder's names."""
 
     text: str
     vision_width: int

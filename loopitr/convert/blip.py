@@ -78,7 +78,7 @@ def _renamed(name: str, table: tuple[tuple[str, str], ...]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class _Settings:
-    """What weights do not tell; the defaults are the original's."""
+    """What cannot be read off the weights; the defaults are the original's."""
 
     vision_heads: int | None
     text_heads: int | None

@@ -93,13 +93,13 @@ class VisionBackbone(nn.Module):
         return torch.channels_last
 
     def _unused_head(self, ran: set[nn.Module]) -> set[str]:
-        """Names of a head's parameters that `first` or `mean` pooling goes past."""
+        """Names of a head's parameters that `first` or `mean` pooling does not use."""
         left_out = {name for name, module in self.model.named_modules() if module not in ran}
         names = (name for name, _ in self.model.named_parameters() if name.partition(".")[0] in HEADS)
         return {name for name in names if name.rpartition(".")[0] in left_out}
 
     def freeze_unused_head(self) -> None:
-        """What goes unused gets no gradient, and DDP wants one of every parameter that is trained."""
+        """Stop training what no output uses: it has no gradient, and DDP wants one for every trained parameter."""
         for name in self._unused:
             self.model.get_parameter(name).requires_grad_(False)
 

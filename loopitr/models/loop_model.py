@@ -193,7 +193,7 @@ class LoopITRModel(LoopITRPreTrainedModel):
         return self.agreement.all_pairs(regions, text_state.tokens, text_state.mask).float()
 
     def _block_size(self, images: ImageState, mask: Tensor, pairs: Tensor) -> int:
-        """Pairs at a time when nobody says: with gradient all of them, for their activations are kept anyway."""
+        """How many pairs are scored at a time if nobody says: with gradient all, whose activations are kept anyway."""
         if torch.is_grad_enabled():
             return len(pairs)
         rows, used = int(mask.sum(1)[pairs[:, 1]].sum()), len(torch.unique_consecutive(pairs[:, 0]))

@@ -98,7 +98,7 @@ class Segments:
         return Segments(buckets, None if self.back is None else next(tensors), next(tensors), self.whole)
 
     def among(self, rows: Tensor) -> Segments:
-        """For `pick` from a table that holds more: segment s has its row `rows[s]`."""
+        """The same segments over a table that holds more: `pick` takes row `rows[s]` for segment s."""
         buckets = [replace(bucket, members=rows[bucket.members]) for bucket in self.buckets]
         return replace(self, buckets=buckets, whole=False)
 

@@ -76,7 +76,7 @@ def _length_buckets(attention_mask: Tensor) -> list[tuple[Tensor, int]]:
 
 
 def _in_order(parts: list[Tensor], order: Tensor | None) -> Tensor | None:
-    """The buckets' rows as the batch has them; `order` None: they are."""
+    """The rows of all buckets, in the order of the batch; with `order` None they are in it already."""
     if not parts:
         return None
     return torch.cat(parts)[order] if order is not None else parts[0]

@@ -13,7 +13,7 @@ from loopitr.building.options import FusionOptions, TextOptions, VisionOptions
 from loopitr.data import SceneRecords
 from loopitr.objective.word_masking import token_masking
 
-SAME_PART = {  # name in a fusion layer -> name in a BERT layer
+SAME_PART = {  # The keys are names in a fusion layer, the values those in a BERT layer.
     "query": "attention.self.query",
     "key": "attention.self.key",
     "value": "attention.self.value",
@@ -161,7 +161,7 @@ def test_a_vit_checkpoint_of_another_resolution_has_its_positions_resampled(vit)
     expected, own = load_file(vit), model.dual.vision.model.state_dict()
     resampled = resample_abs_pos_embed(expected["pos_embed"], new_size=[6, 6], num_prefix_tokens=1)
     torch.testing.assert_close(own["pos_embed"], resampled)
-    assert torch.equal(own["pos_embed"][:, 0], expected["pos_embed"][:, 0])  # the class token's
+    assert torch.equal(own["pos_embed"][:, 0], expected["pos_embed"][:, 0])  # This is the class token's position.
     assert all(torch.equal(own[name], expected[name]) for name in own if name != "pos_embed")
 
 

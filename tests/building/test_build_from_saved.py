@@ -81,7 +81,7 @@ def test_init_with_another_image_size(saved, tmp_path):
     assert changed == {"dual.vision.model.pos_embed"}
     pixels = processor(images=picture(0))["pixel_values"]
     assert pixels.shape == (1, 3, 48, 48)
-    assert not model.dual.vision.model.pos_embed.requires_grad  # made anew, frozen all the same
+    assert not model.dual.vision.model.pos_embed.requires_grad  # The parameter is new and frozen all the same.
     model.eval()
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)

@@ -77,7 +77,7 @@ def test_packages_that_are_not_installed_give_none(monkeypatch):
 def test_an_explicit_file_goes_before_the_package(packages, tmp_path, suffix):
     own = {key: value + 1 for key, value in packages.items()}
     file = tmp_path / f"own{suffix}"
-    if suffix == ".pth":  # as a DDP training script leaves it
+    if suffix == ".pth":  # A DDP training script leaves it so.
         torch.save({"state_dict": {f"module.{key}": value for key, value in own.items()}}, file)
     else:
         save_file(own, file)

@@ -149,7 +149,7 @@ def test_outputs_of_the_original_implementation(layout):
     assert_gives(convert_albef(file, vision_heads=4, text_heads=4), expected)
     text = BERT if layout == "pretrain" else "text_encoder."
     plain = plain_albef(read_checkpoint(file), expected, vision_heads=4, text_heads=4, fusion_layer=2, text=text)
-    for name in plain.keys() & expected.keys():  # the code that made the fixture is ALBEF too
+    for name in plain.keys() & expected.keys():  # The code that wrote the fixture is ALBEF too.
         torch.testing.assert_close(plain[name], expected[name], **CLOSE)
 
 
@@ -181,7 +181,7 @@ def without(weights: dict[str, Tensor], *beginnings: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("change", "complaints"),
     [
-        (  # a bare ViT
+        (  # This is a bare ViT.
             lambda w: {n.removeprefix("visual_encoder."): v for n, v in w.items() if n.startswith("visual")},
             ["missing visual_encoder.pos_embed", "10 in all", "left over blocks.0.attn.proj.bias, blocks"],
         ),
@@ -196,14 +196,14 @@ def without(weights: dict[str, Tensor], *beginnings: str) -> dict[str, Tensor]:
             lambda w: w | {f"{BERT}encoder.layer.0.crossattention.self.key.bias": torch.ones(16)},
             ["left over text_encoder.bert.encoder.layer.0.crossattention.self.key.bias"],
         ),
-        (  # weights that should be tied
+        (  # These weights should be tied.
             lambda w: w | {"text_encoder.cls.predictions.decoder.bias": torch.ones(60)},
             ["left over text_encoder.cls.predictions.decoder.bias"],
         ),
         (lambda w: w | {"temp": torch.tensor(0.0)}, ["temp is 0.0, wanted a positive temperature"]),
     ],
 )
-def test_another_kind_of_checkpoint_is_told_by_its_keys(change, complaints, tmp_path):
+def test_another_kind_of_checkpoint_is_known_by_its_keys(change, complaints, tmp_path):
     file = tmp_path / "other.pth"
     torch.save(change(fixture("weights")), file)
     with pytest.raises(ValueError) as raised:

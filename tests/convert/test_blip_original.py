@@ -54,7 +54,7 @@ def original(depth: int = 2, layers: int = 2, seed: int = 3) -> dict[str, Tensor
         "text_encoder.embeddings.word_embeddings.weight": random(60, text),
         "text_encoder.embeddings.position_embeddings.weight": random(24, text),
     }
-    for name in list(weights):  # momentum copies with other values
+    for name in list(weights):  # The momentum copies have other values.
         head, rest = name.split(".", 1)
         if head != "itm_head":
             weights[f"{head}_m.{rest}"] = random(*weights[name].shape)
@@ -80,7 +80,7 @@ def reference(weights: dict[str, Tensor], pixels: Tensor, ids: Tensor, mask: Ten
         return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        parts = zip(query.split(64, -1), key.split(64, -1), value.split(64, -1), strict=True)  # heads of width 64
+        parts = zip(query.split(64, -1), key.split(64, -1), value.split(64, -1), strict=True)  # Heads have width 64.
         return torch.cat([(q @ k.T / 8).softmax(-1) @ v for q, k, v in parts], -1)
 
     def vit(image: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ def test_original_numbers(tmp_path: Path) -> None:
     batch = (images(3), *ragged_texts(9))
     model = convert_blip(write(tmp_path, weights))
     assert_equal(actual(model, *batch), reference(weights, *batch))
-    assert model.dual.scale.item() == pytest.approx(250)  # beyond CLIP's 100
+    assert model.dual.scale.item() == pytest.approx(250)  # This is beyond CLIP's 100.
     model.save_pretrained(tmp_path / "ours")
     again = LoopITRModel.from_pretrained(tmp_path / "ours")
     assert again.config.fusion["first_token_id"] == ENC
@@ -205,7 +205,7 @@ def test_image_size_as_the_original_interpolates(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_kind_says_which_keys(tmp_path: Path) -> None:
     weights = original()
-    lower = "text_encoder.encoder.layer.0.crossattention"  # which ALBEF's lower layers do not have
+    lower = "text_encoder.encoder.layer.0.crossattention"  # ALBEF's lower layers have none of these.
     albef = {name: value for name, value in weights.items() if not name.startswith(lower)}
     with pytest.raises(ValueError, match=rf"missing {re.escape(lower)}\.\S+.*\(10 in all\)"):
         convert_blip(write(tmp_path, albef))

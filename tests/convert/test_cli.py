@@ -48,7 +48,7 @@ def test_model_and_processor_load_again(tmp_path, tokenizer, capsys):
     torch.testing.assert_close(model(*inputs).logits_per_image, expected["similarity"], atol=1e-5, rtol=1e-5)
 
     processor = LoopITRProcessor.from_pretrained(out)
-    assert processor.tokenizer.model_max_length == 20  # the model's; ALBEF's own limit is 30
+    assert processor.tokenizer.model_max_length == 20  # This is the model's limit; ALBEF's own is 30.
     batch = processor(images=[Image.new("RGB", (50, 31), (255, 0, 0))], text=["a red circle " * 30])
     assert batch["pixel_values"].shape == (1, 3, 24, 24) and batch["input_ids"].shape == (1, 20)
     clip = torch.tensor([[1, 0, 0]]) - torch.tensor([0.48145466, 0.4578275, 0.40821073])
@@ -106,7 +106,7 @@ def test_a_model_of_another_kind_is_not_overwritten(tmp_path, capsys):
     assert "holds a 'blip' model" in complaint(["albef", SOURCE, str(tmp_path), *HEADS], capsys)
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
     (tmp_path / "config.json").unlink()
-    for _ in range(2):  # an earlier conversion is
+    for _ in range(2):  # An earlier conversion is overwritten.
         main(["albef", SOURCE, str(tmp_path), *HEADS])
 
 

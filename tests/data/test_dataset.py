@@ -57,7 +57,7 @@ def test_two_workers_give_the_batches_of_none(tokenizer, captions):
         loader = DataLoader(
             dataset, batch_size=4, sampler=sampler, num_workers=workers, collate_fn=Collator(tokenizer, max_length=30)
         )
-        torch.manual_seed(workers)  # the global state must not matter
+        torch.manual_seed(workers)  # The global state must not matter.
         batches.append(list(loader))
     assert len(batches[0]) == len(batches[1]) == (3 if captions == "one" else 12)
     assert all(same(a.inputs, b.inputs) for a, b in zip(*batches))
@@ -111,7 +111,7 @@ def test_unreadable_image_is_replaced_by_the_next_and_named(captions):
         (3, "c3", [("1.jpg", reason), ("2.jpg", reason)]),
         (3, "c3", [("2.jpg", reason)]),
         (3, "c3", []),
-        (0, "c0", [("4.jpg", reason)]),  # goes on at the start
+        (0, "c0", [("4.jpg", reason)]),  # The stream goes on at its start.
     ]
 
 
@@ -159,7 +159,7 @@ def test_train_transform():
     assert torch.allclose(whole[:, 8, 8], torch.tensor([2.0, -2.0, -0.0078]), atol=1e-3)
     assert TrainTransform((8, 24), (0.5,) * 3, (0.5,) * 3)(image).shape == (3, 8, 24)
     half = Image.new("RGB", (32, 32))
-    half.paste((255, 255, 255), (0, 0, 16, 32))  # left half white
+    half.paste((255, 255, 255), (0, 0, 16, 32))  # The left half is white.
     lit = [TrainTransform(8, (0.0,) * 3, (1.0,) * 3, crop_scale=(1.0, 1.0), flip=flip) for flip in (False, True)]
     assert all(lit[0](half)[0, 4, 0] > 0.9 for _ in range(10))
     assert {bool(lit[1](half)[0, 4, 0] > 0.5) for _ in range(40)} == {True, False}
@@ -180,7 +180,7 @@ def test_crops_of_an_image_of_the_shortest_side_are_never_enlarged(low):
         image = torch.zeros(3, transform.shortest, int(longer * transform.shortest), dtype=torch.uint8)
         chosen = [crop.make_params([image if i % 2 else image.mT]) for i in range(400)]
         least.append(min(min(params["height"], params["width"]) for params in chosen))
-    assert 40 <= min(least) <= 46  # and the side is not far more than needed
+    assert 40 <= min(least) <= 46  # The side is not far more than needed.
 
 
 def test_the_transform_of_bytes_is_that_of_the_image():
@@ -222,12 +222,12 @@ def test_collator(tokenizer):
     assert Collator(tokenizer, max_length=99)([example("a ring")]).inputs["input_ids"].shape == (
         1,
         4,
-    )  # longest in batch
+    )  # This is the longest in the batch.
 
 
 def test_caption_id_is_stable_across_processes():
     assert caption_id("a ring") == caption_id(" A\tring\n") != caption_id("a rings")
-    assert caption_id("a ring") == -2656891518075002608  # a salted hash would differ from run to run
+    assert caption_id("a ring") == -2656891518075002608  # A salted hash would differ from run to run.
 
 
 def test_collator_keeps_half_precision_tokens_and_refuses(tokenizer):
@@ -288,7 +288,7 @@ def test_stream_draws_by_seed_and_epoch(stream):
     assert {letter for run in runs for letter in (c[0] for c in run)} == {"a", "b"}
     assert [c[2:] for c in runs[0]] != [c[2:] for c in runs[1]]
     loader = DataLoader(dataset, batch_size=None, num_workers=1, persistent_workers=True)
-    for epoch in (1, 2):  # a persistent worker sees the epoch change
+    for epoch in (1, 2):  # A persistent worker sees the epoch change.
         dataset.set_epoch(epoch)
         assert [item["caption"] for item in loader] == runs[epoch]
 

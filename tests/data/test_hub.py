@@ -72,7 +72,7 @@ def test_imagefolder_with_metadata(tmp_path, image_dir, streaming):
     (train / "metadata.csv").write_text("file_name,text\n" + rows)
     records = list(load_hub(str(train.parent), "train", LoadReport(), streaming=streaming))
     assert sorted(record.captions for record in records) == [(f"picture, number {i}",) for i in range(8)]
-    for record in records:  # the image belongs to its caption, and is not decoded yet
+    for record in records:  # The image belongs to its caption, and is not decoded yet.
         assert Path(record.image).name == f"{record.captions[0][-1]}.png" and record.name == record.image
     assert len({record.identity for record in records}) == 8
 

@@ -97,7 +97,7 @@ def test_a_large_jpeg_is_as_sharp_as_from_a_whole_decode(folder):
         shrunk = decode_image(path, shortest=shortest).resize((40, 50), Image.Resampling.BICUBIC)
         return np.abs(np.asarray(shrunk, dtype=float) - cached).mean()
 
-    assert decode_image(path, shortest=40).size == (44, 55)  # an eighth is fast and would do, but is not what is kept
+    assert decode_image(path, shortest=40).size == (44, 55)  # An eighth is fast and would do, but is not what is kept.
     assert difference(None) < 2 and difference(40) > 2 * difference(None)
 
 
@@ -112,14 +112,14 @@ def test_a_large_jpeg_is_not_decoded_whole(folder, monkeypatch):
 
     monkeypatch.setattr(decoded, "decode_image", noting)
     build(folder, [record(path, "large.jpg")], shortest=40)
-    assert sizes == [(88, 110)]  # a quarter; an eighth has less than twice 40
+    assert sizes == [(88, 110)]  # A quarter is decoded, since an eighth has less than twice 40.
 
 
 def test_a_cache_is_kept_and_another_size_or_other_images_make_another(files, folder, monkeypatch):
     first = build(folder, files)
     others = [build(folder, files, shortest=25), build(folder, files[:6]), build(folder, SceneRecords("val", 4))]
     assert len({first.folder, *(cache.folder for cache in others)}) == 4
-    monkeypatch.setattr(image_cache_module, "_build", None)  # cannot be called
+    monkeypatch.setattr(image_cache_module, "_build", None)  # It cannot be called.
     assert torch.equal(build(folder, files)[2], first[2]) and build(folder, files).unreadable == first.unreadable
 
 
@@ -205,7 +205,7 @@ def test_a_folder_that_cannot_be_made_is_named(files, tmp_path):
 
 def test_too_small_a_disk_is_named_before_it_is_full(files, folder, monkeypatch):
     needed = 3 * 64 * 64 * 40
-    free = [needed, needed - 1]  # of 40 scenes, after the first 4
+    free = [needed, needed - 1]  # This is enough for 40 scenes, and one byte too little.
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free[0]))
     assert len(build(folder, SceneRecords("val", 40), shortest=64, batch_size=40)) == 40
     shutil.rmtree(folder)
@@ -245,7 +245,7 @@ def test_killed_build_leaves_no_cache(folder):
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
-    for _ in range(3):  # in the middle of its third image, so two are written
+    for _ in range(3):  # It dies in the middle of its third image, so two are written.
         assert process.stdout.readline() == "image\n"
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -253,7 +253,7 @@ def test_killed_build_leaves_no_cache(folder):
     left = os.listdir(folder)
     assert len(left) == 1 and left[0].startswith(".") and (folder / left[0] / "pixels.bin").stat().st_size > 0
     cache = build(folder, SceneRecords("val", 40), shortest=32)
-    assert len(cache) == 40 and os.listdir(folder) == [cache.folder.name]  # the ruin is cleared away
+    assert len(cache) == 40 and os.listdir(folder) == [cache.folder.name]  # The remains are cleared away.
 
 
 def test_concurrent_builders_agree(files, folder):

@@ -73,9 +73,9 @@ def test_cmyk_jpeg():
 
 def test_exif_orientation_is_applied():
     image = Image.new("RGB", (40, 20), (255, 255, 255))
-    image.paste((200, 0, 0), (0, 0, 20, 20))  # left half red
+    image.paste((200, 0, 0), (0, 0, 20, 20))  # The left half is red.
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn clockwise to view: left becomes top
+    exif[0x0112] = 6  # To view it, it is turned clockwise: left becomes top.
     decoded = decode_image(encode(image, "JPEG", exif=exif, quality=95))
     assert decoded.size == (20, 40)
     assert pixel(decoded, (10, 5))[1] < 50 and pixel(decoded, (10, 35))[1] > 200

@@ -63,7 +63,7 @@ def same_batches(a, b):
 def test_two_ranks_together_have_the_batches_of_one(epoch):
     whole = loader(batch_size=8)
     halves = [loader(batch_size=4, rank=rank, num_ranks=2) for rank in (0, 1)]
-    assert len(whole) == len(halves[0]) == len(halves[1]) == 3  # of 26; the rest is left out
+    assert len(whole) == len(halves[0]) == len(halves[1]) == 3  # There are 26 examples; the rest is left out.
     for one, first, second in zip(whole.epoch(epoch), halves[0].epoch(epoch), halves[1].epoch(epoch), strict=True):
         assert same_rows(rows(one), rows(first) + rows(second))
 
@@ -85,7 +85,7 @@ def test_start_skips_exactly_so_many_batches(workers, start):
     whole = list(loader().epoch(1))
     assert len(whole) == 6
     assert same_batches(list(resumed.epoch(1, start=start)), whole[start:])
-    assert same_batches(list(resumed.epoch(2)), list(loader().epoch(2)))  # and not those of the next epoch
+    assert same_batches(list(resumed.epoch(2)), list(loader().epoch(2)))  # They are not those of the next epoch.
 
 
 def test_skipped_batches_are_not_read():
@@ -144,7 +144,7 @@ def test_a_stream_gives_full_batches_and_can_be_started_in_the_middle(stream):
     whole = list(own.epoch(0))
     assert [len(batch.inputs["input_ids"]) for batch in whole] == [4, 4, 4]
     assert same_batches(list(own.epoch(0, start=2)), whole[2:])
-    assert not same_batches(list(own.epoch(1)), whole)  # other crops
+    assert not same_batches(list(own.epoch(1)), whole)  # The crops differ.
 
 
 def test_a_stream_decodes_jpegs_small_on_request(stream):
@@ -164,7 +164,7 @@ def test_batches_are_pinned_on_request(stream, pin_memory):
 def test_pinning_a_batch_keeps_every_field_and_pins_every_tensor(monkeypatch):
     pinned = []
 
-    def pin(tensor):  # this machine may have no GPU, and page-locked memory needs one
+    def pin(tensor):  # This machine may have no GPU, and page-locked memory needs one.
         pinned.append(tensor)
         return tensor.clone()
 
@@ -174,7 +174,7 @@ def test_pinning_a_batch_keeps_every_field_and_pins_every_tensor(monkeypatch):
     assert [id(tensor) for tensor in pinned] == [id(tensor) for tensor in whole.inputs.values()]
     assert same_batches([copy], [whole])
     assert all(copy.inputs[name] is not whole.inputs[name] for name in whole.inputs)
-    for field in dataclasses.fields(Batch):  # a field that is added later must be kept as well
+    for field in dataclasses.fields(Batch):  # A field that is added later must be kept as well.
         if field.name != "inputs":
             assert getattr(copy, field.name) == getattr(whole, field.name)
 
@@ -192,7 +192,7 @@ def test_skips_are_named_and_counted_and_the_batch_is_left_whole():
     first = batch(8, [("a.jpg", "truncated"), ("b.jpg", "no such file")], truncated=3)
     counter.update(first)
     counter.update(batch(8, [("c.jpg", "truncated")], truncated=1))
-    assert len(first.skipped) == 2 and first.truncated == 3  # the counter reads a batch and leaves it whole
+    assert len(first.skipped) == 2 and first.truncated == 3  # The counter reads a batch and leaves it whole.
     assert lines == ["skipped a.jpg: truncated", "skipped b.jpg: no such file", "skipped c.jpg: truncated"]
     assert counter.report.counts == {"truncated": 2, "no such file": 1}
     assert counter.truncated == 4

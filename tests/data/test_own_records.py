@@ -39,11 +39,11 @@ def test_identities_and_names_left_out_depend_on_the_image_alone(image_dir):
     assert [r.name for r in records[:2]] == [str(image_dir / "0.png"), str(image_dir / "1.png")]
     assert records[0].identity == Record(image=image_dir / "0.png", captions=("crimson",)).identity
     assert (records[3].identity, records[3].name) == (3, "three")
-    assert Record(image=b"", captions=("x",), identity=0).identity == 0  # and not taken for one left out
+    assert Record(image=b"", captions=("x",), identity=0).identity == 0  # The identity 0 is no missing one.
     pictures = [Image.new("RGB", size, "red") for size in ((4, 2), (2, 4), (4, 2))]
     first, turned, same = (Record(image=picture, captions=("x",)).identity for picture in pictures)
     assert first == same != turned
-    for record in records:  # a copy keeps what was derived
+    for record in records:  # A copy keeps what was derived.
         assert dataclasses.replace(record, captions=("other",)).identity == record.identity
 
 
@@ -64,7 +64,7 @@ def test_a_plain_list_is_cached(image_dir, tmp_path):
     assert len(images) == 4 and not images.unreadable
     for index, record in enumerate(records):
         assert images[index].permute(1, 2, 0).numpy().tolist() == np.asarray(decode_image(record.image)).tolist()
-    other = Record(image=(image_dir / "5.png").read_bytes(), captions=("blue",))  # other bytes, another cache
+    other = Record(image=(image_dir / "5.png").read_bytes(), captions=("blue",))  # Other bytes give another cache.
     assert names_digest([*records[:2], other, records[3]]) != names_digest(records)
 
 

@@ -148,7 +148,7 @@ def test_an_image_is_rendered_once_while_there_is_room(monkeypatch):
     rendered = []
     real = scenes.render
     monkeypatch.setattr(scenes, "render", lambda *a, **k: rendered.append(1) or real(*a, **k))
-    monkeypatch.setattr(scenes, "KEPT_BYTES", 2 * 4 * 64 * 64)  # room for two images
+    monkeypatch.setattr(scenes, "KEPT_BYTES", 2 * 4 * 64 * 64)  # There is room for two images.
     records = SceneRecords("train", 3)
     first = [records[index].image.tobytes() for index in range(3)]
     again = [records[index].image.tobytes() for index in range(3)]

@@ -74,7 +74,7 @@ def test_several_albef_lists_are_one(tmp_path, image_dir):
         ("1.png", ("b", "bb")),
         ("2.png", ("c",)),
     ]
-    assert len({r.identity for r in records}) == 3  # the second list's ids 1 and 2 are other images
+    assert len({r.identity for r in records}) == 3  # The second list's ids 1 and 2 are other images.
     fails("empty list", "train", albef=[], images=str(image_dir), val_fraction=0.0)
 
 
@@ -84,7 +84,7 @@ def test_albef_has_a_validation_file_of_its_own(tmp_path, image_dir):
     options = {"albef": train, "images": str(image_dir), "val_fraction": 0.0}
     assert load(**options)[0].captions == ("a",)
     assert load("val", val_albef=val, **options)[0].captions == ("b",)
-    assert load("val", split="val", **options)[0].captions == ("a",)  # as recipes/evaluate.py asks
+    assert load("val", split="val", **options)[0].captions == ("a",)  # recipes/evaluate.py asks so.
     fails("no split 'val': give data.val_albef", "val", **options)
     fails("no split 'test'", "test", val_albef=val, **options)
 
@@ -152,7 +152,8 @@ def test_options_are_read_by_jsonargparse(tmp_path):
             "5",
         ]
     )
-    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # its name before 4.49
+    # This is its name before version 4.49.
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
     options = instantiate(config).data
     assert options == DataOptions(
         hub="webdataset", data_files={"train": "a-*.tar", "val": "b.tar"}, captions="all", limit=5

@@ -63,7 +63,7 @@ def test_other_images_or_key_make_another_cache(tmp_path):
     sets = [(records, KEY), (records, "f" * 20), (records[:3], KEY), (SceneRecords("val", 4, seed=1), KEY)]
     folders = {build(tmp_path, some, key=key).folder for some, key in sets}
     assert len(folders) == 4
-    with pytest.raises(DataError, match="made for another"):  # same first 16 characters
+    with pytest.raises(DataError, match="made for another"):  # The first 16 characters are the same.
         build(tmp_path, records, key=KEY[:16] + "ffff")
     paths = [[Record(image=f"{folder}/0.png", captions=("c",), identity=0, name="0.png")] for folder in "ab"]
     assert names_digest(paths[0]) != names_digest(paths[1])
@@ -138,7 +138,7 @@ def test_killed_build_leaves_no_cache(tmp_path):
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
-    for _ in range(3):  # in the middle of its third batch, so two are written
+    for _ in range(3):  # It dies in the middle of its third batch, so two are written.
         assert process.stdout.readline() == "batch\n"
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -148,7 +148,7 @@ def test_killed_build_leaves_no_cache(tmp_path):
     records = SceneRecords("val", 40)
     cache = build(tmp_path, records)
     assert torch.equal(cache[39], encode(to_tensor(records[39].image)[None])[0].half())
-    assert os.listdir(tmp_path) == [cache.folder.name]  # the ruin is cleared away
+    assert os.listdir(tmp_path) == [cache.folder.name]  # The remains are cleared away.
 
 
 def test_concurrent_builders_agree(tmp_path):

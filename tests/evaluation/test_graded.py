@@ -41,20 +41,20 @@ def test_parts_of_records_keep_their_relevance_and_plain_records_have_none():
 # Images 0 and 1 share 3 of 7 facts; captions 0 and 1 are of image 0, caption 2 of image 1.
 RELEVANCE = torch.tensor([[1.0, 3 / 7], [3 / 7, 1.0]])
 ROWS = torch.tensor([0, 0, 1])
-SCORES = torch.tensor([[0.9, 0.2, 0.5], [0.1, 0.4, 0.8]])  # caption 1 is nearer to image 1
+SCORES = torch.tensor([[0.9, 0.2, 0.5], [0.1, 0.4, 0.8]])  # Caption 1 is nearer to image 1.
 
 
 def test_metrics_of_a_written_out_example():
     metrics = GradedMetrics.from_scores(SCORES, SCORES.T, relevance=RELEVANCE, caption_rows=ROWS)
     second, third, grade = 1 / math.log2(3), 1 / math.log2(4), 3 / 7
-    image_0 = (1 + grade * second + third) / (1 + second + grade * third)  # in the order 0, 2, 1
-    image_1 = 1  # in the order 2, 1, 0
+    image_0 = (1 + grade * second + third) / (1 + second + grade * third)  # The scores rank in the order 0, 2, 1.
+    image_1 = 1  # The scores rank in the order 2, 1, 0.
     assert metrics.ndcg["i2t"] == pytest.approx((image_0 + image_1) / 2)
     caption_1 = (grade + second) / (1 + grade * second)
     assert metrics.ndcg["t2i"] == pytest.approx((1 + caption_1 + 1) / 3)
     assert metrics.map_at_r["i2t"] == pytest.approx((1 / 2 + 1) / 2)
     assert metrics.map_at_r["t2i"] == pytest.approx(2 / 3)
-    # captions 0 and 1 rank the two images the other way round: nothing shared at depth 1, everything at depth 2
+    # Captions 0 and 1 rank the two images the other way round: they share nothing at depth 1, everything at depth 2.
     assert (metrics.overlap, metrics.jaccard) == (0.5, 1.0)
     assert "mAP@R i2t 0.750, t2i 0.667; paraphrases' overlap@10 0.500, Jaccard@10 1.000" in metrics.line()
 
@@ -83,7 +83,7 @@ def test_an_evaluation_of_scenes_reports_them():
     for name, head in (("dual", "dual"), ("match", "match"), ("match_plus_similarity", "match + similarity")):
         assert json[name].keys() == {"ndcg10", "map_at_r", "paraphrase_overlap10", "paraphrase_jaccard10"}
         assert 0 < json[name]["ndcg10"]["t2i"] < 1
-        # a caption has one image of its own scene here
+        # Here a caption has one image of its own scene.
         assert 100 * json[name]["map_at_r"]["t2i"] == pytest.approx(result.rankings[name].metrics()["t2i"]["r1"])
         assert f"- {head}: {result.graded[name].line()}" in lines
     assert (

@@ -30,12 +30,13 @@ def test_equals_the_whole_matrix(block_elements, k):
 
 @pytest.mark.parametrize("block_elements", [1, 10**6])
 def test_right_answers_are_those_of_equal_identity(block_elements):
-    images = torch.eye(3)  # the first two show the same thing
+    images = torch.eye(3)  # The first two images show the same thing.
     texts = torch.tensor([[0.0, 1.0, 0.1], [0.9, 0.0, 1.0], [0.2, 0.5, 1.0]])
     identities = torch.tensor([8, 8, 9]), torch.tensor([8, 8, 9])
     result = nearest(images, texts, *identities, k=1, block_elements=block_elements)
-    assert result.ranking.i2t.tolist() == [1, 1, 2]  # the third image: a foreign caption ties, which counts against it
-    # caption 0 is nearest to image 1, which shows the same as image 0; caption 1 is nearest to the foreign image 2
+    # At the third image a foreign caption ties, which counts against it.
+    assert result.ranking.i2t.tolist() == [1, 1, 2]
+    # Caption 0 is nearest to image 1, which shows the same as image 0; caption 1 is nearest to the foreign image 2.
     assert result.ranking.t2i.tolist() == [1, 2, 1]
 
 

@@ -52,7 +52,7 @@ def test_ranks_equal_brute_force(ties, block, monkeypatch):
 
 
 def test_metrics_of_a_written_out_example():
-    # captions 0, 1 are of image 0, caption 2 of image 1
+    # Captions 0 and 1 are of image 0, caption 2 is of image 1.
     similarity = torch.tensor([[0.1, 0.9, 0.5], [0.8, 0.2, 0.3]])
     result = Ranking.from_scores(similarity, torch.tensor([0, 0, 1]))
     assert result.i2t.tolist() == [1, 2] and result.t2i.tolist() == [2, 1, 2]
@@ -80,7 +80,7 @@ def test_own_captions_that_tie_do_not_count_against_each_other():
 def test_images_without_caption_are_distractors():
     similarity = torch.tensor([[0.5, 0.1], [0.9, 0.0], [0.2, 0.3]])
     result = Ranking.from_scores(similarity, torch.tensor([0, 2]))
-    assert result.i2t.tolist() == [1, 1]  # of images 0 and 2
+    assert result.i2t.tolist() == [1, 1]  # These are the captions of images 0 and 2.
     assert result.t2i.tolist() == [2, 1]
 
 
@@ -133,7 +133,7 @@ def test_candidate_order_does_not_matter_and_padding_is_no_candidate():
     shuffle = torch.tensor([3, 1, 0, 2])
     assert candidate_ranks(scores, relevant, valid).tolist() == [3]
     assert candidate_ranks(scores[:, shuffle], relevant[:, shuffle], valid[:, shuffle]).tolist() == [3]
-    assert candidate_ranks(scores, ~valid, valid).tolist() == [math.inf]  # relevant, but a padded slot
+    assert candidate_ranks(scores, ~valid, valid).tolist() == [math.inf]  # This slot is relevant, but padding.
     assert candidate_ranks(torch.ones(1, 4), relevant, valid).tolist() == [3]  # ties against the model
     assert candidate_ranks(scores.masked_fill(~valid, math.nan), relevant, valid).tolist() == [3]
 
@@ -156,7 +156,7 @@ def test_ndcg_closed_form():
     relevance = torch.tensor([[3.0, 0.0, 1.0]])
     ideal = 3 / math.log2(2) + 1 / math.log2(3)
     assert ndcg(relevance, relevance) == pytest.approx(1)
-    gain = 1 / math.log2(2) + 3 / math.log2(4)  # order 2, 1, 0
+    gain = 1 / math.log2(2) + 3 / math.log2(4)  # The order is 2, 1, 0.
     assert ndcg(torch.tensor([[0.0, 1.0, 2.0]]), relevance) == pytest.approx(gain / ideal)
     assert ndcg(torch.tensor([[0.0, 1.0, 2.0]]), relevance, k=1) == pytest.approx(1 / 3)
     constant = (1 / math.log2(3) + 3 / math.log2(4)) / ideal  # ties against the model
@@ -175,7 +175,7 @@ def test_map_at_r_closed_form():
     scores = torch.tensor([[5.0, 4.0, 3.0, 2.0, 1.0]])
     relevant = torch.tensor([[True, False, True, False, True]])
     assert mean_average_precision_at_r(scores, relevant) == pytest.approx((1 + 2 / 3) / 3)
-    # the third relevant one at rank 5 is past R = 3: moving it within the tail changes nothing
+    # The third relevant one at rank 5 is past R = 3: moving it within the tail changes nothing.
     assert mean_average_precision_at_r(scores, relevant[:, [0, 1, 2, 4, 3]]) == pytest.approx((1 + 2 / 3) / 3)
     assert mean_average_precision_at_r(relevant.float(), relevant) == 1
     assert mean_average_precision_at_r(torch.zeros(1, 5), relevant) == pytest.approx(1 / 9)  # F F T T T

@@ -29,7 +29,7 @@ def one_broken(*, at: int) -> list[Record]:
     return records
 
 
-# name -> records, options; rank 1's share is the second half
+# Each name has records and options; rank 1's share is the second half.
 CASES: dict[str, tuple[Sequence[Record], dict[str, Any]]] = {
     "even": (tiny_records(6), {}),
     "uneven": (tiny_records(7), {"image_block": 2, "pair_block": 5, "token_storage": "disk"}),

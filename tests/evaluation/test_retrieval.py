@@ -63,7 +63,7 @@ def test_reranking_everything_equals_brute_force(style, agreement):
     assert_same(result.rankings, expected)
     assert result.num_pairs == 6 * 18 and result.ceiling == {"i2t": 100.0, "t2i": 100.0}
     assert (result.num_images, result.num_captions) == (6, 18)
-    # or else the comparison shows nothing
+    # Otherwise the comparison would show nothing.
     assert not torch.equal(expected["dual"].t2i, expected["match"].t2i)
 
 
@@ -123,7 +123,7 @@ def test_memory_is_bounded_by_the_blocks(monkeypatch, token_storage, passes):
     sizes = {"batch_size": 4, "image_block": 3, "pair_block": 5}
     evaluate(model, records, rerank=3, token_storage=token_storage, **sizes)
     assert max(seen["images"]) <= 3 and sum(seen["images"]) == passes * 8
-    assert seen["projected"] == [3, 3, 2]  # once per image, whatever the number of its captions
+    assert seen["projected"] == [3, 3, 2]  # Each image is projected once, whatever the number of its captions.
     assert max(seen["texts"]) <= 5 and max(seen["captions"]) <= 4
     assert (sum(seen["captions"]) == 16) == (passes == 1)
 
@@ -253,7 +253,8 @@ def test_cached_tokens_are_used_instead_of_images(tmp_path):
         encode=model.eval().dual.vision,
         progress=False,
     )
-    half = model.dual.vision.register_forward_hook(lambda *args: args[-1].half().float())  # what the cache keeps
+    # The cache keeps tokens in half precision.
+    half = model.dual.vision.register_forward_hook(lambda *args: args[-1].half().float())
     expected = evaluate(model, records, rerank=4, max_skipped_fraction=0.5)
     half.remove()
     model.dual.vision.register_forward_pre_hook(lambda *_: pytest.fail("the backbone ran"))

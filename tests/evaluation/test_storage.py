@@ -83,7 +83,8 @@ def test_the_file_is_gone_afterwards_also_after_an_error(monkeypatch, tmp_path, 
     except KeyError:
         assert fails
     gc.collect()
-    assert during and all(seen == (True, []) for seen in during)  # no name: even SIGKILL would leave nothing
+    # The file has no name, so that even SIGKILL would leave nothing.
+    assert during and all(seen == (True, []) for seen in during)
     assert not mapped() and list(folder.iterdir()) == []
 
 
@@ -102,8 +103,8 @@ def test_of_a_file_only_the_rows_in_use_are_read(monkeypatch):
     monkeypatch.setattr(TokenStore, "read", counting)
     records = tiny_records(20, 3)
     scores(monkeypatch, records=records, token_storage="disk", image_block=2, pair_block=6)
-    assert rows[3] == [2] * 10 and most[0] <= 3  # in use, read ahead, and about to be dropped
-    assert max(rows[2]) <= 6 * 11  # captions of a pair block, padded; 11 tokens at most
+    assert rows[3] == [2] * 10 and most[0] <= 3  # One block is in use, one is read ahead, one is about to be dropped.
+    assert max(rows[2]) <= 6 * 11  # These are the captions of a pair block, padded to 11 tokens at most.
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(1e6, "fp16"), (torch.nan, "fp32")])
@@ -123,7 +124,7 @@ def test_tokens_that_cannot_be_kept_name_their_image_or_caption(monkeypatch, val
 
     def encode_texts(*args):
         state = encode(*args)
-        spoil(state.tokens, 1)  # sorted by length
+        spoil(state.tokens, 1)  # They are sorted by length.
         return state
 
     monkeypatch.setattr(captions, "encode_texts", encode_texts)
@@ -131,7 +132,7 @@ def test_tokens_that_cannot_be_kept_name_their_image_or_caption(monkeypatch, val
         scores(monkeypatch, captions, records, token_dtype=dtype)
 
 
-def test_a_full_disk_is_told_before_anything_is_written(monkeypatch, tmp_path):
+def test_a_full_disk_is_reported_before_anything_is_written(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
     monkeypatch.setattr(torch, "from_file", lambda *_, **__: pytest.fail("mapped"))
     with pytest.raises(DataError, match=f"{tmp_path}: keeping tokens needs 0.0 GiB, 0.0 are free"):
@@ -141,7 +142,7 @@ def test_a_full_disk_is_told_before_anything_is_written(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="nothing to reserve with")
-def test_room_that_another_process_took_is_told(monkeypatch, tmp_path):
+def test_room_that_another_process_took_is_reported(monkeypatch, tmp_path):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -151,7 +152,7 @@ def test_room_that_another_process_took_is_told(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_too_little_memory_is_told(monkeypatch):
+def test_too_little_memory_is_reported(monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1))
     with pytest.raises(DataError, match="memory: keeping tokens needs 0.0 GiB, 0.0 are free"):
         scores(monkeypatch, token_storage="memory")
@@ -164,7 +165,7 @@ def test_auto_takes_memory_then_disk_then_nothing(monkeypatch, tmp_path):
         return "recompute" if opened is None else "disk" if opened.on_disk else "memory"
 
     assert kind(100, 10**6) == "memory"  # 10 x 5 x 2 bytes
-    assert kind(99, 200) == "disk" and kind(99, 199) == "recompute"  # half of what is free
+    assert kind(99, 200) == "disk" and kind(99, 199) == "recompute"  # A file may take half of what is free.
     assert kind(99, 200, may_map=False) == "recompute" and kind(100, 200, may_map=False) == "memory"
 
 

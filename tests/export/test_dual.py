@@ -63,7 +63,7 @@ def test_the_processor_goes_with_it(tmp_path):
 def test_a_model_in_memory(tmp_path):
     model = tiny_model()
     dual = export_dual(model, tmp_path, processor=tiny_processor())
-    assert dual is model.dual_encoder()  # shared, not copied
+    assert dual is model.dual_encoder()  # The weights are shared, not copied.
     assert torch.equal(embeds(load_saved(tmp_path).model)[0], embeds(model)[0])
     with pytest.raises(ValueError, match="needs its processor"):
         export_dual(model, tmp_path)

@@ -22,7 +22,7 @@ class PretendGPU(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.storages: dict[int, Any] = {}  # kept alive: an address must not be used again
+        self.storages: dict[int, Any] = {}  # They are kept alive, because an address must not be used again.
         self.waits: list[str] = []
 
     def has(self, x: Tensor) -> bool:
@@ -50,7 +50,8 @@ class PretendGPU(TorchFunctionMode):
         if mixed and (name not in TAKES_BOTH or (name == "__getitem__" and not there[0])):
             devices = ", ".join(f"{tuple(x.shape)} on {'cuda' if on else 'cpu'}" for on, x in zip(there, tensors))
             raise RuntimeError(f"{name}: {devices}")
-        masks = name == "__getitem__" and any(x.dtype == torch.bool for x in tensors[1:])  # how many rows?
+        # A GPU would have to say how many rows there are.
+        masks = name == "__getitem__" and any(x.dtype == torch.bool for x in tensors[1:])
         if any(there) and (name in WAITS or masks):
             self.waits.append(name)
         out = func(*args, **kwargs)

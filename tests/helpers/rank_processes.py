@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 RANKS = 2
-TIMEOUT = 150  # seconds until a hang is a failure
+TIMEOUT = 150  # After so many seconds a hang is a failure.
 
 
 def join(index: int, folder: Path) -> None:
@@ -39,7 +39,7 @@ def start_ranks(file: str, folder: Path) -> list[dict[str, Any]]:
     processes = []
     for index in range(RANKS):
         arguments = [sys.executable, file, str(index), str(folder)]
-        with (folder / f"log{index}").open("w") as log:  # a process keeps its own handle
+        with (folder / f"log{index}").open("w") as log:  # The process keeps a handle of its own.
             processes.append(subprocess.Popen(arguments, env=environment, stdout=log, stderr=log))
     codes: list[int | None] = [None]
     try:

@@ -105,13 +105,13 @@ def reference_step(model: LoopITRModel, batch: dict[str, Tensor], options: Objec
             own = [total - score for score, is_own in zip(row, truth, strict=True) if is_own]
             itc.append(sum(own) / len(own))
 
-    match: list[Tensor] = []  # cross entropies of the ITM head at positives
-    mismatch: list[Tensor] = []  # and at negatives
-    ranked: list[Tensor] = []  # cross entropies of the positive among a query's candidates
+    match: list[Tensor] = []  # These are cross entropies of the ITM head at positives.
+    mismatch: list[Tensor] = []  # These are those at negatives.
+    ranked: list[Tensor] = []  # These are cross entropies of the positive among a query's candidates.
     distilled: list[list[Tensor]] = [[], []]
     lengths: list[list[int]] = [[], []]
     for query in range(size):
-        for side in (0, 1):  # images asking for texts, texts asking for images
+        for side in (0, 1):  # Images ask for texts, then texts for images.
             pairs = [(query, j) if side == 0 else (j, query) for j in range(size)]
             groups = batch["caption_ids" if side == 0 else "identities"].tolist()
             scores = [similarity[i][j].item() for i, j in pairs]
@@ -125,7 +125,7 @@ def reference_step(model: LoopITRModel, batch: dict[str, Tensor], options: Objec
             logits = torch.stack([itm_logits[i, j] for i, j in candidates])  # [1 + K, 2]
             labels = torch.tensor([1] + [0] * len(chosen))
             cross_entropies = torch.logsumexp(logits, 1) - logits[torch.arange(len(labels)), labels]
-            match += list(cross_entropies[: 1 - side])  # the positive pair once
+            match += list(cross_entropies[: 1 - side])  # The positive pair counts once.
             mismatch += list(cross_entropies[1:])
             scores_of = logits[:, 1] - logits[:, 0]
             if chosen:
@@ -162,7 +162,7 @@ def _distil(student: list[Tensor], teacher: list[float], options: ObjectiveOptio
             loss = loss + probability * (math.log(probability) - (score - total))
         return (loss if len(student) > 1 else None), len(student)
     assert options.distillation_loss == "cprd"
-    order = sorted(range(1, len(teacher)), key=lambda j: -teacher[j])  # the negatives, hardest first
+    order = sorted(range(1, len(teacher)), key=lambda j: -teacher[j])  # These are the negatives, the hardest first.
     if options.hard_rule == "mean":
         hard = sum(teacher[j] > sum(teacher[1:]) / len(order) for j in order)
     elif options.hard_rule == "threshold":

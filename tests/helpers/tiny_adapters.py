@@ -17,7 +17,8 @@ PAIRS = [[0, 1], [2, 0], [1, 4], [2, 3]]
 def plain_model(vision: str = "vit", style: str = "late") -> LoopITRModel:
     model = tiny_model(CNN if vision == "cnn" else None, style)
     for module in model.dual.vision.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):  # timm starts a block's last one at zero: the block does nothing
+        # timm starts a block's last norm at zero, so that the block does nothing.
+        if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.ones_(module.weight)
     return model
 

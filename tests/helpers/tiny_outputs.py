@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from loopitr import LoopITRModel
 
-SWIN: dict[str, Any] = {  # its window indices and masks are in no checkpoint
+SWIN: dict[str, Any] = {  # Its window indices and masks are in no checkpoint.
     "name": "swin_tiny_patch4_window7_224",
     "image_size": 32,
     "kwargs": {"embed_dim": 8, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4},

@@ -34,7 +34,7 @@ OPTIONS: dict[str, Any] = {
             "name": "scenes",
             "pretrained": False,
             "max_length": 32,
-            "kwargs": {  # transformers' default dropout of 0.1 stays on
+            "kwargs": {  # The default dropout of transformers, 0.1, stays on.
                 "hidden_size": 32,
                 "num_hidden_layers": 1,
                 "num_attention_heads": 2,
@@ -66,7 +66,7 @@ OPTIONS: dict[str, Any] = {
     "validation": {"rerank": 4, "final_rerank": 8},
 }
 
-VIT: dict[str, Any] = {  # no batch statistics; as a change of `OPTIONS`
+VIT: dict[str, Any] = {  # A ViT has no batch statistics; these are changes of `OPTIONS`.
     "model__vision": {
         "name": "vit_tiny_patch16_224",
         "image_size": 32,

@@ -32,7 +32,7 @@ def test_save_and_load_is_exact_to_the_bit(vision, style, tmp_path):
     model = tiny_model(VISION[vision], style, mlm_head=True)
     if vision == "cnn":
         model.train()
-        model.encode_images(images(4, 64))  # running statistics of their own
+        model.encode_images(images(4, 64))  # The statistics differ from those of a new model.
     model.eval().save_pretrained(tmp_path)
     torch.manual_seed(99)
     loaded = LoopITRModel.from_pretrained(tmp_path)
@@ -98,7 +98,7 @@ def test_auto_classes_know_both_models(saved, tmp_path):
     assert type(AutoModel.from_pretrained(tmp_path)) is DualEncoder
 
 
-def test_a_subfolder_is_found(saved, tmp_path):
+def test_a_subfolder_may_hold_the_model(saved, tmp_path):
     model, folder = saved
     shutil.copytree(folder, tmp_path / "best")
     assert_same_tensors(model, LoopITRModel.from_pretrained(tmp_path, subfolder="best"))

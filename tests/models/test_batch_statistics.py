@@ -48,7 +48,7 @@ def test_held_statistics_make_an_image_independent_of_its_batch():
 
 def test_by_default_they_stay_where_weights_were_given(tmp_path):
     model = built(scratch())
-    assert not model.dual.vision.hold_statistics  # from scratch
+    assert not model.dual.vision.hold_statistics  # The model starts from scratch.
     torch.save(model.dual.vision.model.state_dict(), tmp_path / "cnn.pth")
     vision = VisionOptions(name="resnet10t", image_size=32, pretrained=False, kwargs=CNN)
     vision.checkpoint = str(tmp_path / "cnn.pth")

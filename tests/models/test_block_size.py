@@ -60,7 +60,7 @@ def states(images: int, texts: int) -> tuple[ImageState, TextState]:
     return image_state, TextState(torch.zeros(texts, 1), torch.randn(texts, LENGTH, WIDTH), mask)
 
 
-# images, texts, captions per image, whether keys and values are there already
+# A case says how many images, texts and captions per image there are, and whether keys and values are there already.
 SHAPES = {
     "one image": (1, 500, 500, False),
     "one caption": (200, 1, 1, False),
@@ -90,7 +90,7 @@ def test_blocks_by_default_fit_into_the_bytes_given(model, monkeypatch, shape, d
         with LiveBytes() as live:
             model.score_pairs(image_state, text_state, pairs)
     assert live.now == 0
-    assert 0.2 * room < live.peak < 1.2 * room  # small blocks would be safe, and slow
+    assert 0.2 * room < live.peak < 1.2 * room  # Small blocks would be safe, and slow.
 
 
 def test_with_gradient_all_pairs_are_one_block(model, monkeypatch):

@@ -24,7 +24,7 @@ def fresh_compiler():
 
 def compiled(*arguments, **options):
     model = tiny_model(*arguments, **options)
-    model.compile_parts(backend="eager", fullgraph=True)  # raises at a graph break
+    model.compile_parts(backend="eager", fullgraph=True)  # This raises at a graph break.
     return model
 
 
@@ -48,7 +48,7 @@ def test_whole_graphs_with_the_same_result(vision, style, precision):
         torch.testing.assert_close(actual.loss, expected.loss, atol=1e-5, rtol=1e-4)
         assert_same_gradients(gradients(whole, actual.loss), gradients(plain, expected.loss))
     else:
-        for name in ("itc", "itm"):  # distillation goes by the order of scores, which bf16 leaves almost tied
+        for name in ("itc", "itm"):  # Distillation goes by the order of scores, which bf16 leaves almost tied.
             torch.testing.assert_close(actual.terms[name], expected.terms[name], atol=0.02, rtol=0.02)
     assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]
 
@@ -106,7 +106,7 @@ def test_token_agreement_goes_by_the_compiled_layout(projected):
 
 def test_gradient_checkpointing_and_blocks_go_with_it():
     plain, whole = tiny_model().train(), compiled().train()
-    whole.fusion.gradient_checkpointing = True  # transformers warns in its own, which breaks the graph
+    whole.fusion.gradient_checkpointing = True  # transformers warns in its own, which breaks the graph.
     actual = []
     for model, block in ((plain, None), (whole, 5)):
         image_state, text_state = model.encode_images(images(4)), model.encode_texts(*ragged_texts(5))

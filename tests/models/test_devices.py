@@ -98,4 +98,4 @@ def test_an_evaluation_waits_for_its_scores_once(gpu, monkeypatch, tmp_path, kin
     model.cuda()
     actual = evaluate(model, records, **given).rankings
     assert all(torch.equal(actual[head].t2i, expected[head].t2i) for head in ("dual", "match", "match_plus_similarity"))
-    assert waits == ["cpu"] if kind != "recompute" else "cpu" in waits  # the backbones ask for lengths
+    assert waits == ["cpu"] if kind != "recompute" else "cpu" in waits  # The backbones ask for lengths.

@@ -65,7 +65,7 @@ def test_many_pairs_of_uneven_sizes(style):
     image_state = model.encode_images(images(24))
     text_state = model.encode_texts(*ragged_texts(40, longest=20))
     generator = torch.Generator().manual_seed(5)
-    hub = torch.stack([torch.zeros(30, dtype=torch.int64), torch.arange(30)], 1)  # one image with most of the pairs
+    hub = torch.stack([torch.zeros(30, dtype=torch.int64), torch.arange(30)], 1)  # One image has most of the pairs.
     columns = [torch.randint(low, high, (60,), generator=generator) for low, high in ((1, 24), (0, 40))]
     rest = torch.stack(columns, 1)
     pairs = torch.cat([hub, rest])[torch.randperm(90, generator=generator)]
@@ -115,7 +115,7 @@ def test_some_images_of_many_with_keys_and_values(chosen):
     expected = model.score_pairs(image_state, text_state, pairs).logits
     actual = model.score_pairs(model.project_images(image_state), text_state, pairs).logits
     torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-5)
-    few = pairs[:3]  # one bucket
+    few = pairs[:3]  # There is one bucket.
     torch.testing.assert_close(
         model.score_pairs(model.project_images(image_state), text_state, few).logits, expected[:3], atol=1e-6, rtol=1e-5
     )
@@ -158,7 +158,7 @@ def test_the_cheaper_way_is_taken():
     options = {"num_heads": 12, "attention_dropout": 0.0, "layer_norm_eps": 1e-12, "dropout": 0.0}
     cross = CrossAttention(768, 768, options)
     assert [cross.absorbs(32 * rows, 32, 197) for rows in (1, 51, 52, 500)] == [True, True, False, False]
-    cross.attention_dropout = 0.1  # would drop parts of the value's bias
+    cross.attention_dropout = 0.1  # Dropout would drop parts of the value's bias.
     assert not cross.train().absorbs(32, 32, 197) and cross.eval().absorbs(32, 32, 197)
 
 

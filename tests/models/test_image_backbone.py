@@ -22,14 +22,14 @@ SWIN: dict[str, Any] = {
 NO_CLASS_TOKEN: dict[str, Any] = {**VIT, "kwargs": {**VIT["kwargs"], "class_token": False, "global_pool": "avg"}}
 CLIP_RESNET: dict[str, Any] = {"name": "resnet50_clip", "image_size": 64, "kwargs": {"width_factor": 0.125}}
 TINY = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-TOWERS: dict[str, dict[str, Any]] = {  # of CLIP, SigLIP, SigLIP 2 and DINO, made small
+TOWERS: dict[str, dict[str, Any]] = {  # These are the ViTs of CLIP, SigLIP, SigLIP 2 and DINO, small.
     "clip": {"name": "vit_base_patch16_clip_quickgelu_224", "image_size": 32, "kwargs": TINY},
     "siglip": {"name": "vit_base_patch16_siglip_224", "image_size": 32, "kwargs": TINY},
     "siglip2": {"name": "vit_so400m_patch16_siglip_256", "image_size": 32, "kwargs": TINY},
     "dinov2": {"name": "vit_small_patch14_reg4_dinov2", "image_size": 32, "kwargs": TINY},
     "dinov3": {"name": "vit_small_patch16_dinov3", "image_size": 32, "kwargs": TINY},
 }
-PREFIX = {"vit": 1, "clip": 1, "dinov2": 5, "dinov3": 5}  # class token and registers
+PREFIX = {"vit": 1, "clip": 1, "dinov2": 5, "dinov3": 5}  # The prefix is a class token and registers.
 VISION = {"vit": VIT, "no_class_token": NO_CLASS_TOKEN, "cnn": CNN, "swin": SWIN, **TOWERS}
 
 
@@ -141,9 +141,10 @@ def test_pooling_stored_tokens_is_timms_own_forward(name):
 def test_first_and_mean_pooling():
     tokens = torch.randn(2, 17, 32)
     assert torch.equal(vision_backbone(VIT, "first").pool(tokens), tokens[:, 0])
-    assert torch.equal(vision_backbone(VIT, "mean").pool(tokens), tokens[:, 1:].mean(1))  # not the class token
+    assert torch.equal(vision_backbone(VIT, "mean").pool(tokens), tokens[:, 1:].mean(1))  # The class token is left out.
     assert torch.equal(vision_backbone(NO_CLASS_TOKEN, "mean").pool(tokens), tokens.mean(1))
-    assert torch.equal(vision_backbone(TOWERS["dinov2"], "mean").pool(tokens), tokens[:, 5:].mean(1))  # nor registers
+    # So are the registers.
+    assert torch.equal(vision_backbone(TOWERS["dinov2"], "mean").pool(tokens), tokens[:, 5:].mean(1))
 
 
 @pytest.mark.parametrize("name", ["cnn", "swin", "no_class_token", "siglip"])
@@ -195,7 +196,7 @@ def test_positions_are_interpolated():
     with torch.no_grad():
         position.zero_()
         position[:, 0] = 7.0
-        position[0, 1:, 0] = torch.arange(4.0).repeat_interleave(4)  # grows downwards
+        position[0, 1:, 0] = torch.arange(4.0).repeat_interleave(4)  # The positions grow downwards.
     backbone.resize(64)
     grid = backbone.model.pos_embed[0, 1:, 0].reshape(8, 8)
     assert torch.equal(backbone.model.pos_embed[0, 0], position[0, 0])

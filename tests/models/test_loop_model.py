@@ -134,7 +134,7 @@ def test_fusion_positions_are_resized_with_the_image():
     model = tiny_model(VIT, fusion={"image_positions": True})
     with torch.no_grad():
         model.fusion.image_positions.fill_(3.0)
-        model.fusion.image_positions[:, 0] = 5.0  # the class token's
+        model.fusion.image_positions[:, 0] = 5.0  # This is the class token's position.
     model.resize_images(64)
     positions = model.fusion.image_positions
     assert positions.shape == (1, 65, 32)

@@ -31,7 +31,7 @@ def test_at_the_start_nothing_changes(vision, style):
     expected = outputs(plain_model(vision, style).eval())
     actual = outputs(adapted_model(vision, style, shaken=False).eval())
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
-    fresh = LoopITRModel(adapted_model(vision, style).config)  # transformers' own initialisation ran over it
+    fresh = LoopITRModel(adapted_model(vision, style).config)  # transformers' own initialisation ran over it.
     ups = [p for name, p in fresh.named_parameters() if ".lora_B." in name]
     assert ups and not any(p.any() for p in ups)
     assert all(p.std() > 0 for name, p in fresh.named_parameters() if ".lora_A." in name)
@@ -48,7 +48,7 @@ def test_an_adapter_adds_its_scaled_product():
         assert down.shape == (rank, 32) and up.shape[1] == rank
         torch.testing.assert_close(layer(x), layer.base_layer(x) + 5.0 / rank * (x @ down.T) @ up.T)
     query = adapted_model().dual.text.model.encoder.layer[0].attention.self.query
-    assert query.scaling == {"default": 2.0}  # alpha is twice the rank
+    assert query.scaling == {"default": 2.0}  # alpha is twice the rank.
 
 
 @BOTH
@@ -115,7 +115,7 @@ def test_batch_statistics_stay():
 def test_a_resized_model_trains_no_more_than_before():
     model = adapted_model()
     before = trained(model)
-    model.resize_images(64)  # its positions are new parameters
+    model.resize_images(64)  # Its positions are new parameters.
     assert trained(model) == before
 
 
@@ -158,7 +158,8 @@ def test_merged_is_a_plain_model_with_equal_outputs(vision, style, tmp_path, mon
     plain = plain_model(vision, style)
     assert merged.state_dict().keys() == plain.state_dict().keys() and trained(merged) == trained(plain)
     assert not merged.training and merged.config.lora is None and merged.dual.config.lora is None
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())  # a copy
+    # The merged model is a copy.
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     merged.save_pretrained(tmp_path)
     monkeypatch.setitem(sys.modules, "peft", None)
     loaded = LoopITRModel.from_pretrained(tmp_path)

@@ -29,8 +29,8 @@ def layers(model: LoopITRModel, part: str) -> set[str]:
     [
         (VIT, "backbone", {"qkv", "proj", "fc1", "fc2"}),
         (SIGLIP, "backbone", {"qkv", "proj", "fc1", "fc2", "q", "kv"}),
-        (SIGLIP, "mean", {"qkv", "proj", "fc1", "fc2"}),  # its pooling head is not used
-        (EVA, "backbone", {"proj", "fc1", "fc2"}),  # it reads the weight of `qkv` itself
+        (SIGLIP, "mean", {"qkv", "proj", "fc1", "fc2"}),  # Its pooling head is not used.
+        (EVA, "backbone", {"proj", "fc1", "fc2"}),  # The backbone reads the weight of `qkv` itself.
     ],
     ids=["vit", "siglip", "siglip without its head", "eva"],
 )

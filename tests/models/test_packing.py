@@ -36,7 +36,7 @@ def test_every_row_is_in_one_bucket_under_its_segment(name):
         for segment, rows, place in zip(bucket.members.tolist(), bucket.rows.tolist(), range(len(bucket.rows))):
             count = LENGTHS[name][segment]
             assert rows[:count] == list(range(starts[segment], starts[segment] + count))
-            assert set(rows[count:]) <= set(rows[:count])  # padding points at a real row of the same segment
+            assert set(rows[count:]) <= set(rows[:count])  # Padding points at a real row of the same segment.
             if bucket.mask is None:
                 assert len(rows) == count
             else:
@@ -51,7 +51,7 @@ def test_scatter_undoes_the_cut(name):
     cut = [result.cut(table, bucket) for bucket in result.buckets]
     for bucket, piece in zip(result.buckets, cut):
         if bucket.mask is not None:
-            piece[~bucket.mask] = torch.nan  # what stands in the padding is never read
+            piece[~bucket.mask] = torch.nan  # What stands in the padding is never read.
     assert torch.equal(result.scatter(cut), table)
 
 
@@ -114,7 +114,7 @@ def test_blocks_end_between_images_where_they_can(size):
     assert torch.equal(torch.cat(blocks), pairs) and max(map(len, blocks)) <= size
     for before, after in pairwise(blocks):
         image = int(after[0, 0])
-        if int(before[-1, 0]) == image:  # an image is cut: it has more pairs than fit
+        if int(before[-1, 0]) == image:  # An image is cut, because it has more pairs than fit.
             assert int((images == image).sum()) > size
 
 
@@ -142,7 +142,7 @@ def test_the_example_that_the_module_draws(monkeypatch):
 def test_lay_out_against_loops(count):
     generator = torch.Generator().manual_seed(count)
     lengths = torch.randint(1, 9, (12,), generator=generator)
-    mask = torch.rand(12, 20, generator=generator).argsort(1) < lengths[:, None]  # real tokens anywhere
+    mask = torch.rand(12, 20, generator=generator).argsort(1) < lengths[:, None]  # Real tokens may stand anywhere.
     every = torch.cartesian_prod(torch.tensor([0, 2, 3, 7, 8, 9]), torch.arange(12))
     pairs = every[torch.randperm(len(every), generator=generator)[:count].sort().values]
 

@@ -30,7 +30,7 @@ def picture(width: int = 20, height: int = 12) -> Image.Image:
 def test_auto_processor_round_trip(tmp_path, as_dual):
     saved = processor()
     saved.save_pretrained(tmp_path)
-    if as_dual:  # beside a model's config, as in a run folder
+    if as_dual:  # It stands beside a model's config, as in a run folder.
         DualEncoderConfig().save_pretrained(tmp_path)
     loaded = AutoProcessor.from_pretrained(tmp_path)
     assert type(loaded) is LoopITRProcessor
@@ -69,7 +69,7 @@ def test_pictures_of_every_mode_pass(mode):
     assert values.shape == (1, 3, 8, 8) and torch.isfinite(values).all()
     if mode in ("RGB", "CMYK"):
         assert (values - processor()(images=picture())["pixel_values"]).abs().max() < 0.05
-    if mode in ("L", "LA", "I;16", "F"):  # grey: the same value in each channel once the normalisation is undone
+    if mode in ("L", "LA", "I;16", "F"):  # Grey has the same value in each channel once the normalisation is undone.
         restored = values[0] * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
         torch.testing.assert_close(restored[0], restored[2], atol=1e-5, rtol=0)
         assert restored.std() > 0.01
@@ -100,6 +100,6 @@ def test_captions_are_padded_and_cut():
     batch = processor(max_length=6)(text=["a red", "a red circle left of a blue square"])
     assert batch["input_ids"].shape == (2, 6)
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]]
-    assert batch["input_ids"][1, -1] == 3  # the end token survives the cut
+    assert batch["input_ids"][1, -1] == 3  # The end token survives the cut.
     whole = processor(max_length=6)(text=["a red circle left of a blue square"], truncation=False)
     assert whole["input_ids"].shape == (1, 10)

@@ -11,7 +11,7 @@ from helpers.tiny_texts import BERT_LAYERS, TEXT, text_backbone
 
 from loopitr.models.text_backbone import TextBackbone, TextOutput
 
-OTHER_LAYERS: dict[str, dict[str, Any]] = {  # encoders with an `intermediate`, but not BERT's attention
+OTHER_LAYERS: dict[str, dict[str, Any]] = {  # These encoders have an `intermediate`, but not BERT's attention.
     "mpnet": {**BERT, "model_type": "mpnet", "pad_token_id": 0},
     "deberta-v2": {**BERT, "model_type": "deberta-v2"},
 }
@@ -40,7 +40,7 @@ def test_the_backbones_own_pooling():
     output = backbone(ids, mask)
     expected = torch.tanh(backbone.model.pooler.dense(output.tokens[:, 0]))
     torch.testing.assert_close(backbone.pool(output, mask), expected)
-    assert text_backbone(BERT, "mean").model.pooler is None  # nothing would train it
+    assert text_backbone(BERT, "mean").model.pooler is None  # Nothing would train it.
     without = text_backbone(TEXT["distilbert"], "backbone")
     with pytest.raises(ValueError, match="DistilBertModel has no pooling of its own; use 'first' or 'mean'"):
         without.pool(without(ids, mask), mask)
@@ -137,9 +137,9 @@ def test_buckets_encode_like_row_by_row(name, count):
     ("lengths", "runs"),
     [
         ([4] * 19 + [17] * 20 + [3], [(20, 4), (20, 17)]),
-        ([16] * 20 + [17] * 20, [(40, 17)]),  # too near each other
+        ([16] * 20 + [17] * 20, [(40, 17)]),  # The lengths are too near each other.
         ([9] * 40, [(40, 9)]),
-        ([4] * 15 + [17] * 16, [(31, 17)]),  # too few for two calls
+        ([4] * 15 + [17] * 16, [(31, 17)]),  # The captions are too few for two calls.
         ([2] * 33 + [5] * 32 + [9] * 32 + [17] * 31, [(32, 2), (32, 5), (32, 9), (32, 17)]),
         ([8] * 96 + [17] * 32, [(96, 8), (32, 17)]),
     ],

@@ -86,7 +86,7 @@ def test_dropout_is_the_same_in_both_passes():
     torch.manual_seed(1)
     _, actual = chunked_gradients(objective, chunk_size=8)
     assert_same_gradients(actual, wanted)
-    assert torch.equal(torch.get_rng_state(), after)  # the second passes do not move it
+    assert torch.equal(torch.get_rng_state(), after)  # The second passes do not move the generator.
 
     drawn: dict[int, list[torch.Tensor]] = {}
     dropout = objective.model.dual.text.model.embeddings.dropout
@@ -127,7 +127,8 @@ def test_only_what_is_differentiated_has_a_graph_and_every_pass_is_under_autocas
     monkeypatch.setattr(objective, "encode", lambda **chunk: noting(encode)(**chunk))
     monkeypatch.setattr(objective, "compare", lambda *a, **k: noting(compare)(*a, **k))
     chunked_gradients(objective, chunk_size=3, autocast=bfloat16)
-    assert graphs == [True, False, False, True, True, True, True]  # of the first pass, the first chunk tells which
+    # In the first pass only the first chunk has gradient.
+    assert graphs == [True, False, False, True, True, True, True]
     assert casts == [True] * 7
 
 
@@ -148,7 +149,7 @@ def test_a_chunk_is_gone_before_what_comes_next(monkeypatch):
     monkeypatch.setattr(objective, "compare", lambda *a, **k: alive.append(left()) or compare(*a, **k))
     monkeypatch.setattr(grad_cache, "trim_memory", lambda: trimmed.append(left()))
     chunked_gradients(objective, chunk_size=3)
-    assert alive == [0] * 7 and trimmed == [0] * 3  # after each chunk of the second pass
+    assert alive == [0] * 7 and trimmed == [0] * 3  # It happens after each chunk of the second pass.
 
 
 @pytest.mark.parametrize("chunk_size", [0, -1])
@@ -164,7 +165,7 @@ def test_pairs_are_scored_in_blocks(monkeypatch):
     chunked_gradients(objective, chunk_size=3)
     forward = sizes[: len(sizes) // 2]
     assert max(sizes) <= 5 and len(forward) > 1
-    assert sorted(sizes) == sorted(2 * forward)  # each once more in the backward pass
+    assert sorted(sizes) == sorted(2 * forward)  # Each runs once more in the backward pass.
 
 
 def test_bfloat16_gradients():

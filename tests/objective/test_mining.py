@@ -24,7 +24,7 @@ def test_never_a_positive_a_twin_or_a_duplicate(mine):
         q, c, k = (int(torch.randint(1, high, (), generator=generator)) for high in (5, 12, 8))
         similarity = torch.randn(q, c, generator=generator)
         if seed % 3 == 0:
-            similarity = similarity.round()  # ties
+            similarity = similarity.round()  # These similarities tie.
         if seed % 5 == 0:
             similarity[torch.rand(q, c, generator=generator) < 0.3] = (math.nan, math.inf, -math.inf)[seed % 3]
         positives = torch.rand(q, c, generator=generator) < (0.3, 0.9, 0.0)[seed % 3]
@@ -39,7 +39,7 @@ def test_never_a_positive_a_twin_or_a_duplicate(mine):
             blocked = {label[j] for j in range(c) if positive[j]}
             assert len(taken) == len(set(taken))
             assert not blocked & set(taken)
-            # nothing is withheld either: k, or all that there are
+            # Nothing is withheld either: there are k, or all that exist.
             assert len(actual) == min(k, len(set(label) - blocked))
 
 
@@ -63,7 +63,7 @@ def test_no_gradient_and_input_untouched(mine):
 
 @each_miner
 def test_no_value_is_read_back_from_the_device(mine):
-    similarity = torch.zeros(3, 5, device="meta")  # has no values: reading one is an error
+    similarity = torch.zeros(3, 5, device="meta")  # A tensor on `meta` has no values: reading one is an error.
     groups = torch.zeros(5, dtype=torch.int64, device="meta")
     assert mine(similarity, similarity > 0, 7, groups=groups).indices.shape == (3, 7)
 
@@ -133,7 +133,7 @@ def test_sample_does_not_favour_a_twin():
 
 @pytest.mark.parametrize(("pool", "strata"), [(8, [(0, 1), (2, 3), (4, 7)]), (9, [(0, 1), (2, 3), (4, 8)])])
 def test_stratified_takes_one_of_each_part_of_the_pool_and_the_parts_grow(pool, strata):
-    similarity = -torch.arange(20.0).expand(2000, 20)  # candidate j has rank j
+    similarity = -torch.arange(20.0).expand(2000, 20)  # Candidate j has rank j.
     mined = mine_stratified(similarity, torch.zeros(2000, 20, dtype=torch.bool), 3, pool=pool, generator=seeded())
     for slot, (first, last) in enumerate(strata):
         counts = torch.bincount(mined.indices[:, slot], minlength=20).tolist()

@@ -30,7 +30,7 @@ from loopitr.objective.step import Step
         ("late", 2, {"distillation_loss": "kl", "num_negatives": 3, "teacher_temperature": 0.5}),
         ("late", 1, {"distillation_loss": "cprd", "num_negatives": 4}),
         ("shared", 2, {"distillation_loss": "cprd", "num_negatives": 3, "hard_rule": "top", "hard_top": 2}),
-        ("shared", 1, {"distillation_loss": "kl", "num_negatives": 12}),  # more than there are
+        ("shared", 1, {"distillation_loss": "kl", "num_negatives": 12}),  # These are more than there are.
         ("late", 1, {"num_negatives": 12, "hard_rule": "threshold", "hard_threshold": 0.45}),
         ("late", 1, {"num_negatives": 4, "balance_itm": False}),
         ("shared", 1, {"num_negatives": 12, "balance_itm": False, "distillation_loss": "kl"}),
@@ -57,7 +57,7 @@ def test_a_head_that_always_says_no_pays_more_when_matching_is_balanced():
     model = tiny_model().train()
     with torch.no_grad():
         model.itm_head.weight.zero_()
-        model.itm_head.bias.copy_(torch.tensor([1.0, 0.0]))  # no to everything
+        model.itm_head.bias.copy_(torch.tensor([1.0, 0.0]))  # The head says no to everything.
     right, wrong = (F.softplus(torch.tensor(x)) for x in (-1.0, 1.0))
     plain, balanced = (step(model, num_negatives=2, balance_itm=b).terms["itm"] for b in (False, True))
     torch.testing.assert_close(balanced, (right + wrong) / 2)
@@ -127,8 +127,8 @@ def test_no_positive_and_no_twin_is_a_negative(mining, count):
     model, batch = tiny_model().train(), step_batch()
     objective = build_objective(model, ObjectiveOptions(mining=mining, num_negatives=count, mining_pool=count))
     candidates = encoded_step(objective, batch).candidates
-    assert (candidates.pairs[0, ..., 0] == torch.arange(8)[:, None]).all()  # images ask for texts
-    assert (candidates.pairs[1, ..., 1] == torch.arange(8)[:, None]).all()  # texts ask for images
+    assert (candidates.pairs[0, ..., 0] == torch.arange(8)[:, None]).all()  # Images ask for texts.
+    assert (candidates.pairs[1, ..., 1] == torch.arange(8)[:, None]).all()  # Texts ask for images.
     for query in range(8):
         for side, groups in ((0, batch["caption_ids"]), (1, batch["identities"])):
             indices, valid = candidates.pairs[side, query, :, 1 - side], candidates.valid[side, query]
@@ -141,7 +141,7 @@ def test_no_positive_and_no_twin_is_a_negative(mining, count):
                 int(groups[j]) for j in range(8) if not is_positive(batch, *((query, j) if side == 0 else (j, query)))
             }
             assert len(negatives) == min(count, len(possible))
-            assert (indices[~valid] == query).all()  # masked: the own pair, scored anyway
+            assert (indices[~valid] == query).all()  # A masked slot repeats the own pair, which is scored anyway.
 
 
 @pytest.mark.parametrize("loss", ["kl", "cprd"])
@@ -245,9 +245,9 @@ def test_metrics():
     model = tiny_model().train()
     with torch.no_grad():
         model.itm_head.weight.zero_()
-        model.itm_head.bias.copy_(torch.tensor([0.0, 1.0]))  # everything is a match
+        model.itm_head.bias.copy_(torch.tensor([0.0, 1.0]))  # The head says yes to everything.
     out = step(model, num_negatives=2)
     torch.testing.assert_close(out.metrics["temperature"], 1 / model.dual.scale.detach())
     torch.testing.assert_close(out.metrics["itm_accuracy"], torch.tensor(8 / (8 + 2 * 8 * 2)))
-    assert out.metrics["rank_agreement"] == 0 and out.metrics["valid_length"] == 0  # the teacher ties all
+    assert out.metrics["rank_agreement"] == 0 and out.metrics["valid_length"] == 0  # The teacher ties all candidates.
     assert not any(value.requires_grad for value in out.metrics.values())

@@ -53,7 +53,7 @@ def test_every_pair_is_scored_once_for_matching_and_teaching(style, mlm):
     out.loss.backward()
     assert out.terms.keys() == {"itc", "itm", "distillation", *(["mlm"] if mlm else [])}
     assert scored == [64]
-    assert max(projected) == 8  # images; a layer that takes the tokens as they are projects none
+    assert max(projected) == 8  # These are images; a layer that takes the tokens as they are projects none.
 
 
 @pytest.mark.parametrize("options", [{"mlm": 1.0}, {"itm_negatives": 1}, {"mlm": 1.0, "itm_negatives": 1}])
@@ -121,7 +121,7 @@ def test_negatives_that_only_teach(style, ids):
     """The matching losses are those of fewer negatives, the distillation that of all."""
     model, batch = tiny_model(style=style).train(), step_batch() if ids is None else step_batch(ids, ids)
     with torch.no_grad():
-        model.itm_head.weight.mul_(30)  # match scores spread out
+        model.itm_head.weight.mul_(30)  # This spreads the match scores out.
     out = step(model, batch, num_negatives=4, itm_negatives=1, lce=0.5)
     few = step(model, batch, num_negatives=1, lce=0.5, itc=0, distillation=0)
     many = step(model, batch, num_negatives=4, itm=0)

@@ -38,7 +38,8 @@ from loopitr.objective.step import Step
 KL = partial(losses.kl, teacher_temperature=1.0)
 CPRD = PartialRanking(losses.hard_above_mean)
 MASKING = EveryThirdWord()
-OBJECTS: dict[str, tuple[list[Term], int]] = {  # what the options in `CASES` stand for, and the number of negatives
+# The terms that the options in `CASES` stand for, and the number of negatives.
+OBJECTS: dict[str, tuple[list[Term], int]] = {
     "itc": ([Contrastive()], 4),
     "cprd": ([Contrastive(), Matching(), Ranking(0.5), Distillation(CPRD)], 3),
     "kl_and_mlm": ([Contrastive(), Matching(), Distillation(KL), WordPrediction(MASKING)], 3),

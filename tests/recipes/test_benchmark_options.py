@@ -130,7 +130,7 @@ def test_memory_is_that_of_the_named_gpu(gpu, monkeypatch):
 
 def test_the_slower_side_is_the_bottleneck(capsys, tmp_path):
     benchmark, file = recipe("input"), tmp_path / "figures.json"
-    options = benchmark.Options(batch_size=4, batches=5, num_workers=2, output=str(file))  # rounds of 20 images
+    options = benchmark.Options(batch_size=4, batches=5, num_workers=2, output=str(file))  # A round has 20 images.
     timed = {
         "photos, whole JPEG": Timing([4.0], 0),
         "photos, scaled decode": Timing([2.0], 0),

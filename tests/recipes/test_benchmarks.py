@@ -32,7 +32,7 @@ SMALL = {
         *("--fusion_layers", "2", "--num_workers", "0", "--plain_pairs", "3"),
     ],
 }
-OWN = {  # figures, and what is counted in each
+OWN = {  # How many figures there are, and what is counted in each.
     "step.py": (9, {"seconds", "flops", "ratio", "of_peak"}),
     "encode.py": (3, {"per_second", "bare_per_second", "throughput", "flops"}),
     "grad_cache.py": (2, {"seconds", "pairs", "peak_gib"}),

@@ -29,7 +29,7 @@ IMAGES = 16
 def albef(folder: Path) -> dict[str, object]:
     heads = ["--vision-heads", str(VISION_HEADS), "--text-heads", str(TEXT_HEADS)]
     convert(["albef", str(ALBEF_WEIGHTS), str(folder / "albef"), *heads, "--tokenizer", _words(folder)])
-    return {"model.init": folder / "albef", "model.image_size": 32}  # trained at 24
+    return {"model.init": folder / "albef", "model.image_size": 32}  # The model was trained at size 24.
 
 
 def blip(folder: Path) -> dict[str, object]:
@@ -73,7 +73,8 @@ TOYS = {
 
 
 def test_no_config_is_left_out():
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*TOYS, "scenes", "flickr8k"}  # these two have tests apart
+    # These two have tests of their own.
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*TOYS, "scenes", "flickr8k"}
 
 
 @pytest.mark.parametrize("name", TOYS)

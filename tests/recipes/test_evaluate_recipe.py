@@ -27,7 +27,7 @@ def test_the_command_of_the_readme(folder, tmp_path):
     assert figures["dual"]["i2t"]["r10"] > 0 and figures["ceiling"]["t2i"] > 0 and figures["pairs_per_second"] > 0
     assert set(figures["seconds"]) == {"encode", "rank", "rerank", "total"}
     assert sum(figures["skipped"].values()) == 1 and "8.jpg" in done.stdout
-    assert "encode images" in done.stderr and "rerank" in done.stderr  # progress
+    assert "encode images" in done.stderr and "rerank" in done.stderr  # The bars show progress.
 
 
 @pytest.mark.slow
@@ -42,9 +42,9 @@ def test_two_processes_give_the_figures_of_one(folder, tmp_path, monkeypatch, ca
     for each in figures:
         del each["seconds"], each["pairs_per_second"]
     assert figures[0] == figures[1] and figures[1]["num_images"] == IMAGES
-    assert done.stdout.count("| dual ") == done.stdout.count("written to") == 1  # one of them speaks
+    assert done.stdout.count("| dual ") == done.stdout.count("written to") == 1  # Only one of the processes prints.
     bars = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("encode images")]
-    assert all("/4 " in bar for bar in bars) and bars  # of this process's share
+    assert all("/4 " in bar for bar in bars) and bars  # The bar counts this process's share.
     assert list((tmp_path / "tokens").iterdir()) == []
 
 

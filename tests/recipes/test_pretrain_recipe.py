@@ -114,7 +114,7 @@ def test_two_processes_train_the_model_of_one(first, tmp_path):
     moved = [name for name in one if not torch.equal(one[name], start[name])]
     assert len(moved) > 0.9 * len(one)
     for name in moved:
-        if not name.endswith("key.bias"):  # their gradient is zero but for rounding, which Adam makes large
+        if not name.endswith("key.bias"):  # The gradient of these is zero but for rounding, which Adam makes large.
             torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=0, msg=lambda m: f"{name}: {m}")
 
 

@@ -112,13 +112,13 @@ def test_a_killed_write_is_not_taken_for_a_checkpoint(tmp_path):
     work = Work().steps(2)
     done = work.save(tmp_path)
     later = tmp_path / "step-00000004.partial"
-    shutil.copytree(done, later)  # killed before the rename
+    shutil.copytree(done, later)  # The process was killed before the rename.
     torn = tmp_path / "step-00000005"
     shutil.copytree(done, torn)
-    (torn / STATE_FILE).unlink()  # not one of ours, or half deleted
+    (torn / STATE_FILE).unlink()  # The folder is not one of ours, or it is half deleted.
     progress = load_checkpoint(work.accelerator, tmp_path)
     assert progress is not None and progress.step == 2
-    work.steps(2).save(tmp_path)  # the same step again, over the remains
+    work.steps(2).save(tmp_path)  # The same step is saved again, over the remains.
     progress = load_checkpoint(work.accelerator, tmp_path)
     assert progress is not None and progress.step == 4
     assert not later.exists()

@@ -89,6 +89,6 @@ def test_the_start_is_a_part_of_the_steps(part):
 def test_the_schedule_starts_anew_with_the_loop(tmp_path):
     run(tmp_path, train__epochs=1, train__fusion_start=0.5, train__backbone_lr=1e-3, train__loop_backbone_lr=1e-4)
     rates = [row["train/lr"] for row in read_history(tmp_path / "run") if "train/lr" in row]
-    assert len(rates) == 8 and rates[2] < rates[1] < rates[3]  # a row has the next step's
+    assert len(rates) == 8 and rates[2] < rates[1] < rates[3]  # A row has the rate of the next step.
     with pytest.raises(ValueError, match="loop_backbone_lr needs train.fusion_start"):
         TrainOptions(loop_backbone_lr=1e-4)

@@ -34,7 +34,7 @@ def test_processes_that_were_started_are_not_started_again(rank):
     ("environment", "parent"),
     [
         ({}, ["bash"]),
-        (ALONE, ["bash"]),  # a shell that someone set up by hand
+        (ALONE, ["bash"]),  # Someone set this shell up by hand.
         ({**ALONE, "ACCELERATE_USE_CPU": "False"}, [*MODULE, "--num_processes", "2", "pretrain.py"]),
         ({"ACCELERATE_USE_CPU": "True"}, [*MODULE, "--cpu", "--num_processes", "1", "pretrain.py"]),
         (ALONE, [*MODULE, "--cpu", "--num_machines", "2", "--num_processes", "4", "pretrain.py"]),

@@ -126,7 +126,7 @@ def test_fine_tuning_goes_on_with_the_adapters_or_gives_a_plain_model_its_first(
     run(tmp_path / "fifth", model__init=first, model__lora__text_rank=3, train__epochs=0)
     model = LoopITRModel.from_pretrained(tmp_path / "fifth" / "run")
     assert {part: lora["rank"] for part, lora in model.config.lora.items()} == {"text": 3}
-    assert equal(model.merge_lora().state_dict(), merged)  # they have not learned anything yet
+    assert equal(model.merge_lora().state_dict(), merged)  # The adapters have not learned anything yet.
 
 
 # Options

@@ -108,8 +108,8 @@ def test_warmup_is_linear_and_then_a_cosine(steps, warmup, floor):
             factor = floor + (1 - floor) * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
         assert first == pytest.approx(0.4 * factor)
         assert second == pytest.approx(2.0 * factor)
-    assert max(first for first, _ in rates) == pytest.approx(0.4)  # the peak is reached
-    for _ in range(5):  # and the floor is not left
+    assert max(first for first, _ in rates) == pytest.approx(0.4)  # The peak is reached.
+    for _ in range(5):  # The floor is not left.
         optimizer.step()
         schedule.step()
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.4 * floor)
@@ -147,7 +147,7 @@ def test_one_schedule_rises_stays_and_falls_whenever_the_fusion_head_joins(first
         optimizer.step()
         schedule.step()
     fall = [floor + (1 - floor) * (12 - step) / 12 for step in range(12)]
-    expected = [0.25, 0.5, 0.75, 1.0, *[1.0] * 24, *fall, *[floor] * 5]  # the floor is not left
+    expected = [0.25, 0.5, 0.75, 1.0, *[1.0] * 24, *fall, *[floor] * 5]  # The floor is not left.
     assert [new for _, new in rates] == pytest.approx(expected)
     halved = [value if step < first else 0.5 * value for step, value in enumerate(expected)]
     assert [backbones for backbones, _ in rates] == pytest.approx(halved)

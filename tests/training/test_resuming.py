@@ -28,7 +28,8 @@ class Killed(Exception):
             "train__batch_size": 24,
             "data__num_workers": 1,
         },
-        {"train__epochs": 2, "train__checkpoint_every": 8, "objective__mining": "sample"},  # at an epoch's end
+        # Its checkpoints are at an epoch's end.
+        {"train__epochs": 2, "train__checkpoint_every": 8, "objective__mining": "sample"},
         {"train__epochs": 2, "train__checkpoint_every": 5, "model__freeze": ["vision"], "cache": True},
     ],
     ids=["mid-epoch", "accumulation", "epoch end", "cached tokens"],
@@ -48,7 +49,7 @@ def test_an_interrupted_run_that_is_resumed_equals_one_that_was_not(tmp_path, mo
             raise Killed
 
     if changes["train__checkpoint_every"] == 8:
-        saved.append(Path())  # there is only one before the last step
+        saved.append(Path())  # Only one checkpoint is written before the last step.
     monkeypatch.setattr(training, "save_checkpoint", killed_after_two)
     with pytest.raises(Killed):
         run(tmp_path / "parts", **changes)

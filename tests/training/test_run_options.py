@@ -67,13 +67,13 @@ def test_linear_layers_compute_in_the_precision_asked_for(tmp_path, monkeypatch,
 
     def noting(self, x):
         output = forward(self, x)
-        if self.training or torch.is_inference_mode_enabled():  # not while the model is made
+        if self.training or torch.is_inference_mode_enabled():  # What runs while the model is built does not count.
             (trained if self.training else evaluated).add(output.dtype)
         return output
 
     monkeypatch.setattr(nn.Linear, "forward", noting)
     run(tmp_path, **EXACT, train__precision=precision, train__chunk_size=chunk_size)
-    assert trained == evaluated == {dtype}  # in the validation and for the final table
+    assert trained == evaluated == {dtype}  # The evaluations are those of the validation and of the final table.
 
 
 def test_tokens_are_cached_in_float32_whatever_the_precision(tmp_path):
@@ -82,7 +82,7 @@ def test_tokens_are_cached_in_float32_whatever_the_precision(tmp_path):
         folder = str(tmp_path / f"{precision}-cache")
         run(tmp_path / precision, **frozen, train__precision=precision, data__cache_tokens=folder)
     actual = [sorted((tmp_path / f"{precision}-cache").glob("*/tokens.npy")) for precision in ("fp32", "bf16")]
-    assert len(actual[0]) == len(actual[1]) == 3  # train, val, test
+    assert len(actual[0]) == len(actual[1]) == 3  # The splits are train, val and test.
     for fp32, bf16 in zip(*actual, strict=True):
         assert fp32.parent.name == bf16.parent.name and fp32.read_bytes() == bf16.read_bytes()
 
@@ -135,7 +135,7 @@ def test_learning_rates_and_weight_decay_reach_their_groups(tmp_path):
 
 
 @pytest.mark.parametrize(("given", "rate"), [(None, 1e-3), (5e-5, 5e-5)])
-def test_adapters_learn_at_ten_times_the_backbones_rate_unless_told(tmp_path, given, rate):
+def test_adapters_learn_at_ten_times_the_backbones_rate_unless_another_is_given(tmp_path, given, rate):
     pytest.importorskip("peft", reason="LoRA adapters are made by peft (extra `lora`)")
     lora = {"model__lora": {"text_rank": 2}, "train__backbone_lr": 1e-4, "train__lora_lr": given}
     with trainer(tmp_path, **EXACT, **lora) as made:
@@ -167,7 +167,7 @@ def test_training_images_are_resized_as_the_processor_says(tmp_path, resample):
     processor.save_pretrained(tmp_path / "saved")
     with trainer(tmp_path, model__init=str(tmp_path / "saved")) as made:
         (crop,) = [step for step in steps_of(made) if isinstance(step, v2.RandomResizedCrop)]
-    known = {"bilinear": InterpolationMode.BILINEAR}  # tensors cannot be resized by all of the others
+    known = {"bilinear": InterpolationMode.BILINEAR}  # Not all of the other ways can resize tensors.
     assert crop.interpolation == known.get(resample, InterpolationMode.BICUBIC)
 
 

@@ -15,7 +15,7 @@ from helpers.recipe_process import TWO_ON_CPU, command, environment
 from helpers.tiny_gallery import captions, jpeg
 from helpers.tiny_run import VIT, equal, logged, trainer, weights, write_config
 
-TIMEOUT = 300  # seconds until a hang is a failure
+TIMEOUT = 300  # After so many seconds a hang is a failure.
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,7 @@ def test_a_stream_is_shuffled_by_seed_and_epoch(tmp_path):
         assert order(plain, 1) == by_file
     with trainer(tmp_path / "d", **changes, train__seed=1) as other:
         orders.append(order(other, 0))
-    assert len({tuple(actual) for actual in [*orders, by_file]}) == 4  # all different
+    assert len({tuple(actual) for actual in [*orders, by_file]}) == 4  # All orders differ.
     assert all(sorted(actual) == sorted(by_file) for actual in orders) and len(set(by_file)) == 16
 
 

@@ -40,7 +40,8 @@ def test_a_run_returns_and_writes_its_metrics(tmp_path):
     ):
         values = logged(tmp_path, name)
         assert len(values) == 16 and all(-1e3 < value < 1e3 for value in values)
-    assert [row["step"] for row in history if "val/dual" in row] == [8, 16]  # each epoch once, the last one too
+    # Each epoch is validated once, the last one too.
+    assert [row["step"] for row in history if "val/dual" in row] == [8, 16]
     torch.testing.assert_close(logged(tmp_path, "loss/itm")[0], 0.69, rtol=0.5, atol=0)
 
 
@@ -54,7 +55,8 @@ def test_the_same_seed_gives_the_same_model_and_another_seed_another(tmp_path):
 def test_training_learns(tmp_path):
     """Eight pictures by heart: both heads' losses fall far below where they start, and each finds all eight."""
     table = write_table(tmp_path / "table", {"train": range(8), "val": range(8, 9)}, per_image=1)
-    text = {**NO_DROPOUT["model__text__kwargs"], "initializer_range": 0.2}  # tiny: at 0.02 all captions are alike
+    # The model is tiny: at 0.02 all captions would be alike.
+    text = {**NO_DROPOUT["model__text__kwargs"], "initializer_range": 0.2}
     metrics = run(
         tmp_path,
         **{**NO_DROPOUT, **NO_AUGMENTATION, "model__text__kwargs": text},
@@ -99,7 +101,7 @@ def test_the_best_validated_model_is_the_one_that_is_kept(tmp_path, monkeypatch,
         1: {"dual": 10.0, "match": 5.0, "reranked": 10.0},
         2: {"dual": 30.0, "match": 6.0, "reranked": 20.0},
         3: {"dual": 20.0, "match": 7.0, "reranked": 40.0},
-        4: {"dual": 30.0, "match": 8.0, "reranked": 40.0},  # a tie keeps the earlier one
+        4: {"dual": 30.0, "match": 8.0, "reranked": 40.0},  # At a tie the earlier model is kept.
     }
     states = {}
 
@@ -156,14 +158,15 @@ def test_cached_tokens_are_computed_once_and_read_by_the_next_run(tmp_path, monk
     monkeypatch.setattr(token_cache_module.TokenCache, "__getitem__", noting_read)
     cached = {"data__cache_tokens": str(tmp_path / "cache"), "model__freeze": ["vision"], "train__epochs": 2}
     first = run(tmp_path / "a", **cached)
-    assert sum(encoded) == 64 + 16 + 16  # train, val, test: each image once
+    assert sum(encoded) == 64 + 16 + 16  # Each image of train, val and test is encoded once.
     assert len(list((tmp_path / "cache").iterdir())) == 3
     encoded.clear()
     read.clear()
     run(tmp_path / "b", **cached, train__lr=2e-3)
     assert encoded == []
     assert len(read) >= 2 * 64
-    other = run(tmp_path / "c", **cached, train__seed=1, validation__every_epochs=0)  # another backbone
+    # Another seed gives another backbone.
+    other = run(tmp_path / "c", **cached, train__seed=1, validation__every_epochs=0)
     assert sum(encoded) == 64 + 16 + 16
     assert first["num_images"] == other["num_images"]
 
@@ -173,7 +176,8 @@ def test_cached_tokens_evaluate_like_fresh_ones(tmp_path):
     fresh = run(tmp_path / "a", **frozen)
     cached = run(tmp_path / "b", **frozen, data__cache_tokens=str(tmp_path / "cache"))
     for head in ("dual", "match"):
-        assert cached[head]["mean_recall"] == pytest.approx(fresh[head]["mean_recall"], abs=3)  # half precision
+        # The cache has half precision.
+        assert cached[head]["mean_recall"] == pytest.approx(fresh[head]["mean_recall"], abs=3)
 
 
 def test_caching_a_backbone_that_is_trained_is_refused(tmp_path):
@@ -190,7 +194,7 @@ def test_too_many_broken_images_stop_a_run_on_few(tmp_path, accumulation):
     few = {"data__table": str(table), "data__images": str(table.parent / "images"), "train__batch_size": 4}
     with pytest.raises(DataError, match=r"items were skipped, .* 0.05: .*unreadable image: truncated \([0-5]\.jpg"):
         run(tmp_path, **few, train__accumulation=accumulation, train__epochs=1)
-    run(tmp_path, **few, train__max_steps=1)  # not before all of them were seen
+    run(tmp_path, **few, train__max_steps=1)  # The run does not stop before all of them were seen.
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_the_terms(tmp_path):

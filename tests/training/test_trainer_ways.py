@@ -31,7 +31,7 @@ def parts_of(names):
     [
         ({}, ALL),
         ({"objective__itm": 0, "objective__distillation": 0}, {"vision", "text", "dual_head"}),
-        ({"objective__itm": 0}, {"vision", "text", "dual_head"}),  # a teacher that stays as it is
+        ({"objective__itm": 0}, {"vision", "text", "dual_head"}),  # The teacher stays as it is.
         ({"objective__itc": 0, "objective__distillation": 0}, {"vision", "text", "fusion", "itm"}),
         ({"objective__mlm": 1, "model__mlm_head": True}, ALL),
         (
@@ -80,7 +80,7 @@ def test_what_is_trained_is_what_the_losses_need(tmp_path, changes, trained):
         ({"train__gradient_checkpointing": True, **VIT}, ALL),
         ({"data__captions": "all", "objective__mining": "sample"}, ALL),
         ({"train__batch_size": 3, "objective__num_negatives": 9}, ALL),
-        ({"train__batch_size": 1, **VIT}, ALL - {"dual_head"}),  # no negative: ITC has nothing to say
+        ({"train__batch_size": 1, **VIT}, ALL - {"dual_head"}),  # Without a negative ITC has nothing to say.
     ],
     ids=["bf16", "checkpointing", "all captions", "few negatives", "no negative"],
 )
@@ -90,7 +90,7 @@ def test_two_steps_move_every_part_that_has_something_to_learn(tmp_path, changes
         before = {name: parameter.detach().clone() for name, parameter in made.model.named_parameters()}
         metrics = made.run()
     losses = [value for row in read_history(tmp_path / "run") for k, value in row.items() if k[:5] == "loss/"]
-    assert losses and all(abs(value) < 1e3 for value in losses)  # finite
+    assert losses and all(abs(value) < 1e3 for value in losses)  # All of them are finite.
     assert metrics["num_images"] == 16 and metrics["match"] is not None
     after = weights(tmp_path)
     assert (
@@ -143,14 +143,14 @@ def test_streaming_trains_on_a_stream_and_validates_on_a_table(tmp_path, quick_s
     }
     with pytest.raises(ValueError, match="train.max_steps"):
         run(tmp_path / "unbounded", **stream)
-    metrics = run(tmp_path / "bounded", **stream, train__max_steps=6)  # one and a half epochs
+    metrics = run(tmp_path / "bounded", **stream, train__max_steps=6)  # This is one and a half epochs.
     assert (metrics["split"], metrics["num_images"], metrics["training"]["steps"]) == ("val", 8, 6)
 
 
 def test_what_cannot_be_read_is_counted_in_training_and_evaluation(tmp_path, capsys):
     table = broken_table(tmp_path)
     metrics = run(tmp_path, **table, train__epochs=2)
-    assert metrics["training"]["skipped"] == {"unreadable image: truncated": 2}  # the same one in each epoch
+    assert metrics["training"]["skipped"] == {"unreadable image: truncated": 2}  # It is the same one in each epoch.
     assert metrics["num_images"] == 7 and metrics["skipped"] == {"unreadable image: truncated": 1}
     assert "skipped 5.jpg: unreadable image: truncated" in capsys.readouterr().out
     with pytest.raises(DataError, match="1 of 8 images"):
@@ -160,9 +160,9 @@ def test_what_cannot_be_read_is_counted_in_training_and_evaluation(tmp_path, cap
 def test_cached_images_train_like_decoded_ones(tmp_path, monkeypatch):
     table = {**broken_table(tmp_path), "train__epochs": 2, "data__cache_images": str(tmp_path / "cache")}
     actual = run(tmp_path / "a", **table)
-    (cache,) = (tmp_path / "cache").iterdir()  # of the training split alone
+    (cache,) = (tmp_path / "cache").iterdir()  # The cache is of the training split alone.
     assert actual["training"]["skipped"] == {"unreadable image: truncated": 2} and actual["num_images"] == 7
-    monkeypatch.setattr(dataset, "decode_image", None)  # not called again in training
+    monkeypatch.setattr(dataset, "decode_image", None)  # It is not called again in training.
     run(tmp_path / "b", **table, data__num_workers=1)
     assert equal(weights(tmp_path / "a"), weights(tmp_path / "b")) and list(cache.parent.iterdir()) == [cache]
 
@@ -180,7 +180,7 @@ def test_cached_images_do_not_go_with_a_stream_or_cached_tokens(tmp_path, change
     assert not (tmp_path / "cache").exists()
 
 
-def test_large_jpegs_are_decoded_small_in_training_unless_told_not_to(tmp_path, monkeypatch):
+def test_large_jpegs_are_decoded_small_in_training_unless_an_option_forbids_it(tmp_path, monkeypatch):
     asked = []
 
     def noting(image, name, *, shortest):

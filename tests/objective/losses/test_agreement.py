@@ -37,7 +37,7 @@ def test_undefined_is_zero_and_masked_slots_are_ignored():
 
 
 def test_no_value_is_read_back_from_the_device():
-    x = torch.zeros(4, 5, device="meta")  # has no values: reading one is an error
+    x = torch.zeros(4, 5, device="meta")  # A tensor on `meta` has no values: reading one is an error.
     assert kendall_tau(x, x, x > 0).shape == ()
 
 

@@ -22,7 +22,7 @@ def test_itc_equals_cross_entropy_when_all_identities_differ():
 def test_itc_with_global_columns_uses_the_mask_and_not_the_position():
     logits = torch.randn(3, 9, dtype=torch.float64)
     positives = torch.zeros(3, 9, dtype=torch.bool)
-    positives[torch.arange(3), torch.arange(3) + 6] = True  # as on the third of three ranks
+    positives[torch.arange(3), torch.arange(3) + 6] = True  # The rows are those of the third of three ranks.
     expected = F.cross_entropy(logits, torch.arange(3) + 6)
     torch.testing.assert_close(itc_loss(logits, logits, positives, positives), expected)
 
@@ -79,7 +79,7 @@ def test_half_precision_is_computed_in_float32():
 
 
 def test_no_value_is_read_back_from_the_device():
-    x = torch.zeros(4, 5, device="meta")  # has no values: reading one is an error
+    x = torch.zeros(4, 5, device="meta")  # A tensor on `meta` has no values: reading one is an error.
     assert itc_loss(x, x, x > 0, x > 0).shape == siglip_loss(x, x > 0).shape == ()
 
 

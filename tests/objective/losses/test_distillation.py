@@ -36,7 +36,7 @@ def everything(x):
 
 
 def some_valid():
-    # full, ragged, one slot only, none
+    # Rows are full, ragged, of one slot only, and empty.
     return torch.tensor([[1, 1, 1, 1, 1], [1, 0, 1, 0, 1], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]], dtype=torch.bool)
 
 
@@ -81,7 +81,7 @@ def test_masked_slots_are_ignored_whatever_they_hold(loss, junk):
 
 @each_loss
 def test_rows_with_nothing_to_teach_are_not_counted(loss):
-    # a lone candidate teaches nothing; cprd counts it where it is hard, so it is left out there by the mask
+    # A lone candidate teaches nothing; cprd counts it where it is hard, so the mask leaves it out there.
     valid = some_valid()
     valid[2] = False
     student, teacher = scores(4, 5), scores(4, 5, seed=1)
@@ -103,7 +103,7 @@ def test_candidate_order_and_padding_do_not_matter(loss):
     student, teacher, valid = scores(3, 6), scores(3, 6, seed=1), everything(scores(3, 6))
     valid[1, 4] = False
     expected = loss(student, teacher, valid)
-    shuffle = torch.tensor([0, 5, 3, 1, 4, 2])  # the positive stays first, for margin_mse
+    shuffle = torch.tensor([0, 5, 3, 1, 4, 2])  # The positive stays first, as margin_mse needs it.
     torch.testing.assert_close(loss(student[:, shuffle], teacher[:, shuffle], valid[:, shuffle]), expected)
     padded = [F.pad(x, (0, 2)) for x in (student, teacher, valid)]
     torch.testing.assert_close(loss(*padded), expected)
@@ -138,7 +138,7 @@ def test_extreme_scores_stay_finite(loss):
 
 @each_loss
 def test_no_value_is_read_back_from_the_device(loss):
-    x = torch.zeros(4, 5, device="meta")  # has no values: reading one is an error
+    x = torch.zeros(4, 5, device="meta")  # A tensor on `meta` has no values: reading one is an error.
     assert loss(x, x, everything(x)).shape == ()
 
 
@@ -180,13 +180,13 @@ def test_cprd_equals_the_written_out_loop():
 
 
 def test_cprd_closed_form():
-    # order by teacher: column 2, 0, 1; two of them hard
+    # The teacher's order is column 2, 0, 1, and two of them are hard.
     student, teacher = torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[5.0, -1.0, 7.0]])
     hard = torch.tensor([[True, False, True]])
     first = math.log((math.exp(2) + 1 + math.e) / math.exp(2))
     second = math.log((1 + math.e) / 1)
     assert cprd(student, teacher, everything(teacher), hard).item() == pytest.approx((first + second) / 2, abs=1e-6)
-    # the last of all has only itself in the denominator: a zero term, and counted
+    # The last of all has only itself in the denominator: its term is zero, and counted.
     assert cprd(student, teacher, hard, hard).item() == pytest.approx(math.log(math.e**2 + 1) / 2 - 1, abs=1e-6)
 
 
@@ -194,7 +194,8 @@ def test_cprd_does_not_depend_on_the_order_of_easy_negatives():
     student = scores(4, 6)
     teacher = torch.tensor([3.0, 2.0, -1.0, -2.0, -3.0, -4.0]).expand(4, 6)
     reordered = torch.tensor([3.0, 2.0, -4.0, -1.5, -9.0, -1.0]).expand(4, 6)
-    swapped = torch.tensor([2.0, 3.0, -1.0, -2.0, -3.0, -4.0]).expand(4, 6)  # among the hard ones it does matter
+    # Among the hard ones the order does matter.
+    swapped = torch.tensor([2.0, 3.0, -1.0, -2.0, -3.0, -4.0]).expand(4, 6)
     valid = everything(teacher)
     orders = (teacher, reordered, swapped)
     before, after, other = (cprd(student, order, valid, hard_above_threshold(order, valid)) for order in orders)
@@ -233,7 +234,7 @@ def test_listmle_is_the_sum_of_cprds_terms_with_everything_hard():
     student, teacher = scores(3, 5), scores(3, 5, seed=1)
     valid = everything(student)
     torch.testing.assert_close(listmle(student, teacher, valid), 5 * cprd(student, teacher, valid, valid))
-    two = torch.tensor([[0.0, 1.0]])  # two items: the logistic loss of the pair
+    two = torch.tensor([[0.0, 1.0]])  # Of two items it is the logistic loss of the pair.
     assert listmle(two, -two, everything(two)).item() == pytest.approx(math.log(1 + math.e), abs=1e-6)
 
 
@@ -246,10 +247,11 @@ def test_listmle_is_a_distribution_over_orders():
 
 def test_margin_mse_closed_form():
     student, teacher = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[5.0, 4.5, 1.0]])
-    # margins 1 and 2 against 0.5 and 4
+    # The margins are 1 and 2 against 0.5 and 4.
     assert margin_mse(student, teacher, everything(student)).item() == pytest.approx((0.25 + 4) / 2)
     assert margin_mse(student, teacher, torch.tensor([[True, True, False]])).item() == pytest.approx(0.25)
-    assert margin_mse(student, teacher, torch.tensor([[False, True, True]])).item() == 0  # no positive, no margin
+    # Without a positive there is no margin.
+    assert margin_mse(student, teacher, torch.tensor([[False, True, True]])).item() == 0
 
 
 def test_ranknet_closed_form_and_ties():
@@ -264,7 +266,7 @@ def test_ranknet_closed_form_and_ties():
 
 def test_adr_mse_closed_form():
     student, teacher = torch.tensor([[0.0, 2.0]]), torch.tensor([[9.0, 1.0]])
-    up, down = 1 / (1 + math.exp(-4)), 1 / (1 + math.exp(4))  # temperature 0.5
+    up, down = 1 / (1 + math.exp(-4)), 1 / (1 + math.exp(4))  # The temperature is 0.5.
     soft = [1 + up, 1 + down]
     expected = ((1 - soft[0]) ** 2 / math.log2(2) + (2 - soft[1]) ** 2 / math.log2(3)) / 2
     loss = adr_mse(student, teacher, everything(student), temperature=0.5)

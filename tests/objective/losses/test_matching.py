@@ -14,14 +14,14 @@ def test_itm_closed_form():
 
 
 def test_balanced_itm_is_the_mean_of_the_two_kinds_means():
-    log_odds = torch.tensor([2.0, -1.0, 0.5, 0.0, 3.0], dtype=torch.float64)  # of a match
+    log_odds = torch.tensor([2.0, -1.0, 0.5, 0.0, 3.0], dtype=torch.float64)  # These are log-odds of a match.
     logits = torch.stack([torch.zeros_like(log_odds), log_odds], 1)
     matching = torch.tensor([True, False, False, False, True])
     loss = balanced_itm_loss(logits, matching, torch.ones(5, dtype=torch.bool))
     positives = [math.log(1 + math.exp(-x)) for x in (2, 3)]
     negatives = [math.log(1 + math.exp(x)) for x in (-1, 0.5, 0)]
     assert loss.item() == pytest.approx((sum(positives) / 2 + sum(negatives) / 3) / 2, abs=1e-12)
-    # however many there are of either
+    # It does not matter how many there are of either kind.
     repeated = torch.tensor([0, 1, 2, 3, 4, 1, 2, 3, 1, 2, 3])
     again = balanced_itm_loss(logits[repeated], matching[repeated], torch.ones(11, dtype=torch.bool))
     torch.testing.assert_close(again, loss)
@@ -33,14 +33,14 @@ def test_balanced_itm_is_the_plain_mean_where_a_kind_is_missing_or_both_are_as_m
     for matching in (torch.ones_like(valid), torch.zeros_like(valid), half):
         expected = F.cross_entropy(logits, matching.long())
         torch.testing.assert_close(balanced_itm_loss(logits, matching, valid), expected)
-    only_negatives = balanced_itm_loss(logits, half, ~half)  # the other kind is there, but not valid
+    only_negatives = balanced_itm_loss(logits, half, ~half)  # The other kind is there, but not valid.
     torch.testing.assert_close(only_negatives, F.cross_entropy(logits[1::2], half[1::2].long()))
 
 
 @pytest.mark.parametrize("loss", [itm_loss, balanced_itm_loss])
 @pytest.mark.parametrize("junk", [math.nan, math.inf, -math.inf])
 def test_itm_ignores_invalid_slots_whatever_they_hold(junk, loss):
-    logits = torch.tensor([[0.3, -0.2], [junk, junk], [1.0, 2.0]], requires_grad=True)  # one of each kind is valid
+    logits = torch.tensor([[0.3, -0.2], [junk, junk], [1.0, 2.0]], requires_grad=True)  # One of each kind is valid.
     matching, valid = torch.tensor([True, False, False]), torch.tensor([True, False, True])
     value = loss(logits, matching, valid)
     value.backward()
