@@ -53,7 +53,8 @@ OPTIONS: dict[str, Any] = {
         "crop_scale_min": 0.5,
         "randaugment": True,
     },
-    "objective": {"teacher_margin": None},  # an untrained teacher is never ahead
+    # An untrained teacher is never ahead; which words are hidden is drawn at random.
+    "objective": {"teacher_margin": None, "mlm": 0.0},
     "train": {
         "epochs": 1,
         "batch_size": 8,
