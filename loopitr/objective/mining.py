@@ -181,6 +181,9 @@ class Sample:
 class Stratified:
     """Negatives from all over the first `pool` of the ranking: `mine_stratified`.
 
+    They come in an order in which the first few, which the fusion head may be trained on while the others only teach
+    (`Matching(negatives=...)`), are spread over the pool too.
+
     Example:
         >>> import torch
         >>> from loopitr import Stratified
@@ -194,4 +197,20 @@ class Stratified:
 
     def __call__(self, similarity: Tensor, positives: Tensor, groups: Tensor | None = None) -> Mined:
         pool = max(self.pool, self.num_negatives)
-        return mine_stratified(similarity, positives, self.num_negatives, pool=pool, groups=groups)
+        mined = mine_stratified(similarity, positives, self.num_negatives, pool=pool, groups=groups)
+        order = torch.tensor(spread_order(self.num_negatives), device=similarity.device)
+        indices, valid = mined.indices[:, order], mined.valid[:, order]
+        first = (~valid).int().argsort(dim=1, stable=True)  # Those that there are come before masked slots.
+        return Mined(indices=indices.gather(1, first), valid=valid.gather(1, first))
+
+
+def spread_order(count: int) -> list[int]:
+    """0 to `count` - 1 in an order whose beginnings are spread over all of them (van der Corput's sequence).
+
+    Example:
+        >>> from loopitr.objective.mining import spread_order
+        >>> spread_order(8)
+        [0, 4, 2, 6, 1, 5, 3, 7]
+    """
+    bits = max(1, (count - 1).bit_length())
+    return sorted(range(count), key=lambda number: int(f"{number:0{bits}b}"[::-1], 2))

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from loopitr.objective.mining import mine_sample, mine_stratified, mine_topk
+from loopitr.objective.mining import Stratified, mine_sample, mine_stratified, mine_topk, spread_order
 
 MINERS = [mine_topk, mine_sample, mine_stratified]
 each_miner = pytest.mark.parametrize("mine", MINERS, ids=lambda f: f.__name__)
@@ -185,3 +185,27 @@ def test_wrong_options_are_named():
         mine_sample(similarity, positives, 1, temperature=0)
     with pytest.raises(ValueError, match="pool 2 and k 3"):
         mine_stratified(similarity, positives, 3, pool=2)
+
+
+def test_the_first_few_of_the_stratified_miner_are_spread_over_the_pool():
+    similarity = torch.arange(64.0).flip(0).repeat(500, 1)  # candidate i is the i-th of every ranking
+    mined = Stratified(8, pool=64)(similarity, torch.zeros(500, 64, dtype=torch.bool))
+    depth = mined.indices.float().mean(0)  # [8]
+    assert torch.equal(depth.argsort().argsort(), torch.tensor(spread_order(8)))
+    assert depth[0] < depth[2] < depth[1] < depth[3]  # hardest, middle, between them, beyond
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 13])
+def test_every_beginning_of_a_spread_order_is_spread(count):
+    order = spread_order(count)
+    assert sorted(order) == list(range(count)) and order[0] == 0
+    for size in (2, 4):
+        if count % size == 0 and count & (count - 1) == 0:
+            assert sorted(order[:size]) == list(range(0, count, count // size))
+
+
+def test_where_negatives_are_few_the_first_slots_of_the_stratified_miner_hold_them():
+    positives = torch.ones(3, 6, dtype=torch.bool)
+    positives[:, 2:5] = False
+    mined = Stratified(4, pool=6)(torch.randn(3, 6), positives)
+    assert mined.valid.tolist() == [[True, True, True, False]] * 3
