@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .scenes import Scene, SceneObject, SceneRecords, relevance, scene_captions, scene_vocabulary
     from .sources import DataOptions, load_records
     from .table import load_table
+    from .text_cache import TextTokenCache
     from .token_cache import TokenCache
     from .transforms import TrainTransform
 
@@ -53,6 +54,7 @@ _MODULES = {
     "SceneObject": ".scenes",
     "SceneRecords": ".scenes",
     "StreamDataset": ".dataset",
+    "TextTokenCache": ".text_cache",
     "TokenCache": ".token_cache",
     "TrainTransform": ".transforms",
     "UnreadableImage": ".images",

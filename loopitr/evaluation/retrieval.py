@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from loopitr.data import LoadReport, Record, TokenCache, name_of, relevance_of
+from loopitr.data import LoadReport, Record, TextTokenCache, TokenCache, name_of, relevance_of
 from loopitr.distributed import each_rank, first_rank, rank, world_size
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.processing import LoopITRProcessor
@@ -35,6 +35,7 @@ def evaluate_retrieval(
     options: EvaluationOptions | None = None,
     *,
     tokens: TokenCache | None = None,
+    text_tokens: TextTokenCache | None = None,
     device: str | torch.device | None = None,
     report: LoadReport | None = None,
     progress: bool = True,
@@ -58,6 +59,7 @@ def evaluate_retrieval(
         records: the images with their captions.
         options: what is measured and in what portions; None: the defaults of `EvaluationOptions`.
         tokens: image tokens computed earlier for these records, which are read instead of the images.
+        text_tokens: what the text backbone made of these records' captions earlier; it does not run then.
         device: where to move the model first; None: it stays where it is.
         report: every image and caption left out is counted here too.
         progress: whether the first rank shows progress bars.
@@ -113,7 +115,12 @@ def evaluate_retrieval(
         gallery = build_gallery(records, readable, LoadReport(), captions_per_image=options.captions_per_image)
         account(skipped, report, gallery, count, options.max_skipped_fraction)
         texts = TextTokens(
-            model if rerank else dual, processor, gallery.captions, batch_size=options.batch_size, storage=storage
+            model if rerank else dual,
+            processor,
+            gallery.captions,
+            batch_size=options.batch_size,
+            storage=storage,
+            cache=text_tokens,
         )
         own_texts = torch.tensor(_share(len(gallery.captions)), dtype=torch.int64)
         text_parts = each_rank(lambda: texts.encode(own_texts, progress=progress))
