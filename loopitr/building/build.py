@@ -86,9 +86,32 @@ def build_model(options: ModelOptions, *, vocabulary: list[str] | None = None) -
 
 def token_cache_key(model: LoopITRModel, processor: LoopITRProcessor) -> str:
     """Digest of all that image tokens depend on: the image backbone's weights and the transform."""
+    return _digest([model.config.vision, processor.image_processor.to_dict()], model.dual.vision)
+
+
+def text_cache_key(model: LoopITRModel, processor: LoopITRProcessor) -> str:
+    """Digest of all that caption tokens depend on: the text backbone's weights, where fusion starts, the tokenizer."""
+    config, tokenizer = model.config, processor.tokenizer
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    rules = tokenizer.get_vocab() if fast is None else json.loads(fast.to_str())
+    if fast is not None:  # what the latest call asked for, which every call asks for anew
+        del rules["truncation"], rules["padding"]
+    described = [
+        config.text,
+        config.text_pooling,
+        {name: config.fusion[name] for name in ("style", "num_layers", "first_token_id")},
+        type(tokenizer).__name__,
+        tokenizer.model_max_length,
+        rules,
+    ]
+    return _digest(described, model.dual.text)
+
+
+def _digest(described: Any, backbone: nn.Module) -> str:
+    """Of a description and of a backbone's weights."""
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps([model.config.vision, processor.image_processor.to_dict()], sort_keys=True).encode())
-    for name, tensor in sorted(model.dual.vision.state_dict().items()):
+    digest.update(json.dumps(described, sort_keys=True).encode())
+    for name, tensor in sorted(backbone.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

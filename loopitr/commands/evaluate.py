@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
     from loopitr.building.folders import Saved
-    from loopitr.data import Record, TokenCache
+    from loopitr.data import Record, TextTokenCache, TokenCache
     from loopitr.data.trained_on import TrainedOn
     from loopitr.evaluation.options import EvaluationOptions
     from loopitr.evaluation.report import RetrievalResult
@@ -127,8 +127,9 @@ def measure(options: EvaluateOptions, *, calibrate: bool = False) -> Measured:
     saved.model.to(device)  # type: ignore[arg-type]
     with state.main_process_first():
         tokens = _tokens(options.data, saved, records, device, progress=state.is_main_process)
+        texts = _text_tokens(options.data, saved, records, progress=state.is_main_process)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=options.precision == "bf16"):
-        result = evaluate_retrieval(saved.model, saved.processor, records, evaluation, tokens=tokens)
+        result = evaluate_retrieval(saved.model, saved.processor, records, evaluation, tokens=tokens, text_tokens=texts)
     state.print(f"\n{result.table()}\n")
     return Measured(state=state, saved=saved, records=records, history=history, result=result)
 
@@ -186,3 +187,15 @@ def _tokens(
         device=device,
         progress=progress,
     )
+
+
+def _text_tokens(
+    options: DataOptions, saved: "Saved", records: "Sequence[Record]", *, progress: bool
+) -> "TextTokenCache | None":
+    from loopitr.models.loop_model import LoopITRModel
+    from loopitr.training.caches import open_text_cache
+
+    if options.cache_text_tokens is None or not isinstance(saved.model, LoopITRModel):
+        return None
+    saved.model.eval()
+    return open_text_cache(saved.model, saved.processor, options.cache_text_tokens, records, progress=progress)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .sources import DataOptions, load_records
     from .splits import EvaluatedRecords, load_evaluated
     from .table import load_table
+    from .text_cache import TextTokenCache
     from .token_cache import TokenCache
     from .trained_on import TrainingOverlap, trained_data, training_overlap
     from .transforms import TrainTransform
@@ -58,6 +59,7 @@ _MODULES = {
     "SceneRecords": ".scenes",
     "SharedImage": ".overlap",
     "StreamDataset": ".dataset",
+    "TextTokenCache": ".text_cache",
     "TokenCache": ".token_cache",
     "TrainTransform": ".transforms",
     "TrainingOverlap": ".trained_on",

@@ -93,7 +93,7 @@ def expect_intact(folder: Path, problem: str) -> Iterator[None]:
     """Turns the errors of reading files that are missing or damaged into a `DataError` that says what to do."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged(folder, f"{problem} ({error})") from error
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .records import stable_hash
+from .text_cache import TextTokenCache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,7 +22,8 @@ class Batch:
     """What `Collator` makes of examples: the inputs of a training step, and what the data lost on the way to it.
 
     `inputs` is exactly what `LoopObjective.forward` takes: `pixel_values [B, 3, H, W]` or `image_tokens [B, N, D]`;
-    `input_ids` and `attention_mask [B, L]`; `identities [B]`; `caption_ids [B]`, equal for equal captions.
+    `input_ids` and `attention_mask [B, L]`; from a cache `text_tokens [B, L, D]` and `text_pooled [B, D']`;
+    `identities [B]`; `caption_ids [B]`, equal for equal captions.
     `skipped` holds the name and the reason of every example that could not be read. `truncated` is the number of
     captions that were longer than the collator's `max_length`.
     """
@@ -36,14 +38,17 @@ class Batch:
 
 
 class Collator:
-    """Stacks images (or image tokens) and tokenizes captions, padded to the longest of the batch."""
+    """Stacks images (or image tokens) and tokenizes captions, padded to the longest of the batch; with a cache, what
+    the text backbone makes of them comes along."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, max_length: int, texts: TextTokenCache | None = None
+    ) -> None:
         if tokenizer.pad_token_id is None:
             raise ValueError(f"the tokenizer must have a padding token, got none in {type(tokenizer).__name__}")
         if max_length < 1:
             raise ValueError(f"max_length must be at least 1, got {max_length}")
-        self.tokenizer, self.max_length = tokenizer, max_length
+        self.tokenizer, self.max_length, self.texts = tokenizer, max_length, texts
         # Otherwise each forked worker would warn, and turn the tokenizer's threads off itself.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -66,6 +71,9 @@ class Collator:
             "caption_ids": torch.tensor([caption_id(caption) for caption in captions], dtype=torch.int64),  # [B]
         }
         lengths = text["attention_mask"].sum(dim=1).tolist()
+        if self.texts is not None:
+            cached = self.texts.read(captions, lengths)
+            inputs |= {"text_tokens": cached.tokens, "text_pooled": cached.pooled}
         return Batch(
             inputs=inputs,
             skipped=tuple(item for example in examples for item in example["skipped"]),

@@ -98,6 +98,8 @@ class DataOptions:
     height x 3 bytes, at 224 px and the default crops 0.5 MB."""
     cache_tokens: str | None = None
     """Folder for the image tokens of a frozen image backbone, computed once."""
+    cache_text_tokens: str | None = None
+    """Folder for the caption tokens of a frozen text backbone, computed once; it can be the same."""
     limit: int | None = None
     """Read only this many images of each split."""
 

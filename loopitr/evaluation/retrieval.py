@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from loopitr.data import LoadReport, Record, TokenCache, name_of, relevance_of
+from loopitr.data import LoadReport, Record, TextTokenCache, TokenCache, name_of, relevance_of
 from loopitr.distributed import each_rank, first_rank, rank, world_size
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.processing import LoopITRProcessor
@@ -36,6 +36,7 @@ def evaluate_retrieval(
     options: EvaluationOptions | None = None,
     *,
     tokens: TokenCache | None = None,
+    text_tokens: TextTokenCache | None = None,
     device: str | torch.device | None = None,
     report: LoadReport | None = None,
     progress: bool = True,
@@ -60,6 +61,7 @@ def evaluate_retrieval(
         records: the images with their captions.
         options: what is measured and in what portions; None: the defaults of `EvaluationOptions`.
         tokens: image tokens computed earlier for these records, which are read instead of the images.
+        text_tokens: what the text backbone made of these records' captions earlier; it does not run then.
         device: where to move the model first; None: it stays where it is.
         report: every image and caption left out is counted here too.
         progress: whether the first rank shows progress bars.
@@ -100,7 +102,7 @@ def evaluate_retrieval(
     )
     progress = progress and rank() == 0
     with _evaluating(model), torch.inference_mode():
-        encoded = _encode(model, processor, images, options, report=report, progress=progress)
+        encoded = _encode(model, processor, images, options, text_cache=text_tokens, report=report, progress=progress)
         clock.lap("encode")
         candidates = _candidates(encoded, max(1, options.rerank))
         rankings = {"dual": candidates.ranking}
@@ -163,6 +165,7 @@ def _encode(
     images: ImageTokens,
     options: EvaluationOptions,
     *,
+    text_cache: TextTokenCache | None,
     report: LoadReport | None,
     progress: bool,
 ) -> _Encoded:
@@ -180,7 +183,9 @@ def _encode(
     gallery = build_gallery(records, readable, LoadReport(), captions_per_image=options.captions_per_image)
     account(skipped, report, gallery, count, options.max_skipped_fraction)
     text_model = model if options.rerank or isinstance(model, DualEncoder) else model.dual_encoder()
-    texts = TextTokens(text_model, processor, gallery.captions, batch_size=options.batch_size, storage=storage)
+    texts = TextTokens(
+        text_model, processor, gallery.captions, batch_size=options.batch_size, storage=storage, cache=text_cache
+    )
     own_texts = torch.tensor(_share(len(gallery.captions)), dtype=torch.int64)
     text_parts = each_rank(lambda: texts.encode(own_texts, progress=progress))
     texts.embeds = torch.cat(text_parts).to(images.parameter.device)  # [T, E]

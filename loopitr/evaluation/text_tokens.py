@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from loopitr.data import count_truncated
+from loopitr.data import TextTokenCache, count_truncated
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
-from loopitr.models.outputs import TextState
+from loopitr.models.outputs import TextFeatures, TextState
 from loopitr.models.packing import send
 from loopitr.models.processing import LoopITRProcessor
 
@@ -20,7 +20,8 @@ from .storage import TokenStorage, TokenStore
 class TextTokens:
     """The embeds of captions, and the tokens of any of them on demand.
 
-    `storage` says where tokens are kept, without padding; where it has no room `state` runs the backbone again.
+    `storage` says where tokens are kept, without padding; where it has no room `state` runs the backbone again. With a
+    `cache` of all captions the backbone does not run at all.
     `embeds [T, E]` of all captions are to be set, and `keep` called, before `state` is asked.
     """
 
@@ -32,6 +33,7 @@ class TextTokens:
         *,
         batch_size: int,
         storage: TokenStorage | None,
+        cache: TextTokenCache | None = None,
     ) -> None:
         # Every forked DataLoader worker would print a warning otherwise.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -47,7 +49,7 @@ class TextTokens:
         self.padding: int = tokenizer.pad_token_id or 0
         self.parameter = next(model.parameters())
         self.embeds = torch.empty(0)
-        self.storage = storage
+        self.storage, self.cache = storage, cache
         self.store: TokenStore | None = None  # [sum(lengths), D]
         self.stored = torch.zeros(len(captions), dtype=torch.bool)
 
@@ -62,11 +64,10 @@ class TextTokens:
         embeds = torch.empty(len(which), self.dual.config.embed_dim)
         with tqdm(total=len(which), desc="encode captions", unit="caption", disable=not progress, leave=False) as bar:
             for batch in order.split(self.batch_size):
-                input_ids, mask = self._padded(which[batch])
                 if isinstance(self.model, DualEncoder):
-                    embeds[batch] = self.model.get_text_features(input_ids, mask.long()).float().cpu()
+                    embeds[batch] = self._embed(which[batch]).float().cpu()
                 else:
-                    state = self.model.encode_texts(input_ids, mask.long())
+                    state = self._encode(which[batch], self.model)
                     embeds[batch] = state.embeds.float().cpu()
                     self._keep(which[batch], state)
                 bar.update(len(batch))
@@ -100,10 +101,27 @@ class TextTokens:
         assert isinstance(self.model, LoopITRModel)
         parts: list[Tensor] = []
         for batch in indices.split(self.batch_size):
-            input_ids, own_mask = self._padded(batch)
-            part = self.model.encode_texts(input_ids, own_mask.long()).tokens  # [b, l, D]
+            part = self._encode(batch, self.model).tokens  # [b, l, D]
             parts.append(torch.nn.functional.pad(part, (0, 0, 0, len(offset) - part.shape[1])))
         return TextState(embeds, torch.cat(parts), mask)
+
+    def _embed(self, indices: Tensor) -> Tensor:
+        if self.cache is None:
+            input_ids, mask = self._padded(indices)
+            return self.dual.get_text_features(input_ids, mask.long())
+        return self.dual.embed_pooled_texts(self._cached(indices).pooled.to(self.parameter.dtype))
+
+    def _encode(self, indices: Tensor, model: LoopITRModel) -> TextState:
+        input_ids, mask = self._padded(indices)
+        if self.cache is None:
+            return model.encode_texts(input_ids, mask.long())
+        return model.text_state(self._cached(indices), mask)
+
+    def _cached(self, indices: Tensor) -> TextFeatures:
+        assert self.cache is not None
+        cached = self.cache.read([self.captions[i] for i in indices.tolist()], self.lengths[indices].tolist())
+        pooled, tokens = send([cached.pooled, cached.tokens], self.parameter.device)
+        return TextFeatures(pooled=pooled, tokens=tokens)
 
     def _padded(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         rows = [self.ids[index] for index in indices.tolist()]

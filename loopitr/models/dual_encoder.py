@@ -64,7 +64,11 @@ class DualEncoder(LoopITRPreTrainedModel):
 
     def embed_text_output(self, output: TextOutput, attention_mask: Tensor) -> Tensor:
         """The text backbone's output for `attention_mask [T, L]` -> embeds `[T, E]`, unit length."""
-        return F.normalize(self.text_projection(self.text.pool(output, attention_mask)), dim=-1)
+        return self.embed_pooled_texts(self.text.pool(output, attention_mask))
+
+    def embed_pooled_texts(self, pooled: Tensor) -> Tensor:
+        """Pooled texts `[T, D']` -> embeds `[T, E]`, unit length."""
+        return F.normalize(self.text_projection(pooled), dim=-1)
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
         """`[B, 3, S, S]` -> embeds `[B, E]`, unit length."""

@@ -23,7 +23,7 @@ from loopitr.models.fusion import FusionEncoder
 from loopitr.models.heads import MLMHead
 from loopitr.models.layout import Arrangement, EagerArrangement, FixedArrangement, FusionInput, unique_pairs
 from loopitr.models.lora import freeze_adapted
-from loopitr.models.outputs import DualOutput, ImageState, PairScores, TextState
+from loopitr.models.outputs import DualOutput, ImageState, PairScores, TextFeatures, TextState
 from loopitr.models.packing import image_blocks, send
 from loopitr.models.scoring import reranking_score
 
@@ -98,13 +98,24 @@ class LoopITRModel(LoopITRPreTrainedModel):
     def encode_texts(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> TextState:
         """`[T, L]` -> embeds and tokens, one run of the backbone."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        output = self.dual.text(input_ids, mask, inner_layer=self._inner_layer)
-        embeds = self.dual.embed_text_output(output, mask)
+        features = self.text_features(input_ids, mask)
+        embeds = self.dual.embed_pooled_texts(features.pooled)
+        return TextState(embeds=embeds, tokens=features.tokens, mask=mask.bool())
+
+    def text_features(self, input_ids: Tensor, attention_mask: Tensor) -> TextFeatures:
+        """`[T, L]` -> what the backbone alone gives: it stays the same while the backbone is frozen."""
+        output = self.dual.text(input_ids, attention_mask, inner_layer=self._inner_layer)
+        pooled = self.dual.text.pool(output, attention_mask)  # [T, D']
         tokens = output.tokens if output.inner is None else output.inner
         first = self.config.fusion["first_token_id"]
         if first is not None:
             tokens = torch.cat([self.dual.text.embed_first(first, len(tokens)), tokens[:, 1:]], 1)  # [T, L, D]
-        return TextState(embeds=embeds, tokens=tokens, mask=mask.bool())
+        return TextFeatures(pooled=pooled, tokens=tokens)
+
+    def text_state(self, features: TextFeatures, attention_mask: Tensor) -> TextState:
+        """The state of texts whose features are already computed (a cache, of any precision)."""
+        pooled, tokens = (x.to(self.itm_head.weight.dtype) for x in (features.pooled, features.tokens))
+        return TextState(embeds=self.dual.embed_pooled_texts(pooled), tokens=tokens, mask=attention_mask.bool())
 
     def project_images(self, state: ImageState) -> ImageState:
         """The same state with every fusion layer's keys and values, and regions for token agreement: do this once for

@@ -45,6 +45,14 @@ class ImageState:
 
 
 @dataclass(frozen=True)
+class TextFeatures:
+    """What the text backbone alone makes of texts: `pooled [T, D']`, `tokens [T, L, D]` that fusion starts from."""
+
+    pooled: Tensor
+    tokens: Tensor
+
+
+@dataclass(frozen=True)
 class TextState:
     """Encoded texts: `embeds [T, E]`, `tokens [T, L, D]` that fusion starts from, `mask [T, L]` of real tokens.
 

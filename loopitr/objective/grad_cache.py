@@ -23,7 +23,8 @@ from loopitr.memory import trim_memory
 from loopitr.objective.loop_objective import LoopObjective
 from loopitr.objective.parts import Encoded, StepOutput
 
-INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_tokens")  # of `LoopObjective.encode`
+# Of `LoopObjective.encode`.
+INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_tokens", "text_tokens", "text_pooled")
 
 
 def cached_backward(

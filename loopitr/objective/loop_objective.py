@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from loopitr.models.outputs import TextFeatures
 from loopitr.objective.mining import Miner, TopK
 from loopitr.objective.parts import Encoded, MaskedTexts, StepOutput
 from loopitr.objective.step import Step
@@ -123,6 +124,8 @@ class LoopObjective(nn.Module):
         caption_ids: Tensor,
         pixel_values: Tensor | None = None,
         image_tokens: Tensor | None = None,
+        text_tokens: Tensor | None = None,
+        text_pooled: Tensor | None = None,
         distillation_scale: float = 1.0,
         with_pairs: bool = True,
     ) -> StepOutput:
@@ -133,6 +136,8 @@ class LoopObjective(nn.Module):
             identities: `[B]` int64: rows with the same number show the same image.
             caption_ids: `[B]` int64: rows with the same number carry the same caption.
             pixel_values: `[B, 3, S, S]`, or instead `image_tokens [B, N, D]` of a frozen backbone.
+            text_tokens, text_pooled: `[B, L, D]` and `[B, D']` of a frozen text backbone (`TextFeatures`), which then
+                runs for masked captions alone.
             distillation_scale: factor on the weight of the distillation (its warm-up); 0 leaves it out.
             with_pairs: False leaves the terms that score pairs out, while the dual head trains alone.
         """
@@ -141,6 +146,8 @@ class LoopObjective(nn.Module):
             attention_mask,
             pixel_values=pixel_values,
             image_tokens=image_tokens,
+            text_tokens=text_tokens,
+            text_pooled=text_pooled,
             with_teacher=with_pairs and distillation_scale > 0,
         )
         return self.compare(
@@ -154,9 +161,12 @@ class LoopObjective(nn.Module):
         *,
         pixel_values: Tensor | None = None,
         image_tokens: Tensor | None = None,
+        text_tokens: Tensor | None = None,
+        text_pooled: Tensor | None = None,
         with_teacher: bool = True,
     ) -> Encoded:
-        """One run of each backbone; captions and, for word prediction, their masked copies in the same run.
+        """One run of each backbone whose tokens are not given; captions and, for word prediction, their masked copies
+        in the same run.
 
         A teacher with a model of its own encodes the batch too, unless `with_teacher` is False.
         """
@@ -166,6 +176,9 @@ class LoopObjective(nn.Module):
             images = self.model.image_state(image_tokens)
         else:
             raise ValueError("a batch needs pixel_values or image_tokens")
+        known = None
+        if text_tokens is not None and text_pooled is not None:
+            known = self.model.text_state(TextFeatures(pooled=text_pooled, tokens=text_tokens), attention_mask)
         masking = next((term.masking for term in self.terms if term.masking is not None), None)
         teacher = None
         if self.own_teacher is not None and with_teacher:
@@ -173,8 +186,11 @@ class LoopObjective(nn.Module):
                 input_ids, attention_mask, pixel_values=pixel_values, image_tokens=image_tokens
             )
         if masking is None:
-            return Encoded(images, self.model.encode_texts(input_ids, attention_mask), teacher=teacher)
+            return Encoded(images, known or self.model.encode_texts(input_ids, attention_mask), teacher=teacher)
         changed, labels = masking(input_ids, attention_mask)
+        if known is not None:
+            hidden = self.model.encode_texts(changed, attention_mask)
+            return Encoded(images, known, MaskedTexts(hidden, labels), teacher)
         both = self.model.encode_texts(torch.cat([input_ids, changed]), attention_mask.repeat(2, 1))
         size = len(input_ids)
         texts = type(both)(both.embeds[:size], both.tokens[:size], both.mask[:size])

@@ -13,28 +13,23 @@ from typing import Any
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
 
-from loopitr.building.build import token_cache_key
 from loopitr.data import (
     CaptionDataset,
     Collator,
     HubStream,
-    ImageCache,
     LoadReport,
     Record,
     StreamDataset,
-    TokenCache,
     TrainTransform,
     captions_of,
     load_records,
 )
-from loopitr.data.cache_folder import make_folder
 from loopitr.data.loader import EpochLoader
 from loopitr.data.sources import SOURCES, DataOptions
-from loopitr.evaluation.retrieval import evaluation_transform
-from loopitr.models.loop_model import LoopITRModel
-from loopitr.models.processing import LoopITRProcessor, interpolation_of
+from loopitr.models.processing import interpolation_of
 from loopitr.objective.grad_cache import check_batch_statistics
 from loopitr.objective.loop_objective import LoopObjective
+from loopitr.training.caches import Caches, check_caches
 from loopitr.training.options import TrainOptions, ValidationOptions
 from loopitr.training.run_folder import check_run_folder
 
@@ -139,68 +134,12 @@ def prepare_model(objective: LoopObjective, train: TrainOptions, data: DataOptio
         model.activation_checkpointing_enable()
     if train.compile:
         model.compile_parts()
-    if data.cache_tokens and "vision" in (model.config.lora or ()):
-        raise ValueError("data.cache_tokens needs tokens that stay the same; the image backbone has LoRA adapters")
-    if data.cache_tokens and "vision" not in model.frozen:
-        raise ValueError("data.cache_tokens needs a frozen image backbone: model.freeze must name vision")
-    if data.cache_images and data.streaming:
-        raise ValueError("data.cache_images needs data of known length: it cannot be used with data.streaming")
-    if data.cache_images and data.cache_tokens:
-        raise ValueError("data.cache_images is of no use with data.cache_tokens, which reads no image in training")
+    check_caches(model, data)
     if train.chunk_size is not None:
         check_batch_statistics(model.train())
         # The pairs of as many queries as are encoded at a time are scored at a time.
         if objective.pair_block is None:
             objective.pair_block = train.chunk_size * (1 + 2 * objective.miner.num_negatives)
-
-
-class Caches:
-    """Image tokens of a frozen backbone, and decoded images: each computed once, by the main process."""
-
-    def __init__(
-        self, model: LoopITRModel, processor: LoopITRProcessor, data: DataOptions, accelerator: Accelerator
-    ) -> None:
-        """
-        Raises:
-            DataError: a folder that cannot be made.
-        """
-        self.model, self.processor, self.data, self.accelerator = model, processor, data, accelerator
-        self._tokens: dict[int, TokenCache] = {}
-        for folder in filter(None, (data.cache_images, data.cache_tokens)):
-            make_folder(folder)
-
-    def tokens(self, records: Sequence[Record]) -> TokenCache | None:
-        """Image tokens of `records`; None without `data.cache_tokens`."""
-        folder = self.data.cache_tokens
-        if folder is None:
-            return None
-        if id(records) not in self._tokens:
-            with self.accelerator.main_process_first():
-                vision = self.model.dual.vision.to(self.accelerator.device).eval()
-                self._tokens[id(records)] = TokenCache.open_or_build(
-                    Path(folder),
-                    key=token_cache_key(self.model, self.processor),
-                    records=records,
-                    transform=evaluation_transform(self.processor),
-                    encode=vision,
-                    num_workers=self.data.num_workers,
-                    device=self.accelerator.device,
-                    progress=self.accelerator.is_main_process,
-                )
-        return self._tokens[id(records)]
-
-    def images(self, records: Sequence[Record], shortest: int) -> ImageCache | None:
-        """Training images, decoded and shrunk; None without `data.cache_images`."""
-        if self.data.cache_images is None:
-            return None
-        with self.accelerator.main_process_first():
-            return ImageCache.open_or_build(
-                self.data.cache_images,
-                records=records,
-                shortest=shortest,
-                num_workers=self.data.num_workers,
-                progress=self.accelerator.is_main_process,
-            )
 
 
 def make_loader(records: Sequence[Record] | HubStream, train: TrainOptions, caches: Caches) -> EpochLoader:
@@ -222,6 +161,7 @@ def make_loader(records: Sequence[Record] | HubStream, train: TrainOptions, cach
     )
     shortest = transform.shortest if data.scaled_decode else None
     dataset: CaptionDataset | StreamDataset
+    texts = None if isinstance(records, HubStream) else caches.texts(records)
     if isinstance(records, HubStream):
         if train.max_steps is None:
             raise ValueError("streaming data has no length: give train.max_steps")
@@ -247,7 +187,7 @@ def make_loader(records: Sequence[Record] | HubStream, train: TrainOptions, cach
         )
     loader = EpochLoader(
         dataset,
-        Collator(tokenizer, max_length=tokenizer.model_max_length),
+        Collator(tokenizer, max_length=tokenizer.model_max_length, texts=texts),
         batch_size=train.batch_size,
         seed=train.seed,
         rank=accelerator.process_index,

@@ -15,9 +15,9 @@ from loopitr.data.sources import DataOptions
 from loopitr.evaluation.retrieval import EvaluationOptions, RetrievalResult, evaluate_retrieval
 from loopitr.models.loop_model import LoopITRModel
 from loopitr.objective.loop_objective import LoopObjective
+from loopitr.training.caches import Caches
 from loopitr.training.checkpoints import Progress
 from loopitr.training.options import ValidationOptions
-from loopitr.training.setup import Caches
 
 
 class Validator:
@@ -69,7 +69,8 @@ class Validator:
         options = self.options
         rerank = options.final_rerank if final else options.rerank
         started = self.starts_early or not self.fusion_start or step > self.fusion_start
-        tokens = self.caches.tokens(records)  # in float32, whatever the precision of the run that computes them
+        # They are computed in float32, whatever the precision of the run.
+        tokens, texts = self.caches.tokens(records), self.caches.texts(records)
         with self.accelerator.autocast():
             return evaluate_retrieval(
                 model,
@@ -85,6 +86,7 @@ class Validator:
                     calibrate=calibrate,
                 ),
                 tokens=tokens,
+                text_tokens=texts,
             )
 
     def validate(self, progress: Progress) -> dict[str, float]:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import DistilBertConfig, DistilBertModel
 
 from loopitr import DualEncoder, LoopITRModel
-from loopitr.building.build import build_model, token_cache_key
+from loopitr.building.build import build_model, text_cache_key, token_cache_key
 from loopitr.building.options import FusionOptions, ModelOptions, TextOptions, VisionOptions
 
 
@@ -133,6 +133,29 @@ def test_cache_key_follows_the_image_backbone_and_the_transform_only(saved):
     assert first not in others and len(others) == 4
 
 
+def test_text_cache_key_follows_the_text_backbone_where_fusion_starts_and_the_tokenizer_only(saved):
+    def key(change=None, **options):
+        model, processor = build_model(ModelOptions(init=saved, **options))
+        with torch.no_grad():
+            if change is not None:
+                change(model, processor)
+        return text_cache_key(model, processor)
+
+    first = key()
+    assert key() == first
+    assert key(lambda m, p: next(m.dual.vision.parameters()).add_(1)) == first
+    assert key(lambda m, p: m.dual.text_projection.weight.add_(1)) == first
+    assert key(lambda m, p: p.tokenizer("a", truncation=True, max_length=3, padding=True)) == first  # it remembers this
+    others = {
+        key(lambda m, p: next(m.dual.text.parameters())[-1:].add_(1e-3)),
+        key(lambda m, p: setattr(p.tokenizer, "model_max_length", 5)),
+        key(lambda m, p: p.tokenizer.add_tokens(["squircle"])),
+        key(lambda m, p: setattr(m.config, "text_pooling", "first")),
+        key(lambda m, p: m.config.fusion.update(num_layers=9)),
+    }
+    assert first not in others and len(others) == 5
+
+
 def test_cache_key_survives_saving(tmp_path):
     """A resumed or fine-tuned run must find the tokens of the run before it."""
     model, processor = build(scratch())
@@ -140,6 +163,7 @@ def test_cache_key_survives_saving(tmp_path):
     processor.save_pretrained(tmp_path)
     again = build_model(ModelOptions(init=str(tmp_path)))
     assert token_cache_key(*again) == token_cache_key(model, processor)
+    assert text_cache_key(*again) == text_cache_key(model, processor)
 
 
 # What cannot be built

@@ -68,10 +68,11 @@ def test_the_training_split_is_warned_about(folder, monkeypatch, capsys):
 
 def test_cached_tokens_and_bf16(folder, tmp_path, monkeypatch, capsys):
     cache = ["--data.cache_tokens", tmp_path / "tokens", "--data.max_skipped_fraction", 0.2, "--data.num_workers", 0]
+    cache += ["--data.cache_text_tokens", tmp_path / "texts"]
     given = data(folder, *cache, "--precision", "bf16", "--rerank", 2, "--output", tmp_path / "metrics.json")
     for _ in range(2):
         assert call(monkeypatch, capsys, "evaluate.py", "--model", folder / "run", *given)[0] == 0
-    assert len(list((tmp_path / "tokens").iterdir())) == 1
+    assert len(list((tmp_path / "tokens").iterdir())) == len(list((tmp_path / "texts").iterdir())) == 1
     assert json.loads((tmp_path / "metrics.json").read_text())["num_images"] == IMAGES
 
 

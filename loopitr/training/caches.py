@@ -1,0 +1,125 @@
+"""What a run computes once and keeps on disk: decoded images, tokens of frozen backbones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from loopitr.building.build import text_cache_key, token_cache_key
+from loopitr.data import ImageCache, Record, TextTokenCache, TokenCache
+from loopitr.data.cache_folder import make_folder
+from loopitr.data.sources import DataOptions
+from loopitr.evaluation.retrieval import evaluation_transform
+from loopitr.models.loop_model import LoopITRModel
+from loopitr.models.processing import LoopITRProcessor
+
+
+def check_caches(model: LoopITRModel, data: DataOptions) -> None:
+    """
+    Raises:
+        ValueError: a cache of what changes, or of data without an end, or one that is of no use beside another.
+    """
+    for option, part, what in (("cache_tokens", "vision", "image"), ("cache_text_tokens", "text", "text")):
+        if getattr(data, option) is None:
+            continue
+        if part in (model.config.lora or ()):
+            raise ValueError(f"data.{option} needs tokens that stay the same; the {what} backbone has LoRA adapters")
+        if part not in model.frozen:
+            raise ValueError(f"data.{option} needs a frozen {what} backbone: model.freeze must name {part}")
+    for option in ("cache_images", "cache_text_tokens"):
+        if getattr(data, option) and data.streaming:
+            raise ValueError(f"data.{option} needs data of known length: it cannot be used with data.streaming")
+    if data.cache_images and data.cache_tokens:
+        raise ValueError("data.cache_images is of no use with data.cache_tokens, which reads no image in training")
+
+
+class Caches:
+    """Tokens of frozen backbones, and decoded images: each computed once, by the main process."""
+
+    def __init__(
+        self, model: LoopITRModel, processor: LoopITRProcessor, data: DataOptions, accelerator: Accelerator
+    ) -> None:
+        """
+        Raises:
+            DataError: a folder that cannot be made.
+        """
+        self.model, self.processor, self.data, self.accelerator = model, processor, data, accelerator
+        self._tokens: dict[int, TokenCache] = {}
+        self._texts: dict[int, TextTokenCache] = {}
+        for folder in filter(None, (data.cache_images, data.cache_tokens, data.cache_text_tokens)):
+            make_folder(folder)
+
+    def tokens(self, records: Sequence[Record]) -> TokenCache | None:
+        """Image tokens of `records`; None without `data.cache_tokens`."""
+        folder = self.data.cache_tokens
+        if folder is None:
+            return None
+        if id(records) not in self._tokens:
+            with self.accelerator.main_process_first():
+                vision = self.model.dual.vision.to(self.accelerator.device).eval()
+                self._tokens[id(records)] = TokenCache.open_or_build(
+                    Path(folder),
+                    key=token_cache_key(self.model, self.processor),
+                    records=records,
+                    transform=evaluation_transform(self.processor),
+                    encode=vision,
+                    num_workers=self.data.num_workers,
+                    device=self.accelerator.device,
+                    progress=self.accelerator.is_main_process,
+                )
+        return self._tokens[id(records)]
+
+    def texts(self, records: Sequence[Record]) -> TextTokenCache | None:
+        """Tokens of all captions of `records`; None without `data.cache_text_tokens`."""
+        folder = self.data.cache_text_tokens
+        if folder is None:
+            return None
+        if id(records) not in self._texts:
+            with self.accelerator.main_process_first():
+                self.model.dual.text.to(self.accelerator.device).eval()
+                self._texts[id(records)] = open_text_cache(
+                    self.model,
+                    self.processor,
+                    folder,
+                    records,
+                    progress=self.accelerator.is_main_process,
+                )
+        return self._texts[id(records)]
+
+    def images(self, records: Sequence[Record], shortest: int) -> ImageCache | None:
+        """Training images, decoded and shrunk; None without `data.cache_images`."""
+        if self.data.cache_images is None:
+            return None
+        with self.accelerator.main_process_first():
+            return ImageCache.open_or_build(
+                self.data.cache_images,
+                records=records,
+                shortest=shortest,
+                num_workers=self.data.num_workers,
+                progress=self.accelerator.is_main_process,
+            )
+
+
+def open_text_cache(
+    model: LoopITRModel, processor: LoopITRProcessor, folder: str, records: Sequence[Record], *, progress: bool
+) -> TextTokenCache:
+    """Caption tokens of `records` in `folder`, computed by the model's text backbone where it lies if need be."""
+
+    def encode(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        features = model.text_features(input_ids, attention_mask)
+        return features.pooled, features.tokens
+
+    tokenizer = processor.tokenizer
+    return TextTokenCache.open_or_build(
+        folder,
+        key=text_cache_key(model, processor),
+        records=records,
+        tokenizer=tokenizer,
+        max_length=min(tokenizer.model_max_length, model.dual.text.max_length),
+        encode=encode,
+        device=next(model.dual.text.parameters()).device,
+        progress=progress,
+    )
