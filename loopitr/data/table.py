@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import io
 import json
@@ -87,12 +88,16 @@ def _read_json_lines(path: str | Path) -> tuple[list[dict[str, Any]], list[str]]
 
 
 def _captions(cell: Any) -> Any:
-    """The captions in a cell: CSV files carry several as a JSON list of texts, and any other text is one caption."""
+    """The captions in a cell: CSV files carry several as a JSON list of texts, or as pandas writes a list; any other
+    text is one caption."""
     if isinstance(cell, str) and cell.lstrip().startswith("["):
         try:
             value = json.loads(cell)
-        except json.JSONDecodeError:
-            return cell
+        except ValueError:
+            try:
+                value = ast.literal_eval(cell.strip())
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                return cell
         if isinstance(value, list) and all(isinstance(item, (str, type(None))) for item in value):
             return value
     return cell

@@ -29,7 +29,7 @@ from loopitr.data import (
 )
 from loopitr.data.cache_folder import make_folder
 from loopitr.data.loader import EpochLoader
-from loopitr.data.sources import SOURCES, DataOptions
+from loopitr.data.sources import DataOptions, source_of
 from loopitr.evaluation.retrieval import evaluation_transform
 from loopitr.models.loop_model import LoopITRModel
 from loopitr.models.processing import LoopITRProcessor, interpolation_of
@@ -102,7 +102,7 @@ def load_run_records(
 
     train = load(data.split)
     val = load(data.val_split, streaming=False)  # it is read many times, and ranked as a whole
-    scenes = all(getattr(data, source) is None for source in SOURCES)
+    scenes = source_of(data) == "scenes"
     test_split = validation.final_split or ("test" if scenes else data.val_split)
     test = val if test_split == data.val_split else load(test_split, streaming=False)
     return RunRecords(train, val, test, test_split)
