@@ -36,15 +36,15 @@ if TYPE_CHECKING:
     from loopitr.objective.loop_objective import LoopObjective
     from loopitr.objective.losses.distillation import PartialRanking
     from loopitr.objective.mining import Sample, Stratified, TopK
+    from loopitr.objective.structure_terms import FrozenContrast, StructureTransfer
+    from loopitr.objective.teachers import Frozen, Match, MatchPlusSimilarity, Momentum, Teacher
     from loopitr.objective.terms import (
         Agreement,
         Contrastive,
         Distillation,
-        FrozenContrast,
         Matching,
         Ranking,
         SigmoidContrastive,
-        StructureTransfer,
         Term,
         TermOutput,
         WordPrediction,
@@ -62,7 +62,8 @@ _MODULES = {
     "DualEncoderConfig": "loopitr.models.config",
     "DualOutput": "loopitr.models.outputs",
     "EvaluationOptions": "loopitr.evaluation.options",
-    "FrozenContrast": "loopitr.objective.terms",
+    "Frozen": "loopitr.objective.teachers",
+    "FrozenContrast": "loopitr.objective.structure_terms",
     "FusionOptions": "loopitr.building.options",
     "ImageState": "loopitr.models.outputs",
     "LoadReport": "loopitr.data.records",
@@ -70,8 +71,11 @@ _MODULES = {
     "LoopITRModel": "loopitr.models.loop_model",
     "LoopITRProcessor": "loopitr.models.processing",
     "LoopObjective": "loopitr.objective.loop_objective",
+    "Match": "loopitr.objective.teachers",
+    "MatchPlusSimilarity": "loopitr.objective.teachers",
     "Matching": "loopitr.objective.terms",
     "ModelOptions": "loopitr.building.options",
+    "Momentum": "loopitr.objective.teachers",
     "PairScores": "loopitr.models.outputs",
     "PartialRanking": "loopitr.objective.losses.distillation",
     "Ranking": "loopitr.objective.terms",
@@ -79,7 +83,8 @@ _MODULES = {
     "Sample": "loopitr.objective.mining",
     "SigmoidContrastive": "loopitr.objective.terms",
     "Stratified": "loopitr.objective.mining",
-    "StructureTransfer": "loopitr.objective.terms",
+    "StructureTransfer": "loopitr.objective.structure_terms",
+    "Teacher": "loopitr.objective.teachers",
     "Term": "loopitr.objective.terms",
     "TermOutput": "loopitr.objective.terms",
     "TextOptions": "loopitr.building.options",

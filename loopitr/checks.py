@@ -42,11 +42,12 @@ def usable_device(name: str | torch.device) -> torch.device:
     Raises:
         ValueError: torch does not know it, or this machine does not have it.
     """
-    import torch  # on use: --help does without it
+    import torch  # It is imported on use, since --help does without it.
 
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter: torch was built without it
+    except (RuntimeError, AssertionError) as error:
+        # torch raises the second kind where it was built without such devices.
         raise ValueError(f"device {str(name)!r} cannot be used: {str(error).splitlines()[0]}") from error
     return device

@@ -27,17 +27,18 @@ def parse(options: type[Options], arguments: Sequence[str] | None = None, *, des
     """
     given = sys.argv[1:] if arguments is None else arguments
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(description=description, exit_on_error=False)  # usage would be 30 lines of options
+    parser = ArgumentParser(description=description, exit_on_error=False)  # Its usage would be 30 lines.
     parser.add_argument("--config", action="config", help="YAML file of options")
     parser.add_class_arguments(options, as_group=False)
     try:
         namespace = parser.parse_args(_flags(given))
     except ArgumentError as error:
         raise ValueError(f"{error} (--help shows all options)") from error
-    except UnicodeDecodeError as error:  # does not say of which file
+    except UnicodeDecodeError as error:  # The error does not say of which file it is.
         raise ValueError(f"--config {_not_text(given)} is not a text file: {error}") from error
     namespace.pop("config", None)
-    instantiate = parser.instantiate if hasattr(parser, "instantiate") else parser.instantiate_classes  # before 4.49
+    # Before version 4.49 jsonargparse calls it instantiate_classes.
+    instantiate = parser.instantiate if hasattr(parser, "instantiate") else parser.instantiate_classes
     instantiated: Any = instantiate(namespace)
     return options(**vars(instantiated))
 
@@ -49,7 +50,8 @@ def run(main: Callable[[], None]) -> None:
     """
     try:
         main()
-    except (ValueError, OSError, ModuleNotFoundError) as error:  # the last: an extra is not installed
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        # A module is not found where an extra is not installed.
         if os.environ.get("LOOPITR_DEBUG"):
             raise
         print(f"error: {_one_line(error)}", file=sys.stderr)
@@ -93,6 +95,7 @@ def _not_text(arguments: Sequence[str]) -> str:
 
 def _one_line(error: Exception) -> str:
     text = str(error).strip()
-    if text.startswith("Caught ") and "DataLoader worker" in text:  # torch puts the worker's traceback into the text
+    if text.startswith("Caught ") and "DataLoader worker" in text:
+        # torch puts the worker's traceback into the text.
         text = text.splitlines()[-1].partition(": ")[2] or text
     return " ".join(text.split()) or type(error).__name__

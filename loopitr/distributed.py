@@ -35,8 +35,8 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        gradient = gradient.clone(memory_format=torch.contiguous_format)  # autograd may hand it to others too
-        dist.all_reduce(gradient)  # every rank's loss depends on this rank's rows
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # Autograd may hand the same tensor to others.
+        dist.all_reduce(gradient)  # Every rank's loss depends on this rank's rows.
         return gradient[rank() * ctx.rows : (rank() + 1) * ctx.rows]
 
 
@@ -88,7 +88,7 @@ def each_rank(work: Callable[[], T]) -> list[T]:
         return [work()]
     mine, parts = _attempt(work), list[Any]([None]) * world_size()
     dist.all_gather_object(parts, mine)
-    parts[rank()] = mine  # not its copy: the traceback is still there
+    parts[rank()] = mine  # The error itself, unlike its copy, has its traceback.
     return [_result(part) for part in parts]
 
 
@@ -106,7 +106,7 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return work(), None
     except (ValueError, OSError) as error:
         return None, error
-    except Exception as error:  # of a class that may not come out of a pickle
+    except Exception as error:  # Its class may not come out of a pickle.
         general = RuntimeError(f"rank {rank()}: {type(error).__name__}: {error}")
         general.__cause__ = error
         return None, general

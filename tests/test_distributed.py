@@ -57,6 +57,13 @@ CASES = {
     "sigmoid": Case("late", {"itc_loss": "sigmoid", "distillation_loss": "kl"}),
     "structure": Case("late", {"itm": 0.0, "distillation": 0.0, "cmd": 0.6, "cmc": 0.8}),
     "local_agreement": Case("late", {"distillation_loss": "kl", "agreement": 0.8}),
+    "local_momentum": Case("late", {"teacher": "momentum", "distillation_loss": "kl"}),
+    "across_momentum_only": Case(
+        "shared", {"mine_across_ranks": True, "teacher": "momentum", "distillation_loss": "kl", "itc": 0.0, "itm": 0.0}
+    ),
+    "local_sum": Case(
+        "late", {"train_on_sum": True, "sum_dropout": 0.0, "lce": 0.7, "teacher": "match_plus_similarity"}
+    ),
     "across_agreement_mlm": Case("shared", {"mine_across_ranks": True, "agreement": 0.8, "mlm": 1.5}),
     "agreement_only": Case("late", {"itm": 0.0, "distillation": 0.0, "agreement": 0.8}),
     "structure_of_texts": Case("shared", {"cmd": 0.6, "cmc": 0.8, "structure_source": "text"}),
@@ -126,8 +133,8 @@ def worker(index: int, folder: Path) -> None:
             chunked = case.objective()
             cached_backward(chunked, rank_batch(index), chunk_size=2)
             average_gradients(chunked.parameters())
-            found = {n: p.grad for n, p in chunked.model.named_parameters() if p.grad is not None}
-            results[name]["chunked_gradients"] = found
+            actual = {n: p.grad for n, p in chunked.model.named_parameters() if p.grad is not None}
+            results[name]["chunked_gradients"] = actual
     leave(index, folder, results)
 
 
@@ -167,11 +174,11 @@ def test_two_processes_are_one_on_the_concatenated_batch(ranks, name):
 
     # ITC, agreement and MLM are this rank's share, everything else is the same number on every rank.
     for term, value in out.terms.items():
-        found = torch.stack([result["terms"][term] for result in results])
-        torch.testing.assert_close(found.mean(), value.detach(), atol=1e-6, rtol=1e-5, msg=lambda m: f"{term}: {m}")
+        actual = torch.stack([result["terms"][term] for result in results])
+        torch.testing.assert_close(actual.mean(), value.detach(), atol=1e-6, rtol=1e-5, msg=lambda m: f"{term}: {m}")
         assert value > 0
         if term in ("itm", "distillation", "cmd", "cmc"):
-            assert found[0] == found[1]
+            assert actual[0] == actual[1]
     mean_loss = sum(result["loss"] for result in results) / RANKS
     torch.testing.assert_close(mean_loss, out.loss.detach(), atol=1e-6, rtol=1e-5)
     for metric, value in out.metrics.items():

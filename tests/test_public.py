@@ -87,7 +87,7 @@ def test_importing_the_package_imports_nothing_heavy():
     assert run(f"import sys, loopitr; print([name for name in {wanted} if name in sys.modules])") == "[]"
 
 
-@pytest.mark.parametrize("recipe", ["pretrain", "evaluate", "export_dual"])
+@pytest.mark.parametrize("recipe", ["pretrain", "evaluate", "calibrate", "export_dual"])
 def test_help_does_without_torch(recipe):
     code = """
 import runpy, sys

@@ -77,8 +77,8 @@ def build_model(options: ModelOptions, *, vocabulary: list[str] | None = None) -
     if hold is None:
         vision = options.vision
         hold = bool(options.init or options.pair or vision.pretrained or vision.checkpoint)
-    model.dual.vision.hold_statistics |= hold  # which it does with LoRA adapters
-    model.freeze(options.freeze)  # sets the mode of every module anew
+    model.dual.vision.hold_statistics |= hold  # With LoRA adapters it holds them already.
+    model.freeze(options.freeze)  # This sets the mode of every module anew.
     if options.lora.vision_rank or options.lora.text_rank:
         add_lora(model, **asdict(options.lora))
     return model, processor
@@ -155,7 +155,8 @@ def _from_backbones(options: ModelOptions, vocabulary: list[str] | None) -> tupl
         initial_logit_bias=options.logit_bias,
         fusion=fusion,
         mlm_head=options.mlm_head,
-        initializer_range=text_config.get("initializer_range", 0.02),  # new layers start as the text's own did
+        # New layers are initialised as the text backbone's own were.
+        initializer_range=text_config.get("initializer_range", 0.02),
     )
     try:
         model = LoopITRModel(config)
@@ -187,7 +188,7 @@ def _text_parts(text: TextOptions, vocabulary: list[str] | None) -> tuple[dict[s
             config = load_text_config(source, **text.kwargs)
             tokenizer = load_tokenizer(source)
     unknown = [name for name in text.kwargs if not hasattr(type(config)(), name)]
-    if unknown:  # transformers would keep it and go on
+    if unknown:  # transformers would keep it and go on.
         raise ValueError(f"model.text.kwargs: a {config.model_type} config has no {unknown[0]!r}")
     return describe_text(config, tokenizer), tokenizer, source
 
@@ -195,11 +196,12 @@ def _text_parts(text: TextOptions, vocabulary: list[str] | None) -> tuple[dict[s
 def _load_vision(model: LoopITRModel, vision: VisionOptions) -> None:
     backbone = model.dual.vision.model
     weights = vision_weights(vision.name, vision.checkpoint)
-    if weights is None:  # timm fetches them, and fits them to the image size
+    if weights is None:  # timm fetches them and fits them to the image size.
         try:
             with hub_access(vision.name):
                 weights = create_timm(vision.name, vision.image_size, vision.kwargs, pretrained=True).state_dict()
-        except RuntimeError as error:  # of a model that nobody has trained, or whose shapes the kwargs change
+        except RuntimeError as error:
+            # Nobody has trained this model, or the kwargs change the shapes of its weights.
             raise ValueError(f"no pretrained weights for {vision.name} as described: {error}") from error
     else:
         weights = fit_weights(backbone, weights)
@@ -224,7 +226,7 @@ def _load_text(model: LoopITRModel, source: str, kept: int, depth: int, init: st
     with hub_access(source):
         text = load_text(source)
     weights = {name: value for name, value in text.model.state_dict().items() if name not in text.random_names}
-    _load(model.dual.text.model, weights, source, extra_allowed=True)  # the layers that were cut off
+    _load(model.dual.text.model, weights, source, extra_allowed=True)  # It also holds the layers that are cut off.
     if init != "text_upper_layers":
         return
     assert model.fusion.text is not None
@@ -233,7 +235,8 @@ def _load_text(model: LoopITRModel, source: str, kept: int, depth: int, init: st
         kind = type(text.model).__name__
         raise ValueError(f"fusion.init 'text_upper_layers' needs BERT-type layers; {kind} has none")
     count = len(model.fusion.text)
-    first = min(kept, depth - count)  # the layers cut off, or else the last ones
+    # The layers that were cut off are the start, or else the last ones.
+    first = min(kept, depth - count)
     for layer, upper in zip(model.fusion.text, layers[first : first + count], strict=True):
         theirs = BertParts.of(upper)
         for name in BertParts.__dataclass_fields__:

@@ -19,9 +19,12 @@ from loopitr.building.text import describe_text, load_tokenizer
 from loopitr.building.weights import first_keys, hub_access, local_or_hub
 from loopitr.models.image_backbone import ACTIVATIONS, mlp_ratio
 
-TIMM_NAMES = {"clip": "vit_base_patch16_clip_224", "siglip": "vit_base_patch16_siglip_224"}  # any size by arguments
-KNOWN_ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh", "gelu_new")  # of these image towers
-RENAMED = (  # in transformers' image towers -> in timm's
+# timm's names of ViTs of these kinds; arguments make them any size.
+TIMM_NAMES = {"clip": "vit_base_patch16_clip_224", "siglip": "vit_base_patch16_siglip_224"}
+# The image tower's activation must be one of these.
+KNOWN_ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh", "gelu_new")
+# Patterns of names in transformers' image towers, and what they are in timm's.
+RENAMED = (
     (r"^embeddings\.class_embedding$", "cls_token"),
     (r"^embeddings\.position_embedding\.weight$", "pos_embed"),
     (r"^embeddings\.patch_embedding\.", "patch_embed.proj."),
@@ -85,7 +88,7 @@ def describe_pair(
         "projection": "linear" if clip else "none",
         "initial_temperature": 1 / scale,
         "initial_logit_bias": None if bias is None else float(bias),
-        "max_logit_scale": max(100.0 if clip else 1000.0, float(math.ceil(scale))),  # SigLIP's goes beyond 100
+        "max_logit_scale": max(100.0 if clip else 1000.0, float(math.ceil(scale))),  # SigLIP's goes beyond 100.
     }
 
 
@@ -143,6 +146,6 @@ def _in_timm_names(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
             query, *keys_values = value.chunk(3)
             ours[f"attn_pool.q.{kind}"] = query
             ours[f"attn_pool.kv.{kind}"] = torch.cat(keys_values)  # [2 D, D] or [2 D]
-        elif ".self_attn." not in name:  # keys and values went with their query
+        elif ".self_attn." not in name:  # Keys and values went with their query.
             ours[name] = value
     return ours

@@ -112,7 +112,7 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: t
         >>> model.get_text_features(**processor(text=["a dog"])).shape
         torch.Size([1, 256])
     """
-    where = None if device is None else usable_device(device)  # before the weights are read
+    where = None if device is None else usable_device(device)  # A bad device is named before weights are read.
     saved = load_saved(path, dtype=dtype)
     model: Any = saved.model
     return Loaded(model if where is None else model.to(where), saved.processor)

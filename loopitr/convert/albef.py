@@ -21,16 +21,18 @@ from loopitr.models.config import LoopITRConfig
 from loopitr.models.image_backbone import mlp_ratio
 from loopitr.models.loop_model import LoopITRModel
 
-MAX_LENGTH = 30  # tokens of a caption in its retrieval evaluation
-SMALLEST_TEMPERATURE = 0.001  # what its training clamps `temp` to
+# The original cuts captions to so many tokens when it evaluates retrieval.
+MAX_LENGTH = 30
+# The original's training keeps `temp` above this.
+SMALLEST_TEMPERATURE = 0.001
 MLM = "text_encoder.cls.predictions."
 
-# Momentum copies, queues, and a buffer of position numbers.
+# These are no weights of the model: momentum copies, queues, and a buffer of position numbers.
 DROPPED = re.compile(
     r"(visual_encoder|text_encoder|vision_proj|text_proj)_m\.|(image_queue|text_queue|idx_queue|queue_ptr|ptr_queue)$"
     r"|text_encoder\.(bert\.)?embeddings\.position_ids$"
 )
-# Beginnings of our names -> theirs; `{text}`: the prefix of the text encoder, `{layer}`: the fusion layer in it.
+# From beginnings of our names to the original's: `{text}` is the text encoder's prefix, `{layer}` the fusion layer.
 RENAMED = (
     (r"dual\.vision\.model\.", "visual_encoder."),
     (r"dual\.text\.model\.", "{text}"),
@@ -124,7 +126,8 @@ def read_sizes(weights: Mapping[str, Tensor], source: str) -> Sizes:
     text = "text_encoder.bert." if any(name.startswith("text_encoder.bert.") for name in weights) else "text_encoder."
     text_depth = _count(weights, rf"{re.escape(text)}encoder\.layer\.(\d+)\.")
     last = f"{text}encoder.layer.{max(text_depth - 1, 0)}."
-    telling = {  # name -> number of dimensions
+    # The number of dimensions of each weight that sizes are read from.
+    telling = {
         "visual_encoder.pos_embed": 3,
         "visual_encoder.patch_embed.proj.weight": 4,
         "visual_encoder.blocks.0.mlp.fc1.weight": 2,
@@ -178,7 +181,7 @@ def original_name(ours: str, sizes: Sizes) -> str:
             layer = sizes.text_depth + (int(number[1]) if number else 0)
             renamed = match.expand(theirs) + ours[match.end() :]
             return renamed.format(text=sizes.text, layer=f"{sizes.text}encoder.layer.{layer}")
-    return ours  # itm_head
+    return ours  # Only the names of itm_head are the same.
 
 
 def _drop_tied(weights: dict[str, Tensor], name: str, first: str) -> None:

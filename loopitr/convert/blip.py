@@ -24,16 +24,19 @@ from loopitr.models.config import LoopITRConfig
 from loopitr.models.image_backbone import ACTIVATIONS, mlp_ratio
 from loopitr.models.loop_model import LoopITRModel
 
-VIT = "vit_base_patch16_clip_224"  # timm's name with BLIP's mean and std; sizes are all given
+# timm's name of a ViT with BLIP's mean and std; all of its sizes are given as arguments.
+VIT = "vit_base_patch16_clip_224"
 SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id")
 CHECKPOINT_FILES = (".pth", ".pt", ".bin", ".safetensors")
-TEMPERATURES = (0.001, 0.5)  # what the original's training clamps `temp` to
-MAX_LENGTH = 35  # tokens of a caption in its retrieval evaluation
+# The original's training keeps `temp` in this range.
+TEMPERATURES = (0.001, 0.5)
+# The original cuts captions to so many tokens when it evaluates retrieval.
+MAX_LENGTH = 35
 
-# Not of the retrieval model: momentum copies, queues, the caption decoder, a buffer.
+# These are not parts of the retrieval model: momentum copies, queues, the caption decoder, a buffer.
 DROPPED = re.compile(r"\w+_m\.|text_decoder\.|(image|text|idx)_queue$|(queue_ptr|ptr_queue)$|.*\.position_ids$")
 
-# Our names -> the original's, then those of its image backbone -> transformers'. First match counts.
+# The first table leads from our names to the original's, the second from those to transformers'. First match counts.
 LAYER = r"text_encoder.encoder.layer.\1.crossattention"
 ORIGINAL = (
     (r"dual\.vision\.model\.", "visual_encoder."),
@@ -79,7 +82,8 @@ class _Settings:
 
     vision_heads: int | None
     text_heads: int | None
-    vision: dict[str, Any] = field(default_factory=lambda: {"norm_eps": 1e-6})  # more arguments of the timm model
+    # These are further arguments of the timm model.
+    vision: dict[str, Any] = field(default_factory=lambda: {"norm_eps": 1e-6})
     hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-12
     dropout: float = 0.1
@@ -108,7 +112,8 @@ def convert_blip(
     kind = f"{source}, read as a BLIP checkpoint,"
     if Path(source).is_file() or Path(source).suffix in CHECKPOINT_FILES:
         weights = {name: value for name, value in read_checkpoint(source).items() if not DROPPED.match(name)}
-        temperature = float(weights.pop("temp", torch.tensor(0.07)))  # the inference class of the original has none
+        # The original's class for inference saves no temperature.
+        temperature = float(weights.pop("temp", torch.tensor(0.07)))
         settings = _Settings(
             vision_heads=vision_heads,
             text_heads=text_heads,
@@ -168,7 +173,8 @@ def _build(
     elif image_size % patch or image_size < 1:
         raise ValueError(f"image_size must be a multiple of the patch size {patch}, got {image_size}")
     model = LoopITRModel(_config(weights, name, settings, source, image_size))
-    types = "dual.text.model.embeddings.token_type_embeddings.weight"  # BLIP's BERT knows one type of text
+    # BLIP's BERT knows one type of text and has no embedding for it.
+    types = "dual.text.model.embeddings.token_type_embeddings.weight"
     own = {
         positions: resize_positions(weights[positions], image_size // patch),
         types: torch.zeros_like(model.state_dict()[types]),
@@ -235,7 +241,8 @@ def _config(
             "attention_dropout": settings.attention_dropout,
             "layer_norm_eps": settings.layer_norm_eps,
             "image_positions": False,
-            "first_token_id": shape["words"][0] - 1 if settings.has_enc_token else None,  # [ENC] was added last
+            # [ENC] is the last word that was added to the vocabulary.
+            "first_token_id": shape["words"][0] - 1 if settings.has_enc_token else None,
         },
     )
 

@@ -19,7 +19,7 @@ from loopitr.models.loop_model import LoopITRModel
 from loopitr.models.processing import LoopITRProcessor
 
 ACTIVATIONS = {"GELUTanh": "gelu_pytorch_tanh", "QuickGELU": "quick_gelu", "ReLU": "relu", "SiLU": "silu"}
-TRAINING_ONLY = ("dual.logit_scale", "dual.logit_bias", "mlm_head.")  # the first is kept in BLIP's config
+TRAINING_ONLY = ("dual.logit_scale", "dual.logit_bias", "mlm_head.")  # BLIP keeps the first in its config.
 
 
 def to_blip(model: LoopITRModel, out: str | Path, *, processor: LoopITRProcessor | None = None) -> None:
@@ -45,7 +45,7 @@ def to_blip(model: LoopITRModel, out: str | Path, *, processor: LoopITRProcessor
         if not name.startswith(TRAINING_ONLY)
     }
     types = weights.pop("text_encoder.embeddings.token_type_embeddings.weight")
-    # Every token is of type 0, which BLIP's embeddings do not have; its positions take it in.
+    # Every token is of type 0. BLIP's embeddings have no types, so the one of type 0 is added to its positions.
     positions = "text_encoder.embeddings.position_embeddings.weight"
     weights[positions] = weights[positions] + types[0]
     load_exactly(blip, weights, f"this {type(model).__name__}")
@@ -62,7 +62,8 @@ def _comparison(model: LoopITRModel) -> Iterator[tuple[str, Any, Any]]:
     yield "fusion.style", fusion["style"], "shared"
     yield "fusion.num_layers", fusion["num_layers"], text.config.num_hidden_layers
     yield "fusion.layer_norm_eps", fusion["layer_norm_eps"], text.config.layer_norm_eps
-    yield "fusion.first_token_id", fusion["first_token_id"], None  # set it to None for transformers' matching scores
+    # Only with None are the matching scores those of transformers.
+    yield "fusion.first_token_id", fusion["first_token_id"], None
     yield "fusion.agreement", fusion["agreement"], None
     yield "text model", text.config.model_type, "bert"
     yield "text is_decoder", bool(getattr(text.config, "is_decoder", False)), False
@@ -87,7 +88,7 @@ def _comparison(model: LoopITRModel) -> Iterator[tuple[str, Any, Any]]:
     for index, block in enumerate(vit.blocks):
         modules = dict(block.named_modules())
         for name, wanted in plain.named_modules():
-            if "drop" not in name and not name.endswith(".act"):  # dropout does nothing outside training
+            if "drop" not in name and not name.endswith(".act"):  # Dropout does nothing outside training.
                 where = f"image blocks.{index}.{name}".rstrip(".")
                 yield where, type(modules.get(name)).__name__, type(wanted).__name__
         yield f"image blocks.{index} epsilons", {block.norm1.eps, block.norm2.eps}, {eps}
@@ -146,5 +147,5 @@ def _processor(processor: LoopITRProcessor) -> BlipProcessor:
             raise ValueError(f"a BlipImageProcessor has no place for {name} {got!r}, wanted {wanted!r}")
     names = ("do_resize", "size", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
     arguments = {name: getattr(images, name) for name in names}
-    # A copy: BlipProcessor changes the tokenizer it is given.
+    # The tokenizer is copied, because BlipProcessor changes the one that it is given.
     return BlipProcessor(BlipImageProcessor(**arguments), copy.deepcopy(processor.tokenizer))

@@ -19,7 +19,8 @@ from loopitr.building.weights import hub_access, listed, text_source
 from loopitr.models.loop_model import LoopITRModel
 from loopitr.models.processing import LoopITRProcessor, image_processor
 
-WRAPPERS = ("model", "state_dict")  # what training scripts put their weights under
+# Training scripts put their weights under these keys.
+WRAPPERS = ("model", "state_dict")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -62,7 +63,7 @@ def _load_torch(file: Path) -> Any:
         return torch.load(str(file), map_location="cpu", weights_only=True)
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # torch raises half a dozen kinds, with advice to switch the check off
+    except Exception as error:  # torch raises several kinds, with advice to switch the check off.
         if re.search("unsupported (global|class)|not an allowed global", str(error), re.IGNORECASE):
             reason = "holds Python objects beside its tensors; reading those could run code: save its weights alone"
         else:

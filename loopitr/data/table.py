@@ -6,6 +6,7 @@ import ast
 import csv
 import io
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,9 @@ def read_table(path: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
         rows = list(reader)
     except csv.Error as error:
         raise DataError(f"{path}: line {reader.line_num}: {error}") from error
+    twice = [name for name, count in Counter(reader.fieldnames or []).items() if count > 1]
+    if twice:  # csv would keep the last of them
+        raise DataError(f"{path}: the header names {', '.join(map(repr, twice))} more than once")
     if any(None in row for row in rows):
         number = next(i for i, row in enumerate(rows, start=1) if None in row)
         raise DataError(f"{path}: row {number} has more cells than the header; quote captions that hold a delimiter")

@@ -62,9 +62,11 @@ class LoopITRPreTrainedModel(PreTrainedModel):
         for module in model.modules():
             if isinstance(module, VisionBackbone):
                 module.restore_buffers(model.config)
-                module.freeze_unused_head()  # transformers trains whatever it loads
+                module.freeze_unused_head()  # transformers trains whatever it loads.
         freeze_adapted(getattr(model, "dual", model))
         for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.device.type == "cpu":  # a map of the file is unaligned (other last bits) and dies with the file
+            if tensor.device.type == "cpu":
+                # Weights that are mapped from the file may be unaligned, which changes last bits, and are lost with the
+                # file.
                 tensor.data = tensor.data.clone()
         return (model, info) if report else model

@@ -26,21 +26,24 @@ TEXT_DEFAULTS: dict[str, Any] = {"model_type": "bert"}
 FUSION_DEFAULTS: dict[str, Any] = {
     "style": "late",
     "num_layers": 6,
-    "num_heads": None,  # None: width / 64
-    "intermediate_size": None,  # None: 4 x width
+    "num_heads": None,  # None stands for width / 64.
+    "intermediate_size": None,  # None stands for 4 x width.
     "hidden_act": "gelu",
     "dropout": 0.1,
-    "attention_dropout": 0.0,  # SDPA on the CPU is 2.2x slower with it
+    "attention_dropout": 0.0,  # Attention on the CPU is 2.2 times slower with it.
     "layer_norm_eps": 1e-12,
-    "image_positions": None,  # learned positions on the image tokens; None: only where the backbone has none (a CNN)
-    "first_token_id": None,  # read in place of a text's first token when pairs are scored ([ENC] of BLIP); shared only
-    "agreement": None,  # width A of the token agreement that is added to the match score; None: there is none
+    # Whether image tokens get learned positions; None stands for: where the backbone gives them none (a CNN).
+    "image_positions": None,
+    # In style `shared`, a token that is read in place of a text's first one when pairs are scored ([ENC] of BLIP).
+    "first_token_id": None,
+    # Width A of the token agreement that is added to the match score; None stands for: there is none.
+    "agreement": None,
 }
 LORA_DEFAULTS: dict[str, Any] = {
     "rank": 8,
-    "alpha": 16.0,  # updates are scaled by alpha / rank
+    "alpha": 16.0,  # An update is scaled by alpha / rank.
     "dropout": 0.0,
-    "modules": [],  # full names inside the backbone's model
+    "modules": [],  # These are full names inside the backbone's model.
 }
 
 

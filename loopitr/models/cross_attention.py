@@ -43,7 +43,7 @@ class CrossAttention(nn.Module):
         return images.scatter(outputs)  # [R, D]
 
     def _attend_tokens(self, query: Tensor, tokens: Tensor, images: Segments) -> Tensor:
-        """The same from the tokens themselves `[I, N, Dv]`: the key weights are taken to the query's side, the value
+        """The same from the tokens themselves `[I, N, Dv]`: the key weights are applied on the query's side, the value
         weights to the result's. The key's bias moves all of a query's scores alike, so softmax does not see it."""
         heads, width = self.num_heads, query.shape[-1] // self.num_heads
         key, value = (x.weight.unflatten(0, (heads, width)) for x in (self.key, self.value))  # [H, D / H, Dv]
@@ -65,7 +65,7 @@ class CrossAttention(nn.Module):
         """Whether `rows` queries on so many images cost less through `_attend_tokens` than projecting the images."""
         width, image_width = self.key.weight.shape
         if self.training and self.attention_dropout:
-            return False  # it drops parts of the value's bias too
+            return False  # Dropout drops parts of the value's bias too.
         projected = 2 * images * num_tokens * image_width * width + 2 * rows * num_tokens * width
         absorbed = 2 * rows * width * image_width + 2 * rows * self.num_heads * num_tokens * image_width
         return absorbed < projected

@@ -154,7 +154,7 @@ class FusionEncoder(nn.Module):
         """
         cross = self._cross()[0]
         width, image_width = cross.key.weight.shape
-        wide = 2 * self.intermediate_size  # before and after the activation
+        wide = 2 * self.intermediate_size  # The wide rows are held before and after the activation.
         if not projected and cross.absorbs(rows, images, num_tokens):
             wide = max(wide, 2 * cross.num_heads * (image_width + num_tokens))
             return rows * (7 * width + wide)
@@ -181,7 +181,7 @@ class FusionEncoder(nn.Module):
             first_only: return the first token of each pair `[P, D]`, else all rows `[R, D]`, pair by pair.
         """
         layers: list[BertParts] = [BertParts.of(m) for m in shared_layers] if shared_layers else self._own_parts()
-        # Before the first cross-attention nothing depends on the image: once per text, then copied to its pairs.
+        # What comes before the first cross-attention does not depend on the image: it runs once per text.
         dropout = self.attention_dropout if self.training else 0.0
         rows = layout.source
         if first_only and len(layers) == 1:

@@ -18,7 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from loopitr.models.config import DualEncoderConfig
 from loopitr.models.dry_run import dry_run
 
-ACTIVATIONS = {  # transformers' name -> timm's
+# The table leads from transformers' names to timm's.
+ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
@@ -26,7 +27,8 @@ ACTIVATIONS = {  # transformers' name -> timm's
     "relu": "relu",
     "silu": "silu",
 }
-HEADS = ("head", "fc_norm", "attn_pool", "conv_head", "norm_head", "final_conv")  # what timm calls them
+# timm gives these names to what stands behind a backbone's last layer.
+HEADS = ("head", "fc_norm", "attn_pool", "conv_head", "norm_head", "final_conv")
 
 
 class VisionBackbone(nn.Module):
@@ -45,9 +47,10 @@ class VisionBackbone(nn.Module):
         vision = config.vision
         self.image_size: int = vision["image_size"]
         self.pooling = config.vision_pooling
-        self.hold_statistics = False  # of batch norm, in training mode; its scales and shifts train
+        # Whether batch norm keeps its statistics in training mode; its scales and shifts are trained either way.
+        self.hold_statistics = False
         self.model: Any = create_timm(vision["name"], self.image_size, vision["kwargs"])
-        # HF's weight init must leave timm's own initialisation alone.
+        # transformers' initialisation must leave timm's own alone.
         module: Any
         for module in self.model.modules():
             module._is_hf_initialized = True
@@ -69,7 +72,8 @@ class VisionBackbone(nn.Module):
             self.channels_last = features.ndim == 4 and getattr(self.model, "output_fmt", "NCHW") == "NHWC"
             self.is_map = features.ndim == 4
             self.memory_format = self._fastest_format(blank)
-            self.grid = tuple(features.shape[1:3] if self.channels_last else features.shape[2:])  # of a map
+            # The rows and columns of a feature map.
+            self.grid = tuple(features.shape[1:3] if self.channels_last else features.shape[2:])
             tokens = self._flatten(features)
             self.num_tokens, self.width = tokens.shape[1], tokens.shape[2]
             self.pooled_width = self.pool(tokens).shape[-1]
@@ -118,7 +122,7 @@ class VisionBackbone(nn.Module):
             return tokens[:, 0]
         if self.pooling == "mean":
             return tokens[:, self.num_prefix_tokens :].mean(1)
-        if self.is_map:  # the head of a VGG or CLIP ResNet knows rows from columns
+        if self.is_map:  # The head of a VGG or CLIP ResNet knows rows from columns.
             tokens = tokens.unflatten(1, self.grid)  # [B, H, W, D]
             tokens = tokens if self.channels_last else tokens.permute(0, 3, 1, 2)
         return self.model.forward_head(tokens, pre_logits=True)  # [B, D']
@@ -128,7 +132,7 @@ class VisionBackbone(nn.Module):
         if image_size == self.image_size:
             return
         set_size = getattr(self.model, "set_input_size", None)
-        # A Swin would scale its windows, and no longer be the model that its name and arguments describe.
+        # A Swin would scale its windows too, and would then not be the model that its name and arguments describe.
         windows = set_size is not None and "window_size" in inspect.signature(set_size).parameters
         if windows or (set_size is None and not self.is_map):
             change = f"from {self.image_size} to {image_size}"
@@ -177,21 +181,21 @@ def create_timm(name: str, image_size: int, kwargs: dict[str, Any], *, pretraine
     Raises:
         ValueError: unknown name, or a patch that does not divide the image size.
     """
-    import timm  # on use: it takes a second
+    import timm  # Importing it takes a second, so it waits until it is used.
     from timm.layers import LayerNorm
 
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('_')[0]}*")[:5]
         raise ValueError(f"timm has no model {name!r}" + (f"; similar: {', '.join(near)}" if near else ""))
     arguments = {"num_classes": 0, **kwargs}
-    if "norm_eps" in arguments:  # timm wants a class, which no JSON holds
+    if "norm_eps" in arguments:  # timm wants a class, which JSON cannot hold.
         arguments["norm_layer"] = partial(LayerNorm, eps=arguments.pop("norm_eps"))
     try:
         model = timm.create_model(name, pretrained, img_size=image_size, **arguments)
     except TypeError as error:
         if "img_size" not in str(error):
             raise
-        model = timm.create_model(name, pretrained, **arguments)  # a CNN: any size does
+        model = timm.create_model(name, pretrained, **arguments)  # A CNN takes images of any size.
     _check_patch(model, image_size)
     return model
 
@@ -202,7 +206,8 @@ def fit_weights(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tenso
 
     if isinstance(model, VisionTransformer):
         return vision_transformer.checkpoint_filter_fn(weights, model)
-    return eva.checkpoint_filter_fn(weights, model) if isinstance(model, eva.Eva) else weights  # DINOv3 is an Eva
+    # DINOv3 is an Eva too.
+    return eva.checkpoint_filter_fn(weights, model) if isinstance(model, eva.Eva) else weights
 
 
 def mlp_ratio(inner: int, width: int) -> float:

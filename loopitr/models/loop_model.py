@@ -27,8 +27,10 @@ from loopitr.models.outputs import DualOutput, ImageState, PairScores, TextState
 from loopitr.models.packing import image_blocks, send
 from loopitr.models.scoring import reranking_score
 
-GRAPHS = 32  # of one compiled module: beyond torch's 8 it would silently run uncompiled
-BLOCK_BYTES, GPU_BLOCK_BYTES = 2**28, 2**30  # of activations of pairs that are scored at a time
+# One compiled module may have so many graphs. Beyond torch's default of 8 it would silently run uncompiled.
+GRAPHS = 32
+# The activations of the pairs that are scored at a time take about so many bytes, on a CPU and on a GPU.
+BLOCK_BYTES, GPU_BLOCK_BYTES = 2**28, 2**30
 
 
 class LoopITRModel(LoopITRPreTrainedModel):
@@ -57,7 +59,7 @@ class LoopITRModel(LoopITRPreTrainedModel):
         self.dual = DualEncoder(config.dual_config())
         vision, text = self.dual.vision, self.dual.text
         if config.fusion["image_positions"] is None:
-            config.fusion["image_positions"] = vision.is_map  # a CNN's tokens do not say where they are
+            config.fusion["image_positions"] = vision.is_map  # A CNN's tokens do not say where they are.
         self._inner_layer: int | None = None
         if config.fusion["style"] == "shared":
             self._inner_layer = len(text.layers) - config.fusion["num_layers"]
@@ -268,7 +270,7 @@ class LoopITRModel(LoopITRPreTrainedModel):
         for name in getattr(self, "_frozen", ()):
             for item in self.parts()[name]:
                 if isinstance(item, nn.Module):
-                    item.eval()  # no dropout, and batch statistics stay as they are
+                    item.eval()  # Dropout is off, and batch statistics stay as they are.
         return self
 
     def resize_images(self, image_size: int) -> None:
@@ -290,7 +292,8 @@ class LoopITRModel(LoopITRPreTrainedModel):
         """
         torch.fx.experimental._config.use_duck_shape = False
         torch._dynamo.config.cache_size_limit = max(GRAPHS, torch._dynamo.config.cache_size_limit)
-        with torch.no_grad():  # transformers installs hooks in its first run, which cannot be traced
+        # In its first run transformers installs hooks, which cannot be traced.
+        with torch.no_grad():
             self.encode_texts(torch.zeros(1, 2, dtype=torch.long, device=self.device))
         self.dual.vision.compile(**options)
         self.dual.text.compile(dynamic=True, **options)

@@ -57,8 +57,8 @@ def add_lora(
             raise ValueError(f"{part} is frozen, so it cannot learn adapters: model.freeze must not name it")
     layers = {part: _layers_that_run(part, getattr(model.dual, part)) for part in ranks}
     for target in targets or ():
-        if not any(_is_called(name, target) for named in layers.values() for name in named):
-            endings = sorted({name.rpartition(".")[2] for named in layers.values() for name in named})
+        if not any(_is_called(name, target) for names in layers.values() for name in names):
+            endings = sorted({name.rpartition(".")[2] for names in layers.values() for name in names})
             raise ValueError(f"model.lora.targets: no layer is called {target!r}; layers end in {', '.join(endings)}")
     described = {
         part: {
@@ -86,15 +86,16 @@ def inject_lora(dual: DualEncoder, described: dict[str, dict[str, Any]]) -> None
             r=lora["rank"],
             lora_alpha=lora["alpha"],
             lora_dropout=lora["dropout"],
-            target_modules="|".join(map(re.escape, lora["modules"])),  # a list would match endings too
+            # This is a pattern, because a list would match the endings of names too.
+            target_modules="|".join(map(re.escape, lora["modules"])),
         )
         peft.inject_adapter_in_model(config, backbone.model)
         module: Any
         for name, module in backbone.named_modules():
             if is_adapter(name):
-                module._is_hf_initialized = True  # transformers' own start would not begin at zero
+                module._is_hf_initialized = True  # transformers' own initialisation would not start from zero.
     if "vision" in described:
-        dual.vision.hold_statistics = True  # they are weights like the others, and stay
+        dual.vision.hold_statistics = True  # Batch statistics are weights too and stay as they are.
 
 
 def freeze_adapted(dual: DualEncoder) -> None:
@@ -113,7 +114,7 @@ def merge_lora(model: Model) -> Model:
     """A plain copy with the adapters in its weights, on the same device: equal outputs, no need of peft."""
     config = copy.deepcopy(model.config)
     config.lora = None
-    with torch.random.fork_rng(devices=[]):  # its start is written over
+    with torch.random.fork_rng(devices=[]):  # The adapters' initial weights are written over.
         plain: Any = type(model)(config)
     plain.to(device=model.device, dtype=model.dtype)
     plain.load_state_dict(_merged_weights(model))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-KeysValues = list[tuple[Tensor, Tensor]]  # per fusion layer: keys and values [B, H, N, D / H]
+KeysValues = list[tuple[Tensor, Tensor]]  # Each fusion layer has keys and values [B, H, N, D / H].
 
 
 @dataclass

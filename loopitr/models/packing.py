@@ -39,7 +39,8 @@ import torch
 from torch import Tensor
 
 MAX_BUCKETS = 4
-SMALL = 16  # fewer segments than this are not worth a second attention call
+# Fewer segments than this are not worth a second attention call.
+SMALL = 16
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def _cut(lengths: Tensor) -> list[Tensor]:
     """Greedy cuts of the segments sorted by length, each where it saves most padding."""
     count = len(lengths)
     if count < SMALL or int(lengths.min()) == int(lengths.max()):
-        return [torch.arange(count)]  # one bucket stays in the table's order: nothing to select
+        return [torch.arange(count)]  # One bucket stays in the table's order, so that nothing is selected.
     by_length = torch.argsort(lengths, stable=True)
     ordered, cuts = lengths[by_length], [0, count]
     while len(cuts) <= MAX_BUCKETS:
@@ -161,7 +162,8 @@ def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """`tensors` of the CPU on `device`, in one copy that does not wait for what a GPU has yet to do."""
     if device.type == "cpu":
         return list(tensors)
-    order = sorted(range(len(tensors)), key=lambda index: -tensors[index].itemsize)  # every type stays aligned
+    # Types of larger items come first, so that every type stays aligned.
+    order = sorted(range(len(tensors)), key=lambda index: -tensors[index].itemsize)
     parts = [tensors[index].contiguous().flatten().view(torch.uint8) for index in order]
     flat = torch.cat(parts) if len(parts) > 1 else parts[0]
     if device.type == "cuda":

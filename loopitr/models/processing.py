@@ -36,12 +36,13 @@ class LoopITRProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer)
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
-        """Texts are padded and truncated to the tokenizer's `model_max_length` unless told otherwise.
+        """Texts are padded and truncated to the tokenizer's `model_max_length` unless arguments say otherwise.
 
         PIL images become upright 8-bit RGB ones first, as in training (`to_rgb`); arrays and tensors stay as they are.
         """
         if text is not None:
-            asked = {"return_token_type_ids": False, "return_attention_mask": True}  # SigLIP's tokenizers give no mask
+            # SigLIP's tokenizers give no mask unless they are asked for it.
+            asked = {"return_token_type_ids": False, "return_attention_mask": True}
             kwargs = {"padding": True, "truncation": True, **asked, **kwargs}
             limit = self.tokenizer.model_max_length
             if kwargs["truncation"] and limit < UNLIMITED:

@@ -51,7 +51,8 @@ def register_processor() -> None:
         AutoProcessor.register(config, LoopITRProcessor, exist_ok=True)
 
 
-REGISTRATIONS = {  # by the module of the Auto class
+# The keys are the modules that define the Auto classes.
+REGISTRATIONS = {
     "transformers.models.auto.configuration_auto": register_configs,
     "transformers.models.auto.modeling_auto": register_models,
     "transformers.models.auto.processing_auto": register_processor,
@@ -76,7 +77,8 @@ class _RegisteringFinder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        register = self.waiting.pop(fullname, None)  # popped: below, this finder is asked again
+        # The entry is removed, because the search below asks this finder again.
+        register = self.waiting.pop(fullname, None)
         if register is None:
             return None
         spec = importlib.util.find_spec(fullname)

@@ -18,12 +18,14 @@ from transformers import PreTrainedConfig
 from loopitr.models.config import DualEncoderConfig
 
 QUERY_KEY_VALUE = {"query", "key", "value"}
-MAX_BUCKETS = 4  # of captions by length
-ROWS = 32  # fewer captions than this are slower in two calls than padded in one
-NEAR = 0.9  # lengths this near are not worth a call of their own
+MAX_BUCKETS = 4  # Captions are sorted by length into at most so many buckets.
+# Fewer captions than this are slower in two calls than padded in one.
+ROWS = 32
+# Lengths whose ratio is above this are not worth a call of their own.
+NEAR = 0.9
 
-# Trained without an attention mask, always padded on the right to the full length, pooled at the last position.
-# AutoModel does not know them by themselves: model type -> the class's name in transformers.
+# These encoders were trained without an attention mask: they want texts padded on the right to the full length and
+# pool at the last position. AutoModel does not know them: the table leads from model type to transformers' class.
 ALWAYS_FULL = {"siglip_text_model": "SiglipTextModel", "siglip2_text_model": "Siglip2TextModel"}
 
 
@@ -31,7 +33,7 @@ def _max_length(model: nn.Module) -> int:
     limit = getattr(model.config, "max_position_embeddings", None) or 512
     positions = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
     padding = getattr(positions, "padding_idx", None)
-    return limit if padding is None else limit - padding - 1  # RoBERTa counts positions from its padding index
+    return limit if padding is None else limit - padding - 1  # RoBERTa counts positions from its padding index.
 
 
 def _is_bert_layer(layer: nn.Module) -> bool:
@@ -39,7 +41,7 @@ def _is_bert_layer(layer: nn.Module) -> bool:
     if not isinstance(attention, nn.Module):
         return False
     parts = {name for name, _ in attention.named_children()} - {"dropout"}
-    # More than these, as in ConvBERT and DeBERTa, is another kind of attention.
+    # An attention with more parts than these, as in ConvBERT and DeBERTa, is of another kind.
     return parts == QUERY_KEY_VALUE and hasattr(layer, "intermediate") and hasattr(layer.output, "LayerNorm")
 
 
@@ -110,11 +112,11 @@ class TextBackbone(nn.Module):
         self._always_full = text_config.model_type in ALWAYS_FULL
         if self.pooling == "backbone":
             self.pooled_width = self.model.head.out_features if self._always_full else self.width
-        elif self._always_full:  # parameters that no output depends on break DDP
+        elif self._always_full:  # A parameter that no output depends on breaks DDP.
             self.model.head = nn.Identity()
         elif getattr(self.model, "pooler", None) is not None:
             self.model.pooler = None
-        # CLIP's and SigLIP's find their end in the ids.
+        # The poolers of CLIP and SigLIP find the end of a text in its ids.
         self._by_ids = "inputs_embeds" not in inspect.signature(self.model.forward).parameters
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, *, inner_layer: int | None = None) -> TextOutput:
@@ -125,10 +127,11 @@ class TextBackbone(nn.Module):
             )
         if self._by_ids:
             return self._run_ids(input_ids, attention_mask, inner_layer)
-        words = self.model.get_input_embeddings()(input_ids)  # once: each look-up has a gradient as large as the table
+        # The words are looked up once, because each look-up has a gradient as large as the table.
+        words = self.model.get_input_embeddings()(input_ids)
         if torch.compiler.is_compiling():
             return self._run(words, attention_mask, inner_layer)
-        # Captions of 14 tokens beside one of 40: short and long ones apart, each bucket padded to its own longest.
+        # Short and long captions run apart, each bucket padded to its own longest: one long caption would pad them all.
         buckets = _length_buckets(attention_mask)
         if len(buckets) == 1:
             order, length = None, buckets[0][1]

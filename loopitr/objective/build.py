@@ -13,16 +13,15 @@ from loopitr.objective.loop_objective import LoopObjective
 from loopitr.objective.losses.distillation import WHOLE_LIST_LOSSES
 from loopitr.objective.mining import Miner, Sample, Stratified, TopK
 from loopitr.objective.options import ObjectiveOptions
+from loopitr.objective.structure_terms import FrozenContrast, StructureTransfer
 from loopitr.objective.teachers import Frozen, Match, MatchPlusSimilarity, Momentum, Teacher
 from loopitr.objective.terms import (
     Agreement,
     Contrastive,
     Distillation,
-    FrozenContrast,
     Matching,
     Ranking,
     SigmoidContrastive,
-    StructureTransfer,
     Term,
     WordPrediction,
 )
@@ -121,7 +120,7 @@ def build_terms(
         contrastive(options.itc),
         Matching(options.itm, balanced=options.balance_itm, negatives=options.itm_negatives),
         Ranking(options.lce, negatives=options.itm_negatives),
-        Distillation(distillation_loss(options), options.distillation, teacher=teacher),
+        Distillation(distillation_loss(options), options.distillation, teacher=teacher, margin=options.teacher_margin),
         StructureTransfer(options.cmd, source=options.structure_source),
         FrozenContrast(options.cmc, source=options.structure_source),
         WordPrediction(masking, options.mlm),

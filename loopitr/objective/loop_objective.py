@@ -12,7 +12,7 @@ from loopitr.objective.mining import Miner, TopK
 from loopitr.objective.parts import Encoded, MaskedTexts, StepOutput
 from loopitr.objective.step import Step
 from loopitr.objective.teachers import OwnModel, Teacher
-from loopitr.objective.terms import Contrastive, Matching, Term, TermOutput
+from loopitr.objective.terms import Contrastive, Distillation, Matching, Term, TermOutput
 
 if TYPE_CHECKING:
     from loopitr.models.loop_model import LoopITRModel
@@ -88,6 +88,11 @@ class LoopObjective(nn.Module):
     def teacher(self) -> Teacher | None:
         """Whom the dual head learns from; None without distillation."""
         return next((term.teacher for term in self.terms if term.teacher is not None), None)
+
+    @property
+    def teacher_margin(self) -> float | None:
+        """How far the teacher must be ahead for the distillation to count; None: it always counts."""
+        return next((term.margin for term in self.terms if isinstance(term, Distillation)), None)
 
     def after_step(self) -> None:
         """Call this after every optimiser step: a momentum teacher follows the model."""

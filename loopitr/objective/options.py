@@ -128,6 +128,8 @@ class ObjectiveOptions:
         check_known(get_args(MiningName), mining=self.mining)
         check_known(get_args(DistillationName), distillation_loss=self.distillation_loss)
         check_known(get_args(HardRuleName), hard_rule=self.hard_rule)
+        check_known(get_args(TeacherName), teacher=self.teacher)
+        check_known(get_args(WordChoice), mlm_words=self.mlm_words)
 
     @property
     def scores_pairs(self) -> bool:

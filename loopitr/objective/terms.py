@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -184,7 +184,8 @@ class Distillation(Term):
 
     `loss` is a function `(student, teacher, valid) -> scalar` on `[Q, 1 + K]`, the positive first, or a
     `DistillationLoss`, such as `PartialRanking()` (CPRD). `teacher` (`teachers.py`) scores the candidates; None: the
-    detached match scores.
+    detached match scores. With a `margin` a run lets it count only while the teacher is ahead of the dual head by so
+    many points of held-out R@1 (`training/gate.py`).
 
     Example (`model` and `batch` as in the example of `LoopObjective`):
         >>> from loopitr import Distillation, LoopObjective, PartialRanking
@@ -201,10 +202,12 @@ class Distillation(Term):
         weight: float = 1.0,
         *,
         teacher: Teacher | None = None,
+        margin: float | None = None,
     ) -> None:
         self.loss = loss if isinstance(loss, DistillationLoss) else WholeList(loss)
         self.weight = weight
         self.teacher: Teacher = teacher or Match()
+        self.margin = margin
 
     def __call__(self, step: Step) -> TermOutput:
         student, valid, teacher = step.queries.student, step.queries.valid, self.teacher(step)  # [2, G, 1 + K] each
@@ -268,58 +271,3 @@ class Agreement(Term):
     def check(self, model: LoopITRModel) -> None:
         if model.agreement is None:
             raise ValueError("objective.agreement needs a model with token agreement (model.fusion.agreement true)")
-
-
-@dataclass(frozen=True)
-class StructureTransfer(Term):
-    """CMD: the batch's similarities within the `source` modality teach those within the other (`losses.cmd_loss`).
-
-    Example (`model` and `batch` as in the example of `LoopObjective`):
-        >>> from loopitr import LoopObjective, StructureTransfer
-        >>> list(LoopObjective(model, [StructureTransfer(source="text")])(**batch).terms)
-        ['cmd']
-    """
-
-    weight: float = 1.0
-    source: Literal["image", "text"] = "image"
-    name = "cmd"
-
-    def __call__(self, step: Step) -> Tensor:
-        source, target = _source_and_target(step, self.source)
-        return losses.cmd_loss(source, target)
-
-
-@dataclass(frozen=True)
-class FrozenContrast(Term):
-    """CMC: each embed picks its own among those of the `source` modality, which gets no gradient (`losses.cmc_loss`).
-
-    Only the first of several rows that show one image, or carry one caption, counts: the others are no negatives.
-
-    Example (`model` and `batch` as in the example of `LoopObjective`):
-        >>> from loopitr import FrozenContrast, LoopObjective
-        >>> list(LoopObjective(model, [FrozenContrast(source="image")])(**batch).terms)
-        ['cmc']
-    """
-
-    weight: float = 1.0
-    source: Literal["image", "text"] = "image"
-    name = "cmc"
-
-    def __call__(self, step: Step) -> Tensor:
-        source, target = _source_and_target(step, self.source)
-        first = _first(step.gathered.identities) & _first(step.gathered.caption_ids)  # [G]
-        return losses.cmc_loss(source, target, valid=first)
-
-
-def _source_and_target(step: Step, source: str) -> tuple[Tensor, Tensor]:
-    """Embeds `[G, E]` of the modality that teaches, detached, and of the one that learns."""
-    images, texts = step.embeds.images, step.embeds.texts
-    return (images.detach(), texts) if source == "image" else (texts.detach(), images)
-
-
-def _first(ids: Tensor) -> Tensor:
-    """`[G]` bool: whether no earlier row has the same id."""
-    ordered, order = ids.sort(stable=True)  # rows of one id together, the earliest first
-    changes = torch.ones_like(ordered, dtype=torch.bool)
-    changes[1:] = ordered[1:] != ordered[:-1]
-    return torch.zeros_like(changes).scatter(0, order, changes)

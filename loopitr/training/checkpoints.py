@@ -1,4 +1,4 @@
-"""Training checkpoints: complete or absent, newest found by step, older ones deleted."""
+"""Training checkpoints: each is complete or absent, the newest is known by its step, older ones are deleted."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ STATE_FILE = "progress.json"
 @dataclass
 class Progress:
     """Where a run stands: optimiser `step`, `epoch`, batches done in it, best validation so far, rows of its history,
-    what was skipped (counts by reason) and how many captions were cut. `places` has epoch and batch of every rank:
-    streams of different length end at different batches."""
+    what was skipped (counts by reason, and the reason of each file) and how many captions were cut. `places` has epoch
+    and batch of every rank: streams of different length end at different batches. `similarity_weight`: of the reranking
+    score, as last fitted. `teaching_since`: the step from which distillation counts, None while it does not;
+    `has_taught`: whether it ever did; `best_lead`: how far the teacher was ahead at most."""
 
     step: int = 0
     epoch: int = 0
@@ -27,8 +29,13 @@ class Progress:
     best_step: int | None = None
     rows: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
+    skipped_files: dict[str, str] = field(default_factory=dict)
     truncated: int = 0
     places: list[list[int]] = field(default_factory=list)
+    similarity_weight: float | None = None
+    teaching_since: int | None = None
+    has_taught: bool = False
+    best_lead: float | None = None
 
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, *, keep: int) -> Path:

@@ -30,7 +30,7 @@ def start_all_processes() -> bool:
     words = parent.cmdline() if parent is not None else []
     count = missing_processes(os.environ, words)
     if parent is not None and threads_by_default(os.environ, words, _environment(parent)):
-        import torch  # on use: --help does without it
+        import torch  # It is imported on use, since --help does without it.
 
         threads = max(1, _cores() // count)
         os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -44,7 +44,7 @@ def start_all_processes() -> bool:
     meeting = ["--master-addr=127.0.0.1", f"--master-port={asked_port(words) or get_free_port()}"]
     try:
         torchrun([f"--nproc-per-node={count}", *meeting, sys.argv[0], *sys.argv[1:]])
-    except ChildFailedError as error:  # has said why
+    except ChildFailedError as error:  # The process that failed has said why.
         sys.exit(max(1, *(failure.exitcode for failure in error.failures.values())))
     return True
 
@@ -73,7 +73,7 @@ def threads_by_default(
     """Whether accelerate, as the parent, set this process's only thread without having been asked to."""
     if environment.get("OMP_NUM_THREADS") != "1" or "OMP_NUM_THREADS" in parent_environment:
         return False
-    if any(name in environment for name in WORLD_SIZES):  # others share the cores
+    if any(name in environment for name in WORLD_SIZES):  # Other processes of this run share the cores.
         return False
     asked = _asked(parent)
     return asked is not None and asked.num_cpu_threads_per_process is None
@@ -88,7 +88,7 @@ def _cores() -> int:
 def _environment(process: psutil.Process) -> Mapping[str, str]:
     try:
         return process.environ()
-    except psutil.Error:  # another user's: leave the threads as they are
+    except psutil.Error:  # It is another user's: the threads stay as they are.
         return os.environ
 
 

@@ -14,7 +14,8 @@ from loopitr.models.lora import is_adapter
 from loopitr.training.options import TrainOptions
 
 BACKBONES = ("vision", "text")
-LORA_FACTOR = 10.0  # what LoRA wants, of the rate that is best for all weights (thinkingmachines.ai/blog/lora, 2025)
+# LoRA learns best at ten times the rate that is best for all weights (thinkingmachines.ai/blog/lora, 2025).
+LORA_FACTOR = 10.0
 
 
 def parameter_groups(
@@ -31,8 +32,8 @@ def parameter_groups(
     chosen: dict[tuple[str, bool], list[nn.Parameter]] = {(label, d): [] for label in rates for d in (True, False)}
     for part, items in model.parts().items():
         for item in items:
-            named = [("", item)] if isinstance(item, nn.Parameter) else list(item.named_parameters())
-            for name, parameter in named:
+            parameters = [("", item)] if isinstance(item, nn.Parameter) else list(item.named_parameters())
+            for name, parameter in parameters:
                 if parameter.requires_grad:
                     label = "new" if part not in BACKBONES else "adapters" if is_adapter(name) else "backbones"
                     chosen[label, _decays(name, parameter)].append(parameter)
@@ -72,7 +73,7 @@ def warmup_stable_decay(
     rise, fall = max(1, int(warmup * steps)), int(decay_start * steps)
 
     def factor(step: int, scale: float) -> float:
-        left = max(0.0, (steps - step) / max(1, steps - fall))  # of the fall
+        left = max(0.0, (steps - step) / max(1, steps - fall))  # This part of the fall is left.
         value = min(1.0, (step + 1) / rise, floor + (1 - floor) * left)
         return value if step < first else scale * value
 

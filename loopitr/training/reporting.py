@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from loopitr.evaluation.report import RetrievalResult
     from loopitr.objective.parts import StepOutput
+    from loopitr.training.checkpoints import Progress
 
 HISTORY, METRICS = "history.jsonl", "metrics.json"
 
@@ -55,6 +57,29 @@ def named_values(output: StepOutput) -> dict[str, Tensor]:
     return {"loss/total": output.loss, **terms, **{f"train/{name}": value for name, value in output.metrics.items()}}
 
 
+def run_metrics(
+    split: str,
+    result: RetrievalResult,
+    progress: Progress,
+    seconds: float,
+    skipped: dict[str, int],
+    truncated: int,
+) -> dict[str, Any]:
+    """What `metrics.json` holds: the figures of the final table on `split`, and what the training was."""
+    return {
+        "split": split,
+        **result.to_json(),
+        "training": {
+            "seconds": round(seconds, 1),
+            "steps": progress.step,
+            "best_step": progress.best_step,
+            "best_val_mean_r1": progress.best,
+            "skipped": skipped,
+            "truncated_captions": truncated,
+        },
+    }
+
+
 def write_results(folder: Path, metrics: dict[str, Any], table: str, rows: list[dict[str, Any]]) -> None:
     """`metrics.json`, `results.md` with the table, `curves.png` of the history's rows."""
     write_json(folder / METRICS, metrics)
@@ -64,7 +89,7 @@ def write_results(folder: Path, metrics: dict[str, Any], table: str, rows: list[
 
 def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
     """Losses over steps on the left, recall on the right."""
-    from matplotlib.figure import Figure  # no global state, no display
+    from matplotlib.figure import Figure  # A figure of its own needs no global state and no display.
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)

@@ -30,12 +30,14 @@ from loopitr.data import (
 from loopitr.data.cache_folder import make_folder
 from loopitr.data.loader import EpochLoader
 from loopitr.data.sources import DataOptions, source_of
+from loopitr.distributed import rank
 from loopitr.evaluation.retrieval import evaluation_transform
 from loopitr.models.loop_model import LoopITRModel
 from loopitr.models.processing import LoopITRProcessor, interpolation_of
 from loopitr.objective.grad_cache import check_batch_statistics
 from loopitr.objective.loop_objective import LoopObjective
 from loopitr.training.options import TrainOptions, ValidationOptions
+from loopitr.training.record_checks import record_warnings
 from loopitr.training.run_folder import check_run_folder
 
 
@@ -53,13 +55,14 @@ def start(train: TrainOptions) -> Accelerator:
         log_with=_tracker(train.tracker),
         project_dir=train.output_dir,
         kwargs_handlers=[
-            # Ranks wait for each other's share of a validation, and for caches: longer than the default.
+            # Ranks wait for each other's share of a validation, and for caches, which may take longer than the default.
             InitProcessGroupKwargs(timeout=timedelta(hours=4)),
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],
     )
     sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    if train.chunk_size is not None and sharded:  # which gather and free weights in a forward pass of their own
+    if train.chunk_size is not None and sharded:
+        # FSDP gathers and frees weights in a forward pass of its own, which chunks go around.
         raise ValueError(f"train.chunk_size works with DDP, not with {accelerator.distributed_type.value}")
     if train.tracker not in ("auto", "none") and not accelerator.log_with:
         raise ValueError(f"train.tracker {train.tracker} is not installed")
@@ -101,10 +104,14 @@ def load_run_records(
         return records
 
     train = load(data.split)
-    val = load(data.val_split, streaming=False)  # it is read many times, and ranked as a whole
+    val = load(data.val_split, streaming=False)  # It is read many times and ranked as a whole.
     scenes = source_of(data) == "scenes"
     test_split = validation.final_split or ("test" if scenes else data.val_split)
     test = val if test_split == data.val_split else load(test_split, streaming=False)
+    if rank() == 0:  # The other processes would read the same files.
+        held_out = {data.val_split: val, test_split: test}
+        for line in record_warnings(train, held_out, chooses=data.val_split, max_images=validation.max_images):
+            log(line)
     return RunRecords(train, val, test, test_split)
 
 
@@ -148,7 +155,8 @@ def prepare_model(objective: LoopObjective, train: TrainOptions, data: DataOptio
         raise ValueError("data.cache_images is of no use with data.cache_tokens, which reads no image in training")
     if train.chunk_size is not None:
         check_batch_statistics(model.train())
-        if objective.pair_block is None:  # the pairs of so many queries
+        # The pairs of as many queries as are encoded at a time are scored at a time.
+        if objective.pair_block is None:
             objective.pair_block = train.chunk_size * (1 + 2 * objective.miner.num_negatives)
 
 

@@ -27,15 +27,17 @@ from loopitr.objective.grad_cache import cached_backward
 from loopitr.objective.loop_objective import LoopObjective
 from loopitr.objective.parts import StepOutput
 from loopitr.training.checkpoints import Progress, load_checkpoint, save_checkpoint
+from loopitr.training.divergence import check_finite
+from loopitr.training.gate import Gate
 from loopitr.training.optimization import make_optimizer, make_scheduler
 from loopitr.training.options import RunOptions, TrainOptions, ValidationOptions
-from loopitr.training.reporting import History, named_values, write_results
+from loopitr.training.reporting import History, named_values, run_metrics, write_results
 from loopitr.training.run_folder import CHECKPOINTS, run_folder, store_config
 from loopitr.training.setup import Caches, make_loader, prepare_model, start
-from loopitr.training.skips import check_skips, lost_in_all
+from loopitr.training.skips import check_skips, files_in_all, lost_in_all, lost_so_far
 from loopitr.training.validation import Validator
 
-TRIM_EVERY = 10  # steps; on the CPU
+TRIM_EVERY = 10  # On the CPU, memory is given back after so many steps.
 
 
 class Trainer:
@@ -104,6 +106,8 @@ class Trainer:
         self.caches = Caches(self.model, processor, self.data, self.accelerator)
         self.loader = make_loader(train, self.options, self.caches)
         self._prepare()
+        warmup = self.options.distillation_warmup * self.total_steps
+        self.gate = Gate(objective, fusion_start=self.fusion_start, warmup=warmup, log=self.log)
         self.validator = Validator(
             objective, self.caches, self.validation, folder=self.folder, records=val, fusion_start=self.fusion_start
         )
@@ -113,7 +117,7 @@ class Trainer:
         self.total_steps = options.max_steps or options.epochs * (len(self.loader) // options.accumulation)
         self.fusion_start = int(options.fusion_start * self.total_steps)
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-            # Batch statistics of all ranks, as of one; torch's own conversion drops timm's fused activations.
+            # Batch statistics are those of all ranks. torch's own conversion would drop timm's fused activations.
             convert_sync_batchnorm(self.model)
         optimizer = make_optimizer(self.model, options)
         self.objective, self.optimizer = accelerator.prepare(self.bare_objective, optimizer)
@@ -143,14 +147,17 @@ class Trainer:
         accelerator = self.accelerator
         progress = load_checkpoint(accelerator, self.folder / CHECKPOINTS)  # an earlier run's is not in this folder
         self.progress = progress or Progress()
+        if self.progress.similarity_weight is not None:
+            self.model.config.similarity_weight = self.progress.similarity_weight
         self.saved_step = self.progress.step
         if accelerator.is_main_process:
             store_config(self.folder, self.config, step=self.progress.step)
             self.history = History(self.folder, keep=self.progress.rows)
         if accelerator.log_with:
             accelerator.init_trackers("logs")
-        self.micro = 0  # batches of the step that is being accumulated
-        self.skips = SkipCounter(max_fraction=self.data.max_skipped_fraction, log=print)  # of every rank
+        self.micro = 0  # Batches so far of the step that is being accumulated.
+        known, most = self.progress.skipped_files, self.data.max_skipped_fraction
+        self.skips = SkipCounter(max_fraction=most, log=print, known=known)  # Every rank prints.
         started = time.perf_counter()
         with tqdm(
             total=self.total_steps,
@@ -159,12 +166,16 @@ class Trainer:
             disable=not accelerator.is_main_process,
             dynamic_ncols=True,
         ) as bar:
+            if self.gate.is_used and not self.fusion_start and not self.progress.step:
+                self._validate()  # a teacher that has learned before teaches from the first step on
             while self.progress.step < self.total_steps:
                 self._epoch(bar)
                 check_skips(self.skips, self.loader, accumulation=self.options.accumulation)
         if self.progress.step > self.saved_step:
             self._checkpoint()
         self._validate()
+        if warning := self.gate.warning(self.progress):
+            self.log(warning)
         return self._finish(time.perf_counter() - started)
 
     def _epoch(self, bar: tqdm) -> None:
@@ -201,22 +212,21 @@ class Trainer:
             raise ValueError("the training data gave not one full batch")
         progress.epoch, progress.batch = progress.epoch + 1, 0
         if self.loader.sampler is None:
-            return  # ranks reach the end of their streams at different batches: nothing ends that they do together
+            return  # Ranks end their streams at different batches, so nothing that they do together ends here.
         self.micro = 0
-        self.optimizer.zero_grad()  # of batches that did not fill an accumulated step
+        self.optimizer.zero_grad()  # The last batches did not fill an accumulated step.
         every = validation.every_epochs
         if every and progress.epoch % every == 0 and progress.step < self.total_steps:
             self._validate()
 
     def _backward(self, batch: dict[str, Any], *, last: bool) -> StepOutput:
         options, accelerator = self.options, self.accelerator
-        warmup = options.distillation_warmup * self.total_steps
-        scale = min(1.0, (self.progress.step + 1 - self.fusion_start) / warmup) if warmup > 0 else 1.0
-        stage: dict[str, Any] = {"distillation_scale": scale, "with_pairs": self.progress.step >= self.fusion_start}
+        stage: dict[str, Any] = {"with_pairs": self.progress.step >= self.fusion_start}
+        stage["distillation_scale"] = self.gate.next_scale(self.progress)
         chunk_size = options.chunk_size
         with nullcontext() if last and chunk_size is None else accelerator.no_sync(self.objective):
             if chunk_size is None:
-                output = self.objective(**batch, **stage)  # autocast is inside
+                output = self.objective(**batch, **stage)  # Autocast is inside.
                 self._backward_from(output)
             else:
                 output = cached_backward(
@@ -238,7 +248,7 @@ class Trainer:
                 f"the loss is {float(output.loss.detach())} at step {self.progress.step + 1} ({values}); "
                 "lower the learning rate or use fp32"
             )
-        self.accelerator.backward(output.loss)  # divides by the accumulation
+        self.accelerator.backward(output.loss)  # This divides by the accumulation.
 
     @property
     def _parameters(self) -> list[torch.Tensor]:
@@ -249,6 +259,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.scheduler.step()
+        self.bare_objective.after_step()
         self.progress.step += 1
         if self.accelerator.device.type == "cpu" and self.progress.step % TRIM_EVERY == 0:
             trim_memory()
@@ -256,14 +267,10 @@ class Trainer:
     def _log(self, bar: tqdm, means: dict[str, torch.Tensor]) -> None:
         """Of all ranks: some terms are of a rank's own queries."""
         averaged = self.accelerator.reduce(torch.stack([value.float() for value in means.values()]), "mean")
-        lost = torch.tensor([self.skips.report.skipped, self.skips.truncated], device=averaged.device)
-        skipped, truncated = self.accelerator.reduce(lost, "sum").tolist()
         values = dict(zip(means, averaged.tolist(), strict=True))
         values["train/lr"] = float(self.scheduler.get_last_lr()[-1])
-        values["train/skipped"] = float(sum(self.progress.skipped.values()) + skipped)
-        values["train/truncated"] = float(self.progress.truncated + truncated)
-        shown = {name.removeprefix("loss/"): f"{v:.3f}" for name, v in values.items() if name.startswith("loss/")}
-        bar.set_postfix(shown)
+        values |= lost_so_far(self.progress, self.skips, self.accelerator)
+        bar.set_postfix({n.removeprefix("loss/"): f"{v:.3f}" for n, v in values.items() if n.startswith("loss/")})
         self._record(values)
 
     def _record(self, values: dict[str, float]) -> None:
@@ -275,13 +282,16 @@ class Trainer:
 
     def _validate(self) -> None:
         scores = self.validator.validate(self.progress)
+        scores |= self.gate.update(self.progress, scores, self.validator.measure)
         self._record({f"val/{name}": value for name, value in scores.items()})
         self.accelerator.wait_for_everyone()
         self.objective.train()
 
     def _checkpoint(self) -> None:
+        check_finite(self.model, step=self.progress.step)
         progress = dataclasses.replace(self.progress)
         progress.skipped, progress.truncated = lost_in_all(self.progress, self.skips)
+        progress.skipped_files = files_in_all(self.progress, self.skips)
         if self.accelerator.is_main_process:
             progress.rows = len(self.history.rows)
         save_checkpoint(self.accelerator, self.folder / CHECKPOINTS, progress, keep=self.options.keep_checkpoints)
@@ -289,20 +299,9 @@ class Trainer:
 
     def _finish(self, seconds: float) -> dict[str, Any]:
         """Evaluate the best model on the final split, all ranks together, and write the results."""
-        skipped, truncated = lost_in_all(self.progress, self.skips)
+        lost = lost_in_all(self.progress, self.skips)
         result = self.validator.final(self.test, step=self.progress.step)
-        metrics = {
-            "split": self.test_split,
-            **result.to_json(),
-            "training": {
-                "seconds": round(seconds, 1),
-                "steps": self.progress.step,
-                "best_step": self.progress.best_step,
-                "best_val_mean_r1": self.progress.best,
-                "skipped": skipped,
-                "truncated_captions": truncated,
-            },
-        }
+        metrics = run_metrics(self.test_split, result, self.progress, seconds, *lost)
         if self.accelerator.is_main_process:
             write_results(self.folder, metrics, result.table(), self.history.rows)
             self.log(f"\n{result.table()}\n\nsaved in {self.folder}, trained in {seconds:.0f} s")

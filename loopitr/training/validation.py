@@ -16,6 +16,7 @@ from loopitr.evaluation.retrieval import EvaluationOptions, RetrievalResult, eva
 from loopitr.models.loop_model import LoopITRModel
 from loopitr.objective.loop_objective import LoopObjective
 from loopitr.training.checkpoints import Progress
+from loopitr.training.divergence import check_finite
 from loopitr.training.options import ValidationOptions
 from loopitr.training.setup import Caches
 
@@ -92,18 +93,23 @@ class Validator:
 
         The weight of the similarity in the reranking score is fitted on the validation records, too.
         """
+        check_finite(self.model, step=progress.step)
         result = self.evaluate(self.model, self.records, step=progress.step, calibrate=True)
         if result.similarity_weight is not None:
-            self.model.config.similarity_weight = result.similarity_weight
+            self.model.config.similarity_weight = progress.similarity_weight = result.similarity_weight
         scores = result.mean_r1()
         shown = ", ".join(f"{name} {value:.1f}" for name, value in scores.items())
         self.accelerator.print(f"step {progress.step}: mean R@1 {shown}")
-        score = scores.get(self.selected, -math.inf)  # the fusion head may not have started
+        score = scores.get(self.selected, -math.inf)  # The fusion head may not have started.
         if score > (-math.inf if progress.best is None else progress.best):
             progress.best, progress.best_step = score, progress.step
             if self.accelerator.is_main_process:
                 save_for_use(self.model, self.caches.processor, self.folder, keep_mlm_head=self.options.keep_mlm_head)
         return scores
+
+    def measure(self, model: LoopITRModel) -> dict[str, float]:
+        """Mean R@1 by score of another model, such as a teacher's own, on the validation records."""
+        return self.evaluate(model, self.records, step=self.fusion_start + 1).mean_r1()
 
     def final(self, records: Sequence[Record], *, step: int) -> RetrievalResult:
         """The best model on the final records.

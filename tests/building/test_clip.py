@@ -123,10 +123,10 @@ def test_pairs_are_scored_over_its_tokens(pair):
 def test_every_parameter_is_trained(pair):
     model, _ = build(pair)
     loss = "softmax" if model.dual.logit_bias is None else "sigmoid"
-    found = gradients(model.train(), step(model, itc_loss=loss).loss)
-    assert {name for name, _ in model.named_parameters()} == set(found)
+    actual = gradients(model.train(), step(model, itc_loss=loss).loss)
+    assert {name for name, _ in model.named_parameters()} == set(actual)
     groups = parameter_groups(model, backbone_lr=1e-5, lr=1e-4, weight_decay=0.1)
-    assert sum(len(group["params"]) for group in groups) == len(found)
+    assert sum(len(group["params"]) for group in groups) == len(actual)
     scalars = (model.dual.logit_scale, model.dual.logit_bias)
     decaying = [id(p) for group in groups if group["weight_decay"] for p in group["params"]]
     assert not [p for p in scalars if id(p) in decaying]

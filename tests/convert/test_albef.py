@@ -222,8 +222,8 @@ def test_wrappers_are_undone_and_safetensors_read(tmp_path):
     save_file(weights, tmp_path / "a.safetensors")
     torch.save(weights | {"epoch": 3}, tmp_path / "a.bin")
     for name in ("a.pth", "a.safetensors", "a.bin"):
-        found = read_checkpoint(tmp_path / name)
-        assert found.keys() == {"a"} and torch.equal(found["a"], weights["a"])
+        actual = read_checkpoint(tmp_path / name)
+        assert actual.keys() == {"a"} and torch.equal(actual["a"], weights["a"])
 
 
 class Runs:

@@ -80,10 +80,10 @@ def test_images_are_shrunk_to_the_shorter_side_and_never_enlarged(files, folder,
     for i in (0, 2, 4, 5, 6):
         whole = decode_image(files[i].image)
         wanted = np.asarray(whole.resize((cache[i].shape[2], cache[i].shape[1]), Image.Resampling.BOX), dtype=float)
-        found = cache[i].permute(1, 2, 0).numpy()
-        assert found.dtype == np.uint8 and np.abs(found - wanted).mean() < 4
+        actual = cache[i].permute(1, 2, 0).numpy()
+        assert actual.dtype == np.uint8 and np.abs(actual - wanted).mean() < 4
         if whole.size == wanted.shape[1::-1]:
-            assert np.array_equal(found, wanted)
+            assert np.array_equal(actual, wanted)
     assert os.listdir(folder) == [cache.folder.name] == [f"24px-{names_digest(files)[:16]}"]
 
 

@@ -56,14 +56,14 @@ def test_captions_name_every_attribute(train):
     assert scene_vocabulary() == sorted(set(scene_vocabulary()))
 
 
-def test_both_directions_of_a_relation_are_told(train):
-    told = Counter(
+def test_both_directions_of_a_relation_are_directions(train):
+    directions = Counter(
         word
         for i in range(400)
         for word in train.paraphrases(i)[0].split()
         if word in ("left", "right", "above", "below")
     )
-    assert min(told.values()) > 50 and len(told) == 4
+    assert min(directions.values()) > 50 and len(directions) == 4
 
 
 def test_rendering_is_deterministic_and_seeded(train):

@@ -48,8 +48,8 @@ class PretendGPU(TorchFunctionMode):
         there = [self.has(x) for x in tensors]
         mixed = len({on for on, x in zip(there, tensors, strict=True) if x.ndim}) > 1
         if mixed and (name not in TAKES_BOTH or (name == "__getitem__" and not there[0])):
-            found = ", ".join(f"{tuple(x.shape)} on {'cuda' if on else 'cpu'}" for on, x in zip(there, tensors))
-            raise RuntimeError(f"{name}: {found}")
+            devices = ", ".join(f"{tuple(x.shape)} on {'cuda' if on else 'cpu'}" for on, x in zip(there, tensors))
+            raise RuntimeError(f"{name}: {devices}")
         masks = name == "__getitem__" and any(x.dtype == torch.bool for x in tensors[1:])  # how many rows?
         if any(there) and (name in WAITS or masks):
             self.waits.append(name)

@@ -108,7 +108,7 @@ def reference_step(model: LoopITRModel, batch: dict[str, Tensor], options: Objec
     match: list[Tensor] = []  # cross entropies of the ITM head at positives
     mismatch: list[Tensor] = []  # and at negatives
     ranked: list[Tensor] = []  # cross entropies of the positive among a query's candidates
-    taught: list[list[Tensor]] = [[], []]
+    distilled: list[list[Tensor]] = [[], []]
     lengths: list[list[int]] = [[], []]
     for query in range(size):
         for side in (0, 1):  # images asking for texts, texts asking for images
@@ -135,12 +135,12 @@ def reference_step(model: LoopITRModel, batch: dict[str, Tensor], options: Objec
             loss, length = _distil(student, teacher, options)
             lengths[side].append(length)
             if loss is not None:
-                taught[side].append(loss)
+                distilled[side].append(loss)
     return {
         "itc": sum(itc) / len(itc),
         "itm": _mean(match, mismatch, balanced=options.balance_itm),
         "lce": sum(ranked) / len(ranked),
-        "distillation": sum(sum(side) / len(side) for side in taught if side) / 2,
+        "distillation": sum(sum(side) / len(side) for side in distilled if side) / 2,
         "valid_length": torch.tensor(sum(map(sum, lengths)) / (2 * size)),
     }
 

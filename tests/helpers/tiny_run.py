@@ -54,6 +54,7 @@ OPTIONS: dict[str, Any] = {
         "crop_scale_min": 0.5,
         "randaugment": True,
     },
+    "objective": {"teacher_margin": None},  # an untrained teacher is never ahead
     "train": {
         "epochs": 1,
         "batch_size": 8,

@@ -30,14 +30,14 @@ def a_step(model: LoopITRModel) -> None:
 @pytest.mark.parametrize("hold", [True, False])
 def test_only_the_statistics_stay(hold):
     model = built(scratch(hold_batch_statistics=hold))
-    found = norms(model)
-    assert found and all(norm.training != hold for norm in found) and model.dual.vision.training
-    before = [norm.running_mean.clone() for norm in found]
+    actual = norms(model)
+    assert actual and all(norm.training != hold for norm in actual) and model.dual.vision.training
+    before = [norm.running_mean.clone() for norm in actual]
     a_step(model)
-    assert all(norm.weight.grad is not None for norm in found)
-    assert [torch.equal(norm.running_mean, mean) for norm, mean in zip(found, before)] == [hold] * len(found)
+    assert all(norm.weight.grad is not None for norm in actual)
+    assert [torch.equal(norm.running_mean, mean) for norm, mean in zip(actual, before)] == [hold] * len(actual)
     model.eval().train()
-    assert all(norm.training != hold for norm in found)
+    assert all(norm.training != hold for norm in actual)
 
 
 def test_held_statistics_make_an_image_independent_of_its_batch():

@@ -43,13 +43,13 @@ def test_whole_graphs_with_the_same_result(vision, style, precision):
     plain, whole = tiny_model(vision, style).train(), compiled(vision, style).train()
     batch = step_batch(size=vision["image_size"])
     with torch.autocast("cpu", precision, enabled=precision != torch.float32):
-        expected, found = step(plain, batch), step(whole, batch)
+        expected, actual = step(plain, batch), step(whole, batch)
     if precision == torch.float32:
-        torch.testing.assert_close(found.loss, expected.loss, atol=1e-5, rtol=1e-4)
-        assert_same_gradients(gradients(whole, found.loss), gradients(plain, expected.loss))
+        torch.testing.assert_close(actual.loss, expected.loss, atol=1e-5, rtol=1e-4)
+        assert_same_gradients(gradients(whole, actual.loss), gradients(plain, expected.loss))
     else:
         for name in ("itc", "itm"):  # distillation goes by the order of scores, which bf16 leaves almost tied
-            torch.testing.assert_close(found.terms[name], expected.terms[name], atol=0.02, rtol=0.02)
+            torch.testing.assert_close(actual.terms[name], expected.terms[name], atol=0.02, rtol=0.02)
     assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]
 
 
@@ -107,9 +107,9 @@ def test_token_agreement_goes_by_the_compiled_layout(projected):
 def test_gradient_checkpointing_and_blocks_go_with_it():
     plain, whole = tiny_model().train(), compiled().train()
     whole.fusion.gradient_checkpointing = True  # transformers warns in its own, which breaks the graph
-    found = []
+    actual = []
     for model, block in ((plain, None), (whole, 5)):
         image_state, text_state = model.encode_images(images(4)), model.encode_texts(*ragged_texts(5))
         pairs = torch.cartesian_prod(torch.arange(4), torch.arange(5))
-        found.append(gradients(model, model.score_pairs(image_state, text_state, pairs, block_size=block).score.sum()))
-    assert_same_gradients(found[1], found[0])
+        actual.append(gradients(model, model.score_pairs(image_state, text_state, pairs, block_size=block).score.sum()))
+    assert_same_gradients(actual[1], actual[0])

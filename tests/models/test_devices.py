@@ -71,10 +71,10 @@ def test_a_step(gpu, case, chunk_size, monkeypatch):
         output = cached_backward(objective, batch, chunk_size=chunk_size)
     assert output.loss.is_cuda and all(value.is_cuda for value in output.metrics.values())
     torch.testing.assert_close(output.loss.detach().cpu(), expected.loss.detach(), atol=1e-5, rtol=1e-5)
-    found = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
-    assert found.keys() == wanted.keys()
+    actual = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+    assert actual.keys() == wanted.keys()
     for name in wanted:
-        torch.testing.assert_close(found[name], wanted[name], atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(actual[name], wanted[name], atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["memory", "disk", "recompute"])
@@ -96,6 +96,6 @@ def test_an_evaluation_waits_for_its_scores_once(gpu, monkeypatch, tmp_path, kin
     waits.clear()
     model = tiny_model()
     model.cuda()
-    found = evaluate(model, records, **given).rankings
-    assert all(torch.equal(found[head].t2i, expected[head].t2i) for head in ("dual", "match", "match_plus_similarity"))
+    actual = evaluate(model, records, **given).rankings
+    assert all(torch.equal(actual[head].t2i, expected[head].t2i) for head in ("dual", "match", "match_plus_similarity"))
     assert waits == ["cpu"] if kind != "recompute" else "cpu" in waits  # the backbones ask for lengths

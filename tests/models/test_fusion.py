@@ -86,7 +86,7 @@ def test_weights_taken_to_the_captions_side_change_nothing(style, vision, absorb
     model = tiny_model(vision, style).train()
     pairs = torch.randint(0, 6, (40, 2), generator=torch.Generator().manual_seed(3))
     weights = torch.randn(40, 2, generator=torch.Generator().manual_seed(4))
-    found = []
+    actual = []
     for score in (model.score_pairs, None):
         model.zero_grad()
         image_state, text_state = _states(model, 6, 6)
@@ -99,11 +99,11 @@ def test_weights_taken_to_the_captions_side_change_nothing(style, vision, absorb
             assert len(calls) == (0 if absorb else 1)
         hook.remove()
         (logits * weights).sum().backward()
-        found.append((logits, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
-    torch.testing.assert_close(found[0][0], found[1][0], atol=2e-5, rtol=1e-4)
-    assert found[0][1].keys() == found[1][1].keys()
-    for name, expected in found[1][1].items():
-        torch.testing.assert_close(found[0][1][name], expected, atol=5e-5, rtol=1e-4, msg=lambda m: f"{name}: {m}")
+        actual.append((logits, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+    torch.testing.assert_close(actual[0][0], actual[1][0], atol=2e-5, rtol=1e-4)
+    assert actual[0][1].keys() == actual[1][1].keys()
+    for name, expected in actual[1][1].items():
+        torch.testing.assert_close(actual[0][1][name], expected, atol=5e-5, rtol=1e-4, msg=lambda m: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("chosen", [[0, 1, 2], [3, 4], [0, 2, 4]], ids=["first", "last", "apart"])
@@ -113,8 +113,8 @@ def test_some_images_of_many_with_keys_and_values(chosen):
     image_state, text_state = _states(model, 5, 40)
     pairs = torch.cartesian_prod(torch.tensor(chosen), torch.arange(40))
     expected = model.score_pairs(image_state, text_state, pairs).logits
-    found = model.score_pairs(model.project_images(image_state), text_state, pairs).logits
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    actual = model.score_pairs(model.project_images(image_state), text_state, pairs).logits
+    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-5)
     few = pairs[:3]  # one bucket
     torch.testing.assert_close(
         model.score_pairs(model.project_images(image_state), text_state, few).logits, expected[:3], atol=1e-6, rtol=1e-5

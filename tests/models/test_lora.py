@@ -29,8 +29,8 @@ BOTH = pytest.mark.parametrize(("vision", "style"), [("vit", "late"), ("vit", "s
 @BOTH
 def test_at_the_start_nothing_changes(vision, style):
     expected = outputs(plain_model(vision, style).eval())
-    found = outputs(adapted_model(vision, style, shaken=False).eval())
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    actual = outputs(adapted_model(vision, style, shaken=False).eval())
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
     fresh = LoopITRModel(adapted_model(vision, style).config)  # transformers' own initialisation ran over it
     ups = [p for name, p in fresh.named_parameters() if ".lora_B." in name]
     assert ups and not any(p.any() for p in ups)
@@ -54,12 +54,12 @@ def test_an_adapter_adds_its_scaled_product():
 @BOTH
 def test_only_adapters_heads_and_fusion_learn(vision, style):
     model = adapted_model(vision, style).train()
-    found = gradients(model, step(model, step_batch(size=model.dual.vision.image_size)).loss)
-    assert found.keys() == trained(model)
-    backbones = {name for name in found if name.startswith(("dual.vision.", "dual.text."))}
+    actual = gradients(model, step(model, step_batch(size=model.dual.vision.image_size)).loss)
+    assert actual.keys() == trained(model)
+    backbones = {name for name in actual if name.startswith(("dual.vision.", "dual.text."))}
     assert backbones == {name for name, _ in model.named_parameters() if is_adapter(name)}
-    assert {name.split(".")[0] for name in found.keys() - backbones} == {"dual", "fusion", "itm_head"}
-    assert all(found[name].any() for name in backbones)
+    assert {name.split(".")[0] for name in actual.keys() - backbones} == {"dual", "fusion", "itm_head"}
+    assert all(actual[name].any() for name in backbones)
 
 
 def test_one_step_changes_the_outputs_and_no_weight_of_a_backbone():
@@ -80,23 +80,23 @@ def test_in_shared_style_the_pairs_train_the_text_adapters_too():
     texts = model.encode_texts(*ragged_texts(5))
     texts = type(texts)(texts.embeds.detach(), texts.tokens.detach(), texts.mask)
     pictures = model.image_state(model.dual.vision(images(3)).detach())
-    found = gradients(model, model.score_pairs(pictures, texts, torch.tensor(PAIRS)).score.sum())
+    actual = gradients(model, model.score_pairs(pictures, texts, torch.tensor(PAIRS)).score.sum())
     names = {name for name, _ in model.dual.text.named_parameters(prefix="dual.text") if is_adapter(name)}
-    assert names and all(found[name].any() for name in names)
+    assert names and all(actual[name].any() for name in names)
 
 
 @BOTH
 def test_gradient_checkpointing_gives_the_same_gradients(vision, style):
     """Nothing that enters the first block has a gradient."""
     batch = step_batch(size=64 if vision == "cnn" else 32)
-    found = []
+    actual = []
     for checkpointing in (False, True):
         model = adapted_model(vision, style).train()
         if checkpointing:
             model.activation_checkpointing_enable()
-        found.append(gradients(model, step(model, batch).loss))
-    assert found[0].keys() == found[1].keys() == trained(model)
-    assert_same_gradients(found[1], found[0])
+        actual.append(gradients(model, step(model, batch).loss))
+    assert actual[0].keys() == actual[1].keys() == trained(model)
+    assert_same_gradients(actual[1], actual[0])
 
 
 def test_batch_statistics_stay():

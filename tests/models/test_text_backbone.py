@@ -160,15 +160,17 @@ def test_the_gradients_of_buckets_are_those_of_row_by_row(pooling, count):
     ids, mask = ragged_texts(count, longest=17)
     weights = torch.randn(count, backbone.width)
     alone = [backbone.pool(one, torch.ones(one.tokens.shape[:2])) for one in row_by_row(backbone, ids, mask)]
-    found = []
+    actual = []
     for pooled in (backbone.pool(backbone(ids, mask), mask), torch.cat(alone)):
         backbone.zero_grad()
         (pooled * weights).sum().backward()
-        found.append({name: p.grad.clone() for name, p in backbone.named_parameters()})
+        actual.append({name: p.grad.clone() for name, p in backbone.named_parameters()})
     words = "model.embeddings.word_embeddings.weight"
-    assert found[0][words].any()
-    for name, expected in found[1].items():
-        torch.testing.assert_close(found[0][name], expected, atol=1e-5 * max(1, float(expected.abs().max())), rtol=1e-4)
+    assert actual[0][words].any()
+    for name, expected in actual[1].items():
+        torch.testing.assert_close(
+            actual[0][name], expected, atol=1e-5 * max(1, float(expected.abs().max())), rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta"])

@@ -34,13 +34,13 @@ def chunked_gradients(objective, **arguments):
 def test_gradients_are_the_plain_steps(style, case, chunk_size):
     plain = objective_of(case, style=style)
     expected = plain(**step_batch())
-    output, found = chunked_gradients(objective_of(case, style=style, pair_block=5), chunk_size=chunk_size)
+    output, actual = chunked_gradients(objective_of(case, style=style, pair_block=5), chunk_size=chunk_size)
     assert output.terms.keys() == expected.terms.keys() and output.metrics.keys() == expected.metrics.keys()
     for name, value in expected.terms.items():
         torch.testing.assert_close(output.terms[name], value, atol=1e-6, rtol=1e-5)
     wanted = gradients(plain.model, expected.loss)
-    assert found.keys() == wanted.keys()
-    assert_same_gradients(found, wanted)
+    assert actual.keys() == wanted.keys()
+    assert_same_gradients(actual, wanted)
 
 
 def test_without_pairs_and_with_a_scaled_distillation():
@@ -51,8 +51,8 @@ def test_without_pairs_and_with_a_scaled_distillation():
     ):
         objective = objective_of(case)
         wanted = gradients(objective.model, objective(**step_batch(), **stage).loss)
-        _, found = chunked_gradients(objective, chunk_size=3, **stage)
-        assert_same_gradients(found, wanted)
+        _, actual = chunked_gradients(objective, chunk_size=3, **stage)
+        assert_same_gradients(actual, wanted)
 
 
 @pytest.mark.parametrize("frozen", [["vision"], ["text"], ["vision", "text"]])
@@ -60,9 +60,9 @@ def test_frozen_backbones_get_none(frozen):
     objective = objective_of()
     objective.model.freeze(frozen)
     wanted = gradients(objective.model, objective(**step_batch()).loss)
-    _, found = chunked_gradients(objective, chunk_size=3)
-    assert found.keys() == wanted.keys()
-    assert_same_gradients(found, wanted)
+    _, actual = chunked_gradients(objective, chunk_size=3)
+    assert actual.keys() == wanted.keys()
+    assert_same_gradients(actual, wanted)
 
 
 def test_image_tokens_of_a_cache():
@@ -72,8 +72,8 @@ def test_image_tokens_of_a_cache():
     batch["image_tokens"] = objective.model.dual.vision(batch.pop("pixel_values")).detach()
     objective.model.zero_grad()
     cached_backward(objective, batch, chunk_size=3)
-    found = {name: p.grad for name, p in objective.model.named_parameters() if p.grad is not None}
-    assert_same_gradients(found, wanted)
+    actual = {name: p.grad for name, p in objective.model.named_parameters() if p.grad is not None}
+    assert_same_gradients(actual, wanted)
 
 
 def test_dropout_is_the_same_in_both_passes():
@@ -84,8 +84,8 @@ def test_dropout_is_the_same_in_both_passes():
     wanted = gradients(objective.model, objective(**step_batch()).loss)
     after = torch.get_rng_state()
     torch.manual_seed(1)
-    _, found = chunked_gradients(objective, chunk_size=8)
-    assert_same_gradients(found, wanted)
+    _, actual = chunked_gradients(objective, chunk_size=8)
+    assert_same_gradients(actual, wanted)
     assert torch.equal(torch.get_rng_state(), after)  # the second passes do not move it
 
     drawn: dict[int, list[torch.Tensor]] = {}
@@ -172,9 +172,9 @@ def test_bfloat16_gradients():
     with bfloat16():
         expected = objective(**step_batch())
     wanted = gradients(objective.model, expected.loss)
-    output, found = chunked_gradients(objective, chunk_size=3, autocast=bfloat16)
+    output, actual = chunked_gradients(objective, chunk_size=3, autocast=bfloat16)
     torch.testing.assert_close(output.loss, expected.loss, atol=0.03, rtol=0.03)
-    flat = [torch.cat([grads[name].flatten().float() for name in wanted]) for grads in (found, wanted)]
+    flat = [torch.cat([grads[name].flatten().float() for name in wanted]) for grads in (actual, wanted)]
     assert torch.nn.functional.cosine_similarity(*flat, dim=0) > 0.99
 
 
@@ -187,5 +187,5 @@ def test_batch_statistics_of_a_chunk_are_refused():
     wanted = gradients(objective.model, objective(**step_batch(size=64)).loss)
     objective.model.zero_grad()
     cached_backward(objective, step_batch(size=64), chunk_size=3)
-    found = {name: p.grad for name, p in objective.model.named_parameters() if p.grad is not None}
-    assert_same_gradients(found, wanted)
+    actual = {name: p.grad for name, p in objective.model.named_parameters() if p.grad is not None}
+    assert_same_gradients(actual, wanted)

@@ -34,13 +34,13 @@ def test_never_a_positive_a_twin_or_a_duplicate(mine):
         assert mined.indices.dtype == torch.int64 and mined.valid.dtype == torch.bool
         assert (mined.indices[~mined.valid] == 0).all()
         label = list(range(c)) if groups is None else groups.tolist()
-        for found, positive in zip(rows(mined), positives.tolist()):
-            taken = [label[j] for j in found]
+        for actual, positive in zip(rows(mined), positives.tolist()):
+            taken = [label[j] for j in actual]
             blocked = {label[j] for j in range(c) if positive[j]}
             assert len(taken) == len(set(taken))
             assert not blocked & set(taken)
             # nothing is withheld either: k, or all that there are
-            assert len(found) == min(k, len(set(label) - blocked))
+            assert len(actual) == min(k, len(set(label) - blocked))
 
 
 @each_miner

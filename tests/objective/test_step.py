@@ -77,8 +77,8 @@ def test_the_sigmoid_loss_is_the_one_written_out_over_pairs(itc):
     """Every pair by itself, right or not by identity; the bias is trained, and moves no other term."""
     model, batch = tiny_model(initial_logit_bias=-2.0).train(), step_batch()
     out = step(model, batch, itc=itc, itc_loss="sigmoid", distillation_loss="kl")
-    found = gradients(model, out.loss)
-    assert bool(found["dual.logit_bias"]) == bool(itc)
+    actual = gradients(model, out.loss)
+    assert bool(actual["dual.logit_bias"]) == bool(itc)
     plain = step(model, batch, distillation_loss="kl")
     for name in ("itm", "distillation"):
         assert torch.equal(out.terms[name], plain.terms[name])
@@ -195,10 +195,10 @@ def test_every_parameter_gets_a_gradient(style, vision, mlm):
         vision = {**CNN, "kwargs": {**CNN["kwargs"], "zero_init_last": False}}
     model = tiny_model(vision, style, mlm_head=bool(mlm)).train()
     batch = step_batch(size=vision["image_size"])
-    found = gradients(model, step(model, batch, mlm=mlm, masking=EveryThirdWord()).loss)
-    assert {name for name, _ in model.named_parameters()} == set(found)
+    actual = gradients(model, step(model, batch, mlm=mlm, masking=EveryThirdWord()).loss)
+    assert {name for name, _ in model.named_parameters()} == set(actual)
     # The biases of keys move all logits of a softmax alike: zero but for rounding.
-    dead = [n for n, g in found.items() if not g.any() and not n.endswith("key.bias")]
+    dead = [n for n, g in actual.items() if not g.any() and not n.endswith("key.bias")]
     assert not dead
 
 
@@ -207,10 +207,10 @@ def test_every_distillation_loss_teaches_the_dual_and_not_the_teacher(loss):
     model = tiny_model(style="late").train()
     out = step(model, itc=0, itm=0, distillation_loss=loss)
     assert list(out.terms) == ["distillation"] and torch.isfinite(out.loss) and out.loss > 0
-    found = gradients(model, out.loss)
-    assert not [name for name in found if name.startswith(("fusion", "itm_head"))]
-    assert set(found) == {name for name, _ in model.dual.named_parameters(prefix="dual")}
-    assert all(gradient.any() for name, gradient in found.items() if not name.endswith("key.bias"))
+    actual = gradients(model, out.loss)
+    assert not [name for name in actual if name.startswith(("fusion", "itm_head"))]
+    assert set(actual) == {name for name, _ in model.dual.named_parameters(prefix="dual")}
+    assert all(gradient.any() for name, gradient in actual.items() if not name.endswith("key.bias"))
 
 
 @pytest.mark.parametrize("style", ["late", "shared"])

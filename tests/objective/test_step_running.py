@@ -109,9 +109,9 @@ def test_bfloat16_is_close_to_float32(style):
     for name in exact.terms:
         close = {"atol": 0.03, "rtol": 0.03, "msg": lambda m: f"{name}: {m}"}
         torch.testing.assert_close(out.terms[name], exact.terms[name], **close)
-    found = gradients(model, out.loss)
-    assert all(torch.isfinite(g).all() for g in found.values())
-    flat = [torch.cat([grads[name].flatten() for name in expected]) for grads in (found, expected)]
+    actual = gradients(model, out.loss)
+    assert all(torch.isfinite(g).all() for g in actual.values())
+    flat = [torch.cat([grads[name].flatten() for name in expected]) for grads in (actual, expected)]
     assert F.cosine_similarity(*flat, dim=0) > 0.99
 
 
@@ -129,8 +129,8 @@ def test_negatives_that_only_teach(style, ids):
         torch.testing.assert_close(out.terms[name], other.terms[name], atol=1e-6, rtol=1e-5)
     for name in ("valid_length", "rank_agreement"):
         torch.testing.assert_close(out.metrics[name], many.metrics[name])
-    found, part, rest = gradients(model, out.loss), gradients(model, few.loss), gradients(model, many.loss)
-    assert_same_gradients(found, {name: part.get(name, 0) + rest.get(name, 0) for name in part.keys() | rest.keys()})
+    actual, part, rest = gradients(model, out.loss), gradients(model, few.loss), gradients(model, many.loss)
+    assert_same_gradients(actual, {name: part.get(name, 0) + rest.get(name, 0) for name in part.keys() | rest.keys()})
 
 
 @pytest.mark.parametrize("count", [0, 5])

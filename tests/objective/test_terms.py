@@ -135,10 +135,10 @@ def log_softmax_rows(rows: Tensor, columns: Tensor) -> list[list[float]]:
 
 
 def structure_loop(source: Tensor, target: Tensor) -> float:
-    taught, learned = log_softmax_rows(source, source), log_softmax_rows(target, target)
+    source_logs, target_logs = log_softmax_rows(source, source), log_softmax_rows(target, target)
     size = len(source)
     divergences = [
-        sum(math.exp(taught[i][j]) * (taught[i][j] - learned[i][j]) for j in range(size)) for i in range(size)
+        math.exp(source_logs[i][j]) * (source_logs[i][j] - target_logs[i][j]) for i in range(size) for j in range(size)
     ]
     return sum(divergences) / size
 

@@ -140,10 +140,10 @@ def test_the_slower_side_is_the_bottleneck(capsys, tmp_path):
     benchmark.report(options, timed, "step", 8e9)
     figures = json.loads(file.read_text())["figures"]
     expected = {"whole JPEG": (5, 1, 7, "input"), "scaled decode": (10, 2, 4, "input"), "cached": (40, 8, 1, "step")}
-    for name, found in expected.items():
+    for name, actual in expected.items():
         case = figures[f"photos, {name}"]
         keys = ("images_per_second", "ratio", "workers_needed", "bottleneck")
-        assert tuple(case[key] for key in keys) == found
+        assert tuple(case[key] for key in keys) == actual
     assert figures["step"] == {"images_per_second": 16, "seconds": 0.25, "flops": 10**9, "of_peak": 0.5}
     (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| step ")]
     assert [cell.strip() for cell in row.split("|")[2:-1]] == ["16.0", "", "", "", "1.0", "0.50"]

@@ -4,32 +4,12 @@ import json
 
 import pytest
 from helpers.recipe_process import TWO_ON_CPU, call, error_lines, launch
-from helpers.support import tiny_model
-from helpers.tiny_gallery import captions, jpeg, tiny_processor
-
-IMAGES, CAPTIONS = 8, 2
+from helpers.small_karpathy import CAPTIONS, IMAGES, data, write_small_karpathy
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """`run/` a saved model, `images/` with one broken JPEG, `data.json` whose split "test" has all of them."""
-    folder = tmp_path_factory.mktemp("evaluate")
-    tiny_model().save_pretrained(folder / "run")
-    tiny_processor().save_pretrained(folder / "run")
-    (folder / "images").mkdir()
-    entries = []
-    for i in range(IMAGES + 1):
-        data = jpeg(i)
-        (folder / "images" / f"{i}.jpg").write_bytes(data if i < IMAGES else data[:200])
-        sentences = [{"raw": caption} for caption in captions(i, CAPTIONS)]
-        entries.append({"filename": f"{i}.jpg", "imgid": i, "split": "test", "sentences": sentences})
-    entries.append({"filename": "0.jpg", "imgid": 99, "split": "train", "sentences": [{"raw": "a red circle"}]})
-    (folder / "data.json").write_text(json.dumps({"images": entries}))
-    return folder
-
-
-def data(folder, *more):
-    return ["--data.karpathy", folder / "data.json", "--data.images", folder / "images", "--device", "cpu", *more]
+    return write_small_karpathy(tmp_path_factory.mktemp("evaluate"))
 
 
 def test_the_command_of_the_readme(folder, tmp_path):

@@ -128,10 +128,10 @@ def test_two_processes_validate_as_one(tmp_path):
     done = launch("pretrain.py", "--config", config, launcher=TWO_ON_CPU)
     assert done.returncode == 0, done.stderr
     assert equal(weights(tmp_path / "one"), weights(tmp_path / "two"))
-    found = json.loads((tmp_path / "two" / "run" / "metrics.json").read_text())
-    for metrics in (expected, found):
+    actual = json.loads((tmp_path / "two" / "run" / "metrics.json").read_text())
+    for metrics in (expected, actual):
         del metrics["seconds"], metrics["pairs_per_second"], metrics["training"]["seconds"]
-    assert found == expected and found["num_images"] == 7 and sum(found["skipped"].values()) == 1
+    assert actual == expected and actual["num_images"] == 7 and sum(actual["skipped"].values()) == 1
     assert read_history(tmp_path / "one" / "run") == read_history(tmp_path / "two" / "run")
     assert done.stdout.count("| dual ") == 1 and done.stdout.count("step 0: mean R@1") == 1  # one of them speaks
 

@@ -58,9 +58,9 @@ def test_a_loaded_checkpoint_goes_on_bit_for_bit(tmp_path):
     resumed = Work(seed=7)
     progress = load_checkpoint(resumed.accelerator, tmp_path)
     assert progress is not None and progress.step == 6
-    found = resumed.steps(3).state()
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    actual = resumed.steps(3).state()
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 def test_progress_comes_back_whole(tmp_path):
@@ -72,8 +72,13 @@ def test_progress_comes_back_whole(tmp_path):
         best_step=2,
         rows=9,
         skipped={"truncated": 2},
+        skipped_files={"a.jpg": "truncated"},
         truncated=4,
         places=[[2, 1]],
+        similarity_weight=0.5,
+        teaching_since=2,
+        has_taught=True,
+        best_lead=3.0,
     )
     work = Work()
     save_checkpoint(work.accelerator, tmp_path, progress, keep=1)

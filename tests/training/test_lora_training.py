@@ -33,13 +33,13 @@ def rates(model: LoopITRModel, **changes: float) -> dict[str, tuple[str, float]]
 
 def test_adapters_learn_ten_times_as_fast_as_a_whole_backbone():
     model = adapted_model(vision_rank=0)
-    found = rates(model)
-    assert found.keys() == trained(model)
-    for name, group in found.items():
+    actual = rates(model)
+    assert actual.keys() == trained(model)
+    for name, group in actual.items():
         backbone = name.startswith(("dual.vision.", "dual.text."))
         expected = ("adapters", 1e-4) if is_adapter(name) else ("backbones", 1e-5) if backbone else ("new", 1e-3)
         assert group == (expected[0], pytest.approx(expected[1])), name
-    assert {group for group, _ in found.values()} == {"adapters", "backbones", "new"}
+    assert {group for group, _ in actual.values()} == {"adapters", "backbones", "new"}
     given = rates(model, lora_lr=3e-4)
     assert {rate for group, rate in given.values() if group == "adapters"} == {3e-4}
 

@@ -53,15 +53,15 @@ def test_an_interrupted_run_that_is_resumed_equals_one_that_was_not(tmp_path, mo
     with pytest.raises(Killed):
         run(tmp_path / "parts", **changes)
     monkeypatch.undo()
-    found = run(tmp_path / "parts", **changes, resume=True)
+    actual = run(tmp_path / "parts", **changes, resume=True)
     assert not (tmp_path / "parts" / "run.1").exists()
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
     assert read_history(tmp_path / "whole" / "run") == read_history(tmp_path / "parts" / "run")
-    for metrics in (expected, found):
+    for metrics in (expected, actual):
         for name in ("seconds", "pairs_per_second"):
             metrics.pop(name)
         metrics["training"].pop("seconds")
-    assert found == expected
+    assert actual == expected
 
 
 def test_resume_without_a_checkpoint_starts_from_scratch(tmp_path, capsys):

@@ -44,9 +44,9 @@ def test_an_accumulated_step_has_the_mean_of_its_batches_own_gradients(tmp_path,
             loss = made.bare_objective(**batch.inputs).loss
             own.append(torch.autograd.grad(loss, parameters, allow_unused=True))
     means = [(a + b) / 2 for a, b in zip(*own, strict=True) if a is not None]
-    (found,) = stepped
-    assert len(found) == len(means)
-    for ours, mean in zip(found, means, strict=True):
+    (actual,) = stepped
+    assert len(actual) == len(means)
+    for ours, mean in zip(actual, means, strict=True):
         torch.testing.assert_close(ours, mean, atol=1e-5, rtol=1e-3)
     assert max(float((a - b).abs().max()) for a, b in zip(*own, strict=True) if a is not None) > 1e-2
 
@@ -81,9 +81,9 @@ def test_tokens_are_cached_in_float32_whatever_the_precision(tmp_path):
     for precision in ("fp32", "bf16"):
         folder = str(tmp_path / f"{precision}-cache")
         run(tmp_path / precision, **frozen, train__precision=precision, data__cache_tokens=folder)
-    found = [sorted((tmp_path / f"{precision}-cache").glob("*/tokens.npy")) for precision in ("fp32", "bf16")]
-    assert len(found[0]) == len(found[1]) == 3  # train, val, test
-    for fp32, bf16 in zip(*found, strict=True):
+    actual = [sorted((tmp_path / f"{precision}-cache").glob("*/tokens.npy")) for precision in ("fp32", "bf16")]
+    assert len(actual[0]) == len(actual[1]) == 3  # train, val, test
+    for fp32, bf16 in zip(*actual, strict=True):
         assert fp32.parent.name == bf16.parent.name and fp32.read_bytes() == bf16.read_bytes()
 
 
@@ -123,8 +123,8 @@ def test_gradient_checkpointing_reaches_every_part(tmp_path, wanted):
     with trainer(tmp_path, **EXACT, train__gradient_checkpointing=wanted) as made:
         model = made.model
         layer = model.dual.text.model.encoder.layer[0]
-        found = [model.fusion.gradient_checkpointing, model.dual.vision.model.grad_checkpointing]
-        assert [*found, layer.gradient_checkpointing] == [wanted] * 3
+        actual = [model.fusion.gradient_checkpointing, model.dual.vision.model.grad_checkpointing]
+        assert [*actual, layer.gradient_checkpointing] == [wanted] * 3
 
 
 def test_learning_rates_and_weight_decay_reach_their_groups(tmp_path):
@@ -139,8 +139,8 @@ def test_adapters_learn_at_ten_times_the_backbones_rate_unless_told(tmp_path, gi
     pytest.importorskip("peft", reason="LoRA adapters are made by peft (extra `lora`)")
     lora = {"model__lora": {"text_rank": 2}, "train__backbone_lr": 1e-4, "train__lora_lr": given}
     with trainer(tmp_path, **EXACT, **lora) as made:
-        found = {g["initial_lr"] for g in made.optimizer.param_groups if g["name"] == "adapters"}
-    assert found == {rate}
+        actual = {g["initial_lr"] for g in made.optimizer.param_groups if g["name"] == "adapters"}
+    assert actual == {rate}
 
 
 def steps_of(made):

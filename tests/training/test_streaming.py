@@ -56,8 +56,8 @@ def test_a_stream_is_shuffled_by_seed_and_epoch(tmp_path):
         assert order(plain, 1) == by_file
     with trainer(tmp_path / "d", **changes, train__seed=1) as other:
         orders.append(order(other, 0))
-    assert len({tuple(found) for found in [*orders, by_file]}) == 4  # all different
-    assert all(sorted(found) == sorted(by_file) for found in orders) and len(set(by_file)) == 16
+    assert len({tuple(actual) for actual in [*orders, by_file]}) == 4  # all different
+    assert all(sorted(actual) == sorted(by_file) for actual in orders) and len(set(by_file)) == 16
 
 
 @pytest.mark.parametrize("sizes", [(8, 8), (16,)], ids=["by file", "by row"])

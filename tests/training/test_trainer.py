@@ -75,7 +75,7 @@ def test_training_learns(tmp_path):
         assert metrics[head]["mean_r1"] == 100, head
 
 
-class Found:
+class FixedResult:
     """Stands in for a validation's result."""
 
     similarity_weight = 0.5
@@ -107,7 +107,7 @@ def test_the_best_validated_model_is_the_one_that_is_kept(tmp_path, monkeypatch,
         number = len(states) + 1
         if number <= 4:
             states[number] = {name: value.clone() for name, value in model.state_dict().items()}
-        return Found(results[min(number, 4)])
+        return FixedResult(results[min(number, 4)])
 
     monkeypatch.setattr(validation, "evaluate_retrieval", evaluate)
     metrics = run(tmp_path, train__max_steps=4, validation__every_steps=1, validation__select=select)

@@ -159,9 +159,9 @@ def test_what_cannot_be_read_is_counted_in_training_and_evaluation(tmp_path, cap
 
 def test_cached_images_train_like_decoded_ones(tmp_path, monkeypatch):
     table = {**broken_table(tmp_path), "train__epochs": 2, "data__cache_images": str(tmp_path / "cache")}
-    found = run(tmp_path / "a", **table)
+    actual = run(tmp_path / "a", **table)
     (cache,) = (tmp_path / "cache").iterdir()  # of the training split alone
-    assert found["training"]["skipped"] == {"unreadable image: truncated": 2} and found["num_images"] == 7
+    assert actual["training"]["skipped"] == {"unreadable image: truncated": 2} and actual["num_images"] == 7
     monkeypatch.setattr(dataset, "decode_image", None)  # not called again in training
     run(tmp_path / "b", **table, data__num_workers=1)
     assert equal(weights(tmp_path / "a"), weights(tmp_path / "b")) and list(cache.parent.iterdir()) == [cache]

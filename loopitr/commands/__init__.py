@@ -1,0 +1,1 @@
+"""What the recipes that use a trained model do: each its options and one function."""

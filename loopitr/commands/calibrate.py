@@ -1,0 +1,42 @@
+"""What `recipes/calibrate.py` does: fit the weight of the similarity in the reranking score of a saved model."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from loopitr.commands.evaluate import EvaluateOptions, measure
+from loopitr.data import DataOptions
+
+
+@dataclass
+class CalibrateOptions(EvaluateOptions):
+    """What is fitted, on what."""
+
+    data: DataOptions = field(default_factory=lambda: DataOptions(split="val"))
+
+
+def calibrate(options: CalibrateOptions) -> None:
+    """Fit the similarity weight on the data and write it into the model's `config.json`.
+
+    Raises:
+        ValueError, OSError: a model without a fusion head or that is not in a folder here, no candidates, or data or a
+            device that cannot be used.
+    """
+    from loopitr.building.folders import model_source
+    from loopitr.evaluation.report import weight_text
+
+    if options.rerank < 1:
+        raise ValueError(f"the weight is fitted on candidates: rerank must be at least 1, got {options.rerank}")
+    folder = Path(model_source(options.model))
+    if not folder.is_dir():
+        raise ValueError(f"{options.model} is not a folder here: the weight is written into its config.json")
+    measured = measure(options, calibrate=True)
+    before = measured.saved.model.config.similarity_weight
+    weight = measured.result.similarity_weight
+    assert weight is not None
+    if measured.state.is_main_process:
+        measured.saved.model.config.similarity_weight = weight
+        measured.saved.model.config.save_pretrained(folder)
+        print(
+            f"similarity weight: {weight_text(weight)} (before: {weight_text(before)}), written to {folder}/config.json"
+        )
+    measured.state.destroy_process_group()

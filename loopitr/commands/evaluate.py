@@ -1,0 +1,188 @@
+"""What `recipes/evaluate.py` does: recalls of a saved model on any data."""
+
+import sys
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from loopitr.checks import usable_device
+from loopitr.cli import check_output_file
+from loopitr.data import DataOptions, LoadReport, load_evaluated, trained_data, training_overlap
+from loopitr.training.reporting import write_json
+
+# What the options do without is imported where it is used, so that --help does not wait for it. Annotations with it are
+# quoted one by one: were all of them postponed, jsonargparse would import what stands here.
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+    from accelerate import PartialState
+
+    from loopitr.building.folders import Saved
+    from loopitr.data import Record, TokenCache
+    from loopitr.data.trained_on import TrainedOn
+    from loopitr.evaluation.options import EvaluationOptions
+    from loopitr.evaluation.report import RetrievalResult
+
+
+@dataclass
+class EvaluateOptions:
+    """What is measured, on what."""
+
+    model: str
+    """Run folder, exported dual encoder, or hub id."""
+    data: DataOptions = field(default_factory=lambda: DataOptions(split="test"))
+    rerank: int = 64
+    """Candidates per query for the fusion head; 0: dual only."""
+    captions_per_image: int | None = None
+    """Use each image's first so many captions (COCO and Flickr: 5); unset: all."""
+    max_images: int | None = None
+    """Only the first so many images."""
+    batch_size: int = 64
+    """Images or captions encoded at a time."""
+    image_block: int = 32
+    """Images whose tokens are held at a time while reranking."""
+    pair_block: int = 1024
+    """Pairs scored at a time."""
+    token_storage: Literal["auto", "memory", "disk", "recompute"] = "auto"
+    """Where image and caption tokens wait between encoding and reranking. auto: in memory up to 1 GiB per process, else
+    on disk if there is room, else the backbones run again."""
+    token_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """What they wait in."""
+    token_folder: str | None = None
+    """Where `disk` puts them while it runs; unset: the system's temporary folder."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast."""
+    device: str | None = None
+    """cpu, cuda, cuda:1, ...; unset: a GPU if there is one (of several processes, each its own)."""
+    check_overlap: bool = True
+    """Look for the evaluated images among those that the model was trained on: by content, where the training files are
+    still here. Of a training set only files as long as an evaluated one are read."""
+    output: str | None = None
+    """JSON file for the figures."""
+
+
+def evaluate(options: EvaluateOptions) -> None:
+    """Print the figures, and write them to `options.output`; all ranks together.
+
+    Raises:
+        ValueError, OSError: a model, data or device that cannot be used.
+    """
+    from loopitr.distributed import first_rank
+
+    if options.output is not None:
+        first_rank(partial(check_output_file, options.output))
+    measured = measure(options)
+    figures = measured.result.to_json()
+    if options.check_overlap and measured.state.is_main_process:
+        overlap = training_overlap(measured.records, measured.history)
+        print(overlap.line())
+        figures["trained_on"] = overlap.to_json()
+    if options.output is not None and measured.state.is_main_process:
+        path = Path(options.output)
+        write_json(path, figures)
+        print(f"written to {path}")
+    measured.state.destroy_process_group()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What an evaluation was about, and its result."""
+
+    state: "PartialState"
+    saved: "Saved"
+    records: "Sequence[Record]"
+    history: "list[TrainedOn]"
+    result: "RetrievalResult"
+
+
+def measure(options: EvaluateOptions, *, calibrate: bool = False) -> Measured:
+    """Load model and data, evaluate, print the table.
+
+    Args:
+        calibrate: fit the weight of the similarity in the reranking score on these data.
+
+    Raises:
+        ValueError, OSError: a model, data or device that cannot be used.
+    """
+    import torch
+
+    from loopitr.building.folders import load_saved
+    from loopitr.evaluation.retrieval import evaluate_retrieval
+
+    state = _state(options.device)
+    if options.data.split == "train" and state.is_main_process:
+        print("warning: these are figures on the training split; they say nothing about new data", file=sys.stderr)
+    device = _device(options.device, state)
+    evaluation = _evaluation(options, calibrate=calibrate)
+    report, history = LoadReport(), trained_data(options.model)
+    evaluated = load_evaluated(options.data, report, trained_on=history[0].data)
+    records = evaluated.records
+    state.print(f"{options.data.split}: {report.summary()}")
+    if evaluated.note is not None:
+        state.print(evaluated.note)
+    saved = load_saved(options.model, dtype=torch.float32)
+    saved.model.to(device)  # type: ignore[arg-type]
+    with state.main_process_first():
+        tokens = _tokens(options.data, saved, records, device, progress=state.is_main_process)
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=options.precision == "bf16"):
+        result = evaluate_retrieval(saved.model, saved.processor, records, evaluation, tokens=tokens)
+    state.print(f"\n{result.table()}\n")
+    return Measured(state=state, saved=saved, records=records, history=history, result=result)
+
+
+def _state(device: str | None) -> "PartialState":
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    cpu = device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    return PartialState(cpu=cpu, timeout=timedelta(days=1))  # ranks wait for each other's pairs, hours on CPUs
+
+
+def _device(name: str | None, state: "PartialState") -> "torch.device":
+    if state.num_processes > 1 and name not in (None, state.device.type):
+        raise ValueError(f"device {name!r}: {state.num_processes} processes have a {state.device.type} each")
+    return usable_device(name if name and state.num_processes == 1 else str(state.device))
+
+
+def _evaluation(options: EvaluateOptions, *, calibrate: bool) -> "EvaluationOptions":
+    from loopitr.evaluation.options import EvaluationOptions
+    from loopitr.evaluation.storage import TokenStorage
+
+    return EvaluationOptions(
+        rerank=options.rerank,
+        captions_per_image=options.captions_per_image,
+        max_images=options.max_images,
+        max_skipped_fraction=options.data.max_skipped_fraction,
+        batch_size=options.batch_size,
+        image_block=options.image_block,
+        pair_block=options.pair_block,
+        num_workers=options.data.num_workers,
+        calibrate=calibrate,
+        token_storage=TokenStorage(options.token_storage, options.token_dtype, folder=options.token_folder),
+    )
+
+
+def _tokens(
+    options: DataOptions, saved: "Saved", records: "Sequence[Record]", device: "torch.device", *, progress: bool
+) -> "TokenCache | None":
+    from loopitr.building.build import token_cache_key
+    from loopitr.data import TokenCache
+    from loopitr.evaluation.gallery import evaluation_transform
+    from loopitr.models.loop_model import LoopITRModel
+
+    if options.cache_tokens is None or not isinstance(saved.model, LoopITRModel):
+        return None  # a dual encoder alone looks at every image once
+    return TokenCache.open_or_build(
+        options.cache_tokens,
+        key=token_cache_key(saved.model, saved.processor),
+        records=records,
+        transform=evaluation_transform(saved.processor),
+        encode=saved.model.dual.vision,
+        num_workers=options.num_workers,
+        device=device,
+        progress=progress,
+    )
