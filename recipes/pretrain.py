@@ -1,7 +1,8 @@
 """accelerate launch recipes/pretrain.py [--config recipes/configs/X.yaml] [--train.lr 1e-4 ...]
 
 Trains a dual and a cross encoder in a loop. Without a config, data or a model of your own it trains the built-in
-`scenes` from scratch (recipes/configs/scenes.yaml). Fine-tuning is the same recipe with `--model.init PATH`; `--resume`
+`scenes` from scratch (recipes/configs/scenes.yaml); any of them needs data to be named (`--data.scenes true` is one).
+Fine-tuning is the same recipe with `--model.init PATH`; `--resume`
 goes on after a kill, with the options the run was begun with; `--print_config` shows every option.
 """
 
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loopitr.cli import parse, run
+from loopitr.data.sources import SOURCES, source_of
 from loopitr.training.launching import start_all_processes
 from loopitr.training.options import PretrainOptions
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from loopitr.training.trainer import Trainer
 
 SCENES = Path(__file__).parent / "configs" / "scenes.yaml"
-OWN = ("--config", "--model.init", "--model.pair", "--data.karpathy", "--data.albef", "--data.table", "--data.hub")
+OWN = ("--config", "--model.init", "--model.pair", *(f"--data.{source}" for source in SOURCES))
 
 
 def make_trainer(options: PretrainOptions) -> Trainer:
@@ -34,6 +36,7 @@ def make_trainer(options: PretrainOptions) -> Trainer:
     from loopitr.training.trainer import Trainer
 
     options = options.decided()
+    source_of(options.data)  # An error where no data are named comes before a model is built.
     accelerator = start(options.train)
     model, processor = build_model(options.model, vocabulary=scene_vocabulary())
     records = load_run_records(options.data, options.validation, log=accelerator.print)

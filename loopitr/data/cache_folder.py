@@ -31,9 +31,9 @@ def names_digest(records: Sequence[Record]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     digest.update(getattr(records, "fingerprint", "").encode())
     for index in range(len(records)):
-        digest.update(b"\0" + name_of(records, index).encode())
+        digest.update(b"\0" + name_of(records, index).encode(errors="surrogatepass"))
         if not isinstance(records, LazyRecords) and isinstance(records[index].image, (str, Path)):
-            digest.update(b"\1" + str(records[index].image).encode())
+            digest.update(b"\1" + str(records[index].image).encode(errors="surrogatepass"))
     return digest.hexdigest()
 
 

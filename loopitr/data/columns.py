@@ -53,6 +53,21 @@ def _choose(source: str, columns: Mapping[str, Any], wanted: str | None, guesses
     raise DataError(f"{source}: {problem}; name it with {kind}_column; its columns are {listed}")
 
 
+def any_json(features: Any, column: str) -> Any:
+    """The feature types of tars with those of a column of JSON files left open.
+
+    `datasets` guesses them from the first samples and forces all others into them: where captions are lists there and
+    a text later, this is taken for a list of letters.
+    """
+    import datasets
+
+    if not hasattr(datasets, "Json"):
+        return features
+    if isinstance(features[column], datasets.Value) and column.rpartition(".")[2] != "json":
+        return features
+    return datasets.Features({**features, column: datasets.Json()})
+
+
 def _root(columns: Mapping[str, Any], name: str) -> str | None:
     """The column that a possibly dotted name starts in, or None. A column whose own name has dots comes first."""
     if name in columns:

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .columns import Columns, choose_columns, dotted_value, image_value
+from .columns import Columns, any_json, choose_columns, dotted_value, image_value
 from .records import DataError, LazyRecords, LoadReport, Record, clean_captions, stable_hash
 
 if TYPE_CHECKING:
     import datasets
 
 KEYS = ("__url__", "__key__")  # These columns of `datasets` name a WebDataset sample.
+TARS = "webdataset"  # what `datasets` calls their format
 DataFiles = str | list[str] | dict[str, str] | None
 
 
@@ -43,24 +44,30 @@ def load_hub(
         DataError: `datasets` cannot load the source, it has no such split, or the columns are unclear.
     """
     source = f"{path if data_files is None else data_files}[{split}]"
-    dataset = _load(path, split, name, data_files, streaming)
+    # Of tars the types are guessed from the first samples, which a stream shows without preparing all of them.
+    dataset = _load(path, split, name, data_files, streaming or path == TARS)
     features = dataset.features
     if features is None:  # It is a stream of untyped rows, whose first one shows the columns.
         features = dict.fromkeys(next(iter(dataset), {}))
     columns = choose_columns(source, features, image_column, caption_column)
+    if dataset.info.builder_name == TARS:
+        features = any_json(features, columns.caption_root)
+        dataset = _load(path, split, name, data_files, streaming, features=features)
     dataset = _undecoded(dataset, columns, features)
     if streaming:
         return HubStream(dataset=dataset, columns=columns, source=source, split=split, report=report)
     return HubRecords(dataset, columns=columns, source=source, split=split, report=report)
 
 
-def _load(path: str, split: str, name: str | None, data_files: DataFiles, streaming: bool) -> Any:
+def _load(path: str, split: str, name: str | None, data_files: DataFiles, streaming: bool, features: Any = None) -> Any:
     import datasets
 
     named = path if data_files is None else f"{path} with data_files {data_files}"
 
     def load(wanted: str | None) -> Any:
-        return datasets.load_dataset(path, name=name, data_files=data_files, split=wanted, streaming=streaming)
+        return datasets.load_dataset(
+            path, name=name, data_files=data_files, split=wanted, streaming=streaming, features=features
+        )
 
     try:
         return load(split)

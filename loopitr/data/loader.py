@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -93,11 +93,18 @@ class EpochLoader:
 
 
 class SkipCounter:
-    """Counts what batches could not read, names the first examples, and stops a run that loses too many."""
+    """Counts what batches could not read, names the first examples, and stops a run that loses too many.
 
-    def __init__(self, *, max_fraction: float, log: Callable[[str], None]) -> None:
+    `report` counts what cannot be read, each name once however often it is visited, and `files` has the reason of each
+    name; `visits` counts every visit, as `seen` does. `known` are files that an earlier part of the run has counted.
+    """
+
+    def __init__(
+        self, *, max_fraction: float, log: Callable[[str], None], known: Mapping[str, str] | None = None
+    ) -> None:
         self.max_fraction, self.log = max_fraction, log
-        self.report = LoadReport()
+        self.report, self.visits = LoadReport(), LoadReport()
+        self.files: dict[str, str] = dict(known or {})
         self.batches = self.seen = self.truncated = 0
 
     def update(self, batch: Batch) -> None:
@@ -110,8 +117,12 @@ class SkipCounter:
         self.batches += 1
         self.seen += len(batch.inputs["input_ids"]) + len(batch.skipped)
         for name, reason in batch.skipped:
+            self.visits.skip(reason, name)
+            if name in self.files:
+                continue
+            self.files[name] = reason
             self.report.skip(reason, name)
             if self.report.skipped <= 10:
                 self.log(f"skipped {name}: {reason}")
         if self.seen >= 100:
-            self.report.check(self.max_fraction, seen=self.seen)
+            self.visits.check(self.max_fraction, seen=self.seen)

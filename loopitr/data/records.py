@@ -181,6 +181,7 @@ class LoadReport:
         """Count one thing that was skipped, and keep its name if it is among the first few of that reason."""
         self.counts[reason] = self.counts.get(reason, 0) + 1
         names = self.names.setdefault(reason, [])
+        name = name.encode(errors="backslashreplace").decode()  # A log cannot print the surrogates of some names.
         if len(names) < self.max_names and name not in names:
             names.append(name)
 
@@ -229,14 +230,25 @@ def clean_captions(value: Any, name: str, report: LoadReport) -> tuple[str, ...]
         if not isinstance(item, (str, type(None))):
             raise DataError(f"{name}: a caption must be text, got {type(item).__name__}")
         text = " ".join((item or "").split())
-        if text:
-            captions.append(text)
-        else:
+        if not text:
             report.skip("empty caption", name)
+        elif not _is_unicode(text):
+            report.skip("caption with half a character (a lone surrogate)", name)
+        else:
+            captions.append(text)
     return tuple(captions)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def stable_hash(value: str | bytes) -> int:
     """Signed 64-bit hash that is the same in every process (Python's own is salted)."""
-    data = value.encode() if isinstance(value, str) else value
+    # Names of files that are not UTF-8 hold surrogates.
+    data = value.encode(errors="surrogatepass") if isinstance(value, str) else value
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big", signed=True)

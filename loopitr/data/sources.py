@@ -27,7 +27,7 @@ DEFAULT_VAL_FRACTION = 0.05
 
 @dataclass
 class DataOptions:
-    """Where images and captions come from (karpathy, albef, table, hub; none: the built-in scenes), how they are read.
+    """Where images and captions come from (one of karpathy, albef, table, hub, scenes) and how they are read.
 
     Example:
         >>> from loopitr import DataOptions
@@ -35,6 +35,8 @@ class DataOptions:
         'val'
     """
 
+    scenes: bool = False
+    """The built-in scenes; any other source that is named goes before them."""
     karpathy: str | None = None
     """Karpathy's JSON (COCO, Flickr30k, Flickr8k); needs `images`."""
     albef: str | list[str] | None = None
@@ -118,10 +120,10 @@ def load_records(options: DataOptions, split: str, report: LoadReport | None = N
     Example:
         >>> from loopitr import load_records
         >>> from loopitr.data import DataOptions, LoadReport
-        >>> len(load_records(DataOptions(limit=3), "train"))  # no source is named: these are the built-in scenes
+        >>> len(load_records(DataOptions(scenes=True, limit=3), "train"))
         3
         >>> report = LoadReport()
-        >>> records = load_records(DataOptions(scenes_val=8), "val", report)
+        >>> records = load_records(DataOptions(scenes=True, scenes_val=8), "val", report)
         >>> report.summary()
         '8 images, 32 captions; nothing skipped'
     """
@@ -144,14 +146,17 @@ def load_records(options: DataOptions, split: str, report: LoadReport | None = N
 
 
 def source_of(options: DataOptions) -> str:
-    """The name of the one source that the options name; `scenes` where they name none.
+    """The name of the one source that the options name.
 
     Raises:
-        DataError: they name several.
+        DataError: they name none or several.
     """
     given = [name for name in SOURCES if getattr(options, name) is not None]
     if len(given) > 1:
         raise DataError(f"one data source is wanted, got {' and '.join(f'data.{name}' for name in given)}")
+    if not given and not options.scenes:
+        named = ", ".join(f"data.{name}" for name in SOURCES)
+        raise DataError(f"no data source is given: give one of {named}, or --data.scenes true for the built-in scenes")
     return given[0] if given else "scenes"
 
 

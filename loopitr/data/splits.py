@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .hub import HubStream
 from .records import DataError, LoadReport, Record
-from .sources import DataOptions, has_splits, held_out_fraction, load_records, source_of
+from .sources import SOURCES, DataOptions, has_splits, held_out_fraction, load_records, source_of
 
 HELD_OUT = "held-out part"  # stands for the validation split where a file has none
 
@@ -38,7 +38,9 @@ def load_evaluated(
         DataError: the data cannot be read, or it is a stream without a limit.
     """
     report = LoadReport() if report is None else report
-    source = source_of(options)
+    source, note = _source(options, trained_on), None
+    if source == "scenes" and not options.scenes:
+        options, note = replace(options, scenes=True), "no data source is given: these are the scenes of the run"
     own = trained_on if trained_on is not None and _same_files(options, trained_on, source) else None
     training_split, val_split = (own.split, own.val_split) if own else ("train", options.val_split)
     fraction, limit, whose = options.val_fraction, options.limit, "data.val_fraction is given"
@@ -50,7 +52,7 @@ def load_evaluated(
     if not fraction:
         # Equal names of both splits mean that nothing is held out.
         whole = replace(options, val_split=options.split, val_fraction=None)
-        return EvaluatedRecords(records=_read(whole, options.split, report), note=None)
+        return EvaluatedRecords(records=_read(whole, options.split, report), note=note)
     training = options.split == training_split
     asked = replace(options, split=training_split, val_split=HELD_OUT, val_fraction=fraction, limit=limit)
     records = _read(asked, training_split if training else HELD_OUT, report)
@@ -70,9 +72,22 @@ def _read(options: DataOptions, split: str, report: LoadReport) -> Sequence[Reco
     return list(records)
 
 
+def _source(options: DataOptions, trained_on: DataOptions | None) -> str:
+    try:
+        return source_of(options)
+    except DataError:
+        # A run on the built-in scenes has named them, so that its evaluation need not do so again.
+        if trained_on is None or any(getattr(options, name) is not None for name in SOURCES) or not trained_on.scenes:
+            raise
+        return source_of(trained_on)
+
+
 def _same_files(options: DataOptions, other: DataOptions, source: str) -> bool:
     """Whether what `options` read is among what `other` read: the same files, or ones of equal content."""
-    if source != source_of(other):
+    try:
+        if source != source_of(other):
+            return False
+    except DataError:  # The records of that run were objects of a program.
         return False
     if source == "scenes":
         return True

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import io
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,9 @@ def read_table(path: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
         rows = list(reader)
     except csv.Error as error:
         raise DataError(f"{path}: line {reader.line_num}: {error}") from error
+    twice = [name for name, count in Counter(reader.fieldnames or []).items() if count > 1]
+    if twice:  # csv would keep the last of them
+        raise DataError(f"{path}: the header names {', '.join(map(repr, twice))} more than once")
     if any(None in row for row in rows):
         number = next(i for i, row in enumerate(rows, start=1) if None in row)
         raise DataError(f"{path}: row {number} has more cells than the header; quote captions that hold a delimiter")
@@ -87,12 +92,16 @@ def _read_json_lines(path: str | Path) -> tuple[list[dict[str, Any]], list[str]]
 
 
 def _captions(cell: Any) -> Any:
-    """The captions in a cell: CSV files carry several as a JSON list of texts, and any other text is one caption."""
+    """The captions in a cell: CSV files carry several as a JSON list of texts, or as pandas writes a list; any other
+    text is one caption."""
     if isinstance(cell, str) and cell.lstrip().startswith("["):
         try:
             value = json.loads(cell)
-        except json.JSONDecodeError:
-            return cell
+        except ValueError:
+            try:
+                value = ast.literal_eval(cell.strip())
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                return cell
         if isinstance(value, list) and all(isinstance(item, (str, type(None))) for item in value):
             return value
     return cell

@@ -120,6 +120,8 @@ def _config_file(folder: Path) -> Path | None:
 def _data_options(tree: dict[str, Any], folder: Path) -> DataOptions:
     known = {field.name for field in fields(DataOptions)}
     options = DataOptions(**{name: value for name, value in tree.items() if name in known})
+    if "scenes" not in tree:  # Older runs trained on the scenes where they named no other source.
+        options = replace(options, scenes=True)
     located: dict[str, Any] = {}
     for name in ("karpathy", "albef", "table", "hub", "images", "val_albef", "val_table"):
         value = getattr(options, name)

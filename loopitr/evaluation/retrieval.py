@@ -79,7 +79,7 @@ def evaluate_retrieval(
         ...     text=TextOptions("scenes", pretrained=False, kwargs={"hidden_size": 48, "num_hidden_layers": 2}),
         ... )
         >>> model, processor = build_model(model_options, vocabulary=scene_vocabulary())
-        >>> records = load_records(DataOptions(limit=4), "test", LoadReport())
+        >>> records = load_records(DataOptions(scenes=True, limit=4), "test", LoadReport())
         >>> result = evaluate_retrieval(model, processor, records)
         >>> result.num_images, sorted(result.rankings)
         (4, ['dual', 'match', 'match_plus_similarity', 'reranked'])

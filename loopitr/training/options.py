@@ -197,5 +197,10 @@ class PretrainOptions:
         return replace(self, model=model, objective=replace(self.objective, mlm=mlm))
 
     def __post_init__(self) -> None:
+        weights = ("itc", "itm", "lce", "distillation", "cmd", "cmc", "mlm", "agreement")
+        if not any(getattr(self.objective, name) for name in weights):
+            raise ValueError(
+                f"nothing would be trained: {', '.join(f'objective.{name}' for name in weights)} are all 0"
+            )
         if not self.objective.scores_pairs and self.validation.select not in ("auto", "dual"):
             raise ValueError(f"validation.select {self.validation.select!r} needs objective.itm, .lce or .distillation")

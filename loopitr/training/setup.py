@@ -25,12 +25,14 @@ from loopitr.data import (
     load_records,
 )
 from loopitr.data.loader import EpochLoader
-from loopitr.data.sources import SOURCES, DataOptions
+from loopitr.data.sources import DataOptions, source_of
+from loopitr.distributed import rank
 from loopitr.models.processing import interpolation_of
 from loopitr.objective.grad_cache import check_batch_statistics
 from loopitr.objective.loop_objective import LoopObjective
 from loopitr.training.caches import Caches, check_caches
 from loopitr.training.options import TrainOptions, ValidationOptions
+from loopitr.training.record_checks import record_warnings
 from loopitr.training.run_folder import check_run_folder
 
 
@@ -98,9 +100,13 @@ def load_run_records(
 
     train = load(data.split)
     val = load(data.val_split, streaming=False)  # It is read many times and ranked as a whole.
-    scenes = all(getattr(data, source) is None for source in SOURCES)
+    scenes = source_of(data) == "scenes"
     test_split = validation.final_split or ("test" if scenes else data.val_split)
     test = val if test_split == data.val_split else load(test_split, streaming=False)
+    if rank() == 0:  # The other processes would read the same files.
+        held_out = {data.val_split: val, test_split: test}
+        for line in record_warnings(train, held_out, chooses=data.val_split, max_images=validation.max_images):
+            log(line)
     return RunRecords(train, val, test, test_split)
 
 

@@ -14,12 +14,21 @@ from loopitr.training.checkpoints import Progress
 
 
 def lost_in_all(progress: Progress, skips: SkipCounter) -> tuple[dict[str, int], int]:
-    """What was skipped, by reason, and how many captions were cut, on all ranks since the very start of the run."""
-    skipped, truncated = Counter(progress.skipped), progress.truncated
-    for counts, cut in gather_object([(skips.report.counts, skips.truncated)]):
-        skipped.update(counts)
+    """How many files were skipped, by reason, and how many captions were cut, on all ranks since the run's start."""
+    # A checkpoint of an older version has counts without names.
+    unnamed = Counter(progress.skipped) - Counter(progress.skipped_files.values())
+    files, truncated = files_in_all(progress, skips), progress.truncated
+    for cut in gather_object([skips.truncated]):
         truncated += cut
-    return dict(skipped), truncated
+    return dict(unnamed + Counter(files.values())), truncated
+
+
+def files_in_all(progress: Progress, skips: SkipCounter) -> dict[str, str]:
+    """The reason of every file that any rank could not read, once, since the very start of the run."""
+    files = dict(progress.skipped_files)
+    for part in gather_object([skips.files]):
+        files = {**part, **files}
+    return files
 
 
 def check_skips(skips: SkipCounter, loader: EpochLoader, *, accumulation: int) -> None:
@@ -32,7 +41,7 @@ def check_skips(skips: SkipCounter, loader: EpochLoader, *, accumulation: int) -
     if sampler is None or skips.batches < len(sampler) // accumulation * accumulation:
         return
     report, seen = LoadReport(), 0
-    for part, count in gather_object([(skips.report, skips.seen)]):
+    for part, count in gather_object([(skips.visits, skips.seen)]):
         report.merge_skips(part)
         seen += count
     report.check(skips.max_fraction, seen=seen)

@@ -27,13 +27,14 @@ from loopitr.objective.grad_cache import cached_backward
 from loopitr.objective.loop_objective import LoopObjective
 from loopitr.objective.parts import StepOutput
 from loopitr.training.checkpoints import Progress, load_checkpoint, save_checkpoint
+from loopitr.training.divergence import check_finite
 from loopitr.training.gate import Gate
 from loopitr.training.optimization import make_optimizer, make_scheduler
 from loopitr.training.options import RunOptions, TrainOptions, ValidationOptions
 from loopitr.training.reporting import History, named_values, run_metrics, write_results
 from loopitr.training.run_folder import CHECKPOINTS, run_folder, store_config
 from loopitr.training.setup import Caches, make_loader, prepare_model, start
-from loopitr.training.skips import check_skips, lost_in_all, lost_so_far
+from loopitr.training.skips import check_skips, files_in_all, lost_in_all, lost_so_far
 from loopitr.training.validation import Validator
 
 TRIM_EVERY = 10  # On the CPU, memory is given back after so many steps.
@@ -155,7 +156,8 @@ class Trainer:
         if accelerator.log_with:
             accelerator.init_trackers("logs")
         self.micro = 0  # Batches so far of the step that is being accumulated.
-        self.skips = SkipCounter(max_fraction=self.data.max_skipped_fraction, log=print)  # Every rank prints.
+        known, most = self.progress.skipped_files, self.data.max_skipped_fraction
+        self.skips = SkipCounter(max_fraction=most, log=print, known=known)  # Every rank prints.
         started = time.perf_counter()
         with tqdm(
             total=self.total_steps,
@@ -286,8 +288,10 @@ class Trainer:
         self.objective.train()
 
     def _checkpoint(self) -> None:
+        check_finite(self.model, step=self.progress.step)
         progress = dataclasses.replace(self.progress)
         progress.skipped, progress.truncated = lost_in_all(self.progress, self.skips)
+        progress.skipped_files = files_in_all(self.progress, self.skips)
         if self.accelerator.is_main_process:
             progress.rows = len(self.history.rows)
         save_checkpoint(self.accelerator, self.folder / CHECKPOINTS, progress, keep=self.options.keep_checkpoints)

@@ -17,6 +17,7 @@ from loopitr.models.loop_model import LoopITRModel
 from loopitr.objective.loop_objective import LoopObjective
 from loopitr.training.caches import Caches
 from loopitr.training.checkpoints import Progress
+from loopitr.training.divergence import check_finite
 from loopitr.training.options import ValidationOptions
 
 
@@ -94,6 +95,7 @@ class Validator:
 
         The weight of the similarity in the reranking score is fitted on the validation records, too.
         """
+        check_finite(self.model, step=progress.step)
         result = self.evaluate(self.model, self.records, step=progress.step, calibrate=True)
         if result.similarity_weight is not None:
             self.model.config.similarity_weight = progress.similarity_weight = result.similarity_weight

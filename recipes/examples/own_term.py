@@ -58,7 +58,7 @@ class Uniformity(Term):
 
 def main() -> None:
     options = parse(Options, description=__doc__)
-    data = DataOptions(scenes_train=64, scenes_val=16, scenes_image_size=32, num_workers=0)
+    data = DataOptions(scenes=True, scenes_train=64, scenes_val=16, scenes_image_size=32, num_workers=0)
     records: list[Any] = [load_records(data, split, LoadReport()) for split in ("train", "val")]
     train, val = records
     words = sorted({word for record in train for caption in record.captions for word in caption.split()})

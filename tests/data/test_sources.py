@@ -25,16 +25,24 @@ def write(path, content):
     return str(path)
 
 
-def test_scenes_are_the_default():
+def test_no_source_is_an_error():
+    fails("no data source is given: give one of data.karpathy, .*, or --data.scenes true")
+    fails("no data source is given", "val", limit=3)
+
+
+def test_scenes():
+    def load(wanted="train", report=None, **options):
+        return load_records(DataOptions(scenes=True, **options), wanted, report)
+
     report = LoadReport()
     records = load(report=report)
     assert isinstance(records, SceneRecords) and (len(records), report.images, report.captions) == (4000, 4000, 16000)
     assert len(load("val")) == len(load("test")) == 500 and len(load("val", limit=9)) == 9
     assert load("val", scenes_image_size=32)[0].image.size == (32, 32)
-    fails("no split 'dev'; it has train, val, test", "dev")
-    fails("at most 880; got 1000", "val", scenes_val=1000)
-    fails("limit must be at least 1, got 0", limit=0)
-    fails("data.shuffle_buffer must be at least 0, got -1", shuffle_buffer=-1)
+    fails("no split 'dev'; it has train, val, test", "dev", scenes=True)
+    fails("at most 880; got 1000", "val", scenes=True, scenes_val=1000)
+    fails("limit must be at least 1, got 0", scenes=True, limit=0)
+    fails("data.shuffle_buffer must be at least 0, got -1", scenes=True, shuffle_buffer=-1)
 
 
 def test_two_sources_are_refused():
@@ -100,10 +108,11 @@ def test_a_part_is_held_out_where_there_is_no_validation_data(tmp_path, image_di
     assert [r.name for r in load("val", **options)] == [r.name for r in val]
     del options["val_fraction"]  # 0.05 by itself: of eight images none, and the error says what to do
     fails("0.05 of 8 images leaves none for validation; give validation data", "val", **options)
-    scenes = load("val", val_fraction=0.25, scenes_train=400), load(val_fraction=0.25, scenes_train=400)
+    drawn = {"scenes": True, "val_fraction": 0.25, "scenes_train": 400}
+    scenes = load("val", **drawn), load(**drawn)
     assert len(scenes[0]) + len(scenes[1]) == 400 and 60 < len(scenes[0]) < 140
     assert scenes[0][0].image.size == (64, 64) and scenes[0][0].captions
-    fails("val_fraction must be in", val_fraction=1.5)
+    fails("val_fraction must be in", scenes=True, val_fraction=1.5)
     fails("streaming", hub=str(image_dir), streaming=True, val_fraction=0.1)
 
 
@@ -163,5 +172,5 @@ def test_options_are_read_by_jsonargparse(tmp_path):
 
 
 def test_a_report_is_optional():
-    assert len(load_records(DataOptions(limit=3), "train")) == 3
-    assert len(load_records(DataOptions(scenes_train=100, val_fraction=0.5), "val")) > 10
+    assert len(load_records(DataOptions(scenes=True, limit=3), "train")) == 3
+    assert len(load_records(DataOptions(scenes=True, scenes_train=100, val_fraction=0.5), "val")) > 10

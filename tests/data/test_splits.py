@@ -108,6 +108,18 @@ def test_where_the_file_has_splits_these_are_followed(table):
         load_evaluated(options(table, "split", split="dev"), trained_on=run)
 
 
+def test_without_a_source_the_scenes_of_a_run_on_scenes_are_meant(table):
+    run = DataOptions(scenes=True, scenes_train=64)
+    evaluated = load_evaluated(DataOptions(split="test", limit=3), trained_on=run)
+    assert names(evaluated.records) == [f"scenes-seed0-64px/test/{i}" for i in range(3)]
+    assert evaluated.note == "no data source is given: these are the scenes of the run"
+    older = write_run(table / "older", {"scenes_train": 64})  # a run from before the option
+    assert trained_data(older)[0].data == run
+    for other in (None, options(table), DataOptions()):
+        with pytest.raises(DataError, match="no data source is given"):
+            load_evaluated(DataOptions(split="test"), trained_on=other)
+
+
 def test_the_options_of_a_run_are_found_again_from_another_place(table, monkeypatch):
     run = write_run(table / "runs" / "x", {"table": "train.csv", "images": "images", "an_older_option": 1})
     monkeypatch.chdir(table.parent)

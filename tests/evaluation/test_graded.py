@@ -11,7 +11,7 @@ from helpers.support import tiny_model
 from helpers.tiny_gallery import evaluate, tiny_records
 
 from loopitr.data import DataOptions, LoadReport, SceneRecords, load_records, relevance, relevance_of
-from loopitr.data.sources import _Subset
+from loopitr.data.subset import Subset
 from loopitr.evaluation.graded import GradedMetrics, caption_pairs, reranked_first
 
 
@@ -33,7 +33,7 @@ def test_the_relevance_of_a_whole_split_takes_no_time():
 
 
 def test_parts_of_records_keep_their_relevance_and_plain_records_have_none():
-    part = load_records(DataOptions(scenes_train=40, val_fraction=0.5), "train", LoadReport())
+    part = load_records(DataOptions(scenes=True, scenes_train=40, val_fraction=0.5), "train", LoadReport())
     assert len(relevance_of(part, range(len(part)))) == len(part)
     assert relevance_of(tiny_records(), [0, 1]) is None
 
@@ -108,6 +108,6 @@ class OneBroken(SceneRecords):
 
 def test_an_unreadable_image_is_left_out():
     scenes = OneBroken("test", 12, image_size=32)
-    readable = _Subset(scenes, [index for index in range(12) if index != 3])
+    readable = Subset(scenes, [index for index in range(12) if index != 3])
     result = evaluate(tiny_model(), scenes, rerank=2, max_skipped_fraction=0.1)
     assert result.num_images == 11 and result.graded == evaluate(tiny_model(), readable, rerank=2).graded

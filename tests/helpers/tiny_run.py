@@ -46,6 +46,7 @@ OPTIONS: dict[str, Any] = {
         "embed_dim": 16,
     },
     "data": {
+        "scenes": True,
         "scenes_train": 64,
         "scenes_val": 16,
         "scenes_image_size": 32,

@@ -72,8 +72,13 @@ def test_progress_comes_back_whole(tmp_path):
         best_step=2,
         rows=9,
         skipped={"truncated": 2},
+        skipped_files={"a.jpg": "truncated"},
         truncated=4,
         places=[[2, 1]],
+        similarity_weight=0.5,
+        teaching_since=2,
+        has_taught=True,
+        best_lead=3.0,
     )
     work = Work()
     save_checkpoint(work.accelerator, tmp_path, progress, keep=1)
