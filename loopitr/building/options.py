@@ -82,6 +82,8 @@ class FusionOptions:
     agreement: bool | int = False
     """Token agreement: words attend to image tokens in a space of their own, cheap enough for all pairs of a batch, and
     what comes of it is added to the match score. A number is the width of that space; true: 256."""
+    agreement_dropout: float = 0.0
+    """Dropout on the tokens that it compares; frozen backbones and few data want 0.5."""
     init: Literal["random", "text_upper_layers"] = "random"
     """`late`: start the fusion layers from the upper layers of the text backbone (those `text.num_layers` cuts off
     first)."""
@@ -96,6 +98,8 @@ class FusionOptions:
         )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.fusion.dropout must be from 0 to below 1, got {self.dropout}")
+        if not 0 <= self.agreement_dropout < 1:
+            raise ValueError(f"model.fusion.agreement_dropout must be from 0 to below 1, got {self.agreement_dropout}")
         if not isinstance(self.agreement, bool) and self.agreement < 1:
             raise ValueError(f"model.fusion.agreement must be true, false or a width, at least 1, got {self.agreement}")
 

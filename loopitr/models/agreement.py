@@ -37,8 +37,14 @@ class TokenAgreement(nn.Module):
         torch.Size([3, 2])
     """
 
-    def __init__(self, *, text_width: int, image_width: int, width: int) -> None:
+    def __init__(self, *, text_width: int, image_width: int, width: int, dropout: float = 0.0) -> None:
+        """
+        Args:
+            width: A, of the shared space.
+            dropout: on the tokens of both sides: frozen backbones' tokens are soon learned by heart.
+        """
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         self.word = nn.Linear(text_width, width)
         self.region = nn.Linear(image_width, width)
         self.logit_scale = nn.Parameter(torch.tensor(INITIAL_SCALE).log())
@@ -50,11 +56,11 @@ class TokenAgreement(nn.Module):
 
     def project_regions(self, tokens: Tensor) -> Tensor:
         """Image tokens `[B, N, Dv]` -> unit vectors `[B, N, A]`: once per image."""
-        return F.normalize(self.region(tokens), dim=-1)
+        return F.normalize(self.region(self.dropout(tokens)), dim=-1)
 
     def project_words(self, tokens: Tensor) -> Tensor:
         """Text tokens `[R, D]` -> unit vectors `[R, A]`: once per text."""
-        return F.normalize(self.word(tokens), dim=-1)
+        return F.normalize(self.word(self.dropout(tokens)), dim=-1)
 
     def forward(self, packed: Tensor, regions: Tensor, layout: PairLayout) -> Tensor:
         """The logits `[P]` of the pairs of a layout, as the fusion encoder is handed them.

@@ -38,6 +38,8 @@ FUSION_DEFAULTS: dict[str, Any] = {
     "first_token_id": None,
     # Width A of the token agreement that is added to the match score; None stands for: there is none.
     "agreement": None,
+    # Dropout on the tokens that the agreement compares.
+    "agreement_dropout": 0.0,
 }
 LORA_DEFAULTS: dict[str, Any] = {
     "rank": 8,

@@ -77,7 +77,10 @@ class LoopITRModel(LoopITRPreTrainedModel):
         self.agreement: TokenAgreement | None = None
         if config.fusion["agreement"] is not None:
             self.agreement = TokenAgreement(
-                text_width=text.width, image_width=vision.width, width=config.fusion["agreement"]
+                text_width=text.width,
+                image_width=vision.width,
+                width=config.fusion["agreement"],
+                dropout=config.fusion["agreement_dropout"],
             )
         self.mlm_head = MLMHead(text.model.get_input_embeddings(), text.model.config) if config.mlm_head else None
         self._frozen: set[str] = set()

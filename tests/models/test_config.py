@@ -57,7 +57,7 @@ def test_dual_config_is_the_same_without_fusion():
         ({"embed_dim": True}, "embed_dim must be a positive integer, got True"),
         ({"vision_pooling": "max"}, "vision_pooling must be one of first, mean, backbone, got 'max'"),
         ({"text_pooling": "cls"}, "text_pooling must be one of first, mean, backbone, got 'cls'"),
-        ({"projection": "mlp"}, "projection must be one of affine, linear, none, got 'mlp'"),
+        ({"projection": "deep"}, "projection must be one of affine, linear, none, mlp, got 'deep'"),
         ({"initial_temperature": 0.0}, "initial_temperature must be above 0, got 0.0"),
         ({"fusion": {"layers": 2}}, "unknown fusion option 'layers'"),
         ({"fusion": {"style": "early"}}, "fusion.style must be one of late, shared, got 'early'"),
