@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from loopitr.models.outputs import ImageState, KeysValues
+from loopitr.models.outputs import ImageState, KeysValues, TextState
 from loopitr.models.packing import PairLayout, lay_out, send
 
 
@@ -65,6 +65,11 @@ class FixedArrangement:
         tokens = images.tokens.index_select(0, used)  # [I, N, Dv]
         regions = None if images.regions is None else images.regions.index_select(0, used)  # [I, N, A]
         return FusionInput(tokens, lay_out(pairs, mask, fixed=True).to(device), regions)
+
+
+def packed_tokens(texts: TextState, arranged: FusionInput) -> Tensor:
+    """The tokens `[sum(lengths), D]` of the texts in an input's pairs, end to end, without padding."""
+    return texts.tokens.flatten(0, 1).index_select(0, arranged.layout.tokens)
 
 
 def unique_pairs(pairs: Tensor, images: int, texts: int) -> tuple[Tensor, Tensor]:

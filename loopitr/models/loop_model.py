@@ -5,7 +5,6 @@ No losses and no collectives live here: see `objective.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,23 +16,30 @@ from torch.utils.checkpoint import checkpoint
 
 from loopitr.models.agreement import TokenAgreement
 from loopitr.models.base import LoopITRPreTrainedModel
+from loopitr.models.compiling import compile_in_place
 from loopitr.models.config import LoopITRConfig
 from loopitr.models.dual_encoder import DualEncoder
 from loopitr.models.fusion import FusionEncoder
 from loopitr.models.heads import MLMHead
-from loopitr.models.layout import Arrangement, EagerArrangement, FixedArrangement, FusionInput, unique_pairs
+from loopitr.models.layout import (
+    Arrangement,
+    EagerArrangement,
+    FixedArrangement,
+    FusionInput,
+    packed_tokens,
+    unique_pairs,
+)
 from loopitr.models.lora import freeze_adapted
 from loopitr.models.outputs import DualOutput, ImageState, PairScores, TextFeatures, TextState
 from loopitr.models.packing import image_blocks, send
+from loopitr.models.parts import FreezableParts
 from loopitr.models.scoring import reranking_score
 
-# One compiled module may have so many graphs. Beyond torch's default of 8 it would silently run uncompiled.
-GRAPHS = 32
 # The activations of the pairs that are scored at a time take about so many bytes, on a CPU and on a GPU.
 BLOCK_BYTES, GPU_BLOCK_BYTES = 2**28, 2**30
 
 
-class LoopITRModel(LoopITRPreTrainedModel):
+class LoopITRModel(FreezableParts, LoopITRPreTrainedModel):
     """A dual encoder (`.dual`) and a fusion head that scores pairs from the same backbones' tokens.
 
     Example:
@@ -191,7 +197,7 @@ class LoopITRModel(LoopITRPreTrainedModel):
     def fused_tokens(self, image_state: ImageState, text_state: TextState, pairs: Tensor) -> Tensor:
         """All fused tokens `[R, D]` of unique, sorted `pairs`, without padding, pair by pair (for the MLM head)."""
         arranged = self._arrangement.arrange(image_state, text_state.mask.cpu(), pairs.cpu())
-        return self._fuse(arranged, self._packed(text_state, arranged), first_only=False)
+        return self._fuse(arranged, packed_tokens(text_state, arranged), first_only=False)
 
     def agreement_of_all(self, image_state: ImageState, text_state: TextState) -> Tensor:
         """Token agreement `[B, T]` of every image with every text, what `score_pairs` adds to their match scores.
@@ -222,7 +228,7 @@ class LoopITRModel(LoopITRPreTrainedModel):
     def _score_block(self, images: ImageState, texts: TextState, mask: Tensor, pairs: Tensor) -> Tensor:
         """Pairs and mask on the CPU -> logits `[P, 2]`, in float32: their difference is a teacher and a score."""
         arranged = self._arrangement.arrange(images, mask, pairs)
-        packed = self._packed(texts, arranged)
+        packed = packed_tokens(texts, arranged)
         logits = self.itm_head(self._fuse(arranged, packed, first_only=True)).float()  # [P, 2]
         if self.agreement is None:
             return logits
@@ -232,10 +238,6 @@ class LoopITRModel(LoopITRPreTrainedModel):
             regions = self.agreement.project_regions(arranged.images)  # [I, N, A]
         agreement = self.agreement(packed, regions, arranged.layout).float()  # [P]
         return logits + F.pad(agreement[:, None], (1, 0))
-
-    @staticmethod
-    def _packed(texts: TextState, arranged: FusionInput) -> Tensor:
-        return texts.tokens.flatten(0, 1).index_select(0, arranged.layout.tokens)  # [sum(lengths), D]
 
     def _fuse(self, arranged: FusionInput, packed: Tensor, *, first_only: bool) -> Tensor:
         shared = None if self._inner_layer is None else self.dual.text.layers[self._inner_layer :]
@@ -262,31 +264,6 @@ class LoopITRModel(LoopITRPreTrainedModel):
             "fusion": fusion,
         }
 
-    def freeze(self, names: Iterable[str]) -> None:
-        """Stop training whole parts (`vision`, `text`, `dual_head`, `fusion`); their modules stay in eval mode."""
-        parts = self.parts()
-        for name in names:
-            if name not in parts:
-                raise ValueError(f"cannot freeze {name!r}; parts: {', '.join(parts)}")
-            if name in (self.config.lora or ()):
-                raise ValueError(f"cannot freeze {name!r}: its LoRA adapters train, and its own weights stay anyway")
-            self._frozen.add(name)
-            for item in parts[name]:
-                item.requires_grad_(False)
-        self.train(self.training)
-
-    @property
-    def frozen(self) -> frozenset[str]:
-        return frozenset(self._frozen)
-
-    def train(self, mode: bool = True) -> LoopITRModel:
-        super().train(mode)
-        for name in getattr(self, "_frozen", ()):
-            for item in self.parts()[name]:
-                if isinstance(item, nn.Module):
-                    item.eval()  # Dropout is off, and batch statistics stay as they are.
-        return self
-
     def resize_images(self, image_size: int) -> None:
         """Take images of another size: positional embeddings are interpolated."""
         before = self.dual.vision.num_tokens
@@ -304,14 +281,7 @@ class LoopITRModel(LoopITRPreTrainedModel):
         buckets. Sizes that are equal by chance are not taken for one (`use_duck_shape`, a setting of the process), and
         there may be a graph for each use: training, scoring without gradient, keys and values given or not, MLM.
         """
-        torch.fx.experimental._config.use_duck_shape = False
-        torch._dynamo.config.cache_size_limit = max(GRAPHS, torch._dynamo.config.cache_size_limit)
-        # In its first run transformers installs hooks, which cannot be traced.
-        with torch.no_grad():
-            self.encode_texts(torch.zeros(1, 2, dtype=torch.long, device=self.device))
-        self.dual.vision.compile(**options)
-        self.dual.text.compile(dynamic=True, **options)
-        self.fusion.compile(dynamic=True, **options)
+        compile_in_place(self, **options)
         self._arrangement = FixedArrangement()
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:

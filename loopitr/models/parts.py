@@ -1,0 +1,46 @@
+"""Whole parts of a model that are not trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+from torch import nn
+
+Parts = TypeVar("Parts", bound="FreezableParts")
+
+
+class FreezableParts(nn.Module):
+    """A model whose parts can be frozen by name; frozen modules stay in eval mode."""
+
+    config: Any
+    _frozen: set[str]
+
+    def parts(self) -> dict[str, list[nn.Module | nn.Parameter]]:
+        """Modules and parameters by the name of their part."""
+        raise NotImplementedError
+
+    def freeze(self, names: Iterable[str]) -> None:
+        """Stop training whole parts (`vision`, `text`, `dual_head`, `fusion`); their modules stay in eval mode."""
+        parts = self.parts()
+        for name in names:
+            if name not in parts:
+                raise ValueError(f"cannot freeze {name!r}; parts: {', '.join(parts)}")
+            if name in (self.config.lora or ()):
+                raise ValueError(f"cannot freeze {name!r}: its LoRA adapters train, and its own weights stay anyway")
+            self._frozen.add(name)
+            for item in parts[name]:
+                item.requires_grad_(False)
+        self.train(self.training)
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        return frozenset(self._frozen)
+
+    def train(self: Parts, mode: bool = True) -> Parts:
+        super().train(mode)
+        for name in getattr(self, "_frozen", ()):
+            for item in self.parts()[name]:
+                if isinstance(item, nn.Module):
+                    item.eval()  # Dropout is off, and batch statistics stay as they are.
+        return self
