@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from accelerate.utils.constants import RNG_STATE_NAME
+from accelerate.utils.other import load
 
-STATE_FILE = "progress.json"
+from loopitr.distributed import first_rank
+
+STATE_FILE, SCHEDULER_FILE = "progress.json", "scheduler.json"
 
 
 @dataclass
@@ -38,8 +44,21 @@ class Progress:
     best_lead: float | None = None
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, *, keep: int) -> Path:
-    """Write `folder/step-N` and delete all but the newest `keep`; a killed process leaves only a `.partial` folder."""
+class HasState(Protocol):
+    """What a scheduler is here: something whose state is numbers, texts, lists and dictionaries."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+def save_checkpoint(
+    accelerator: Accelerator, folder: Path, progress: Progress, *, keep: int, scheduler: HasState | None = None
+) -> Path:
+    """Write `folder/step-N` and delete all but the newest `keep`; a killed process leaves only a `.partial` folder.
+
+    The scheduler's state is JSON: accelerate would load what is registered with it from a pickle, which can run code.
+    """
     final = folder / f"step-{progress.step:08d}"
     partial = final.with_suffix(".partial")
     if accelerator.is_main_process:
@@ -48,6 +67,8 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, 
     accelerator.save_state(str(partial))
     progress = replace(progress, places=gather_object([[progress.epoch, progress.batch]]))
     if accelerator.is_main_process:
+        if scheduler is not None:
+            (partial / SCHEDULER_FILE).write_text(json.dumps(scheduler.state_dict()))
         (partial / STATE_FILE).write_text(json.dumps(asdict(progress)))
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
@@ -57,26 +78,43 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, 
     return final
 
 
-def load_checkpoint(accelerator: Accelerator, folder: Path) -> Progress | None:
+def load_checkpoint(accelerator: Accelerator, folder: Path, *, scheduler: HasState | None = None) -> Progress | None:
     """Restore the newest complete checkpoint into what `accelerator` has prepared; None when there is none.
 
     Every rank gets its own place in the data; if their number is another than before, all get rank 0's.
 
     Raises:
-        ValueError: it is of another model or optimiser.
+        ValueError: it is of another model or optimiser, damaged, or holds something else than tensors and numbers.
     """
     complete = _all(folder)
     if not complete:
         return None
+    newest = complete[-1]
     try:
-        accelerator.load_state(str(complete[-1]))
-    except (RuntimeError, ValueError, KeyError) as error:
+        if scheduler is not None:
+            first_rank(partial(_convert_older, newest))
+        accelerator.load_state(str(newest))
+        if scheduler is not None:
+            scheduler.load_state_dict(json.loads((newest / SCHEDULER_FILE).read_text()))
+        random_states = newest / f"{RNG_STATE_NAME}_{accelerator.process_index}.pkl"
+        if random_states.is_file():
+            load(random_states)  # accelerate says nothing where it cannot, and then the run would be another one
+    except Exception as error:  # A file that is damaged raises any error of its format.
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{complete[-1]} does not fit this run's model: {reason}") from error
+        raise ValueError(f"{newest} does not fit this run's model, or is damaged: {reason}") from error
     progress = _progress(complete[-1])
     if len(progress.places) == accelerator.num_processes:
         progress.epoch, progress.batch = progress.places[accelerator.process_index]
     return progress
+
+
+def _convert_older(checkpoint: Path) -> None:
+    """An older version left the scheduler to accelerate, which would run what a pickle says; make it JSON."""
+    older = checkpoint / "custom_checkpoint_0.pkl"
+    if older.is_file() and not (checkpoint / SCHEDULER_FILE).is_file():
+        state = torch.load(older, weights_only=True)
+        (checkpoint / SCHEDULER_FILE).write_text(json.dumps(state))
+        older.unlink()
 
 
 def newest_progress(folder: Path) -> Progress | None:

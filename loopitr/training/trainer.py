@@ -123,7 +123,6 @@ class Trainer:
         self.objective, self.optimizer = accelerator.prepare(self.bare_objective, optimizer)
         # The scheduler is not prepared: accelerate would step it once per process.
         self.scheduler = make_scheduler(optimizer, options, steps=self.total_steps, fusion_start=self.fusion_start)
-        accelerator.register_for_checkpointing(self.scheduler)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.log(
             f"{sum(p.numel() for p in self.model.parameters()) / 1e6:.1f}M parameters, {trained / 1e6:.1f}M trained; "
@@ -145,7 +144,7 @@ class Trainer:
 
     def _run(self) -> dict[str, Any]:
         accelerator = self.accelerator
-        progress = load_checkpoint(accelerator, self.folder / CHECKPOINTS)  # an earlier run's is not in this folder
+        progress = load_checkpoint(accelerator, self.folder / CHECKPOINTS, scheduler=self.scheduler)
         self.progress = progress or Progress()
         if self.progress.similarity_weight is not None:
             self.model.config.similarity_weight = self.progress.similarity_weight
@@ -294,7 +293,8 @@ class Trainer:
         progress.skipped_files = files_in_all(self.progress, self.skips)
         if self.accelerator.is_main_process:
             progress.rows = len(self.history.rows)
-        save_checkpoint(self.accelerator, self.folder / CHECKPOINTS, progress, keep=self.options.keep_checkpoints)
+        folder, keep = self.folder / CHECKPOINTS, self.options.keep_checkpoints
+        save_checkpoint(self.accelerator, folder, progress, keep=keep, scheduler=self.scheduler)
         self.saved_step = progress.step
 
     def _finish(self, seconds: float) -> dict[str, Any]:

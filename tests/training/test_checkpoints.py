@@ -32,7 +32,6 @@ class Work:
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.schedule = warmup_cosine(optimizer, steps=20, warmup=5)
-        self.accelerator.register_for_checkpointing(self.schedule)
         self.step = 0
 
     def steps(self, count):
@@ -46,7 +45,13 @@ class Work:
         return self
 
     def save(self, folder, keep=2, **progress):
-        return save_checkpoint(self.accelerator, folder, Progress(step=self.step, **progress), keep=keep)
+        return self.save_progress(folder, Progress(step=self.step, **progress), keep=keep)
+
+    def save_progress(self, folder, progress, *, keep):
+        return save_checkpoint(self.accelerator, folder, progress, keep=keep, scheduler=self.schedule)
+
+    def load(self, folder):
+        return load_checkpoint(self.accelerator, folder, scheduler=self.schedule)
 
     def state(self):
         return {name: value.clone() for name, value in self.model.state_dict().items()}
@@ -56,7 +61,7 @@ def test_a_loaded_checkpoint_goes_on_bit_for_bit(tmp_path):
     expected = Work().steps(9).state()
     Work().steps(6).save(tmp_path)
     resumed = Work(seed=7)
-    progress = load_checkpoint(resumed.accelerator, tmp_path)
+    progress = resumed.load(tmp_path)
     assert progress is not None and progress.step == 6
     actual = resumed.steps(3).state()
     assert actual.keys() == expected.keys()
@@ -81,8 +86,8 @@ def test_progress_comes_back_whole(tmp_path):
         best_lead=3.0,
     )
     work = Work()
-    save_checkpoint(work.accelerator, tmp_path, progress, keep=1)
-    assert load_checkpoint(work.accelerator, tmp_path) == progress
+    work.save_progress(tmp_path, progress, keep=1)
+    assert work.load(tmp_path) == progress
     assert all(value != getattr(Progress(), name) for name, value in asdict(progress).items())
 
 
@@ -91,7 +96,7 @@ def test_each_rank_gets_its_own_place_and_of_other_ranks_the_first(tmp_path):
     state = work.save(tmp_path, epoch=2, batch=1) / STATE_FILE
     for places, expected in (([[7, 5]], (7, 5)), ([[2, 1], [3, 0]], (2, 1)), ([], (2, 1))):
         state.write_text(json.dumps({**json.loads(state.read_text()), "places": places}))
-        progress = load_checkpoint(work.accelerator, tmp_path)
+        progress = work.load(tmp_path)
         assert (progress.epoch, progress.batch) == expected
 
 
@@ -100,7 +105,7 @@ def test_the_newest_is_loaded_and_older_ones_are_deleted(tmp_path):
     for _ in range(5):
         work.steps(3).save(tmp_path, keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000012", "step-00000015"]
-    progress = load_checkpoint(work.accelerator, tmp_path)
+    progress = work.load(tmp_path)
     assert progress is not None and progress.step == 15
 
 
@@ -109,7 +114,7 @@ def test_steps_are_ordered_as_numbers(tmp_path):
     for work.step in (99_999_999, 7, 100):
         work.save(tmp_path, keep=3)
     shutil.rmtree(tmp_path / "step-99999999")
-    progress = load_checkpoint(work.accelerator, tmp_path)
+    progress = work.load(tmp_path)
     assert progress is not None and progress.step == 100
 
 
@@ -120,21 +125,29 @@ def test_a_killed_write_is_not_taken_for_a_checkpoint(tmp_path):
     shutil.copytree(done, later)  # The process was killed before the rename.
     torn = tmp_path / "step-00000005"
     shutil.copytree(done, torn)
+<<<<<<< HEAD
     (torn / STATE_FILE).unlink()  # The folder is not one of ours, or it is half deleted.
     progress = load_checkpoint(work.accelerator, tmp_path)
     assert progress is not None and progress.step == 2
     work.steps(2).save(tmp_path)  # The same step is saved again, over the remains.
     progress = load_checkpoint(work.accelerator, tmp_path)
+=======
+    (torn / STATE_FILE).unlink()  # not one of ours, or half deleted
+    progress = work.load(tmp_path)
+    assert progress is not None and progress.step == 2
+    work.steps(2).save(tmp_path)  # the same step again, over the remains
+    progress = work.load(tmp_path)
+>>>>>>> h-silent
     assert progress is not None and progress.step == 4
     assert not later.exists()
 
 
 def test_no_checkpoint_is_none(tmp_path):
-    assert load_checkpoint(Work().accelerator, tmp_path / "checkpoints") is None
+    assert Work().load(tmp_path / "checkpoints") is None
 
 
 def test_a_checkpoint_of_another_model_is_named_in_one_line(tmp_path):
     Work().steps(1).save(tmp_path)
     with pytest.raises(ValueError, match="step-00000001 does not fit this run's model") as raised:
-        load_checkpoint(Work(width=6).accelerator, tmp_path)
+        Work(width=6).load(tmp_path)
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 400

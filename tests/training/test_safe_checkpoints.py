@@ -1,0 +1,109 @@
+"""Nothing in a run folder runs code when a run is resumed: whatever holds some is refused by name."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.tiny_run import equal, run, weights
+
+from loopitr.training.run_folder import check_run_folder
+
+SHORT = {"train__max_steps": 2, "train__checkpoint_every": 1}
+
+
+class Malicious:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., None], tuple[str, ...]]:
+        return Path.touch, (self.path,)  # type: ignore[return-value]
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A run of two steps, killed after its last checkpoint."""
+    folder = tmp_path_factory.mktemp("begun")
+    run(folder, **SHORT)
+    (folder / "run" / "metrics.json").unlink()
+    return folder
+
+
+@pytest.fixture
+def folder(begun, tmp_path):
+    shutil.copytree(begun, tmp_path / "x")
+    return tmp_path / "x"
+
+
+def newest(folder):
+    return folder / "run" / "checkpoints" / "step-00000002"
+
+
+def test_every_file_of_a_checkpoint_is_of_a_known_safe_kind(folder):
+    assert sorted(path.name for path in newest(folder).iterdir()) == [
+        "model.safetensors",
+        "optimizer.bin",  # this and the next: plain tensors and numbers, loaded as such alone
+        "progress.json",
+        "random_states_0.pkl",
+        "scheduler.json",
+    ]
+
+
+@pytest.mark.parametrize(
+    "name", ["optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl", "pytorch_model.bin"]
+)
+def test_a_pickle_that_runs_code_is_not_run(folder, tmp_path, name):
+    evidence = tmp_path / "it ran"
+    torch.save({"state": Malicious(evidence)}, newest(folder) / name)
+    torch.load(newest(folder) / name, weights_only=False)  # it would
+    assert evidence.exists()
+    evidence.unlink()
+    if name == "pytorch_model.bin":
+        (newest(folder) / "model.safetensors").unlink()
+    if name == "custom_checkpoint_0.pkl":
+        (newest(folder) / "scheduler.json").unlink()  # as an older version left it
+    with pytest.raises(ValueError, match="step-00000002 does not fit this run's model, or is damaged") as raised:
+        run(folder, **SHORT, resume=True)
+    assert "\n" not in str(raised.value)
+    assert not evidence.exists()
+
+
+def test_a_pickle_beside_the_schedulers_state_is_not_even_read(folder, tmp_path):
+    evidence = tmp_path / "it ran"
+    torch.save(Malicious(evidence), newest(folder) / "custom_checkpoint_0.pkl")
+    with pytest.raises(ValueError, match="Number of custom checkpoints"):
+        run(folder, **SHORT, resume=True)
+    assert not evidence.exists()
+
+
+def test_the_scheduler_of_an_older_checkpoint_is_loaded(folder):
+    expected = weights(folder)
+    state = json.loads((newest(folder) / "scheduler.json").read_text())
+    (newest(folder) / "scheduler.json").unlink()
+    torch.save(state, newest(folder) / "custom_checkpoint_0.pkl")
+    run(folder, **SHORT, resume=True)
+    assert equal(weights(folder), expected)
+    assert json.loads((newest(folder) / "scheduler.json").read_text()) == state
+    assert not (newest(folder) / "custom_checkpoint_0.pkl").exists()
+
+
+@pytest.mark.parametrize("name", ["scheduler.json", "optimizer.bin", "random_states_0.pkl", "model.safetensors"])
+def test_a_damaged_file_is_one_line(folder, name):
+    (newest(folder) / name).write_bytes(b"{")
+    with pytest.raises(ValueError, match="step-00000002 does not fit this run's model, or is damaged") as raised:
+        run(folder, **SHORT, resume=True)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_config_that_constructs_objects_is_no_runs(tmp_path):
+    evidence = tmp_path / "it ran"
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(f"train: !!python/object/apply:os.mkdir ['{evidence}']\n")
+    with pytest.raises(ValueError, match="no config.yaml of a run"):
+        check_run_folder(folder)
+    assert not evidence.exists()
