@@ -18,7 +18,7 @@ FREE = (
     "data.scenes",  # Older runs do not have it; that there is another source, or was one, shows by its own option.
     *("data.max_skipped_fraction", "validation.batch_size", "validation.final_rerank", "validation.final_split"),
 )
-FOLDERS = ("data.cache_images", "data.cache_tokens")  # only whether there is one changes the run
+FOLDERS = ("data.cache_images", "data.cache_tokens", "data.cache_text_tokens")  # only whether there is one matters
 MISSING = object()
 
 
