@@ -12,6 +12,7 @@ from typing import Any
 
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
+from torch import nn
 
 from loopitr.data import (
     CaptionDataset,
@@ -35,6 +36,8 @@ from loopitr.training.options import TrainOptions, ValidationOptions
 from loopitr.training.record_checks import record_warnings
 from loopitr.training.run_folder import check_run_folder
 
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
 
 def start(train: TrainOptions) -> Accelerator:
     """accelerate with the run's precision, accumulation and tracker; the seed of weights and dropout is set.
@@ -55,8 +58,7 @@ def start(train: TrainOptions) -> Accelerator:
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],
     )
-    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    if train.chunk_size is not None and sharded:
+    if train.chunk_size is not None and accelerator.distributed_type in SHARDED:
         # FSDP gathers and frees weights in a forward pass of its own, which chunks go around.
         raise ValueError(f"train.chunk_size works with DDP, not with {accelerator.distributed_type.value}")
     if train.tracker not in ("auto", "none") and not accelerator.log_with:
@@ -115,6 +117,24 @@ def all_captions(records: Sequence[Record] | HubStream) -> Iterator[str] | None:
     if isinstance(records, HubStream):
         return None
     return (caption for position in range(len(records)) for caption in captions_of(records, position))
+
+
+def check_sharding(objective: LoopObjective, accelerator: Accelerator) -> None:
+    """
+    Raises:
+        ValueError: a teacher with a model of its own where weights are sharded.
+    """
+    kind = accelerator.distributed_type
+    if objective.own_teacher is not None and kind in SHARDED:
+        name = objective.own_teacher.name
+        raise ValueError(f"objective.teacher {name!r} works with DDP, not with {kind.value}")
+
+
+def count_parameters(model: nn.Module) -> str:
+    """How many there are, and how many of them are trained, in words."""
+    parameters = list(model.parameters())
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    return f"{sum(p.numel() for p in parameters) / 1e6:.1f}M parameters, {trained / 1e6:.1f}M trained"
 
 
 def prepare_model(objective: LoopObjective, train: TrainOptions, data: DataOptions) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -27,13 +26,13 @@ from loopitr.objective.grad_cache import cached_backward
 from loopitr.objective.loop_objective import LoopObjective
 from loopitr.objective.parts import StepOutput
 from loopitr.training.checkpoints import Progress, load_checkpoint, save_checkpoint
-from loopitr.training.divergence import check_finite
+from loopitr.training.divergence import check_finite, check_finite_loss
 from loopitr.training.gate import Gate
 from loopitr.training.optimization import make_optimizer, make_scheduler
 from loopitr.training.options import RunOptions, TrainOptions, ValidationOptions
 from loopitr.training.reporting import History, named_values, run_metrics, write_results
 from loopitr.training.run_folder import CHECKPOINTS, run_folder, store_config
-from loopitr.training.setup import Caches, make_loader, prepare_model, start
+from loopitr.training.setup import Caches, check_sharding, count_parameters, make_loader, prepare_model, start
 from loopitr.training.skips import check_skips, files_in_all, lost_in_all, lost_so_far
 from loopitr.training.validation import Validator
 
@@ -94,14 +93,14 @@ class Trainer:
         """
         self.options = options or TrainOptions()
         self.data, self.validation = data or DataOptions(), validation or ValidationOptions()
-        given = RunOptions(self.options, self.data, self.validation)
-        self.config = config or dataclasses.asdict(given)
+        self.config = config or dataclasses.asdict(RunOptions(self.options, self.data, self.validation))
         self.resume, self.with_changes = resume or resume_with_changes, resume_with_changes
         self.folder = Path(self.options.output_dir)
         self.accelerator = accelerator or start(self.options)
         self.log = self.accelerator.print
         self.bare_objective, self.model, self.processor = objective, objective.model, processor
         self.test, self.test_split = val if test is None else test, test_split
+        check_sharding(objective, self.accelerator)
         prepare_model(objective, self.options, self.data)
         self.caches = Caches(self.model, processor, self.data, self.accelerator)
         self.loader = make_loader(train, self.options, self.caches)
@@ -123,11 +122,8 @@ class Trainer:
         self.objective, self.optimizer = accelerator.prepare(self.bare_objective, optimizer)
         # The scheduler is not prepared: accelerate would step it once per process.
         self.scheduler = make_scheduler(optimizer, options, steps=self.total_steps, fusion_start=self.fusion_start)
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        self.log(
-            f"{sum(p.numel() for p in self.model.parameters()) / 1e6:.1f}M parameters, {trained / 1e6:.1f}M trained; "
-            f"{self.total_steps} steps of {options.batch_size} x {accelerator.num_processes} x {options.accumulation}"
-        )
+        sizes = f"{options.batch_size} x {accelerator.num_processes} x {options.accumulation}"
+        self.log(f"{count_parameters(self.model)}; {self.total_steps} steps of {sizes}")
 
     def run(self) -> dict[str, Any]:
         """Train to the end; returns what is written to `metrics.json`.
@@ -241,12 +237,7 @@ class Trainer:
         return output
 
     def _backward_from(self, output: StepOutput) -> None:
-        if not math.isfinite(float(output.loss.detach())):
-            values = ", ".join(f"{name} {float(value.detach()):.3g}" for name, value in output.terms.items())
-            raise ValueError(
-                f"the loss is {float(output.loss.detach())} at step {self.progress.step + 1} ({values}); "
-                "lower the learning rate or use fp32"
-            )
+        check_finite_loss(output, step=self.progress.step + 1)
         self.accelerator.backward(output.loss)  # This divides by the accumulation.
 
     @property

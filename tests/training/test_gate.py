@@ -6,11 +6,13 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from accelerate.utils import DistributedType
 from helpers.tiny_run import equal, logged, run, weights
 
 from loopitr.objective.teachers import Match, MatchPlusSimilarity
 from loopitr.training.checkpoints import Progress
 from loopitr.training.gate import Gate
+from loopitr.training.setup import check_sharding
 
 
 def gate(teacher=None, margin=1.0, *, fusion_start=0, warmup=0.0, log=None):
@@ -138,3 +140,10 @@ def test_a_frozen_teacher_of_a_folder(tmp_path, capsys):
     assert len(logged(tmp_path / "student", "loss/distillation")) == 2
     with pytest.raises(OSError, match="no model folder"):
         run(tmp_path / "nothing", **{**options, "objective__teacher_model": "runs/nothing/here"})
+
+
+def test_a_teacher_with_a_model_of_its_own_does_not_go_with_sharded_weights():
+    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP)
+    check_sharding(SimpleNamespace(own_teacher=None), accelerator)
+    with pytest.raises(ValueError, match="objective.teacher 'momentum' works with DDP, not with FSDP"):
+        check_sharding(SimpleNamespace(own_teacher=SimpleNamespace(name="momentum")), accelerator)
