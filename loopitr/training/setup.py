@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
 from torch import nn
@@ -130,6 +131,22 @@ def check_sharding(objective: LoopObjective, accelerator: Accelerator) -> None:
         raise ValueError(f"objective.teacher {name!r} works with DDP, not with {kind.value}")
 
 
+def _check_teacher_reads(objective: LoopObjective) -> None:
+    """
+    Raises:
+        ValueError: a teacher's own model is handed cached image tokens that its backbone would not give.
+    """
+    if objective.own_teacher is None:
+        return
+    theirs = objective.own_teacher.model.dual.vision.state_dict()
+    ours = objective.model.dual.vision.state_dict()
+    if theirs.keys() != ours.keys() or not all(torch.equal(theirs[name], ours[name]) for name in ours):
+        raise ValueError(
+            f"data.cache_tokens holds this model's image tokens, and objective.teacher {objective.own_teacher.name!r} "
+            "has another image backbone: leave data.cache_tokens unset"
+        )
+
+
 def count_parameters(model: nn.Module) -> str:
     """How many there are, and how many of them are trained, in words."""
     parameters = list(model.parameters())
@@ -161,6 +178,8 @@ def prepare_model(objective: LoopObjective, train: TrainOptions, data: DataOptio
     if train.compile:
         model.compile_parts()
     check_caches(model, data)
+    if data.cache_tokens:
+        _check_teacher_reads(objective)
     if train.chunk_size is not None:
         check_batch_statistics(model.train())
         # The pairs of as many queries as are encoded at a time are scored at a time.

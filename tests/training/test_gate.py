@@ -147,3 +147,18 @@ def test_a_teacher_with_a_model_of_its_own_does_not_go_with_sharded_weights():
     check_sharding(SimpleNamespace(own_teacher=None), accelerator)
     with pytest.raises(ValueError, match="objective.teacher 'momentum' works with DDP, not with FSDP"):
         check_sharding(SimpleNamespace(own_teacher=SimpleNamespace(name="momentum")), accelerator)
+
+
+def test_a_frozen_teacher_with_another_image_backbone_does_not_go_with_cached_tokens(tmp_path):
+    run(tmp_path / "teacher", train__max_steps=2)
+    options = {
+        "objective__teacher": "frozen",
+        "objective__teacher_model": str(tmp_path / "teacher" / "run"),
+        "model__freeze": ["vision"],
+        "data__cache_tokens": str(tmp_path / "cache"),
+    }
+    with pytest.raises(ValueError, match="teacher 'frozen' has another image backbone: leave data.cache_tokens unset"):
+        run(tmp_path / "other", **options, train__max_steps=1)
+    same = {**options, "model__init": str(tmp_path / "teacher" / "run")}
+    run(tmp_path / "same", **same, train__max_steps=1)
+    assert len(logged(tmp_path / "same", "loss/distillation")) == 1

@@ -210,7 +210,6 @@ def test_a_loss_that_is_not_finite_names_the_step_and_the_terms(tmp_path):
         ({"train__batch_size": 65}, "64 training examples do not fill one step of 65 x 1 processes x 1"),
         ({"train__accumulation": 9}, "64 training examples do not fill one step of 8 x 1 processes x 9"),
         ({"model__freeze": ["vision", "text", "dual_head", "fusion"]}, "nothing to train"),
-        ({"objective__mlm": 1}, "mlm_head"),
         ({"data__split": "trian"}, "no split 'trian'; it has train, val, test"),
         ({"data__val_split": "dev"}, "no split 'dev'"),
         ({"validation__final_split": "tset"}, "no split 'tset'"),
