@@ -34,7 +34,7 @@ def model_of(options: ObjectiveOptions, **changes: Any) -> LoopITRModel:
     """A tiny model in training mode with the heads that the options ask for."""
     fusion = {"agreement": 12 if options.agreement else None, **changes.pop("fusion", {})}
     bias = -1.0 if options.itc_loss == "sigmoid" else None
-    return tiny_model(mlm_head=options.mlm > 0, initial_logit_bias=bias, fusion=fusion, **changes).train()
+    return tiny_model(mlm_head=bool(options.mlm), initial_logit_bias=bias, fusion=fusion, **changes).train()
 
 
 def step_batch(

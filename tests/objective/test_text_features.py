@@ -24,7 +24,7 @@ MODELS = {
 def frozen_objective(case="cprd", **model):
     options = ObjectiveOptions(**CASES[case])
     bias = -1.0 if options.itc_loss == "sigmoid" else None
-    made = tiny_model(mlm_head=options.mlm > 0, initial_logit_bias=bias, **model).train()
+    made = tiny_model(mlm_head=bool(options.mlm), initial_logit_bias=bias, **model).train()
     made.freeze(["text"])
     return build_objective(made, options, token_masking=EveryThirdWord())
 
