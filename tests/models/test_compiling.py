@@ -70,7 +70,7 @@ def test_chunks_and_validation_need_a_graph_for_each_use_and_no_more():
     """Everything at once: chunks, blocks of any size, MLM, teachers without gradient, scoring with keys and values."""
     model = compiled(VIT, mlm_head=True)
     options = ObjectiveOptions(num_negatives=4, itm_negatives=1, mlm=1.0)
-    objective = build_objective(model, options, token_masking=EveryThirdWord(), pair_block=11)
+    objective = build_objective(model, options, masking=EveryThirdWord(), pair_block=11)
     graphs = []
     for epoch in range(5):
         model.train()

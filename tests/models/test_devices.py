@@ -56,7 +56,7 @@ def test_scoring_does_not_wait(gpu, style, projected):
 def test_a_step(gpu, case, chunk_size, monkeypatch):
     options = ObjectiveOptions(**CASES[case])
     model = model_of(options)
-    objective = build_objective(model, options, token_masking=EveryThirdWord())
+    objective = build_objective(model, options, masking=EveryThirdWord())
     expected = objective(**step_batch())
     expected.loss.backward()
     wanted = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -234,11 +234,14 @@ def test_itm_needs_no_distillation_and_itc_needs_neither():
 
 def test_distillation_scale_is_a_factor_on_that_term_alone():
     model = tiny_model().train()
-    losses = [step(model, scale=s, distillation=2.0) for s in (0.0, 0.25, 1.0)]
+    losses = [step(model, scale=s, distillation=2.0) for s in (0.5, 0.25, 1.0)]
     assert len({out.terms["distillation"].item() for out in losses}) == 1
     rest = losses[0].terms["itc"] + losses[0].terms["itm"]
-    for scale, out in zip((0.0, 0.25, 1.0), losses):
+    for scale, out in zip((0.5, 0.25, 1.0), losses):
         torch.testing.assert_close(out.loss, rest + 2.0 * scale * out.terms["distillation"])
+    without = step(model, scale=0.0, distillation=2.0)
+    torch.testing.assert_close(without.loss, rest)
+    assert "distillation" not in without.terms  # It is not even computed.
 
 
 def test_metrics():

@@ -31,7 +31,7 @@ def test_backbones_see_every_row_once(style, mlm):
 
     for name, module in watched.items():
         module.register_forward_hook(lambda module, args, output, name=name: count(name, output))
-    step(model, mlm=mlm, token_masking=EveryThirdWord()).loss.backward()
+    step(model, mlm=mlm, masking=EveryThirdWord()).loss.backward()
     captions = 16 if mlm else 8
     assert rows == {"vision": 8, "block": 8, "text": captions, "layer": captions}
 
@@ -49,7 +49,7 @@ def test_every_pair_is_scored_once_for_matching_and_teaching(style, mlm):
 
     for index, cross in enumerate(model.fusion.cross):
         cross.key.register_forward_hook(lambda module, args, output, index=index: count(index, args[0]))
-    out = step(model, batch, num_negatives=7, mlm=mlm, token_masking=EveryThirdWord(), distillation_loss="kl")
+    out = step(model, batch, num_negatives=7, mlm=mlm, masking=EveryThirdWord(), distillation_loss="kl")
     out.loss.backward()
     assert out.terms.keys() == {"itc", "itm", "distillation", *(["mlm"] if mlm else [])}
     assert scored == [64]
@@ -65,7 +65,7 @@ def test_keys_and_values_of_two_uses_are_projected_once(monkeypatch, options):
     for block, expected in ((None, [8]), (5, [])):
         projected.clear()
         chosen = ObjectiveOptions(num_negatives=4, **options)
-        build_objective(model, chosen, token_masking=EveryThirdWord(), pair_block=block)(**step_batch())
+        build_objective(model, chosen, masking=EveryThirdWord(), pair_block=block)(**step_batch())
         assert projected == expected
 
 
@@ -100,7 +100,7 @@ def test_gradient_checkpointing_changes_nothing(style):
 @pytest.mark.parametrize("style", ["late", "shared"])
 def test_bfloat16_is_close_to_float32(style):
     model = tiny_model(style=style, mlm_head=True).train()
-    options = {"mlm": 1.0, "token_masking": EveryThirdWord(), "distillation_loss": "kl", "num_negatives": 12}
+    options = {"mlm": 1.0, "masking": EveryThirdWord(), "distillation_loss": "kl", "num_negatives": 12}
     exact = step(model, **options)
     expected = gradients(model, exact.loss)
     with torch.autocast("cpu", torch.bfloat16):
@@ -145,7 +145,7 @@ def test_negatives_to_train_on_are_some_of_those_mined(count):
 @pytest.mark.parametrize("style", ["late", "shared"])
 def test_mlm_is_the_one_written_out_token_by_token(style):
     model, batch, masking = tiny_model(style=style, mlm_head=True).train(), step_batch(), EveryThirdWord()
-    out = step(model, batch, itc=0, itm=0, distillation=0, mlm=0.5, token_masking=masking)
+    out = step(model, batch, itc=0, itm=0, distillation=0, mlm=0.5, masking=masking)
     expected = reference_mlm(model, batch, *masking(batch["input_ids"], batch["attention_mask"]))
     torch.testing.assert_close(out.terms["mlm"], expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(out.loss, 0.5 * expected, atol=1e-5, rtol=1e-5)
@@ -154,11 +154,11 @@ def test_mlm_is_the_one_written_out_token_by_token(style):
 
 def test_mlm_leaves_the_other_terms_alone_and_survives_a_batch_without_masks():
     model = tiny_model(mlm_head=True).train()
-    plain, masked = step(model), step(model, mlm=1.0, token_masking=EveryThirdWord())
+    plain, masked = step(model), step(model, mlm=1.0, masking=EveryThirdWord())
     for name in plain.terms:
         torch.testing.assert_close(masked.terms[name], plain.terms[name], atol=1e-6, rtol=1e-5)
-    nothing = TokenMasking(mask_token_id=4, vocab_size=60, special_ids=(0,), probability=0.0)
-    out = step(model, mlm=1.0, token_masking=nothing)
+    nothing = TokenMasking(mask_token_id=4, vocab_size=60, special_ids=tuple(range(60)))
+    out = step(model, mlm=1.0, masking=nothing)
     assert out.terms["mlm"] == 0
     assert all(torch.isfinite(g).all() for g in gradients(model, out.loss).values())
 
@@ -166,4 +166,4 @@ def test_mlm_leaves_the_other_terms_alone_and_survives_a_batch_without_masks():
 def test_mlm_needs_a_head_and_a_mask_token():
     for model, masking in ((tiny_model(), EveryThirdWord()), (tiny_model(mlm_head=True), None)):
         with pytest.raises(ValueError, match="objective.mlm needs a model with an mlm_head and a tokenizer"):
-            build_objective(model, ObjectiveOptions(mlm=1.0), token_masking=masking)
+            build_objective(model, ObjectiveOptions(mlm=1.0), masking=masking)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.step_reference import CASES, EveryThirdWord, assert_same_gradients, gradients, step_batch
+from helpers.step_reference import CASES, EveryThirdWord, assert_same_gradients, gradients, model_of, step_batch
 from helpers.support import BERT, tiny_model
 
 from loopitr.models.text_backbone import TextBackbone
@@ -23,10 +23,9 @@ MODELS = {
 
 def frozen_objective(case="cprd", **model):
     options = ObjectiveOptions(**CASES[case])
-    bias = -1.0 if options.itc_loss == "sigmoid" else None
-    made = tiny_model(mlm_head=bool(options.mlm), initial_logit_bias=bias, **model).train()
+    made = model_of(options, **model)
     made.freeze(["text"])
-    return build_objective(made, options, token_masking=EveryThirdWord())
+    return build_objective(made, options, masking=EveryThirdWord())
 
 
 def with_features(objective):
