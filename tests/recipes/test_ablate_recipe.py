@@ -10,7 +10,7 @@ import time
 import psutil
 import pytest
 import yaml
-from helpers.recipe_process import call, command, environment, launch, told
+from helpers.recipe_process import call, command, environment, error_lines, launch
 from helpers.tiny_run import write_config
 
 ROWS = [{"name": "base"}, {"name": "long", "overrides": {"train.epochs": 4, "train.checkpoint_every": 4}}]
@@ -77,7 +77,7 @@ def test_a_mistake_is_one_line_before_the_first_run(tmp_path, monkeypatch, capsy
     monkeypatch.delenv("LOOPITR_DEBUG", raising=False)
     grid = write_grid(tmp_path, rows)
     status, errors = call(monkeypatch, capsys, "ablate.py", grid, "--output", tmp_path / "out", *arguments)
-    (line,) = told(errors)
+    (line,) = error_lines(errors)
     assert status == 2 and named in line
     assert not (tmp_path / "out").exists()
 
@@ -88,6 +88,6 @@ def test_changed_options_are_refused_before_the_first_run(tmp_path, monkeypatch,
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text("train: {epochs: 3}\n")
     status, errors = call(monkeypatch, capsys, "ablate.py", write_grid(tmp_path, ROWS), "--output", tmp_path / "out")
-    (line,) = told(errors)
+    (line,) = error_lines(errors)
     assert status == 2 and "row 'long'" in line
     assert not (tmp_path / "out" / "base").exists()

@@ -9,7 +9,7 @@ import threading
 
 import psutil
 import pytest
-from helpers.recipe_process import command, environment, told
+from helpers.recipe_process import command, environment, error_lines
 from helpers.tiny_run import logged, reset_accelerate, run, trainer, write_config
 
 from loopitr.training import trainer as training
@@ -108,7 +108,7 @@ def test_the_second_run_in_a_folder_is_refused_and_the_first_goes_on(tmp_path, m
     run(tmp_path, train__max_steps=2)
     for second in done:
         assert second.returncode == 2
-        (line,) = told(second.stderr)
+        (line,) = error_lines(second.stderr)
         assert f"another run is at work in {tmp_path / 'run'}: process {os.getpid()} " in line
     assert len(logged(tmp_path, "loss/total")) == 2 and not (tmp_path / "run.1").exists()
     assert not (tmp_path / "run" / LOCK).exists()

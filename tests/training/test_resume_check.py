@@ -1,4 +1,4 @@
-"""A run goes on with the options it was begun with, or with others that it was told to accept."""
+"""A run goes on with the options it was begun with, or with others that --resume_with_changes accepts."""
 
 import pytest
 import yaml
