@@ -50,6 +50,7 @@ if TYPE_CHECKING:
         WordPrediction,
     )
     from loopitr.objective.word_masking import token_masking
+    from loopitr.search.retriever import Retriever
     from loopitr.training.options import TrainOptions
     from loopitr.training.trainer import Trainer
 
@@ -80,6 +81,7 @@ _MODULES = {
     "PartialRanking": "loopitr.objective.losses.distillation",
     "Ranking": "loopitr.objective.terms",
     "Record": "loopitr.data.records",
+    "Retriever": "loopitr.search.retriever",
     "Sample": "loopitr.objective.mining",
     "SigmoidContrastive": "loopitr.objective.terms",
     "Stratified": "loopitr.objective.mining",

@@ -1,4 +1,4 @@
-"""Command lines of the recipes: options from dataclasses, checks that several make, user errors in one line."""
+"""Command lines of recipes and of `loopitr`: options from dataclasses, shared checks, user errors in one line."""
 
 from __future__ import annotations
 
@@ -17,17 +17,27 @@ USAGE_ERROR = 2
 SWITCHES = ("--resume", "--resume_with_changes", "--table_only")
 
 
-def parse(options: type[Options], arguments: Sequence[str] | None = None, *, description: str | None = None) -> Options:
+def parse(
+    options: type[Options],
+    arguments: Sequence[str] | None = None,
+    *,
+    description: str | None = None,
+    program: str | None = None,
+) -> Options:
     """Dotted options (`--train.lr 1e-4`) over YAML files (`--config`) over the dataclass's defaults.
 
     `--print_config` shows the tree, `--help` the meaning of each option.
+
+    Args:
+        description: what `--help` says first.
+        program: what `--help` calls the program; None: the file that is run.
 
     Raises:
         ValueError: an unknown option, a value of the wrong type, a required option that is missing.
     """
     given = sys.argv[1:] if arguments is None else arguments
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(description=description, exit_on_error=False)  # Its usage would be 30 lines.
+    parser = ArgumentParser(prog=program, description=description, exit_on_error=False)  # Its usage would be 30 lines.
     parser.add_argument("--config", action="config", help="YAML file of options")
     parser.add_class_arguments(options, as_group=False)
     try:

@@ -28,12 +28,13 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {"checks", "data", "lazy", *MODELS_UP},
     "convert": {"building", "cli", "models"},
     "export": {"building", "models"},
+    "search": {"building", "checks", "data", "evaluation", "models", "rgb"},
     "training": {
         *("building", "checks", "data", "evaluation", "objective", "objective.losses", "objective.mining"),
         *MODELS_UP,
     },
     "commands": {
-        *("building", "checks", "cli", "convert", "data", "evaluation", "export", "training"),
+        *("building", "checks", "cli", "convert", "data", "evaluation", "export", "search", "training"),
         *MODELS_UP,
     },
 }

@@ -27,13 +27,13 @@ class OneLineParser(argparse.ArgumentParser):
         raise ValueError(f"{message} (--help shows all options)")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Convert one checkpoint and say what came out.
+def main(arguments: Sequence[str] | None = None, *, program: str = "python -m loopitr.convert") -> None:
+    """Convert one checkpoint and say what came out; `program` is what `--help` calls this.
 
     Raises:
         ValueError, OSError: what the user can mend.
     """
-    options = _parser().parse_args(arguments)
+    options = _parser(program).parse_args(arguments)
     check_output(options.out, LoopITRModel.config_class.model_type)
     model = FAMILIES[options.family](
         options.source,
@@ -52,8 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{options.family} with {millions:.1f}M parameters in {options.out}{processor}")
 
 
-def _parser() -> OneLineParser:
-    parser = OneLineParser(prog="python -m loopitr.convert", description="A public checkpoint -> a LoopITR folder.")
+def _parser(program: str) -> OneLineParser:
+    parser = OneLineParser(prog=program, description="A public checkpoint -> a LoopITR folder.")
     families = parser.add_subparsers(dest="family", required=True, metavar="albef|blip")
     for family in FAMILIES:
         options = families.add_parser(family)

@@ -50,6 +50,8 @@ def decode_image(
         path = Path(image)
         if path.is_file() and path.stat().st_size == 0:
             raise UnreadableImage(name, "empty file")
+        if path.is_fifo():  # Opening it would wait for somebody to write to it.
+            raise UnreadableImage(name, "not a file")
         with Image.open(path) as opened:
             return to_rgb(opened, shortest=shortest)
     except UnreadableImage:

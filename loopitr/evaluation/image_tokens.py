@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from loopitr.data import DataError, DecodedImages, Record, TokenCache, name_of
+from loopitr.data import DataError, DecodedImages, Record, TokenCache, UnreadableImage, name_of
 from loopitr.models.loop_model import DualEncoder
 from loopitr.models.packing import send
 
@@ -56,11 +56,13 @@ class ImageTokens:
         cache: TokenCache | None,
         batch_size: int,
         num_workers: int,
+        all_readable: bool = False,
     ) -> None:
+        """`all_readable`: an unreadable image is an `UnreadableImage` error at once, instead of one that failed."""
         if cache is not None and len(cache) < len(records):
             raise ValueError(f"the token cache has {len(cache)} images, the records are {len(records)}")
         self.model, self.records, self.transform, self.cache = model, records, transform, cache
-        self.batch_size, self.num_workers = batch_size, num_workers
+        self.batch_size, self.num_workers, self.all_readable = batch_size, num_workers, all_readable
         self.parameter = next(model.parameters())
         self.store: TokenStore | None = None
         self.rows: dict[int, int] = {}  # of the store, by position
@@ -125,13 +127,18 @@ class ImageTokens:
             for batch in batches:  # float(): autocast on the CPU cannot stack float16
                 yield _stack([(p, "no cached tokens" if p in missing else cache[p].float()) for p in batch])
             return
-        yield from DataLoader(
+        loader = DataLoader(
             DecodedImages(self.records, self.transform),
             batch_sampler=batches,
             num_workers=min(self.num_workers, len(batches)),
             collate_fn=_stack,
             generator=torch.Generator(),  # validating must not move the generator that dropout uses
         )
+        for read in loader:
+            if read.failed and self.all_readable:
+                position, reason = read.failed[0]
+                raise UnreadableImage(name_of(self.records, position), reason)
+            yield read
 
 
 def _kept(store: TokenStore, blocks: list[Tensor], device: torch.device) -> Iterator[Tensor]:

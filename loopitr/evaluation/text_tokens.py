@@ -39,7 +39,7 @@ class TextTokens:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self.dual = model if isinstance(model, DualEncoder) else model.dual_encoder()
         tokenizer = processor.tokenizer
-        limit = min(tokenizer.model_max_length, self.dual.text.max_length)
+        self.limit = limit = min(tokenizer.model_max_length, self.dual.text.max_length)
         ids = tokenizer(captions, truncation=True, max_length=limit, return_token_type_ids=False)["input_ids"]
         self.truncated = count_truncated(tokenizer, captions, [len(row) for row in ids], limit)
         self.model, self.batch_size, self.captions = model, batch_size, captions

@@ -1,6 +1,7 @@
 """decode_image: every mode becomes the RGB it should, and everything broken is named."""
 
 import io
+import os
 
 import numpy as np
 import pytest
@@ -216,3 +217,9 @@ def test_scaling_does_not_let_a_bomb_through(monkeypatch):
 def test_shortest_must_be_a_size():
     with pytest.raises(ValueError, match="shortest must be at least 1 pixel, got 0"):
         decode_image(encode(noise(), "JPEG"), shortest=0)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(UnreadableImage, match="pipe.jpg: unreadable image \\(not a file\\)"):
+        decode_image(tmp_path / "pipe.jpg")

@@ -1,0 +1,105 @@
+"""The console script `loopitr`: one subcommand for each thing that is done with a trained model.
+
+A subcommand is imported when it is chosen: jsonargparse's own subcommands would import the options of all of them, and
+of `convert` torch, before the first line of `--help`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from loopitr.cli import parse, run
+
+HEAD = """\
+usage: loopitr COMMAND [options]
+
+Image-text retrieval: what is done with a trained model of a dual and a cross encoder.
+
+commands:
+"""
+FOOT = """
+options:
+  --help, --version
+
+`loopitr COMMAND --help` shows the options of a command. Training is `accelerate launch recipes/pretrain.py`.
+"""
+
+EVALUATE = """\
+Recall@1/5/10 in both directions, by the dual head alone and with its best candidates reranked. RUN is a run folder, an
+exported dual encoder (with `--rerank 0`) or a hub id. Without a data source: the built-in scenes' test split.
+Several processes give the same figures sooner: `accelerate launch recipes/evaluate.py` with the same options.
+"""
+CALIBRATE = """\
+Fits the weight w of the reranking score, match score + w x similarity / temperature, on held-out data, and keeps it in
+RUN's config.json.
+"""
+EXPORT = """\
+Writes the dual encoder of a trained model, without the fusion head, as a folder that `DualEncoder.from_pretrained` and
+`AutoProcessor.from_pretrained` load.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the subcommand that the command line names; what its user can mend is one line and exit status 2."""
+    run(partial(_dispatch, sys.argv[1:] if arguments is None else arguments))
+
+
+def _dispatch(arguments: Sequence[str]) -> None:
+    name, rest = (arguments[0], arguments[1:]) if arguments else ("", ())
+    if name in ("-h", "--help"):
+        width = max(map(len, COMMANDS)) + 2
+        print(HEAD + "".join(f"  {name:{width}}{command.line}\n" for name, command in COMMANDS.items()) + FOOT, end="")
+    elif name == "--version":
+        print(f"loopitr {importlib.metadata.version('loopitr')}")
+    elif name in COMMANDS:
+        COMMANDS[name].run(rest)
+    else:
+        given = f"unknown command {name!r}" if name else "no command is given"
+        raise ValueError(f"{given}; known: {', '.join(COMMANDS)} (loopitr --help says what they do)")
+
+
+def _evaluate(arguments: Sequence[str]) -> None:
+    from loopitr.commands.evaluate import EvaluateOptions, evaluate
+
+    evaluate(parse(EvaluateOptions, arguments, description=EVALUATE, program="loopitr evaluate"))
+
+
+def _calibrate(arguments: Sequence[str]) -> None:
+    from loopitr.commands.calibrate import CalibrateOptions, calibrate
+
+    calibrate(parse(CalibrateOptions, arguments, description=CALIBRATE, program="loopitr calibrate"))
+
+
+def _export(arguments: Sequence[str]) -> None:
+    from loopitr.commands.export import ExportOptions, export
+
+    export(parse(ExportOptions, arguments, description=EXPORT, program="loopitr export"))
+
+
+def _convert(arguments: Sequence[str]) -> None:
+    from loopitr.convert.__main__ import main as convert
+
+    convert(arguments, program="loopitr convert")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: its line in `--help`, and what runs it on its arguments."""
+
+    line: str
+    run: Callable[[Sequence[str]], None]
+
+
+COMMANDS = {
+    "evaluate": Command("recall of a saved model on any data, dual and reranked", _evaluate),
+    "calibrate": Command("fit the weight of the similarity in a saved model's reranking score", _calibrate),
+    "export": Command("write the dual encoder of a saved model as a folder of its own", _export),
+    "convert": Command("make a model folder of a public ALBEF or BLIP checkpoint", _convert),
+}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""What a user hands over as images and texts, one or many, checked before any work; each item has a name for errors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from loopitr.data import LazyRecords, Record
+
+ImageInput = str | Path | bytes | Image.Image | np.ndarray | Tensor
+CHANNELS = (1, 3, 4)  # grey, RGB, RGB with transparency
+
+
+class GivenImages(LazyRecords):
+    """Images as records without captions: each is opened when it is read, and named by its path or its position.
+
+    `positions` are what errors call the images; None: 0, 1, 2, ...
+    """
+
+    def __init__(self, images: Sequence[ImageInput], positions: Sequence[int] | None = None) -> None:
+        self.images, self.positions = images, range(len(images)) if positions is None else positions
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, index: int) -> Record:
+        image = self.images[index]
+        opened = picture_of(image) if isinstance(image, (np.ndarray, Tensor)) else image
+        return Record(image=opened, captions=(), identity=index, name=self.name(index))
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return ()
+
+    def identity(self, index: int) -> int:
+        return index
+
+    def name(self, index: int) -> str:
+        image = self.images[index]
+        return str(image) if isinstance(image, (str, Path)) else f"image {self.positions[index]}"
+
+    @property
+    def are_files(self) -> bool:
+        """Whether other processes may open them: two that read from one opened PIL image would mix up its bytes."""
+        return all(isinstance(image, (str, Path, bytes)) for image in self.images)
+
+
+def given_images(images: Any) -> tuple[GivenImages, bool]:
+    """The images of a list, or one image, and whether it was one.
+
+    An image is a path, the bytes of a file, a PIL image, or an array or tensor `[H, W]`, `[H, W, C]` or `[C, H, W]` of
+    bool, uint8, uint16 or, from 0 to 1, floats.
+
+    Raises:
+        ValueError: something else, which is named by its position; a set, whose order means nothing.
+    """
+    alone = is_one(images)
+    items = [images] if alone else listed(images, "images", "paths, bytes, PIL images or arrays")
+    for index, image in enumerate(items):
+        _check_image(image, f"image {index}")
+    return GivenImages(items), alone
+
+
+def given_texts(texts: Any) -> tuple[list[str], bool]:
+    """The texts of a list, or one text, and whether it was one.
+
+    Raises:
+        ValueError: something else, a blank text, or one that is no Unicode, which is named by its position.
+    """
+    alone = isinstance(texts, str)
+    items = [texts] if alone else listed(texts, "texts", "str")
+    for index, text in enumerate(items):
+        if not isinstance(text, str):
+            raise ValueError(f"text {index} must be a str, got {type(text).__name__}")
+        if not text.strip():
+            raise ValueError(f"text {index} is empty")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"text {index} is not valid Unicode: {text!r}") from error
+    return items, alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenPairs:
+    """Different images, by object or path, different texts, and `pairs` of their (image, text) indices as given.
+
+    `alone`: one pair was given instead of a list.
+    """
+
+    images: GivenImages
+    texts: list[str]
+    pairs: list[tuple[int, int]]
+    alone: bool
+
+
+def given_pairs(pairs: Any) -> GivenPairs:
+    """The pairs of a list of (text, image), or one pair.
+
+    Raises:
+        ValueError: not pairs of a text and an image in this order; the pair is named by its position.
+    """
+    items = listed(pairs, "pairs", "(text, image)")
+    alone = len(items) == 2 and isinstance(items[0], str)
+    items = [items] if alone else items
+    for index, pair in enumerate(items):
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not isinstance(pair[0], str):
+            got = [type(part).__name__ for part in pair] if isinstance(pair, (list, tuple)) else type(pair).__name__
+            raise ValueError(f"pair {index} must be (text, image), got {got}")
+    texts, _ = given_texts([text for text, _ in items])
+    images, _ = given_images([image for _, image in items])
+    text_rows: dict[str, int] = {}
+    image_rows: dict[str | int, int] = {}
+    first: list[int] = []  # the first pair of each image
+    rows = []
+    for index, (text, image) in enumerate(zip(texts, images.images)):
+        row = image_rows.setdefault(str(image) if isinstance(image, (str, Path)) else id(image), len(first))
+        if row == len(first):
+            first.append(index)
+        rows.append((row, text_rows.setdefault(text, len(text_rows))))
+    unique = GivenImages([images.images[index] for index in first], first)
+    return GivenPairs(images=unique, texts=[*text_rows], pairs=rows, alone=alone)
+
+
+def listed(items: Any, name: str, wanted: str) -> list[Any]:
+    """The items of anything that has them in an order.
+
+    Raises:
+        ValueError: text, bytes, a dictionary, a set, or nothing that can be listed.
+    """
+    unlisted = isinstance(items, (str, bytes, Mapping, Set)) or not isinstance(items, Iterable)
+    if unlisted or getattr(items, "ndim", 1) == 0:
+        raise ValueError(f"{name} must be a list of {wanted}, got {type(items).__name__}")
+    return list(items)
+
+
+def is_one(items: Any) -> bool:
+    """Whether this is one text or one image and not a list of them."""
+    if isinstance(items, (np.ndarray, Tensor)):
+        return items.ndim in (2, 3)
+    return isinstance(items, (str, Path, bytes, Image.Image))
+
+
+def is_text(item: Any) -> bool:
+    """Whether this is a text and not an image: a str is the path of one if it ends as the names of image files do, or
+    if it is the path of a file in some folder."""
+    if not isinstance(item, str):
+        return False
+    ends_as_image = os.path.splitext(item)[1].lower() in Image.registered_extensions()
+    return not (ends_as_image or (os.sep in item and os.path.isfile(item)))
+
+
+def kind_of(candidates: Sequence[Any]) -> str:
+    """`text` or `image`, whichever all candidates are; `text` of none.
+
+    Raises:
+        ValueError: some are texts, some images.
+    """
+    kinds = ["text" if is_text(candidate) else "image" for candidate in candidates]
+    if len({*kinds}) > 1:
+        other = next(place for place, kind in enumerate(kinds) if kind != kinds[0])
+        raise ValueError(f"candidates must be all texts or all images: 0 is {kinds[0]}, {other} is {kinds[other]}")
+    return kinds[0] if kinds else "text"
+
+
+def picture_of(pixels: np.ndarray | Tensor) -> Image.Image:
+    """A checked array or tensor as an 8-bit PIL image; 16 bits and floats are rounded as those of files are."""
+    values = _array(pixels)
+    if values.ndim == 3 and values.shape[-1] not in CHANNELS:
+        values = np.moveaxis(values, 0, -1)  # [H, W, C]
+    if values.ndim == 3 and values.shape[-1] == 1:
+        values = values[..., 0]  # [H, W]
+    if values.dtype != np.uint8:
+        scale = 1 / 257 if values.dtype == np.uint16 else 255.0
+        values = (values.astype(np.float32) * scale + 0.5).astype(np.uint8)
+    return Image.fromarray(np.ascontiguousarray(values))
+
+
+def _array(pixels: np.ndarray | Tensor) -> np.ndarray:
+    if isinstance(pixels, np.ndarray):
+        return pixels
+    pixels = pixels.detach().cpu()
+    return (pixels.float() if pixels.is_floating_point() else pixels).numpy()
+
+
+def _check_image(image: Any, name: str) -> None:
+    if isinstance(image, (str, Path, bytes, Image.Image)):
+        return
+    if not isinstance(image, (np.ndarray, Tensor)):
+        raise ValueError(f"{name} must be a path, bytes, a PIL image or an array, got {type(image).__name__}")
+    pixels, shape = _array(image), list(image.shape)
+    has_channels = pixels.ndim == 3 and (shape[0] in CHANNELS or shape[-1] in CHANNELS)
+    if not pixels.size or not (pixels.ndim == 2 or has_channels):
+        raise ValueError(f"{name} must be an array [H, W], [H, W, C] or [C, H, W] with 1, 3 or 4 channels, got {shape}")
+    if pixels.dtype.kind == "f":
+        low, high = float(pixels.min()), float(pixels.max())
+        if not (low >= 0 and high <= 1):  # This is the case of NaN too.
+            raise ValueError(f"{name}: floating-point pixels must be from 0 to 1, got {low:.4g} to {high:.4g}")
+    elif pixels.dtype not in (np.bool_, np.uint8, np.uint16):
+        raise ValueError(f"{name} must have pixels of bool, uint8, uint16 or floats, got {pixels.dtype}")
