@@ -283,3 +283,19 @@ def test_what_the_readme_shows_runs(tmp_path, monkeypatch):
     assert names["best"][0].keys() == {"corpus_id", "score"}
     exec(second, names)
     assert names["score"].shape == (1,)
+
+
+def test_a_model_on_a_gpu_gives_arrays_and_tensors_of_the_cpu(gpu):
+    retriever, expected = tiny(), tiny()
+    retriever.model.cuda()
+    assert retriever.device.type == "cuda"
+    pairs = [(text, image) for text in TEXTS[:2] for image in PICTURES]
+    for got, wanted in (
+        (retriever.encode_images(PICTURES, 2), expected.encode_images(PICTURES, 2)),
+        (retriever.encode_texts(TEXTS), expected.encode_texts(TEXTS)),
+        (retriever.predict(pairs), expected.predict(pairs)),
+    ):
+        assert np.allclose(got, wanted, atol=1e-5)
+    assert retriever.encode_texts(TEXTS, convert_to_tensor=True).device.type == "cpu"
+    assert retriever.rank(PICTURES[0], PICTURES)[0]["corpus_id"] == 0
+    assert retriever.similarity(torch.ones(2, 3).cuda(), torch.ones(1, 3)).tolist() == [[3], [3]]
