@@ -219,7 +219,7 @@ def test_word_prediction_gives_a_tokenizer_without_a_mask_token_one(without_mask
     words = model.dual.text.model.get_input_embeddings().weight
     assert len(words) == max(size, mask + 1) and before.tokenizer.convert_ids_to_tokens(mask) is None
     assert torch.equal(words[:size], plain.dual.text.model.get_input_embeddings().weight)
-    texts = captions(0, 3)
+    texts = list(captions(0, 3))
     for name, value in before(text=texts).items():
         assert torch.equal(value, processor(text=texts)[name]), name
     ids, attention = ended_texts(9, 11)
