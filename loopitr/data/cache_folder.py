@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import uuid
@@ -153,3 +154,12 @@ def _remove_abandoned(target: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
         except PermissionError:
             pass  # The process is alive and belongs to another user.
+
+
+def check_key(key: str) -> None:
+    """
+    Raises:
+        ValueError: what a caller gives as the digest of all that decides a cache's content is no digest.
+    """
+    if not re.fullmatch(r"[\w-]{8,}", key):
+        raise ValueError(f"key must be a digest of at least 8 letters, digits, '-' or '_', got {key!r}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .cache_folder import build_once, check_space, damaged, expect_intact, read_meta
+from .cache_folder import build_once, check_key, check_space, damaged, expect_intact, read_meta
 from .records import DataError, Record, captions_of, stable_hash
 
 if TYPE_CHECKING:
@@ -69,8 +68,7 @@ class TextTokenCache:
         `key` is the caller's digest of everything that decides the tokens but the captions: backbone weights, tokenizer
         and length. Captions that have changed make another cache. For killed and concurrent builds see `build_once`.
         """
-        if not re.fullmatch(r"[\w-]{8,}", key):
-            raise ValueError(f"key must be a digest of at least 8 letters, digits, '-' or '_', got {key!r}")
+        check_key(key)
         captions = list(dict.fromkeys(c for i in range(len(records)) for c in captions_of(records, i)))
         digest = _captions_digest(captions)
         target = Path(folder) / f"text-{key[:16]}-{digest[:8]}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from .cache_folder import (
     build_once,
+    check_key,
     check_space,
     damaged,
     expect_intact,
@@ -67,8 +67,7 @@ class TokenCache:
         Images are told apart by name and path, not by pixels: delete the folder after editing images in place.
         For killed and concurrent builds see `build_once`.
         """
-        if not re.fullmatch(r"[\w-]{8,}", key):
-            raise ValueError(f"key must be a digest of at least 8 letters, digits, '-' or '_', got {key!r}")
+        check_key(key)
         digest = names_digest(records)
         target = Path(folder) / f"{key[:16]}-{digest[:8]}"
 
