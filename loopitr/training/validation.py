@@ -62,16 +62,20 @@ class Validator:
         step: int,
         final: bool = False,
         calibrate: bool = False,
+        cached_texts: bool = True,
     ) -> RetrievalResult:
         """Recalls of `model` on `records`, reranked once a part of the match score is trained.
 
-        `calibrate` fits the weight of the similarity in the reranking score on these records.
+        Args:
+            final: for the final table, on all records.
+            calibrate: fit the weight of the similarity in the reranking score on these records.
+            cached_texts: whether the run's cache of text tokens, if it has one, is of this model's text backbone.
         """
         options = self.options
         rerank = options.final_rerank if final else options.rerank
         started = self.starts_early or not self.fusion_start or step > self.fusion_start
         # They are computed in float32, whatever the precision of the run.
-        tokens, texts = self.caches.tokens(records), self.caches.texts(records)
+        tokens, texts = self.caches.tokens(records), self.caches.texts(records) if cached_texts else None
         with self.accelerator.autocast():
             return evaluate_retrieval(
                 model,
@@ -111,7 +115,7 @@ class Validator:
 
     def measure(self, model: LoopITRModel) -> dict[str, float]:
         """Mean R@1 by score of another model, such as a teacher's own, on the validation records."""
-        return self.evaluate(model, self.records, step=self.fusion_start + 1).mean_r1()
+        return self.evaluate(model, self.records, step=self.fusion_start + 1, cached_texts=False).mean_r1()
 
     def final(self, records: Sequence[Record], *, step: int) -> RetrievalResult:
         """The best model on the final records.
