@@ -162,7 +162,7 @@ class Trainer:
             dynamic_ncols=True,
         ) as bar:
             if self.gate.is_used and not self.fusion_start and not self.progress.step:
-                self._validate()  # a teacher that has learned before teaches from the first step on
+                self._validate(keep=False)  # A teacher that has learned before teaches from the first step on.
             while self.progress.step < self.total_steps:
                 self._epoch(bar)
                 check_skips(self.skips, self.loader, accumulation=self.options.accumulation)
@@ -270,8 +270,8 @@ class Trainer:
 
     # Validation and saving
 
-    def _validate(self) -> None:
-        scores = self.validator.validate(self.progress)
+    def _validate(self, *, keep: bool = True) -> None:
+        scores = self.validator.validate(self.progress, keep=keep)
         scores |= self.gate.update(self.progress, scores, self.validator.measure)
         self._record({f"val/{name}": value for name, value in scores.items()})
         self.accelerator.wait_for_everyone()

@@ -94,8 +94,8 @@ class Validator:
                 text_tokens=texts,
             )
 
-    def validate(self, progress: Progress) -> dict[str, float]:
-        """Mean R@1 by score; the model is saved, and `progress` says so, if it is the best so far.
+    def validate(self, progress: Progress, *, keep: bool = True) -> dict[str, float]:
+        """Mean R@1 by score; the model is saved, and `progress` says so, if it is the best so far (and `keep` is true).
 
         The weight of the similarity in the reranking score is fitted on the validation records, too.
         """
@@ -107,7 +107,7 @@ class Validator:
         shown = ", ".join(f"{name} {value:.1f}" for name, value in scores.items())
         self.accelerator.print(f"step {progress.step}: mean R@1 {shown}")
         score = scores.get(self.selected, -math.inf)  # The fusion head may not have started.
-        if score > (-math.inf if progress.best is None else progress.best):
+        if keep and score > (-math.inf if progress.best is None else progress.best):
             progress.best, progress.best_step = score, progress.step
             if self.accelerator.is_main_process:
                 save_for_use(self.model, self.caches.processor, self.folder, keep_mlm_head=self.options.keep_mlm_head)

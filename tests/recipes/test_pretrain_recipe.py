@@ -85,7 +85,8 @@ def test_it_shows_named_losses_and_prints_the_table_that_it_saves(first):
     bars = [line for line in first.done.stderr.replace("\r", "\n").splitlines() if line.startswith("training:")]
     assert all(f"{name}=" in bars[-1] for name in ("total", "itc", "itm", "distillation")) and "2/2" in bars[-1]
     table = [line for line in first.done.stdout.splitlines() if line.startswith("|")]
-    assert [row.split("|")[1].strip() for row in table[2:]] == ["dual", "match", "match + similarity"]
+    heads = [row.split("|")[1].strip() for row in table[2:]]
+    assert heads[:3] == ["dual", "match", "match + similarity"] and heads[3].startswith("reranked (")
     assert table == [
         line for line in (first.folder / "run" / "results.md").read_text().splitlines() if line.startswith("|")
     ]
