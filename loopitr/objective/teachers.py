@@ -24,7 +24,19 @@ if TYPE_CHECKING:
 
 
 class Teacher(ABC):
-    """Scores of a step's candidates that the dual head is to learn from."""
+    """Scores of a step's candidates that the dual head is to learn from.
+
+    Example (`model` and `batch` as in the example of `LoopObjective`):
+        >>> from loopitr import Distillation, LoopObjective, PartialRanking, Teacher
+        >>> class Shy(Teacher):
+        ...     name = "shy"
+        ...
+        ...     def __call__(self, step):
+        ...         return 0.5 * step.match.scores.detach()
+        >>> objective = LoopObjective(model, [Distillation(PartialRanking(), teacher=Shy())])
+        >>> list(objective(**batch).terms)
+        ['distillation']
+    """
 
     name: ClassVar[str]
 
@@ -41,7 +53,13 @@ class Teacher(ABC):
 
 
 class Match(Teacher):
-    """The match scores of the model itself (LoopITR, arXiv 2203.05465; CPRD, arXiv 2407.07479)."""
+    """The match scores of the model itself (LoopITR, arXiv 2203.05465; CPRD, arXiv 2407.07479).
+
+    Example:
+        >>> from loopitr import Distillation, Match, PartialRanking
+        >>> Distillation(PartialRanking(), teacher=Match()).teacher.name
+        'match'
+    """
 
     name = "match"
 
@@ -57,6 +75,11 @@ class MatchPlusSimilarity(Teacher):
 
     Its similarity weight w is the one that the last validation fitted. With w above 1 the sum is divided by w, which
     leaves its order and keeps it on the scale of the student.
+
+    Example:
+        >>> from loopitr import Distillation, MatchPlusSimilarity, PartialRanking
+        >>> Distillation(PartialRanking(), teacher=MatchPlusSimilarity()).teacher.name
+        'match_plus_similarity'
     """
 
     name = "match_plus_similarity"
@@ -111,6 +134,13 @@ class Momentum(OwnModel):
     """An exponential moving average of the model (as in MoCo and ALBEF, arXiv 2107.07651).
 
     After each optimiser step every weight w of the teacher becomes `decay` w + (1 - `decay`) w of the model.
+
+    Example (`model` and `batch` as in the example of `LoopObjective`):
+        >>> from loopitr import Distillation, LoopObjective, Momentum, PartialRanking
+        >>> teacher = Momentum(model, decay=0.99)
+        >>> objective = LoopObjective(model, [Distillation(PartialRanking(), teacher=teacher)])
+        >>> objective(**batch).loss.backward()  # and after the optimiser's step:
+        >>> objective.after_step()
     """
 
     name = "momentum"
@@ -134,7 +164,15 @@ class Momentum(OwnModel):
 
 
 class Frozen(OwnModel):
-    """Another model's fusion head, which stays as it is: the setting of CPRD (arXiv 2407.07479)."""
+    """Another model's fusion head, which stays as it is: the setting of CPRD (arXiv 2407.07479).
+
+    Example (`model`, `config` and `batch` as in the example of `LoopObjective`):
+        >>> from loopitr import Distillation, Frozen, LoopITRModel, LoopObjective, PartialRanking
+        >>> teacher = Frozen(LoopITRModel(config), student=model)
+        >>> objective = LoopObjective(model, [Distillation(PartialRanking(), teacher=teacher)])
+        >>> list(objective(**batch).terms)
+        ['distillation']
+    """
 
     name = "frozen"
 

@@ -256,6 +256,12 @@ class Agreement(Term):
     """Symmetric InfoNCE of token agreement, the cheap part of the match score, over all pairs of the batch.
 
     It trains from the first step on: unlike match scores, it costs little enough for every pair.
+
+    Example (`config` and `batch` as in the example of `LoopObjective`):
+        >>> from loopitr import Agreement, LoopITRModel, LoopObjective
+        >>> config.fusion["agreement"] = 16
+        >>> list(LoopObjective(LoopITRModel(config), [Agreement()])(**batch).terms)
+        ['agreement']
     """
 
     weight: float = 1.0

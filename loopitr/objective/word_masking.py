@@ -52,7 +52,18 @@ class TokenMasking:
 def token_masking(
     tokenizer: PreTrainedTokenizerBase, probability: float = 0.3, *, common_ids: Iterable[int] = ()
 ) -> TokenMasking | None:
-    """The masking of a tokenizer's words, None if it has no mask token."""
+    """The masking of a tokenizer's words, None if it has no mask token.
+
+    Example:
+        >>> import torch
+        >>> from loopitr import token_masking
+        >>> from loopitr.models.processing import word_tokenizer
+        >>> tokenizer = word_tokenizer(["a", "red", "dog"], max_length=8)
+        >>> inputs = tokenizer(["a red dog"], return_tensors="pt")
+        >>> changed, labels = token_masking(tokenizer, 0.5)(inputs["input_ids"], inputs["attention_mask"])
+        >>> bool((labels != -100).any()), changed.shape == labels.shape
+        (True, True)
+    """
     if tokenizer.mask_token_id is None:
         return None
     return TokenMasking(
