@@ -90,7 +90,7 @@ def test_the_installed_script_is_this_one():
         (["--model", "run"], "unknown command '--model'"),
         (["evaluate"], "required: model"),
         (["evaluate", "--nonsense"], "--nonsense"),
-        (["evaluate", "--model", "{tmp}/none"], "no model folder {tmp}/none"),
+        (["evaluate", "--model", "{tmp}/none", "--data.scenes", "true"], "no model folder {tmp}/none"),
         (["calibrate", "--model", "{tmp}", "--rerank", "0"], "rerank must be at least 1, got 0"),
         (["export", "--model", "{tmp}/none", "--output", "{tmp}/out"], "no model folder {tmp}/none"),
         (["convert", "clip", "a", "b"], "clip"),
