@@ -100,7 +100,8 @@ def main() -> None:
             sys.exit(done.returncode)
         figures[side] = json.loads(done.stdout.splitlines()[-1])
     for side in figures.values():
-        side["memory_ratio"] = side["step_gib"] / figures["plain"]["step_gib"]
+        # A step so small that it fits into what building the model left over has no size of its own.
+        side["memory_ratio"] = side["step_gib"] / (figures["plain"]["step_gib"] or float("nan"))
     print(
         f"{options.vision} {options.image_size} px, {'the loop, K=4' if options.loop else 'ITC only'}, "
         f"{options.precision}, {options.device}, {torch.get_num_threads()} threads"
