@@ -23,11 +23,11 @@ STATE_FILE, SCHEDULER_FILE = "progress.json", "scheduler.json"
 @dataclass
 class Progress:
     """Where a run stands: optimiser `step`, `epoch`, batches done in it, best validation so far (its score, its dual
-    head's, its step), rows of its history, what was skipped (counts by reason, and the reason of each file) and how many
-    captions were cut. `places` has epoch and batch of every rank: streams of different length end at different batches.
-    `similarity_weight`: of the reranking score, as last fitted. `teaching_since`: the step from which distillation
-    counts, None while it does not; `has_taught`: whether it ever did; `best_lead`: how far the teacher was ahead at
-    most."""
+    head's, its step), rows of its history, what was skipped (counts by reason, and the reason of each file) and how
+    many captions were cut. `places` has epoch and batch of every rank: streams of different length end at different
+    batches. `similarity_weight`: of the reranking score, as last fitted. `teaching_since`: the step from which
+    distillation counts, None while it does not; `has_taught`: whether it ever did; `best_lead`: how far the teacher
+    was ahead at most."""
 
     step: int = 0
     epoch: int = 0
