@@ -11,7 +11,9 @@ from helpers.support import tiny_model
 from helpers.tiny_run import run
 
 from loopitr import Contrastive, LoopITRModel, LoopObjective, Matching
+from loopitr.building.options import ModelOptions
 from loopitr.evaluation.calibration import WEIGHTS
+from loopitr.objective.options import ObjectiveOptions
 from loopitr.training.checkpoints import Progress
 from loopitr.training.options import PretrainOptions, ValidationOptions
 from loopitr.training.validation import Validator
@@ -78,6 +80,19 @@ def test_word_prediction_is_on_where_a_fusion_head_starts_from_scratch():
     assert decided(objective__mlm=0.0, model__mlm_head=True) == (0.0, True)
     assert decided(model__freeze=["fusion"]) == (0.0, False)
     assert decided(objective__itm=0.0, objective__distillation=0.0) == (0.0, False)  # The dual head trains alone.
+
+
+def test_token_agreement_trains_where_the_model_has_it_and_starts_from_scratch():
+    def decided(agreement=True, weight=None, **model):
+        options = PretrainOptions(objective=ObjectiveOptions(agreement=weight), model=ModelOptions(**model))
+        options.model.fusion.agreement = agreement
+        return options.decided().objective.agreement
+
+    assert decided() == decided(agreement=16) == 1.0
+    assert (
+        decided(agreement=False) == decided(init="runs/x") == decided(weight=0.0) == decided(freeze=["fusion"]) == 0.0
+    )
+    assert decided(init="runs/x", weight=0.5) == 0.5
 
 
 def test_of_equally_good_validations_the_better_dual_is_kept(tmp_path, monkeypatch):
