@@ -52,8 +52,8 @@ class ObjectiveOptions:
     mlm_common: float = 0.1
     """`mlm_words: content`: tokens that stand in at least this part of the training captions are never masked."""
     agreement: float | None = None
-    """Weight of InfoNCE on the token agreement of all pairs of the batch (needs a model with fusion.agreement). Unset: 1
-    in a run whose model has it and starts from scratch, otherwise 0."""
+    """Weight of InfoNCE on the token agreement of all pairs of the batch (needs a model with fusion.agreement). Unset:
+    1 in a run whose model has it and starts from scratch, otherwise 0."""
     num_negatives: int = 4
     """K, hard negatives per image and per text."""
     itm_negatives: int | None = None
