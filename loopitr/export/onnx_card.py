@@ -60,7 +60,9 @@ def onnx_card(source: Source, precisions: Sequence[str], parity: dict[str, float
     graphs, examples = [], ""
     for kind, there in (("image", source.has_images), ("text", source.has_texts)):
         if there:
-            graphs.append(f"`{kind}_tower.onnx` gives `{kind}_embeds`, unit length, whose dot product is the similarity.")
+            graphs.append(
+                f"`{kind}_tower.onnx` gives `{kind}_embeds`, unit length, whose dot product is the similarity."
+            )
             examples += EXAMPLES[kind]
     if isinstance(source.model, LoopITRModel):
         scale, weight = float(source.model.dual.scale), source.model.config.similarity_weight

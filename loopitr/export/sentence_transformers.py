@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
+import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +83,7 @@ def export_sentence_transformers(
         (['image', 'text'], True)
     """
     library = _library()
-    with new_folder(output) as folder:
+    with new_folder(output) as folder, _quiet():
         source = read_source(model, processor=processor, tower=tower)
         dual = copy.deepcopy(source.dual).float().cpu().eval()
         routes: dict[str, list[Any]] = {}
@@ -95,6 +98,8 @@ def export_sentence_transformers(
                 known: Any = {(None, name): name for name in routes}
                 modules = [_modules().Router(routes, default_route="text", route_mappings=known), normalize]
             library.SentenceTransformer(modules=modules, device="cpu").save(str(folder), create_model_card=False)
+        if source.has_texts:
+            _keep_arguments(folder, _load_arguments(dual.text))
         parity = _parity(dual, source, folder)
         (folder / "README.md").write_text(sentence_transformers_card(source), encoding="utf-8")
     return SentenceTransformersExport(folder=Path(output).expanduser(), parity=parity)
@@ -121,7 +126,23 @@ def _text_modules(backbone: TextBackbone, projection: nn.Module, source: Source,
     tokenizer = copy.deepcopy(source.processor.tokenizer)
     limit_length(tokenizer, tokenizer.model_max_length)
     tokenizer.save_pretrained(folder)
-    return _route("text", folder, backbone.pooling, backbone.width, projection)
+    arguments = _load_arguments(backbone)
+    return _route("text", folder, backbone.pooling, backbone.width, projection, model_kwargs=arguments)
+
+
+def _load_arguments(backbone: TextBackbone) -> dict[str, bool]:
+    """What keeps transformers from adding a pooler of random weights, and from saying so at every load."""
+    takes = inspect.signature(type(backbone.model).__init__).parameters
+    without = "add_pooling_layer" in takes and getattr(backbone.model, "pooler", None) is None
+    return {"add_pooling_layer": False} if without else {}
+
+
+def _keep_arguments(folder: Path, arguments: dict[str, bool]) -> None:
+    """Write them where `Transformer` looks for them when it loads; it does not save them itself."""
+    for path in folder.rglob("sentence_bert_config.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if arguments and "text" in config["modality_config"]:
+            path.write_text(json.dumps({**config, "model_kwargs": arguments}, indent=4), encoding="utf-8")
 
 
 def _image_modules(backbone: VisionBackbone, projection: nn.Module, source: Source, folder: Path) -> list[Any]:
@@ -157,13 +178,14 @@ def _wrapped(backbone: VisionBackbone, source: Source, pooled_by_timm: dict[str,
     raise _not_covered(source, "image", vision["name"], f"transformers' wrapper of timm does not take it: {reason}")
 
 
-def _route(modality: str, folder: Path, pooling: str, width: int, projection: nn.Module) -> list[Any]:
+def _route(modality: str, folder: Path, pooling: str, width: int, projection: nn.Module, **arguments: Any) -> list[Any]:
     """`Transformer`, `Pooling` where the backbone does not pool, and the projection."""
     modules = _modules()
-    output = ("pooler_output", "sentence_embedding") if pooling == "backbone" else ("last_hidden_state", "token_embeddings")
-    method = {"method": "forward", "method_output_name": output[0]}
-    route = [modules.Transformer(str(folder), modality_config={modality: method}, module_output_name=output[1])]
-    if pooling != "backbone":
+    pooled = pooling == "backbone"
+    output, name = ("pooler_output", "sentence_embedding") if pooled else ("last_hidden_state", "token_embeddings")
+    method: Any = {modality: {"method": "forward", "method_output_name": output}}
+    route = [modules.Transformer(str(folder), modality_config=method, module_output_name=name, **arguments)]
+    if not pooled:
         route.append(modules.Pooling(width, "cls" if pooling == "first" else "mean"))
     return [*route, *_projection(projection)]
 
@@ -239,3 +261,17 @@ def _pictures(size: int) -> list[Image.Image]:
 
 def _not_covered(source: Source, kind: str, name: str, why: str) -> ValueError:
     return ValueError(f"{source.name}: the {kind} backbone {name!r} cannot be a SentenceTransformer: {why}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without a progress bar for each part that transformers writes and reads."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
