@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from loopitr.models.loop_model import LoopITRModel
 
@@ -19,9 +20,10 @@ tags:
 
 # Image-text retrieval, ONNX
 
-Exported from a `loopitr` model{what}. {graphs}
-Precisions: {precisions}. Batch and text length are dynamic. Texts are read with `tokenizer.json` (padding and truncation
-are set in it), images with what `preprocessor_config.json` says. Largest difference from torch in fp32: {parity}.
+Exported from a `loopitr` model{what}. {graphs}.
+Precisions: {precisions}. Batch and text length are dynamic. Texts are read with `tokenizer.json` (padding and
+truncation are set in it), images with what `preprocessor_config.json` says. Largest difference from torch in fp32:
+{parity}.
 """
 EXAMPLES = {
     "image": """
@@ -32,7 +34,7 @@ from PIL import Image
 
 config = json.load(open("preprocessor_config.json"))
 session = onnxruntime.InferenceSession("image_tower.onnx")
-image = Image.open("photo.jpg").convert("RGB").resize((config["size"]["width"], config["size"]["height"]), config["resample"])
+PICTURE
 pixels = (np.asarray(image, np.float32) / 255 - config["image_mean"]) / config["image_std"]
 embeds = session.run(["image_embeds"], {"pixel_values": pixels.transpose(2, 0, 1)[None].astype(np.float32)})[0]
 ```
@@ -60,19 +62,37 @@ def onnx_card(source: Source, precisions: Sequence[str], parity: dict[str, float
     graphs, examples = [], ""
     for kind, there in (("image", source.has_images), ("text", source.has_texts)):
         if there:
-            graphs.append(
-                f"`{kind}_tower.onnx` gives `{kind}_embeds`, unit length, whose dot product is the similarity."
-            )
-            examples += EXAMPLES[kind]
+            graphs.append(f"`{kind}_tower.onnx` gives `{kind}_embeds` of unit length")
+            examples += EXAMPLES[kind].replace("PICTURE", _picture_code(source.processor.image_processor))
     if isinstance(source.model, LoopITRModel):
         scale, weight = float(source.model.dual.scale), source.model.config.similarity_weight
         examples += FUSION.format(weight=weight, scale=scale)
     return (
         HEAD.format(
             what="" if len(graphs) == 2 else ", one tower of it",
-            graphs=" ".join(graphs),
+            graphs=" and ".join(graphs),
             precisions=", ".join(["fp32", *precisions]),
             parity=", ".join(f"{name} {value:.0e}" for name, value in parity.items()),
         )
         + examples
     )
+
+
+def _picture_code(images: Any) -> str:
+    """Lines that open and resize a picture as the image processor does it."""
+    code = ['image = Image.open("photo.jpg").convert("RGB")']
+    if "shortest_edge" in (images.size or {}):
+        code += [
+            'scale = config["size"]["shortest_edge"] / min(image.size)',
+            "size = [int(x * scale) for x in image.size]",
+        ]
+    else:
+        code.append('size = config["size"]["width"], config["size"]["height"]')
+    code.append('image = image.resize(size, config["resample"])')
+    if images.do_center_crop:
+        code += [
+            'side = config["crop_size"]["height"]',
+            "left, top = (image.width - side) // 2, (image.height - side) // 2",
+            "image = image.crop((left, top, left + side, top + side))",
+        ]
+    return "\n".join(code)

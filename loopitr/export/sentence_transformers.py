@@ -117,10 +117,10 @@ def _modules() -> Any:
 
 
 def _text_modules(backbone: TextBackbone, projection: nn.Module, source: Source, folder: Path) -> list[Any]:
-    from transformers import AutoModel
+    from transformers import MODEL_MAPPING
 
     kind = backbone.model.config.model_type
-    if kind in ALWAYS_FULL or type(backbone.model.config) not in AutoModel._model_mapping:
+    if kind in ALWAYS_FULL or type(backbone.model.config) not in MODEL_MAPPING:
         raise _not_covered(source, "text", kind, "AutoModel of transformers does not load it")
     backbone.model.save_pretrained(folder)
     tokenizer = copy.deepcopy(source.processor.tokenizer)

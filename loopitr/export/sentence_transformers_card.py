@@ -16,8 +16,8 @@ pipeline_tag: {pipeline}
 
 # {title}
 
-Exported from a `loopitr` model: {parts}, {embed_dim} dimensions, unit length. It loads with sentence-transformers 5.4 or
-later, without this package and without `trust_remote_code`.
+Exported from a `loopitr` model: {parts}, {embed_dim} dimensions, unit length. It loads with sentence-transformers 5.4
+or later, without this package and without `trust_remote_code`.
 
 ```python
 {imports}from sentence_transformers import SentenceTransformer
