@@ -78,7 +78,7 @@ class TrainOptions:
     keep_checkpoints: int = 2
     """Older ones are deleted."""
     max_bad_steps: int = 10
-    """A step whose loss or gradient is not finite is left out; after so many in a row the run stops. 0: it never does."""
+    """A step whose loss or gradient is not finite is left out; so many in a row stop the run. 0: they never do."""
     log_every: int = 10
     """Optimiser steps between log lines."""
     tracker: str = "auto"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loopitr.training.durable import write_file
+from loopitr.training.durable import sync, write_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,11 +48,22 @@ class History:
                 self.log(f"warning: {self.path} cannot be written ({error.strerror}): its rows wait for space")
             self.is_behind = True
 
-    def flush(self) -> None:
-        """Write the whole file, so that no crash can take rows that a checkpoint counts on.
+    def sync(self) -> None:
+        """Force the rows onto the disk: a checkpoint counts on them.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: they cannot be written.
+        """
+        if self.is_behind:
+            self.flush()
+        else:
+            sync(self.path)
+
+    def flush(self) -> None:
+        """Write the whole file.
+
+        Raises:
+            OSError: it cannot be written; it is as it was.
         """
         write_file(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
         self.is_behind = False

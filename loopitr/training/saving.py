@@ -40,10 +40,11 @@ class Saver:
         every = self.options.checkpoint_every
         return every > 0 and step % every == 0
 
-    def save(self, progress: Progress, *, needed: bool = False) -> bool:
+    def save(self, progress: Progress, *, first: Callable[[], None] = lambda: None, needed: bool = False) -> bool:
         """Save one, all ranks together; returns whether it is there.
 
         Args:
+            first: what has to be on the disk before it.
             needed: raise the error, since nobody would try again.
 
         Raises:
@@ -51,6 +52,7 @@ class Saver:
         """
         self.last = time.monotonic()
         try:
+            first()
             save_checkpoint(
                 self.accelerator,
                 self.folder,
