@@ -134,7 +134,7 @@ def newest_checkpoint(folder: Path, *, log: Callable[[str], None] = print) -> Ch
     Raises:
         ValueError: there are checkpoints, and all of them are damaged.
     """
-    damaged = []
+    damaged: list[tuple[Path, str]] = []
     for path in reversed(_all(folder)):
         problem = fault(path)
         if problem is None:

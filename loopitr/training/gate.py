@@ -6,7 +6,7 @@ A teacher that ranks worse than its student costs points (recipes/results/distil
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loopitr.training.checkpoints import Progress
 
@@ -52,6 +52,11 @@ class Gate:
             return 0.0
         progress.has_taught = True
         return min(1.0, (progress.step + 1 - since) / self.warmup) if self.warmup > 0 else 1.0
+
+    def stage(self, progress: Progress) -> dict[str, Any]:
+        """What the objective is called with in the step that comes next, beside the batch."""
+        scored = progress.step >= self.fusion_start
+        return {"with_pairs": scored, "distillation_scale": self.next_scale(progress)}
 
     def update(
         self, progress: Progress, scores: dict[str, float], measure: Callable[[LoopITRModel], dict[str, float]]

@@ -9,7 +9,6 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from loopitr.distributed import first_rank
-from loopitr.objective.loop_objective import LoopObjective
 from loopitr.objective.parts import StepOutput
 from loopitr.training.checkpoints import Progress
 from loopitr.training.log_window import LogWindow
@@ -24,16 +23,14 @@ class RunLog:
         self,
         accelerator: Accelerator,
         folder: Path,
-        objective: LoopObjective,
         progress: Progress,
         *,
-        total_steps: int,
+        watch: Watch,
         log: Callable[[str], None] = print,
     ) -> None:
         """`log`: where warnings go."""
-        self.accelerator = accelerator
-        self.window = LogWindow(*progress.windows, device=accelerator.device)
-        self.watch = Watch(objective, total_steps=total_steps, log=log)
+        self.accelerator, self.watch = accelerator, watch
+        self.window = LogWindow(progress.windows[0] if progress.windows else None, device=accelerator.device)
         self.history = History(folder, keep=progress.rows, log=log) if accelerator.is_main_process else None
 
     def add(self, output: StepOutput) -> None:

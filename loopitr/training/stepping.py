@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,14 +33,19 @@ class Stepper:
         scheduler: LRScheduler,
         options: TrainOptions,
         *,
-        guard: StepGuard,
+        folder: Path,
+        log: Callable[[str], None] = print,
     ) -> None:
         """
         Args:
             prepared, optimizer: accelerate's; `bare` is the objective in the former.
+            folder, log: where the steps are named that were left out, see `StepGuard`.
         """
         self.accelerator, self.prepared, self.bare = accelerator, prepared, bare
-        self.optimizer, self.scheduler, self.options, self.guard = optimizer, scheduler, options, guard
+        self.optimizer, self.scheduler, self.options = optimizer, scheduler, options
+        self.guard = StepGuard(
+            accelerator, bare.model, optimizer, folder=folder, most_in_row=options.max_bad_steps, log=log
+        )
         self.micro = 0  # batches so far of the step that is being accumulated
 
     def backward(self, batch: Batch, stage: dict[str, Any]) -> StepOutput:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,11 @@ class Stopped(SystemExit):
     def name(self) -> str:
         """Such as `SIGTERM`."""
         return signal.Signals(self.signal).name
+
+    def line(self, step: int, folder: Path) -> str:
+        """What to say where the newest checkpoint in `folder` is of this step; 0: there is none."""
+        whence = f"from step {step}, saved in {folder}" if step else "from the start: no step is saved yet"
+        return f"stopped by {self.name}: --resume goes on {whence}"
 
 
 class Stopping:
@@ -87,7 +93,7 @@ class Agreement:
 
     def __init__(self, device: torch.device) -> None:
         """All ranks make it together."""
-        self._group = None
+        self._group: Any = None  # the default one
         if world_size() > 1 and device.type != "cpu":
             self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=4))
 

@@ -20,7 +20,7 @@ from loopitr.memory import trim_memory
 from loopitr.models.processing import LoopITRProcessor
 from loopitr.objective.loop_objective import LoopObjective
 from loopitr.training.checkpoints import Progress, load_checkpoint
-from loopitr.training.divergence import StepGuard, check_finite
+from loopitr.training.divergence import check_finite
 from loopitr.training.gate import Gate
 from loopitr.training.optimization import make_optimizer, make_scheduler
 from loopitr.training.options import RunOptions, TrainOptions, ValidationOptions
@@ -33,6 +33,7 @@ from loopitr.training.skips import check_skips, files_in_all, lost_in_all, lost_
 from loopitr.training.stepping import Stepper
 from loopitr.training.stopping import Agreement, Stopped, Stopping
 from loopitr.training.validation import Validator
+from loopitr.training.watch import Watch
 
 TRIM_EVERY = 10  # On the CPU, memory is given back after so many steps.
 
@@ -105,6 +106,9 @@ class Trainer:
         self._prepare()
         warmup = self.options.distillation_warmup * self.total_steps
         self.gate = Gate(objective, fusion_start=self.fusion_start, warmup=warmup, log=self.log)
+        self.saver = Saver(self.accelerator, self.folder, self.options, scheduler=self.scheduler, log=self.log)
+        parts = self.accelerator, self.objective, objective, self.optimizer, self.scheduler, self.options
+        self.stepper = Stepper(*parts, folder=self.folder, log=self.log)
         self.validator = Validator(
             objective, self.caches, self.validation, folder=self.folder, records=val, fusion_start=self.fusion_start
         )
@@ -132,12 +136,10 @@ class Trainer:
         """
         resuming: dict[str, Any] = {"resume": self.resume, "with_changes": self.with_changes}
         stopping = Stopping()
+        folder = run_folder(self.folder, self.config, self.accelerator, self.total_steps, **resuming)
         try:
-            with (
-                run_folder(self.folder, self.config, self.accelerator, self.total_steps, **resuming) as entered,
-                stopping,
-            ):
-                metrics = self._run(entered.checkpoint, stopping) if entered.finished is None else entered.finished
+            with stopping, folder as entered:
+                metrics = entered.finished or self._run(entered.checkpoint, stopping)
         except RuntimeError as error:
             if not stopping.signal:
                 raise
@@ -153,13 +155,8 @@ class Trainer:
         with stopping.at_once():
             self._begin(checkpoint)
         started = time.perf_counter()
-        with tqdm(
-            total=self.total_steps,
-            initial=self.progress.step,
-            desc="training",
-            disable=not accelerator.is_main_process,
-            dynamic_ncols=True,
-        ) as bar:
+        shown: dict[str, Any] = {"desc": "training", "disable": not accelerator.is_main_process, "dynamic_ncols": True}
+        with tqdm(total=self.total_steps, initial=self.progress.step, **shown) as bar:
             if self.gate.is_used and not self.fusion_start and not self.progress.step:
                 self._validate(keep=False)  # A teacher that has learned before teaches from the first step on.
             if self.progress.validates_next:
@@ -176,29 +173,20 @@ class Trainer:
             return self._finish(time.perf_counter() - started)
 
     def _begin(self, checkpoint: Path | None) -> None:
-        accelerator, options, log = self.accelerator, self.options, self.log
+        accelerator = self.accelerator
         loaded = load_checkpoint(accelerator, checkpoint, scheduler=self.scheduler) if checkpoint else None
         self.progress = loaded or Progress()
         if self.progress.similarity_weight is not None:
             self.model.config.similarity_weight = self.progress.similarity_weight
-        self.saver = Saver(accelerator, self.folder, options, scheduler=self.scheduler, log=log)
         self.saver.step = self.progress.step
         if accelerator.is_main_process:
             store_config(self.folder, self.config, step=self.progress.step)
-        self.run_log = RunLog(
-            accelerator, self.folder, self.bare_objective, self.progress, total_steps=self.total_steps, log=log
-        )
+        watch = Watch(self.bare_objective, total_steps=self.total_steps, log=self.log)
+        self.run_log = RunLog(accelerator, self.folder, self.progress, watch=watch, log=self.log)
         if accelerator.log_with:
             accelerator.init_trackers("logs")
         known, most = self.progress.skipped_files, self.data.max_skipped_fraction
         self.skips = SkipCounter(max_fraction=most, log=print, known=known)  # Every rank prints.
-        self.guard = StepGuard(
-            accelerator, self.model, self.optimizer, folder=self.folder, most_in_row=options.max_bad_steps, log=log
-        )
-        self.stepper = Stepper(
-            *(accelerator, self.objective, self.bare_objective, self.optimizer, self.scheduler, options),
-            guard=self.guard,
-        )
 
     def _epoch(self, bar: tqdm) -> None:
         progress = self.progress
@@ -207,7 +195,7 @@ class Trainer:
         for batch in self.loader.epoch(progress.epoch, start=progress.batch):
             batches += 1
             self.skips.update(batch)
-            output = self.stepper.backward(batch, self._stage())
+            output = self.stepper.backward(batch, self.gate.stage(self.progress))
             progress.batch += 1
             self.run_log.add(output)
             if not self.stepper.is_full:
@@ -249,12 +237,6 @@ class Trainer:
         if (late or self.saver.is_due(progress.step)) and not ends_epoch and not is_last:
             self._checkpoint()
 
-    def _stage(self) -> dict[str, Any]:
-        return {
-            "with_pairs": self.progress.step >= self.fusion_start,
-            "distillation_scale": self.gate.next_scale(self.progress),
-        }
-
     def _step(self) -> None:
         self.stepper.step()
         self.progress.step += 1
@@ -262,7 +244,7 @@ class Trainer:
             trim_memory()
 
     def _log(self, bar: tqdm) -> None:
-        self.guard.settle(self.progress)
+        self.stepper.guard.settle(self.progress)
         more = {"train/lr": float(self.scheduler.get_last_lr()[-1])}
         more |= lost_so_far(self.progress, self.skips, self.accelerator)
         if self.progress.bad_steps:
@@ -292,7 +274,7 @@ class Trainer:
 
     def _checkpoint(self, *, needed: bool = False) -> None:
         check_finite(self.model, step=self.progress.step)
-        self.guard.settle(self.progress)
+        self.stepper.guard.settle(self.progress)
         progress = dataclasses.replace(self.progress)
         progress.skipped, progress.truncated = lost_in_all(self.progress, self.skips)
         progress.skipped_files = files_in_all(self.progress, self.skips)
@@ -300,9 +282,7 @@ class Trainer:
 
     def _stopped(self, stop: Stopped) -> Stopped:
         """Says how the run goes on; the process is about to end."""
-        step = self.saver.step if hasattr(self, "saver") else 0
-        whence = f"from step {step}, saved in {self.folder}" if step else "from the start: no step is saved yet"
-        self.log(f"stopped by {stop.name}: --resume goes on {whence}")
+        self.log(stop.line(self.saver.step, self.folder))
         self.accelerator.end_training()
         return stop
 

@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from helpers.tiny_run import reset_accelerate
 from torch import nn
 
-from loopitr.training.checkpoints import STATE_FILE, Progress, load_checkpoint, save_checkpoint
+from loopitr.training.checkpoints import STATE_FILE, Progress, load_checkpoint, newest_checkpoint, save_checkpoint
+from loopitr.training.durable import MANIFEST
 from loopitr.training.optimization import warmup_cosine
 
 
@@ -51,7 +52,8 @@ class Work:
         return save_checkpoint(self.accelerator, folder, progress, keep=keep, scheduler=self.schedule)
 
     def load(self, folder):
-        return load_checkpoint(self.accelerator, folder, scheduler=self.schedule)
+        found = newest_checkpoint(folder)
+        return found and load_checkpoint(self.accelerator, found.path, scheduler=self.schedule)
 
     def state(self):
         return {name: value.clone() for name, value in self.model.state_dict().items()}
@@ -84,6 +86,11 @@ def test_progress_comes_back_whole(tmp_path):
         teaching_since=2,
         has_taught=True,
         best_lead=3.0,
+        windows=[{"loss/total": [0.1, 0.25]}],
+        validates_next=True,
+        bad_steps=3,
+        bad_in_row=1,
+        watch={"itm": 20.0},
     )
     work = Work()
     work.save_progress(tmp_path, progress, keep=1)
@@ -96,6 +103,7 @@ def test_each_rank_gets_its_own_place_and_of_other_ranks_the_first(tmp_path):
     state = work.save(tmp_path, epoch=2, batch=1) / STATE_FILE
     for places, expected in (([[7, 5]], (7, 5)), ([[2, 1], [3, 0]], (2, 1)), ([], (2, 1))):
         state.write_text(json.dumps({**json.loads(state.read_text()), "places": places}))
+        (state.parent / MANIFEST).unlink(missing_ok=True)  # It would not be what was written.
         progress = work.load(tmp_path)
         assert (progress.epoch, progress.batch) == expected
 
