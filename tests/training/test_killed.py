@@ -16,7 +16,7 @@ from helpers.forked_run import start, steps_logged, wait, wait_until
 from loopitr.evaluation import retrieval
 from loopitr.training import checkpoints
 
-# Dropout, augmentation, a window of log lines that no checkpoint ends, a validation in mid-epoch, workers.
+# Dropout, augmentation, a window of log lines that no checkpoint ends, a validation in mid-epoch.
 RUN = {
     "train__epochs": 2,
     "train__checkpoint_every": 3,
@@ -25,7 +25,8 @@ RUN = {
     "objective__mining": "sample",
     "objective__distillation_loss": "kl",
     "objective__teacher": "momentum",
-    "data__num_workers": 1,
+    "data__scenes_train": 48,
+    "data__scenes_val": 8,
 }
 
 
@@ -98,7 +99,7 @@ def test_a_killed_run_that_is_resumed_equals_one_that_was_not(tmp_path, whole, m
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_told_to_stop_saves_and_says_how_to_go_on(tmp_path, whole, number):
     """SIGTERM as a batch system sends it: to the workers too."""
-    pid = start(tmp_path, tmp_path / "log", prepare=os.setpgrp, **RUN)
+    pid = start(tmp_path, tmp_path / "log", prepare=os.setpgrp, **RUN, data__num_workers=1)
     wait_until(lambda: steps_logged(tmp_path) >= 4)
     os.killpg(pid, number)
     assert wait(pid) == 128 + number
@@ -131,5 +132,5 @@ def test_a_run_stopped_in_its_last_validation_has_saved_its_last_step(tmp_path, 
     wait_until(mark.exists)
     os.kill(pid, signal.SIGTERM)
     assert wait(pid) == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM: --resume goes on from step 16" in (tmp_path / "log").read_text()
+    assert "stopped by SIGTERM: --resume goes on from step 12" in (tmp_path / "log").read_text()
     assert resumed(tmp_path) == files(whole)
