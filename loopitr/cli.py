@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 Options = TypeVar("Options")
-USAGE_ERROR = 2
+USAGE_ERROR, INTERRUPTED = 2, 130
 SWITCHES = ("--resume", "--resume_with_changes", "--table_only")
 
 
@@ -54,12 +54,16 @@ def parse(
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a recipe: what its user can mend is one line on stderr and exit status 2, anything else a traceback.
+    """Run a recipe: what its user can mend is one line on stderr and exit status 2, Ctrl-C one line and 130, anything
+    else a traceback.
 
     LOOPITR_DEBUG=1 shows the traceback of every error.
     """
     try:
         main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         # A module is not found where an extra is not installed.
         if os.environ.get("LOOPITR_DEBUG"):

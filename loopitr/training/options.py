@@ -72,9 +72,13 @@ class TrainOptions:
     gradient_checkpointing: bool = False
     """Trade time for memory."""
     checkpoint_every: int = 500
-    """Optimiser steps between checkpoints; 0: one at the end alone."""
+    """Optimiser steps between checkpoints, beside the one at the end of every epoch; 0: only those."""
+    checkpoint_minutes: float = 10.0
+    """Minutes after which there is one in any case; 0: none by the clock."""
     keep_checkpoints: int = 2
     """Older ones are deleted."""
+    max_bad_steps: int = 10
+    """A step whose loss or gradient is not finite is left out; so many in a row stop the run. 0: they never do."""
     log_every: int = 10
     """Optimiser steps between log lines."""
     tracker: str = "auto"
@@ -101,6 +105,8 @@ class TrainOptions:
             lr=self.lr,
             weight_decay=self.weight_decay,
             checkpoint_every=self.checkpoint_every,
+            checkpoint_minutes=self.checkpoint_minutes,
+            max_bad_steps=self.max_bad_steps,
         )
         if not 0 <= self.warmup <= 1 or not 0 <= self.distillation_warmup <= 1:
             raise ValueError(

@@ -18,6 +18,7 @@ from loopitr.objective.loop_objective import LoopObjective
 from loopitr.training.caches import Caches
 from loopitr.training.checkpoints import Progress
 from loopitr.training.divergence import check_finite
+from loopitr.training.durable import write_files
 from loopitr.training.options import ValidationOptions
 
 
@@ -112,8 +113,16 @@ class Validator:
         if keep and score is not None and (score, scores["dual"]) > tuple(so_far):
             progress.best, progress.best_dual, progress.best_step = score, scores["dual"], progress.step
             if self.accelerator.is_main_process:
-                save_for_use(self.model, self.caches.processor, self.folder, keep_mlm_head=self.options.keep_mlm_head)
+                self._save()
         return scores
+
+    def _save(self) -> None:
+        """The best model is the earlier one until this one is whole."""
+
+        def write(folder: Path) -> None:
+            save_for_use(self.model, self.caches.processor, folder, keep_mlm_head=self.options.keep_mlm_head)
+
+        write_files(self.folder, write, seen=("README.md",))
 
     def measure(self, model: LoopITRModel) -> dict[str, float]:
         """Mean R@1 by score of another model, such as a teacher's own, on the validation records."""
@@ -131,7 +140,7 @@ class Validator:
             if calibration.similarity_weight is not None:
                 model.config.similarity_weight = calibration.similarity_weight
                 if self.accelerator.is_main_process:
-                    model.config.save_pretrained(self.folder)
+                    write_files(self.folder, model.config.save_pretrained)
             if records is self.records:
                 return calibration
         elif self.uses_pairs:
