@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from loopitr.data import Batch, CaptionDataset, Collator, EpochSampler, LoadReport, StreamDataset
+from loopitr.data.records import printable
 
 
 class ShardedBatchSampler(Sampler[list[tuple[int, int]]]):
@@ -123,6 +124,6 @@ class SkipCounter:
             self.files[name] = reason
             self.report.skip(reason, name)
             if self.report.skipped <= 10:
-                self.log(f"skipped {name}: {reason}")
+                self.log(f"skipped {printable(name)}: {reason}")
         if self.seen >= 100:
             self.visits.check(self.max_fraction, seen=self.seen)

@@ -10,8 +10,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from .files import Row, group_rows, read_text
-from .records import DataError, LoadReport, Record
+from .files import Row, group_rows, parse_json, read_text
+from .records import DataError, LoadReport, Record, printable
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 JSON_LINES = (".jsonl", ".ndjson")
@@ -34,11 +34,11 @@ def load_table(
     wanted = [image_column, caption_column] + ([] if split is None else [split_column])
     for column in wanted:
         if column not in columns:
-            raise DataError(f"{path}: no column {column!r}; it has {', '.join(columns) or 'none'}")
+            raise DataError(f"{path}: no column {column!r}; it has {printable(', '.join(columns)) or 'none'}")
     if split is not None:
         splits = sorted({str(row.get(split_column)) for row in rows})
         if split not in splits:
-            raise DataError(f"{path}: no split {split!r} in column {split_column!r}; it has {', '.join(splits)}")
+            raise DataError(f"{path}: no split {split!r} in column {split_column!r}; it has {printable(', '.join(splits))}")
         rows = [row for row in rows if str(row.get(split_column)) == split]
     kept = []
     for number, row in enumerate(rows, start=1):
@@ -82,8 +82,8 @@ def _read_json_lines(path: str | Path) -> tuple[list[dict[str, Any]], list[str]]
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise DataError(f"{path}: line {number} is not valid JSON ({error})") from error
         if not isinstance(row, dict):
             raise DataError(f"{path}: line {number} is not a JSON object but {type(row).__name__}")
@@ -97,7 +97,7 @@ def _captions(cell: Any) -> Any:
     if isinstance(cell, str) and cell.lstrip().startswith("["):
         try:
             value = json.loads(cell)
-        except ValueError:
+        except (ValueError, RecursionError):
             try:
                 value = ast.literal_eval(cell.strip())
             except (ValueError, SyntaxError, MemoryError, RecursionError):
