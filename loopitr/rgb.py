@@ -55,9 +55,11 @@ def to_rgb(image: Image.Image, *, shortest: int | None = None) -> Image.Image:
 
 def _scale_to_8_bit(image: Image.Image) -> Image.Image:
     """16-bit integers and floats as 8-bit ones. Pillow's own conversion clips at 255 and turns most of them white."""
-    values = np.nan_to_num(np.asarray(image, dtype=np.float32))
+    values = np.asarray(image, dtype=np.float32)
+    values = np.where(np.isnan(values), np.float32(0), values)
+    largest = values.max(where=np.isfinite(values), initial=0.0)
     if image.mode == "F":
-        scale = 255.0 if values.max() <= 1.0 else 1.0
+        scale = 255.0 if largest <= 1.0 else 1.0
     else:
-        scale = 1.0 / 257.0 if image.mode != "I" or values.max() > 255.0 else 1.0
+        scale = 1.0 / 257.0 if image.mode != "I" or largest > 255.0 else 1.0
     return Image.fromarray(np.clip(values * scale + 0.5, 0.0, 255.0).astype(np.uint8))

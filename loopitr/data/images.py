@@ -52,7 +52,7 @@ def decode_image(
                 return to_rgb(opened, shortest=shortest)
         status = os.stat(image)
         if not stat.S_ISREG(status.st_mode):  # A pipe would be waited for, and some devices never end.
-            raise UnreadableImage(name, "a directory" if stat.S_ISDIR(status.st_mode) else "not a file")
+            raise UnreadableImage(name, "Is a directory" if stat.S_ISDIR(status.st_mode) else "not a file")
         if not status.st_size:
             raise UnreadableImage(name, "empty file")
         with Image.open(image) as opened:

@@ -38,7 +38,9 @@ def load_table(
     if split is not None:
         splits = sorted({str(row.get(split_column)) for row in rows})
         if split not in splits:
-            raise DataError(f"{path}: no split {split!r} in column {split_column!r}; it has {printable(', '.join(splits))}")
+            raise DataError(
+                f"{path}: no split {split!r} in column {split_column!r}; it has {printable(', '.join(splits))}"
+            )
         rows = [row for row in rows if str(row.get(split_column)) == split]
     kept = []
     for number, row in enumerate(rows, start=1):

@@ -142,7 +142,8 @@ def _bombs() -> Named:
     for width, height in ((10_000, 9_000), (20_000, 20_000), (60_000, 60_000), (2**31 - 1, 2**31 - 1), (1, 2**31 - 1)):
         yield f"bomb-{width}.png", png(width, height), False, ""
     yield "bomb.png", png(30_000, 30_000, data=bytes(10**6)), False, too_many
-    yield "bomb.bmp", encode(picture(), "BMP")[:18] + struct.pack("<ii", 40_000, 40_000) + bytes(100), False, too_many
+    bmp = encode(picture(), "BMP")
+    yield "bomb.bmp", bmp[:18] + struct.pack("<ii", 40_000, 40_000) + bmp[26:], False, too_many
     gif = encode(in_mode("P", picture()), "GIF")
     yield "bomb.gif", gif[:6] + struct.pack("<HH", 65_535, 65_535) + gif[10:], False, too_many
     jpeg = encode(picture(), "JPEG")
@@ -219,7 +220,7 @@ def _not_files(folder: Path) -> Iterator[Case]:
             os.chdir(here)
     yield Case(path=folder / "socket.jpg", readable=False, reason="not a file")
     (folder / "folder.jpg").mkdir()
-    yield Case(path=folder / "folder.jpg", readable=False, reason="a directory")
+    yield Case(path=folder / "folder.jpg", readable=False, reason="Is a directory")
     (folder / "circle.jpg").symlink_to(folder / "circle.jpg")
     yield Case(path=folder / "circle.jpg", readable=False, reason="(?i)symbolic links")
     (folder / "broken.jpg").symlink_to(folder / "nowhere.jpg")

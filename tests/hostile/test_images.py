@@ -1,5 +1,6 @@
 """Several hundred files that are called images: each is read or is a counted skip, and none changes another sample."""
 
+import os
 import re
 
 import numpy as np
@@ -10,8 +11,17 @@ from helpers.tiny_gallery import tiny_processor
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from loopitr.data import CaptionDataset, Collator, DataError, ImageCache, Record, TrainTransform, UnreadableImage
-from loopitr.data import decode_image, shared_images
+from loopitr.data import (
+    CaptionDataset,
+    Collator,
+    DataError,
+    ImageCache,
+    Record,
+    TrainTransform,
+    UnreadableImage,
+    decode_image,
+    shared_images,
+)
 from loopitr.data.loader import SkipCounter
 
 pytestmark = [
@@ -67,7 +77,7 @@ def test_small_decoding_refuses_the_same(cases, outcomes):
 
 def test_content_from_memory_is_judged_as_from_a_file(cases, outcomes):
     for case, outcome in zip(cases, outcomes, strict=True):
-        if case.path.is_file() and case.readable is not None and case.path.name != "secret.jpg":
+        if os.path.isfile(case.path) and case.readable is not None and case.path.name != "secret.jpg":
             data = case.path.read_bytes()
             if isinstance(outcome, UnreadableImage):
                 with pytest.raises(UnreadableImage, match=re.escape(outcome.reason)):
@@ -132,7 +142,7 @@ def test_batches_count_every_one_of_them(refused, tmp_path):
 
 def test_a_cache_and_a_search_for_shared_images(cases, outcomes, tmp_path):
     records = [Record(image=case.path, captions=("x",), identity=n) for n, case in enumerate(cases)]
-    cache = ImageCache.build(tmp_path / "cache", records, shortest=16, num_workers=0)
+    cache = ImageCache.open_or_build(tmp_path / "cache", records=records, shortest=16, progress=False)
     expected = {n for n, outcome in enumerate(outcomes) if isinstance(outcome, UnreadableImage)}
     assert set(cache.unreadable) == expected
     shared = {image.name for image in shared_images(records, records)}
