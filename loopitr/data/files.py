@@ -41,9 +41,8 @@ def read_text(path: str | Path) -> str:
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from error
     if "\0" in text:  # UTF-16 of plain letters passes for UTF-8 with a zero beside each.
-        raise DataError(
-            f"{path}: not UTF-8 text (a zero byte in line {text.count(chr(10), 0, text.index(chr(0))) + 1})"
-        )
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise DataError(f"{path}: not UTF-8 text (a zero byte in line {line})")
     return text
 
 

@@ -24,7 +24,7 @@ def load_karpathy(path: str | Path, images: str | Path, split: str, report: Load
         hint = "; a JSON list of image-caption pairs is read by --data.albef" if isinstance(content, list) else ""
         raise DataError(f"{path}: not in Karpathy's format, it has no list 'images'{hint}")
     for position, entry in enumerate(entries):
-        if not isinstance(entry, dict) or not isinstance(entry.get("filename"), str) or "split" not in entry:
+        if not isinstance(entry, dict) or not _has_text(entry, "filename") or not _has_text(entry, "split"):
             raise DataError(f"{path}: images[{position}] needs 'filename' and 'split'")
         if not isinstance(entry.get("filepath") or "", str):
             raise DataError(f"{path}: images[{position}]: 'filepath' must be text, got {entry['filepath']!r}")
@@ -74,7 +74,7 @@ def load_albef(
         raise DataError(f"{path}: not in ALBEF's format, a list of {{'image', 'caption'}} is wanted{hint}")
     rows = []
     for position, entry in enumerate(content):
-        if not isinstance(entry, dict) or not isinstance(entry.get("image"), str) or "caption" not in entry:
+        if not isinstance(entry, dict) or not _has_text(entry, "image") or "caption" not in entry:
             raise DataError(f"{path}: item {position} needs 'image' and 'caption'")
         image_id = entry.get("image_id")
         identity = ("path", entry["image"]) if image_id is None else ("id", str(image_id))
@@ -93,6 +93,11 @@ def join_lists(parts: list[list[Record]]) -> list[Record]:
             captions = record.captions if first is None else first.captions + record.captions
             joined[str(record.image)] = replace(record, captions=captions, identity=identity)
     return list(joined.values())
+
+
+def _has_text(entry: dict[str, Any], name: str) -> bool:
+    value = entry.get(name)
+    return isinstance(value, str) and bool(value.strip())
 
 
 def _identifies(entries: list[dict[str, Any]], name: str) -> bool:

@@ -36,19 +36,22 @@ def load_table(
         if column not in columns:
             raise DataError(f"{path}: no column {column!r}; it has {printable(', '.join(columns)) or 'none'}")
     if split is not None:
-        splits = sorted({str(row.get(split_column)) for row in rows})
+        splits = sorted({name for row in rows if (name := _split(row.get(split_column)))})
         if split not in splits:
-            raise DataError(
-                f"{path}: no split {split!r} in column {split_column!r}; it has {printable(', '.join(splits))}"
-            )
-        rows = [row for row in rows if str(row.get(split_column)) == split]
+            known = printable(", ".join(splits))
+            raise DataError(f"{path}: no split {split!r} in column {split_column!r}; it has {known or 'none'}")
     kept = []
     for number, row in enumerate(rows, start=1):
+        own = split if split is None else _split(row.get(split_column))
         image = row.get(image_column)
-        if not isinstance(image, str) or not image.strip():
-            report.skip("no image path", f"{Path(path).name} row {number}")
+        if split is not None and own is None:
+            report.skip("no split", f"{Path(path).name} row {number}")
+        elif own != split:
             continue
-        kept.append(Row(image=image.strip(), captions=_captions(row.get(caption_column)), identity=image.strip()))
+        elif not isinstance(image, str) or not image.strip():
+            report.skip("no image path", f"{Path(path).name} row {number}")
+        else:
+            kept.append(Row(image=image.strip(), captions=_captions(row.get(caption_column)), identity=image.strip()))
     return group_rows(kept, source=path, images=images, split=split, report=report)
 
 
@@ -91,6 +94,13 @@ def _read_json_lines(path: str | Path) -> tuple[list[dict[str, Any]], list[str]]
             raise DataError(f"{path}: line {number} is not a JSON object but {type(row).__name__}")
         rows.append(row)
     return rows, list(dict.fromkeys(column for row in rows for column in row))
+
+
+def _split(cell: Any) -> str | None:
+    """The split in a cell, a text or a number; None where it holds none."""
+    if isinstance(cell, bool) or not isinstance(cell, (str, int)):
+        return None
+    return str(cell).strip() or None
 
 
 def _captions(cell: Any) -> Any:
