@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .columns import Columns, any_json, choose_columns, dotted_value, image_facts, image_value
-from .records import DataError, LazyRecords, LoadReport, Record, clean_captions, stable_hash
+from .records import DataError, LazyRecords, LoadReport, Record, clean_captions, printable, stable_hash
 from .tars import tar_fault
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def _load(path: str, split: str, name: str | None, data_files: DataFiles, stream
 
 def _one_line(error: BaseException) -> str:
     cause = error.__cause__ or error  # `DatasetGenerationError` hides what went wrong in its cause.
-    return next(iter(str(cause).splitlines()), "") or type(cause).__name__
+    return printable(next(iter(str(cause).splitlines()), "")) or type(cause).__name__
 
 
 def _undecoded(dataset: Any, columns: Columns, features: Any) -> Any:
