@@ -77,7 +77,8 @@ def load_albef(
         if not isinstance(entry, dict) or not _has_text(entry, "image") or "caption" not in entry:
             raise DataError(f"{path}: item {position} needs 'image' and 'caption'")
         image_id = entry.get("image_id")
-        identity = ("path", entry["image"]) if image_id is None else ("id", str(image_id))
+        known = image_id is not None and str(image_id).strip() not in ("", "nan")  # what an empty cell may become
+        identity = ("id", str(image_id)) if known else ("path", entry["image"])
         rows.append(Row(image=entry["image"], captions=entry["caption"], identity=identity))
     return group_rows(rows, source=path, images=images, split=split, report=report)
 

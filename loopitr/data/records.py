@@ -245,7 +245,7 @@ class LoadReport:
             DataError: more was.
         """
         total = max(self.captions + self.skipped if seen is None else seen, 1)
-        if self.skipped > max_fraction * total:
+        if not self.skipped <= max_fraction * total:  # The fraction may be NaN.
             raise DataError(
                 f"{self.skipped} of {total} items were skipped, more than the allowed fraction "
                 f"{max_fraction}: {self.summary()}"
