@@ -1,7 +1,9 @@
 """Whatever is given as an option, it is taken as it is or refused in one line; no other error comes of it."""
 
 import math
+import os
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -80,11 +82,46 @@ def test_any_command_line_is_options_or_one_line(data):
         assert is_dataclass(options.train) and is_dataclass(options.model.vision)
 
 
-@pytest.mark.parametrize("content", ["[", "- 1", "train: 5", "train: {lr: [1]}", "\t", "a: &a [*a]", "train:\n  lr: x"])
-def test_any_config_is_options_or_one_line(tmp_path, content):
+LAUGHS = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12))
+CONFIGS = {
+    "[": "parsing",
+    "- 1": "- 1",
+    "train: 5": "train is a group of options and no value, got 5",
+    "model: {vision: [1]}": "vision",
+    "train: null": "train is a group of options and no value, got None",
+    "train: {lr: [1]}": "train.lr",
+    "train: {lr: 1}\ntrain: {epochs: 2}": "train stands twice",
+    "train: {lr: 1, lr: 2}": "lr stands twice",
+    "\t": "parsing",
+    "a: &a [*a]": "aliases go in circles",
+    "model: {vision: {kwargs: &a {x: *a}}}": "aliases go in circles",
+    LAUGHS: "stand for more than 100000 values",
+    "[" * 5000: "nesting",
+    "1: 2": "string",
+    "train: !!python/object/apply:os.system ['touch /tmp/evil']": "tag",
+    "train: {class_path: os.system, init_args: {command: 'touch /tmp/evil'}}": "os.system",
+    "train: {output_dir: !!binary aGVsbG8=}": "output_dir",
+}
+
+
+@pytest.mark.parametrize("content", CONFIGS, ids=range(len(CONFIGS)))
+def test_a_file_of_options_that_is_none_is_one_line(tmp_path, content):
     (tmp_path / "x.yaml").write_text(content)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=CONFIGS[content]):
         parse(PretrainOptions, [f"--config={tmp_path / 'x.yaml'}"])
+    assert not Path("/tmp/evil").exists()
+
+
+def test_a_config_that_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.yaml")
+    with pytest.raises(ValueError, match="x.yaml is not a file"):
+        parse(PretrainOptions, ["--config", str(tmp_path / "x.yaml")])
+
+
+def test_merged_mappings_are_none_that_stand_twice(tmp_path):
+    (tmp_path / "x.yaml").write_text("train: &a {lr: 1}\n")
+    (tmp_path / "y.yaml").write_text("model: {vision: {kwargs: {<<: &b {x: 1}, <<: {y: *b}}}}\n")
+    parse(PretrainOptions, [f"--config={tmp_path / 'x.yaml'}", f"--config={tmp_path / 'y.yaml'}"])
 
 
 @few
