@@ -19,7 +19,7 @@ from loopitr.models.packing import send
 
 from .contents import Contents
 from .encoding import dual_of
-from .lance import LanceImages, Row
+from .lance import Row
 from .manifest import (
     MANIFEST,
     TOKEN_TYPES,
@@ -34,7 +34,8 @@ from .manifest import (
 )
 from .opening import Opened, opened
 from .retriever import Retriever
-from .sources import TABLES, Source, folder_source, table_source
+from .sources import Source, open_source
+from .stores import open_images
 
 COMMIT_IMAGES, COMMIT_BYTES = 1024, 2**27  # written at a time: what a killed process has to do again
 
@@ -156,17 +157,6 @@ def add_images(
     )
 
 
-def open_source(source: str | Path, images: str | Path | None = None, image_column: str = "image") -> Source:
-    """A folder, or a table by its ending.
-
-    Raises:
-        DataError: neither, or one that cannot be read.
-    """
-    if Path(source).suffix.lower() in TABLES and not Path(source).is_dir():
-        return table_source(source, images, image_column)
-    return folder_source(source)
-
-
 def _check_output(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is not a folder")
@@ -187,7 +177,7 @@ class _Writer:
 
     def __init__(self, folder: Path, manifest: Manifest, retriever: Retriever) -> None:
         self.folder, self.manifest, self.retriever = folder, manifest, retriever
-        self.images = LanceImages.open(folder, manifest.embed_dim, create=True)
+        self.images = open_images(folder, manifest, create=True)
         self.contents = Contents.open(folder, manifest, create=True)
         self.known = self.images.stamps()
         self.contents.delete([*{*self.contents.ids()} - self.known.keys()])  # of a process that was killed

@@ -17,10 +17,11 @@ from loopitr.models.scoring import reranking_score
 
 from .contents import Contents
 from .inputs import is_text
-from .lance import Found, LanceImages
+from .lance import Found
 from .manifest import Manifest, check_model, read_manifest, read_skipped
 from .match_scores import match_scores
 from .retriever import Retriever
+from .stores import ImageStore, open_images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,7 @@ class Searcher:
     """
 
     def __init__(
-        self, retriever: Retriever, images: LanceImages, contents: Contents, folder: Path, manifest: Manifest
+        self, retriever: Retriever, images: ImageStore, contents: Contents, folder: Path, manifest: Manifest
     ) -> None:
         self.retriever, self.folder, self.manifest = retriever, folder, manifest
         self._images, self._contents = images, contents
@@ -102,7 +103,7 @@ class Searcher:
             ModuleNotFoundError: the store's package is not installed.
         """
         manifest = read_manifest(folder)
-        images = LanceImages.open(folder, manifest.embed_dim)
+        images = open_images(folder, manifest)
         contents = Contents.open(folder, manifest)
         if not manifest.complete:
             count = len(images)
@@ -193,7 +194,7 @@ class Searcher:
         return self.retriever.encode_images(query, show_progress=False), None
 
 
-def index_info(folder: str | Path, manifest: Manifest, images: LanceImages) -> dict[str, Any]:
+def index_info(folder: str | Path, manifest: Manifest, images: ImageStore) -> dict[str, Any]:
     """See `Searcher.info`; no model is needed for it."""
     return {
         "images": len(images),

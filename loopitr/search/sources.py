@@ -189,6 +189,17 @@ def table_source(path: str | Path, images: str | Path | None = None, image_colum
     return source
 
 
+def open_source(source: str | Path, images: str | Path | None = None, image_column: str = "image") -> Source:
+    """A folder, or a table by its ending.
+
+    Raises:
+        DataError: neither, or one that cannot be read.
+    """
+    if Path(source).suffix.lower() in TABLES and not Path(source).is_dir():
+        return table_source(source, images, image_column)
+    return folder_source(source)
+
+
 def _joined(values: Sequence[Any], kind: type) -> Any:
     different = list(dict.fromkeys(value for value in values if value is not None and value != ""))
     if not different:
@@ -207,9 +218,10 @@ def _typed(values: Sequence[Any]) -> type:
     cells = [str(value).strip() for value in values if value is not None and value != ""]
     if cells and all(cell.lower() in ("true", "false") for cell in cells):
         return bool
-    for kind in (int, float):
+    kinds: tuple[type[int], type[float]] = (int, float)
+    for kind in kinds:
         try:
-            if cells and [kind(cell) for cell in cells] and not any("_" in cell for cell in cells):
+            if cells and all(kind(cell) is not None for cell in cells) and not any("_" in cell for cell in cells):
                 return kind
         except ValueError:
             pass
