@@ -163,7 +163,8 @@ def table_source(path: str | Path, images: str | Path | None = None, image_colum
     """The images that a CSV, TSV or JSON-lines file names, with its other columns.
 
     Relative paths start at `images`, or at the folder of the table. Rows of the same image become one: its captions,
-    and whatever else differs, one per line.
+    and whatever other texts differ, one per line. A column that is called as one of the index's own (`RESERVED`) gets
+    an underscore behind its name.
 
     Raises:
         DataError: a table that cannot be read, without the column, or without rows.
@@ -171,9 +172,6 @@ def table_source(path: str | Path, images: str | Path | None = None, image_colum
     rows, columns = read_table(path)
     if image_column not in columns:
         raise DataError(f"{path}: no column {image_column!r}; it has {', '.join(columns) or 'none'}")
-    taken = [name for name in columns if name in RESERVED and name != image_column]
-    if taken:
-        raise DataError(f"{path}: an index has columns of its own called {', '.join(taken)}; rename the table's")
     folder = Path(path).parent if images is None else Path(images)
     source = FileSource(rows=[])
     found: dict[str, list[dict[str, Any]]] = {}
@@ -185,7 +183,8 @@ def table_source(path: str | Path, images: str | Path | None = None, image_colum
         found.setdefault(os.path.abspath(folder / image.strip()), []).append(row)
     typed = {name: _typed([row.get(name) for row in rows]) for name in columns if name != image_column}
     for file, own in found.items():
-        source.look_at(file, {name: _joined([row.get(name) for row in own], typed[name]) for name in typed})
+        cells = {name: _joined([row.get(name) for row in own], kind) for name, kind in typed.items()}
+        source.look_at(file, {free_name(name): cell for name, cell in cells.items()})
     return source
 
 
@@ -198,6 +197,11 @@ def open_source(source: str | Path, images: str | Path | None = None, image_colu
     if Path(source).suffix.lower() in TABLES and not Path(source).is_dir():
         return table_source(source, images, image_column)
     return folder_source(source)
+
+
+def free_name(column: str) -> str:
+    """The name of a source's column in an index."""
+    return f"{column}_" if column in RESERVED else column
 
 
 def _joined(values: Sequence[Any], kind: type) -> Any:
