@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from loopitr.data import DataError, stable_hash
-from loopitr.data.table import DELIMITERS, JSON_LINES, read_table
+from loopitr.data.table import DELIMITERS, JSON_LINES, captions_of_cell, read_table
 
 from .manifest import MANIFEST
 
@@ -205,16 +205,17 @@ def free_name(column: str) -> str:
 
 
 def _joined(values: Sequence[Any], kind: type) -> Any:
-    different = list(dict.fromkeys(value for value in values if value is not None and value != ""))
-    if not different:
+    cells = [value for value in values if value is not None and value != ""]
+    if not cells:
         return None
-    if kind is bool:
-        return str(different[0]).lower() == "true"
-    return kind(different[0]) if kind is not str else "\n".join(map(_text, different))
+    if kind is str:
+        return "\n".join(dict.fromkeys(text for cell in cells for text in _texts(cell)))
+    return str(cells[0]).strip().lower() == "true" if kind is bool else kind(cells[0])
 
 
-def _text(value: Any) -> str:
-    return "\n".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+def _texts(cell: Any) -> list[str]:
+    texts = captions_of_cell(cell)
+    return [str(text) for text in texts if text is not None] if isinstance(texts, (list, tuple)) else [str(texts)]
 
 
 def _typed(values: Sequence[Any]) -> type:

@@ -5,7 +5,7 @@ tower alone on batches in memory, interleaved. The dual stage: a text's nearest 
 by one, and how much of the exact top 100 the index finds; the vectors are clustered, and queries lie apart from all of
 them, as texts do. Reranking: one text with candidates whose tokens are kept, reading included.
 
-Without --images pictures of noise, without --model random weights: of the sizes given, speeds are those of trained ones.
+Without --images pictures of noise; without --model random weights, which are as fast as trained ones.
 """
 
 from __future__ import annotations
@@ -141,10 +141,7 @@ def dual_stage(options: Options, folder: Path) -> dict[str, Any]:
         for query in queries
     ]
     turns = {"index": iter(range(10**6)), "flat": iter(range(10**6))}
-    calls = {
-        name: partial(_search, images, queries, turns[name], exact=name == "flat", times=10)
-        for name in ("index", "flat")
-    }
+    calls = {name: partial(_search, images, queries, turns[name], exact=name == "flat") for name in turns}
     timed = interleaved(calls, rounds=options.rounds, device=options.device)
     return {
         "vectors": len(vectors),
@@ -155,8 +152,8 @@ def dual_stage(options: Options, folder: Path) -> dict[str, Any]:
     }
 
 
-def _search(images: LanceImages, queries: np.ndarray, turn: Any, *, exact: bool, times: int) -> None:
-    for _ in range(times):
+def _search(images: LanceImages, queries: np.ndarray, turn: Any, *, exact: bool) -> None:
+    for _ in range(10):
         images.search(queries[next(turn) % len(queries)], TOP, exact=exact)
 
 
@@ -177,6 +174,10 @@ def reranking(options: Options, retriever: loopitr.Retriever, folder: Path) -> d
     return {"candidates": len(candidates), "seconds": timed["rerank"].median}
 
 
+def _shown(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
 def main() -> None:
     options = parse(Options, description=__doc__)
     check_options(options)
@@ -186,11 +187,7 @@ def main() -> None:
         figures = {"indexing": indexing(options, retriever, folder)}
         figures["reranking"] = reranking(options, retriever, folder)
         figures["dual stage"] = dual_stage(options, folder / "vectors")
-    rows = [
-        [part, name, f"{value:.3g}" if isinstance(value, float) else str(value)]
-        for part, own in figures.items()
-        for name, value in own.items()
-    ]
+    rows = [[part, name, _shown(value)] for part, own in figures.items() for name, value in own.items()]
     print(f"{options.device}, {torch.get_num_threads()} threads")
     print(markdown_table(["what", "figure", "value"], rows))
     if options.output:

@@ -146,7 +146,8 @@ def and_tell(self, waiting):
     write(self, waiting)
     print("written", flush=True)
 indexing._Writer._write = and_tell
-indexing.build_index(sys.argv[1], sys.argv[2], sys.argv[3], device="cpu", batch_size=4, num_workers=1, show_progress=False)
+how = {"device": "cpu", "batch_size": 4, "num_workers": 1, "show_progress": False}
+indexing.build_index(sys.argv[1], sys.argv[2], sys.argv[3], **how)
 """
 
 
@@ -224,7 +225,7 @@ def test_a_table_with_captions_and_other_columns(tmp_path):
     assert "year" not in listed(tmp_path / "index")["003.jpg"].columns
     more = tmp_path / "more.jsonl"
     write_photos(tmp_path / "more", 1, first=50)
-    more.write_text(json.dumps({"file": "050.jpg", "caption": ["one", "two"], "place": "Rome", "year": "late"}))
+    more.write_text(json.dumps({"file": "050.jpg", "caption": ["one", "two"], "place": "Rome"}))
     report = add_images(
         more,
         tmp_path / "index",
@@ -235,6 +236,10 @@ def test_a_table_with_captions_and_other_columns(tmp_path):
         show_progress=False,
     )
     row = listed(tmp_path / "index")["050.jpg"]
+    write_photos(tmp_path / "more", 1, first=51)
+    more.write_text(json.dumps({"image": "51.jpg", "year": "late"}).replace("51", "more/051"))
+    with pytest.raises(ValueError, match="column 'year' of the index holds int64, and is now to hold 'late'"):
+        add_images(more, tmp_path / "index", model=retriever, num_workers=0, show_progress=False)
     assert row.columns["caption"] == "one\ntwo" and row.columns["place"] == "Rome" and "year" not in row.columns
 
 
@@ -319,8 +324,11 @@ def test_outputs_and_sources_that_cannot_be_used(tmp_path):
     with pytest.raises(ValueError, match="was indexed with another model"):
         index(photos, tiny_retriever(seed=1), tmp_path / "index")
     with writing(tmp_path / "index"):
-        code = f"from pathlib import Path\nfrom loopitr.search.removing import remove_images\nremove_images({str(tmp_path / 'index')!r}, missing=True)"
-        done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+        with pytest.raises(ValueError, match="is being written to by another process"):
+            remove_images(tmp_path / "index", missing=True)
+        code = "import sys\nfrom loopitr.search.removing import remove_images\nremove_images(sys.argv[1], missing=True)"
+        words = [sys.executable, "-c", code, str(tmp_path / "index")]
+        done = subprocess.run(words, env=environment(), capture_output=True, text=True)
         assert "is being written to by another process" in done.stderr
     write_photos(tmp_path / "photos", 1, first=9)
     assert index(photos, retriever, tmp_path / "index").added == 1
