@@ -19,7 +19,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 Options = TypeVar("Options")
 USAGE_ERROR, INTERRUPTED = 2, 130
 MAX_VALUES = 100_000  # in a file of options
-SWITCHES = ("--resume", "--resume_with_changes", "--table_only")
+SWITCHES = ("--resume", "--resume_with_changes", "--table_only", "--json", "--open", "--missing")
 
 
 def parse(
