@@ -17,6 +17,7 @@ FREE = (
     *("train.output_dir", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every", "train.tracker"),
     "data.scenes",  # Older runs do not have it; that there is another source, or was one, shows by its own option.
     *("data.max_skipped_fraction", "validation.batch_size", "validation.final_rerank", "validation.final_split"),
+    "validation.gallery_queries",
 )
 FOLDERS = ("data.cache_images", "data.cache_tokens", "data.cache_text_tokens")  # only whether there is one matters
 MISSING = object()
