@@ -87,7 +87,7 @@ def choose_examples(
     """
     right = right_answers(candidates, gallery)
     images, captions = gallery.positions, gallery.captions
-    sides = {
+    sides: dict[str, tuple[Sequence[int | str], Sequence[int | str], Tensor, Tensor, str]] = {
         "i2t": (images, captions, candidates.captions, candidates.caption_similarity, "captions"),
         "t2i": (captions, images, candidates.images, candidates.image_similarity, "images"),
     }

@@ -27,7 +27,7 @@ body { font: 15px/1.4 system-ui, sans-serif; max-width: 1500px; margin: 1.5rem a
 h1, h2, h3 { line-height: 1.2; overflow-wrap: anywhere; }
 h3 { font-size: 1rem; margin: 0 0 .5rem; }
 table { border-collapse: collapse; }
-th, td { padding: .2rem .8rem; border-bottom: 1px solid var(--line); text-align: right; }
+th, td { padding: .2rem .5rem; border-bottom: 1px solid var(--line); text-align: right; }
 th:first-child { text-align: left; }
 section { border-top: 1px solid var(--line); padding: .8rem 0; }
 .kind { display: inline-block; padding: 0 .5rem; border-radius: .6rem; background: #8883; font-weight: normal; }
@@ -100,8 +100,8 @@ def _legend(k: int) -> str:
     if not k:
         return "Answers of the dual encoder, with their similarity."
     return (
-        f"On the left the dual encoder's answers with their similarity, on the right its best {k} reranked, with their "
-        "match score and the places that they moved."
+        f"First the dual encoder's answers with their similarity, beside them its best {k} reranked, with their match "
+        "score and the places that they moved."
     )
 
 
