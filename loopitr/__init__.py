@@ -50,7 +50,9 @@ if TYPE_CHECKING:
         WordPrediction,
     )
     from loopitr.objective.word_masking import token_masking
+    from loopitr.search.indexing import build_index
     from loopitr.search.retriever import Retriever
+    from loopitr.search.searcher import Searcher
     from loopitr.training.options import TrainOptions
     from loopitr.training.trainer import Trainer
 
@@ -83,6 +85,7 @@ _MODULES = {
     "Record": "loopitr.data.records",
     "Retriever": "loopitr.search.retriever",
     "Sample": "loopitr.objective.mining",
+    "Searcher": "loopitr.search.searcher",
     "SigmoidContrastive": "loopitr.objective.terms",
     "Stratified": "loopitr.objective.mining",
     "StructureTransfer": "loopitr.objective.structure_terms",
@@ -96,6 +99,7 @@ _MODULES = {
     "Trainer": "loopitr.training.trainer",
     "VisionOptions": "loopitr.building.options",
     "WordPrediction": "loopitr.objective.terms",
+    "build_index": "loopitr.search.indexing",
     "build_model": "loopitr.building.build",
     "build_objective": "loopitr.objective.build",
     "evaluate_retrieval": "loopitr.evaluation.retrieval",

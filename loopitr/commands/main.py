@@ -8,20 +8,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 
 from loopitr.cli import parse, run
 
-HEAD = """\
-usage: loopitr COMMAND [options]
+from .subcommands import Command, dispatch
 
-Image-text retrieval: what is done with a trained model of a dual and a cross encoder.
-
-commands:
-"""
-FOOT = """
+ABOUT = "Image-text retrieval: what is done with a trained model of a dual and a cross encoder.\n"
+FOOT = """\
 options:
   --help, --version
 
@@ -49,17 +44,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _dispatch(arguments: Sequence[str]) -> None:
-    name, rest = (arguments[0], arguments[1:]) if arguments else ("", ())
-    if name in ("-h", "--help"):
-        width = max(map(len, COMMANDS)) + 2
-        print(HEAD + "".join(f"  {name:{width}}{command.line}\n" for name, command in COMMANDS.items()) + FOOT, end="")
-    elif name == "--version":
+    if arguments and arguments[0] == "--version":
         print(f"loopitr {importlib.metadata.version('loopitr')}")
-    elif name in COMMANDS:
-        COMMANDS[name].run(rest)
     else:
-        given = f"unknown command {name!r}" if name else "no command is given"
-        raise ValueError(f"{given}; known: {', '.join(COMMANDS)} (loopitr --help says what they do)")
+        dispatch("loopitr", ABOUT, FOOT, COMMANDS, arguments)
+
+
+def _search(arguments: Sequence[str]) -> None:
+    from loopitr.commands.search import main as search
+
+    search(arguments)
 
 
 def _evaluate(arguments: Sequence[str]) -> None:
@@ -86,15 +80,8 @@ def _convert(arguments: Sequence[str]) -> None:
     convert(arguments, program="loopitr convert")
 
 
-@dataclass(frozen=True)
-class Command:
-    """A subcommand: its line in `--help`, and what runs it on its arguments."""
-
-    line: str
-    run: Callable[[Sequence[str]], None]
-
-
 COMMANDS = {
+    "search": Command("index images; find them by text or by image", _search),
     "evaluate": Command("recall of a saved model on any data, dual and reranked", _evaluate),
     "calibrate": Command("fit the weight of the similarity in a saved model's reranking score", _calibrate),
     "export": Command("write the dual encoder of a saved model as a folder of its own", _export),
