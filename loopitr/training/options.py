@@ -146,6 +146,8 @@ class ValidationOptions:
     """Split of the final table; unset: the validation split (`scenes`: its test split)."""
     final_rerank: int = 32
     """Candidates per query in the final table."""
+    gallery_queries: int = 16
+    """Queries of each direction on the page beside it, gallery.html, with small copies of the images; 0: no page."""
     select: Literal["auto", "dual", "match", "match_plus_similarity", "reranked"] = "auto"
     """Whose mean R@1 chooses the best model; auto: reranked (by match score and the fitted weight of the similarity)
     where pairs are scored, else dual."""
@@ -160,6 +162,7 @@ class ValidationOptions:
             every_steps=self.every_steps,
             rerank=self.rerank,
             final_rerank=self.final_rerank,
+            gallery_queries=self.gallery_queries,
         )
         check_at_least(1, "validation", batch_size=self.batch_size, max_images=self.max_images)
         if self.rerank == 0 and self.select not in ("auto", "dual"):

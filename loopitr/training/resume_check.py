@@ -18,6 +18,7 @@ FREE = (
     *("train.checkpoint_minutes", "train.max_bad_steps"),
     "data.scenes",  # Older runs do not have it; that there is another source, or was one, shows by its own option.
     *("data.max_skipped_fraction", "validation.batch_size", "validation.final_rerank", "validation.final_split"),
+    "validation.gallery_queries",
 )
 FOLDERS = ("data.cache_images", "data.cache_tokens", "data.cache_text_tokens")  # only whether there is one matters
 MISSING = object()

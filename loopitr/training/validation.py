@@ -90,6 +90,7 @@ class Validator:
                     max_skipped_fraction=self.data.max_skipped_fraction,
                     graded=final,
                     calibrate=calibrate,
+                    examples=options.gallery_queries if final else 0,
                 ),
                 tokens=tokens,
                 text_tokens=texts,
