@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from loopitr.building.origin import Origin, origin_of
+from loopitr.building.origin import Origin, origin_of, read_object
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.scoring import DUAL_ALONE
 
@@ -65,8 +65,9 @@ def write_card(
     if base_model is not None:
         origin = origin.starting_from(base_model)
     title = name or Path(folder).resolve().name
+    weight = _weight(Path(folder), model)
     data = _metadata(model, origin, title.rpartition("/")[2], kind)
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(model, origin, title, use)}")
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(model, origin, title, use, weight)}")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(CARD + ".partial")
     partial.write_text(_marked(str(card)), encoding="utf-8")
@@ -141,8 +142,8 @@ def _recalls(model: LoopITRModel | DualEncoder, origin: Origin) -> dict[str, dic
     return {ranking: recalls for ranking, recalls in origin.recalls.items() if ranking in known}
 
 
-def _text(model: LoopITRModel | DualEncoder, origin: Origin, name: str, use: str | None) -> str:
-    parts = [f"# {name.rpartition('/')[2]}", _what_it_is(model), "## Use", _use(model, name, use)]
+def _text(model: LoopITRModel | DualEncoder, origin: Origin, name: str, use: str | None, weight: float) -> str:
+    parts = [f"# {name.rpartition('/')[2]}", _what_it_is(model, weight), "## Use", _use(model, name, use)]
     if origin.recalls:
         parts += ["## Results", _results(model, origin)]
     trained = _training(origin)
@@ -151,7 +152,13 @@ def _text(model: LoopITRModel | DualEncoder, origin: Origin, name: str, use: str
     return "\n\n".join(parts) + "\n"
 
 
-def _what_it_is(model: LoopITRModel | DualEncoder) -> str:
+def _weight(folder: Path, model: LoopITRModel | DualEncoder) -> float:
+    """The similarity weight as it is saved: the model in memory may be of another step of the run."""
+    saved = read_object(folder / "config.json").get("similarity_weight")
+    return float(saved if isinstance(saved, (int, float)) else getattr(model.config, "similarity_weight", 0.0))
+
+
+def _what_it_is(model: LoopITRModel | DualEncoder, weight: float) -> str:
     config = model.config
     count = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("mlm_head.")) / 1e6
     size = config.vision["image_size"]
@@ -164,7 +171,6 @@ def _what_it_is(model: LoopITRModel | DualEncoder) -> str:
             f"The dual encoder of a `loopitr` model, {count:.1f}M parameters: {towers}. The fusion head that it was "
             "trained with is not in here."
         )
-    weight = config.similarity_weight
     score = "match score + w x similarity / temperature"
     calibrated = (
         f"the similarity weight w is so high that the dual encoder alone decides (w = {weight:g})"

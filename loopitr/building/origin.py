@@ -59,7 +59,7 @@ def origin_of(source: str | Path) -> Origin:
         return Origin().starting_from(str(source))
     if folder.name in INSIDE_A_RUN and not (folder / CONFIG).is_file():
         folder = folder.parent
-    run = _read(folder / CONFIG)
+    run = read_object(folder / CONFIG)
     data, bases = _group(run, "data"), tuple(dict.fromkeys(_base_models(run, folder)))
     datasets = tuple(dict.fromkeys(_datasets(data)))
     licence = _group(run, "train").get("license")
@@ -68,7 +68,7 @@ def origin_of(source: str | Path) -> Origin:
         own = datasets == ("scenes",) and not bases and not _group(run, "model").get("init")
         licence = "apache-2.0" if own else UNKNOWN
     origin = Origin(license=licence, base_models=bases, datasets=datasets)
-    return _with_metrics(origin, _read(folder / METRICS))
+    return _with_metrics(origin, read_object(folder / METRICS))
 
 
 def _with_metrics(origin: Origin, metrics: Mapping[str, Any]) -> Origin:
@@ -98,7 +98,7 @@ def _with_metrics(origin: Origin, metrics: Mapping[str, Any]) -> Origin:
         return origin
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def read_object(path: Path) -> Mapping[str, Any]:
     """A JSON or YAML file with an object; nothing where there is none."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -132,7 +132,7 @@ def _base_models(run: Mapping[str, Any], folder: Path, depth: int = 0) -> list[s
     if start:
         earlier = next((p for p in _places(str(start), folder) if p.is_dir()), None)
         if earlier is not None:
-            before = _read(earlier / CONFIG)
+            before = read_object(earlier / CONFIG)
             return _base_models(before, earlier, depth + 1) if depth < MAX_RUNS else []
         return [str(start)] if _is_hub_id(str(start)) else []
     vision, text, bases = _group(model, "vision"), _group(model, "text"), []

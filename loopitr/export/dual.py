@@ -9,6 +9,7 @@ from loopitr.building.folders import check_output, load_saved
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.processing import LoopITRProcessor
 
+
 def export_dual(
     model: LoopITRModel | str | Path, output: str | Path, *, processor: LoopITRProcessor | None = None
 ) -> DualEncoder:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from loopitr.evaluation.report import RetrievalResult
+    from loopitr.models.loop_model import LoopITRModel
     from loopitr.objective.parts import StepOutput
     from loopitr.training.checkpoints import Progress
 
@@ -80,11 +81,17 @@ def run_metrics(
     }
 
 
-def write_results(folder: Path, metrics: dict[str, Any], table: str, rows: list[dict[str, Any]]) -> None:
-    """`metrics.json`, `results.md` with the table, `curves.png` of the history's rows."""
+def write_results(
+    folder: Path, metrics: dict[str, Any], table: str, rows: list[dict[str, Any]], model: LoopITRModel
+) -> None:
+    """`metrics.json`, `results.md` with the table, `curves.png` of the history's rows, and the card of the model, whose
+    weights are saved there already."""
+    from loopitr.building.card import write_card  # Options are read without what a model needs.
+
     write_json(folder / METRICS, metrics)
     (folder / "results.md").write_text(f"# {folder.name}: {metrics['split']}\n\n{table}\n")
     plot_curves(rows, folder / "curves.png")
+    write_card(folder, model)
 
 
 def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:

@@ -129,7 +129,7 @@ class Trainer:
         """Train to the end; returns what is written to `metrics.json`.
 
         The run folder gets `config.json`, `model.safetensors` and the processor (the best model), `config.yaml`,
-        `metrics.json`, `results.md`, `history.jsonl`, `curves.png` and `checkpoints/`. An earlier run there is moved
+        `metrics.json`, `results.md`, `README.md`, `history.jsonl`, `curves.png` and `checkpoints/`. An earlier run there is moved
         aside unless it is resumed; resumed after its last step, it is left as it is.
         """
         resuming: dict[str, Any] = {"resume": self.resume, "with_changes": self.with_changes}
@@ -294,7 +294,7 @@ class Trainer:
         result = self.validator.final(self.test, step=self.progress.step)
         metrics = run_metrics(self.test_split, result, self.progress, seconds, *lost)
         if self.accelerator.is_main_process:
-            write_results(self.folder, metrics, result.table(), self.history.rows)
+            write_results(self.folder, metrics, result.table(), self.history.rows, self.model)
             self.log(f"\n{result.table()}\n\nsaved in {self.folder}, trained in {seconds:.0f} s")
         self.accelerator.wait_for_everyone()
         return metrics
