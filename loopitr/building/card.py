@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -118,7 +118,7 @@ def _metadata(model: LoopITRModel | DualEncoder, origin: Origin, title: str, kin
 
 
 def _eval_results(model: LoopITRModel | DualEncoder, origin: Origin) -> list[EvalResult]:
-    """The recalls of `metrics.json`, in percent, in the form of the hub's `model-index`."""
+    """Recalls of the dual encoder and reranked, in percent, in the form of the hub's `model-index`."""
     return [
         EvalResult(
             task_type="image-text-retrieval",
@@ -131,12 +131,13 @@ def _eval_results(model: LoopITRModel | DualEncoder, origin: Origin) -> list[Eva
             metric_value=round(value, 2),
         )
         for ranking, recalls in _recalls(model, origin).items()
+        if ranking in ("dual", "reranked")
         for direction, values in recalls.items()
         for k, value in values.items()
     ]
 
 
-def _recalls(model: LoopITRModel | DualEncoder, origin: Origin) -> dict[str, dict[str, dict[int, float]]]:
+def _recalls(model: LoopITRModel | DualEncoder, origin: Origin) -> dict[str, Mapping[str, Mapping[int, float]]]:
     """Of the rankings that this model can give: ranking -> direction -> k -> percent."""
     known = RANKINGS if isinstance(model, LoopITRModel) else {"dual": RANKINGS["dual"]}
     return {ranking: recalls for ranking, recalls in origin.recalls.items() if ranking in known}
@@ -197,7 +198,10 @@ def _results(model: LoopITRModel | DualEncoder, origin: Origin) -> str:
     lines = [header, ["---", *("---:" for _ in header[1:])]]
     for ranking, sides in recalls.items():
         values = [sides.get(side, {}).get(k) for side in DIRECTIONS for k in ks]
-        lines.append([RANKINGS[ranking], *("" if value is None else f"{value:.1f}" for value in values)])
+        label = RANKINGS[ranking]
+        if ranking == "reranked" and origin.similarity_weight is not None:
+            label += f" (w = {origin.similarity_weight:.4g})"
+        lines.append([label, *("" if value is None else f"{value:.1f}" for value in values)])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     notes = [f"Recall in percent on {origin.evaluated_on}, split {origin.split} ({origin.gallery})."]
     if isinstance(model, LoopITRModel) and origin.gain is not None:

@@ -34,6 +34,7 @@ class Origin:
         recalls: ranking -> direction -> k -> percent, of the final table.
         gallery: what it was measured on, in words.
         gain: points of mean R@1 that reranking gains, and the margin of that.
+        similarity_weight: with which `reranked` was measured.
     """
 
     license: str = UNKNOWN
@@ -46,6 +47,7 @@ class Origin:
     candidates: int = 0
     recalls: Mapping[str, Mapping[str, Mapping[int, float]]] = field(default_factory=dict)
     gain: tuple[float, float] | None = None
+    similarity_weight: float | None = None
 
     def starting_from(self, hub_id: str) -> Origin:
         """The same, made of another model; a path of this machine is not named."""
@@ -83,7 +85,7 @@ def _with_metrics(origin: Origin, metrics: Mapping[str, Any]) -> Origin:
         }
         if not recalls:
             return origin
-        gain = metrics.get("reranking_gain")
+        gain, weight = metrics.get("reranking_gain"), metrics.get("similarity_weight")
         return replace(
             origin,
             steps=metrics["training"]["steps"],
@@ -92,6 +94,7 @@ def _with_metrics(origin: Origin, metrics: Mapping[str, Any]) -> Origin:
             gallery=f"{metrics['num_images']} images, {metrics['num_captions']} captions",
             candidates=int(metrics["k"]),
             recalls=recalls,
+            similarity_weight=None if weight is None else float(weight),
             gain=(float(gain["points"]), float(gain["margin"])) if gain else None,
         )
     except (AttributeError, KeyError, TypeError, ValueError):

@@ -110,8 +110,9 @@ class Retriever:
             ValueError: `repo_id` is no name of a repository.
             OSError: the hub cannot be reached or refuses.
         """
-        options = {"private": private, "token": token, "revision": revision}
-        return push_to_hub(self.model, self.processor, repo_id, source=self.source, **options)
+        return push_to_hub(
+            *(self.model, self.processor, repo_id), source=self.source, private=private, token=token, revision=revision
+        )
 
     # Vectors
 

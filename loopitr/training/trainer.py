@@ -129,8 +129,8 @@ class Trainer:
         """Train to the end; returns what is written to `metrics.json`.
 
         The run folder gets `config.json`, `model.safetensors` and the processor (the best model), `config.yaml`,
-        `metrics.json`, `results.md`, `README.md`, `history.jsonl`, `curves.png` and `checkpoints/`. An earlier run there is moved
-        aside unless it is resumed; resumed after its last step, it is left as it is.
+        `metrics.json`, `results.md`, `README.md` (the model's card), `history.jsonl`, `curves.png` and `checkpoints/`.
+        An earlier run there is moved aside unless it is resumed; resumed after its last step, it is left as it is.
         """
         resuming: dict[str, Any] = {"resume": self.resume, "with_changes": self.with_changes}
         with run_folder(self.folder, self.config, self.accelerator, self.total_steps, **resuming) as finished:
