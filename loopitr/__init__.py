@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from loopitr.models.outputs import DualOutput, ImageState, PairScores, TextState
     from loopitr.models.processing import LoopITRProcessor
     from loopitr.objective.build import build_objective
+    from loopitr.objective.contrastive_terms import Contrastive, SigmoidContrastive
     from loopitr.objective.loop_objective import LoopObjective
     from loopitr.objective.losses.distillation import PartialRanking
     from loopitr.objective.mining import Sample, Stratified, TopK
@@ -40,11 +41,9 @@ if TYPE_CHECKING:
     from loopitr.objective.teachers import Frozen, Match, MatchPlusSimilarity, Momentum, Teacher
     from loopitr.objective.terms import (
         Agreement,
-        Contrastive,
         Distillation,
         Matching,
         Ranking,
-        SigmoidContrastive,
         Term,
         TermOutput,
         WordPrediction,
@@ -56,7 +55,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "Agreement": "loopitr.objective.terms",
-    "Contrastive": "loopitr.objective.terms",
+    "Contrastive": "loopitr.objective.contrastive_terms",
     "DataOptions": "loopitr.data.sources",
     "Distillation": "loopitr.objective.terms",
     "DualEncoder": "loopitr.models.dual_encoder",
@@ -83,7 +82,7 @@ _MODULES = {
     "Record": "loopitr.data.records",
     "Retriever": "loopitr.search.retriever",
     "Sample": "loopitr.objective.mining",
-    "SigmoidContrastive": "loopitr.objective.terms",
+    "SigmoidContrastive": "loopitr.objective.contrastive_terms",
     "Stratified": "loopitr.objective.mining",
     "StructureTransfer": "loopitr.objective.structure_terms",
     "Teacher": "loopitr.objective.teachers",

@@ -23,6 +23,7 @@ RANKINGS = {
     "match_plus_similarity": "match score + similarity",
     "reranked": "reranked",
 }
+SHORTENED = "dual_first_"  # dimensions
 DIRECTIONS = {"i2t": "image to text", "t2i": "text to image"}
 DUAL_USE = """\
 from loopitr import Retriever
@@ -139,8 +140,16 @@ def _eval_results(model: LoopITRModel | DualEncoder, origin: Origin) -> list[Eva
 
 def _recalls(model: LoopITRModel | DualEncoder, origin: Origin) -> dict[str, Mapping[str, Mapping[int, float]]]:
     """Of the rankings that this model can give: ranking -> direction -> k -> percent."""
-    known = RANKINGS if isinstance(model, LoopITRModel) else {"dual": RANKINGS["dual"]}
-    return {ranking: recalls for ranking, recalls in origin.recalls.items() if ranking in known}
+    fused = isinstance(model, LoopITRModel)
+    return {ranking: recalls for ranking, recalls in origin.recalls.items() if fused or ranking.startswith("dual")}
+
+
+def _label(ranking: str, origin: Origin) -> str:
+    if ranking.startswith(SHORTENED):
+        return f"{RANKINGS['dual']}, first {ranking.removeprefix(SHORTENED)} dimensions"
+    if ranking == "reranked" and origin.similarity_weight is not None:
+        return f"reranked (w = {origin.similarity_weight:.4g})"
+    return RANKINGS[ranking]
 
 
 def _text(model: LoopITRModel | DualEncoder, origin: Origin, name: str, use: str | None, weight: float) -> str:
@@ -198,10 +207,7 @@ def _results(model: LoopITRModel | DualEncoder, origin: Origin) -> str:
     lines = [header, ["---", *("---:" for _ in header[1:])]]
     for ranking, sides in recalls.items():
         values = [sides.get(side, {}).get(k) for side in DIRECTIONS for k in ks]
-        label = RANKINGS[ranking]
-        if ranking == "reranked" and origin.similarity_weight is not None:
-            label += f" (w = {origin.similarity_weight:.4g})"
-        lines.append([label, *("" if value is None else f"{value:.1f}" for value in values)])
+        lines.append([_label(ranking, origin), *("" if value is None else f"{value:.1f}" for value in values)])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     notes = [f"Recall in percent on {origin.evaluated_on}, split {origin.split} ({origin.gallery})."]
     if isinstance(model, LoopITRModel) and origin.gain is not None:

@@ -75,16 +75,11 @@ def origin_of(source: str | Path) -> Origin:
 
 def _with_metrics(origin: Origin, metrics: Mapping[str, Any]) -> Origin:
     try:
-        recalls = {
-            ranking: {
-                side: {int(name.removeprefix("r")): float(value) for name, value in metrics[ranking][side].items()}
-                for side in DIRECTIONS
-            }
-            for ranking in RANKINGS
-            if metrics.get(ranking)
-        }
+        recalls = {ranking: _by_k(metrics[ranking]) for ranking in RANKINGS if metrics.get(ranking)}
         if not recalls:
             return origin
+        for dim, ranking in metrics.get("shortened", {}).items():
+            recalls[f"dual_first_{int(dim)}"] = _by_k(ranking)
         gain, weight = metrics.get("reranking_gain"), metrics.get("similarity_weight")
         return replace(
             origin,
@@ -99,6 +94,13 @@ def _with_metrics(origin: Origin, metrics: Mapping[str, Any]) -> Origin:
         )
     except (AttributeError, KeyError, TypeError, ValueError):
         return origin
+
+
+def _by_k(ranking: Mapping[str, Mapping[str, float]]) -> dict[str, dict[int, float]]:
+    return {
+        side: {int(name.removeprefix("r")): float(value) for name, value in ranking[side].items()}
+        for side in DIRECTIONS
+    }
 
 
 def read_object(path: Path) -> Mapping[str, Any]:

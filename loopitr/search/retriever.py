@@ -136,7 +136,7 @@ class Retriever:
             show_progress: a bar, where there is more than one batch.
             num_workers: processes that open images, given as paths or bytes; 0: this one does.
             convert_to_tensor: a tensor on the CPU in the place of an array.
-            truncate_dim: keep so many of the first dimensions, of unit length again.
+            truncate_dim: the first so many dimensions, of unit length again (`objective.matryoshka_dims` trains them).
             precision: float32; int8, 256 steps between the least and the greatest value of each dimension; binary, one
                 bit per dimension, eight to an int8. They are the numbers of sentence-transformers'
                 `quantize_embeddings`; `loopitr/search/quantisation.py` says how.

@@ -27,6 +27,7 @@ METRICS = {
     **{"split": "test", "num_images": 8, "num_captions": 16, "k": 4, "training": {"steps": 12}},
     **{"dual": HEADS, "reranked": {**HEADS, "i2t": {"r1": 50.0, "r5": 81.0, "r10": 91.0}}, "match": None},
     "similarity_weight": 0.25,
+    "shortened": {"8": HEADS},
     "reranking_gain": {"points": 5.04, "margin": 1.5},
 }
 FLICKR = {
@@ -81,6 +82,7 @@ def test_a_card_has_the_hubs_metadata_and_the_results(tmp_path):
 def test_a_cards_text_has_table_weight_gain_and_no_path_of_this_machine(tmp_path):
     text = (saved(tmp_path / "mine") / "README.md").read_text()
     assert "| reranked (w = 0.25) | 50.0 | 81.0 | 91.0 | 30.0 | 70.0 | 85.0 |" in text
+    assert "| dual encoder, first 8 dimensions | 40.0 | 80.0 | 90.1 | 30.0 |" in text
     assert "w = 0.3519" in text and "Reranking 4 candidates: +5.0 +- 1.5 points" in text
     assert "secret" not in text and str(tmp_path) not in text
 
