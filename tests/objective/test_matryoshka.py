@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from helpers.step_reference import assert_same_gradients, gradients, is_positive, model_of, step, step_batch
 from helpers.support import tiny_model
-from helpers.tiny_gallery import evaluate, tiny_records
+from helpers.tiny_gallery import evaluate, tiny_processor, tiny_records
 from helpers.tiny_run import NO_AUGMENTATION, NO_DROPOUT
 from helpers.tiny_run import run as train
 from torch import Tensor
@@ -85,7 +85,7 @@ def test_the_loss_is_the_mean_over_prefixes_written_out(kind, dims):
     expected = sum(losses) / len(losses)
     torch.testing.assert_close(out.terms["itc"], expected, atol=1e-5, rtol=1e-5)
     plain = step(model, batch, **ONLY_ITC, itc_loss=kind).loss
-    assert (plain - out.loss).abs() > 1e-3
+    assert (plain - out.loss).abs() > 1e-4
     assert_same_gradients(gradients(model, out.loss), gradients(model, expected))
 
 
@@ -156,8 +156,6 @@ def test_the_dual_encoder_is_measured_at_prefixes():
     result = evaluate(model, records, rerank=2, dims=(3, 16))
     assert torch.equal(result.shortened[16].i2t, result.rankings["dual"].i2t)
     assert torch.equal(result.shortened[16].t2i, result.rankings["dual"].t2i)
-    from helpers.tiny_gallery import tiny_processor
-
     processor = tiny_processor()
     with torch.inference_mode():
         images = model.encode_images(processor(images=[r.image for r in records])["pixel_values"]).embeds[:, :3]
