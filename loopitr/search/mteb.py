@@ -110,14 +110,14 @@ class MtebEncoder:
 
     def _embeds(self, batch: Mapping[str, Any]) -> Tensor:
         form: dict[str, Any] = {"show_progress": False, "convert_to_tensor": True, "truncate_dim": self.truncate_dim}
-        parts = []
+        parts: list[Any] = []
         if "text" in batch:
             parts.append(self.retriever.encode_texts(list(batch["text"]), **form))
         if "image" in batch:
             parts.append(self.retriever.encode_images(list(batch["image"]), **form))
         if not parts:
             raise ValueError(f"mteb gave a batch without text and image, of {', '.join(batch)}")
-        return parts[0] if len(parts) == 1 else F.normalize(sum(parts), dim=-1)
+        return F.normalize(torch.stack(parts).sum(0), dim=-1) if len(parts) > 1 else torch.as_tensor(parts[0])
 
 
 class MtebTwoStage(MtebEncoder):
@@ -222,7 +222,7 @@ class _Rows(GivenImages):
     """Images of a data set's rows, each decoded when it is read."""
 
     def __init__(self, data: Any, rows: list[int]) -> None:
-        super().__init__(rows, rows)
+        super().__init__([b""] * len(rows), rows)
         self.data = data
 
     def read(self, index: int) -> Record:
