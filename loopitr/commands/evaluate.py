@@ -1,7 +1,7 @@
 """What `recipes/evaluate.py` does: recalls of a saved model on any data."""
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -146,6 +146,7 @@ def measure(options: MeasureOptions, *, calibrate: bool = False, examples: int =
         state.print(evaluated.note)
     saved = load_saved(options.model, dtype=torch.float32)
     saved.model.to(device)  # type: ignore[arg-type]
+    evaluation = replace(evaluation, dims=tuple(saved.model.config.matryoshka_dims or ()))
     with state.main_process_first():
         tokens = _tokens(options.data, saved, records, device, progress=state.is_main_process)
         texts = _text_tokens(options.data, saved, records, progress=state.is_main_process)

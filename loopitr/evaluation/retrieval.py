@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loopitr.data import LoadReport, Record, TextTokenCache, TokenCache, name_of, relevance_of
@@ -128,6 +129,7 @@ def evaluate_retrieval(
         if options.examples:
             examples = choose_examples(candidates, encoded.gallery, in_new_order, number=options.examples)
         graded = _grade(encoded, candidates, reranked) if options.graded else {}
+        shortened = {dim: _candidates(encoded, 1, dim=dim).ranking for dim in options.dims}
     return RetrievalResult(
         num_images=len(encoded.gallery.positions),
         num_captions=len(encoded.gallery.captions),
@@ -142,6 +144,7 @@ def evaluate_retrieval(
         calibrated=weight is not None and options.calibrate,
         gain=gain,
         examples=examples,
+        shortened=shortened,
     )
 
 
@@ -207,13 +210,20 @@ def _encode(
     )
 
 
-def _candidates(encoded: _Encoded, k: int) -> Nearest:
-    """Each query's `k` nearest by the dual head. All ranks get the first rank's, so that they agree on the pairs."""
-    gallery, text_embeds = encoded.gallery, encoded.texts.embeds
+def _candidates(encoded: _Encoded, k: int, *, dim: int | None = None) -> Nearest:
+    """Each query's `k` nearest by the dual head, or by the first `dim` dimensions of its embeds alone.
+
+    All ranks get the first rank's, so that they agree on the pairs.
+    """
+    gallery, image_embeds, text_embeds = encoded.gallery, encoded.image_embeds, encoded.texts.embeds
+    if dim is not None:
+        if dim > text_embeds.shape[1]:
+            raise ValueError(f"dims must be at most the embeds' {text_embeds.shape[1]} dimensions, got {dim}")
+        image_embeds, text_embeds = (F.normalize(x[:, :dim].float(), dim=-1) for x in (image_embeds, text_embeds))
     device = text_embeds.device
     return first_rank(
         lambda: nearest(
-            encoded.image_embeds.to(device),
+            image_embeds.to(device),
             text_embeds,
             gallery.image_identities.to(device),
             gallery.text_identities.to(device),
