@@ -209,10 +209,16 @@ class Step:
         match, student = self.match, self.match.student.detach()
         trained = 1 + (self.objective.trained_negatives or self.objective.miner.num_negatives)
         negatives = [x.flatten(0, 1)[:, 1:] for x in (student, match.scores.detach(), match.valid)]
-        return {
+        metrics = {
             "itm_accuracy": losses.itm_accuracy(*match.as_pairs(trained)),
             "rank_agreement": losses.kendall_tau(*negatives),
         }
+        if self.objective.miner.num_negatives > 2:  # Of two negatives one is hard and one easy: neither has an order.
+            *scores, valid = negatives
+            hard = losses.hard_above_mean(scores[1], valid)
+            metrics["rank_agreement_hard"] = losses.kendall_tau(*scores, hard)
+            metrics["rank_agreement_easy"] = losses.kendall_tau(*scores, valid & ~hard)
+        return metrics
 
     @cached_property
     def _projected(self) -> ImageState:
