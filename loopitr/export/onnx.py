@@ -212,6 +212,6 @@ def _write_config(source: Source, folder: Path, graphs: list[str], precisions: l
     }
     if isinstance(source.model, LoopITRModel):
         # reranking score = match score + similarity_weight * scale * similarity
-        config["scale"] = float(source.model.dual.scale)
+        config["scale"] = float(source.model.dual.scale.detach())
         config["similarity_weight"] = source.model.config.similarity_weight
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
