@@ -20,6 +20,7 @@ from .graphs import FusionGraph, ImageGraph, TextGraph
 from .onnx_card import onnx_card
 from .onnx_files import OPSET, check_installed, write_fp16, write_graph, write_int8
 from .onnx_running import CONFIG, FUSION, IMAGE, TEXT, OnnxModel, graph_file
+from .reading import save_image_processor
 from .source import Source, new_folder, read_source
 
 PRECISIONS = {"fp16": write_fp16, "int8": write_int8}
@@ -189,7 +190,7 @@ def _parity(model: Any, graphs: dict[str, _Graph], folder: Path) -> dict[str, fl
 
 def _write_preprocessing(source: Source, folder: Path) -> None:
     if source.has_images:
-        source.processor.image_processor.save_pretrained(folder)
+        save_image_processor(source, folder)
     if not source.has_texts:
         return
     backend = getattr(source.processor.tokenizer, "backend_tokenizer", None)
