@@ -28,7 +28,7 @@ def onnx_module(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"ONNX needs {name.split('.')[0]}: {INSTALL}", name=error.name) from error
+        raise ModuleNotFoundError(f"ONNX needs {error.name or name}: {INSTALL}", name=error.name) from error
 
 
 def check_installed() -> None:

@@ -22,7 +22,7 @@ SMALL = {
         *("--vision", "vit_tiny_patch16_224", "--image_size", "32", "--hidden_size", "64", "--text_layers", "1"),
         *("--fusion_layers", "1", "--batch_size", "6", "--chunk_size", "2", "--loop", "true"),
     ],
-    "onnx.py": [
+    "onnx_speed.py": [
         *("--vision", "resnet10t", "--image_size", "32", "--hidden_size", "64", "--text_layers", "1", "--rounds", "1"),
     ],
     "input.py": [
@@ -39,7 +39,7 @@ OWN = {  # How many figures there are, and what is counted in each.
     "step.py": (9, {"seconds", "flops", "ratio", "of_peak"}),
     "encode.py": (3, {"per_second", "bare_per_second", "throughput", "flops"}),
     "grad_cache.py": (2, {"seconds", "pairs", "peak_gib"}),
-    "onnx.py": (8, {"milliseconds", "times_faster"}),
+    "onnx_speed.py": (8, {"milliseconds", "times_faster"}),
     "input.py": (7, {"seconds", "images_per_second"}),
 }
 

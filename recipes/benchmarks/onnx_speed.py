@@ -1,4 +1,4 @@
-"""python recipes/benchmarks/onnx.py [--model RUN] [--rounds 31] [--threads 1] [--output F.json]
+"""python recipes/benchmarks/onnx_speed.py [--model RUN] [--rounds 31] [--threads 1] [--output F.json]
 
 What ONNX gains: one text, and one image, through torch eager and through onnxruntime in each precision, interleaved in
 one process. Medians, and how many times faster than torch (median over rounds). Without a model: random weights of
@@ -92,8 +92,8 @@ def main() -> None:
             calls["text"][precision] = partial(onnx.encode_texts, ids.numpy(), mask.numpy())
             calls["image"][precision] = partial(onnx.encode_images, pixels.numpy())
     print(
-        f"{dual.config.vision['name']} {size} px, {dual.config.text['num_hidden_layers']} text layers, {LENGTH} tokens, "
-        f"batch 1, {options.threads} threads, torch {torch.__version__}, onnxruntime {runtime.__version__}"
+        f"{dual.config.vision['name']} {size} px, {dual.config.text['num_hidden_layers']} text layers, "
+        f"{LENGTH} tokens, batch 1, {options.threads} threads, torch {torch.__version__}, onnxruntime {runtime.__version__}"
     )
     figures, rows = {}, []
     for side, ways in calls.items():
