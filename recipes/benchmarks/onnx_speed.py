@@ -93,7 +93,8 @@ def main() -> None:
             calls["image"][precision] = partial(onnx.encode_images, pixels.numpy())
     print(
         f"{dual.config.vision['name']} {size} px, {dual.config.text['num_hidden_layers']} text layers, "
-        f"{LENGTH} tokens, batch 1, {options.threads} threads, torch {torch.__version__}, onnxruntime {runtime.__version__}"
+        f"{LENGTH} tokens, batch 1, {options.threads} threads, torch {torch.__version__}, "
+        f"onnxruntime {runtime.__version__}"
     )
     figures, rows = {}, []
     for side, ways in calls.items():
