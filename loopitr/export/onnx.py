@@ -20,6 +20,7 @@ from .graphs import FusionGraph, ImageGraph, TextGraph
 from .onnx_card import onnx_card
 from .onnx_files import OPSET, check_installed, write_fp16, write_graph, write_int8
 from .onnx_running import CONFIG, FUSION, IMAGE, TEXT, OnnxModel, graph_file
+from .reading import save_image_processor
 from .source import Source, new_folder, read_source
 
 PRECISIONS = {"fp16": write_fp16, "int8": write_int8}
@@ -189,7 +190,7 @@ def _parity(model: Any, graphs: dict[str, _Graph], folder: Path) -> dict[str, fl
 
 def _write_preprocessing(source: Source, folder: Path) -> None:
     if source.has_images:
-        source.processor.image_processor.save_pretrained(folder)
+        save_image_processor(source, folder)
     if not source.has_texts:
         return
     backend = getattr(source.processor.tokenizer, "backend_tokenizer", None)
@@ -212,6 +213,6 @@ def _write_config(source: Source, folder: Path, graphs: list[str], precisions: l
     }
     if isinstance(source.model, LoopITRModel):
         # reranking score = match score + similarity_weight * scale * similarity
-        config["scale"] = float(source.model.dual.scale)
+        config["scale"] = float(source.model.dual.scale.detach())
         config["similarity_weight"] = source.model.config.similarity_weight
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

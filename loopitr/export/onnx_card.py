@@ -65,7 +65,7 @@ def onnx_card(source: Source, precisions: Sequence[str], parity: dict[str, float
             graphs.append(f"`{kind}_tower.onnx` gives `{kind}_embeds` of unit length")
             examples += EXAMPLES[kind].replace("PICTURE", _picture_code(source.processor.image_processor))
     if isinstance(source.model, LoopITRModel):
-        scale, weight = float(source.model.dual.scale), source.model.config.similarity_weight
+        scale, weight = float(source.model.dual.scale.detach()), source.model.config.similarity_weight
         examples += FUSION.format(weight=weight, scale=scale)
     return (
         HEAD.format(

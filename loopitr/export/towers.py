@@ -6,9 +6,10 @@ from pathlib import Path
 
 from loopitr.building.folders import check_output
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
-from loopitr.models.processing import LoopITRProcessor, limit_length
+from loopitr.models.processing import LoopITRProcessor
 from loopitr.models.towers import TOWERS, ImageTower, TextTower
 
+from .reading import save_image_processor, save_tokenizer
 from .source import read_source
 
 CARD = """\
@@ -90,11 +91,9 @@ def export_tower(
     assert isinstance(own, (ImageTower, TextTower))
     own.save_pretrained(folder)
     if tower == "image":
-        source.processor.image_processor.save_pretrained(folder)
+        save_image_processor(source, folder)
     else:
-        tokenizer = source.processor.tokenizer
-        limit_length(tokenizer, tokenizer.model_max_length)
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(source, folder)
     (folder / "README.md").write_text(_card(own, tower), encoding="utf-8")
     return own
 
