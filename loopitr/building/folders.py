@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 
+from loopitr.building.card import write_card
 from loopitr.building.sizes import check_sizes
 from loopitr.building.weights import hub_access
 from loopitr.checks import usable_device
@@ -157,7 +158,7 @@ def load_model(path: str) -> LoopITRModel:
 def save_for_use(
     model: LoopITRModel, processor: LoopITRProcessor, folder: str | Path, *, keep_mlm_head: bool = False
 ) -> None:
-    """Save a model with its processor, without the head that only training needs (unless asked for)."""
+    """Save a model with its processor and its card, without the head that only training needs (unless asked for)."""
     head, kept = model.mlm_head, keep_mlm_head or model.mlm_head is None
     try:
         if not kept:
@@ -166,3 +167,4 @@ def save_for_use(
     finally:
         model.mlm_head, model.config.mlm_head = head, head is not None
     processor.save_pretrained(folder)
+    write_card(folder, model)

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from loopitr.data import Batch, CaptionDataset, Collator, EpochSampler, LoadReport, StreamDataset
+from loopitr.data.records import printable
 from loopitr.data.workers import leave_signals_to_the_run
 
 
@@ -125,6 +126,6 @@ class SkipCounter:
             self.files[name] = reason
             self.report.skip(reason, name)
             if self.report.skipped <= 10:
-                self.log(f"skipped {name}: {reason}")
+                self.log(f"skipped {printable(name)}: {reason}")
         if self.seen >= 100:
             self.visits.check(self.max_fraction, seen=self.seen)

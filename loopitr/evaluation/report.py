@@ -11,6 +11,7 @@ from loopitr.data import LoadReport
 from loopitr.models.scoring import DUAL_ALONE
 
 from .calibration import Gain
+from .examples import Examples
 from .graded import GradedMetrics
 from .ranking import Ranking
 
@@ -34,6 +35,8 @@ class RetrievalResult:
         similarity_weight: of the reranking score; None with `k = 0`.
         calibrated: whether that weight was fitted on these very candidates.
         gain: of reranking over the dual encoder; None with `k = 0`.
+        examples: queries with their first answers, by direction (`i2t`, `t2i`); empty where none were asked for.
+        shortened: rankings of the dual encoder by the first so many dimensions of its embeds alone.
     """
 
     num_images: int
@@ -48,6 +51,8 @@ class RetrievalResult:
     similarity_weight: float | None = None
     calibrated: bool = False
     gain: Gain | None = None
+    examples: dict[str, Examples] = field(default_factory=dict)
+    shortened: dict[int, Ranking] = field(default_factory=dict)
 
     @property
     def pairs_per_second(self) -> float | None:
@@ -70,7 +75,7 @@ class RetrievalResult:
     def to_json(self) -> dict[str, Any]:
         """What `metrics.json` holds; recalls in percent. With `k = 0`, all that needs the fusion head is None.
 
-        `graded` is there only for records with graded relevance.
+        `graded` is there only for records with graded relevance, `shortened` where it was asked for.
         """
         graded = {name: metrics.to_json() for name, metrics in self.graded.items()}
         return {
@@ -78,6 +83,7 @@ class RetrievalResult:
             "num_captions": self.num_captions,
             "k": self.k,
             **{name: _head(self.rankings.get(name)) for name in HEADS},
+            **({"shortened": {str(dim): _head(x) for dim, x in self.shortened.items()}} if self.shortened else {}),
             "similarity_weight": self.similarity_weight,
             "calibrated": self.calibrated,
             "reranking_gain": None if self.gain is None else {"points": self.gain.points, "margin": self.gain.margin},
@@ -92,7 +98,9 @@ class RetrievalResult:
 
     def table(self) -> str:
         """Markdown: recalls of each head, whether reranking pays, then size, ceiling, graded metrics and seconds."""
-        lines = [recall_table({self._label(name): ranking for name, ranking in self.rankings.items()}), ""]
+        shortened = {f"dual, first {dim} dimensions": ranking for dim, ranking in self.shortened.items()}
+        rankings = {self._label(name): ranking for name, ranking in self.rankings.items()}
+        lines = [recall_table({"dual": rankings["dual"], **shortened, **rankings}), ""]
         if self.gain is not None:
             lines.append(f"- {self.gain.line()}")
             if self.calibrated:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loopitr.data import LoadReport, Record, TextTokenCache, TokenCache, name_of, relevance_of
@@ -17,6 +18,7 @@ from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.processing import LoopITRProcessor
 
 from .calibration import Gain, fit_similarity_weight, reranking_gain
+from .examples import SHOWN, Examples, Reranked, choose_examples
 from .gallery import Gallery, account, build_gallery, evaluation_transform
 from .graded import GradedMetrics, grade
 from .image_tokens import ImageTokens
@@ -104,9 +106,11 @@ def evaluate_retrieval(
     with _evaluating(model), torch.inference_mode():
         encoded = _encode(model, processor, images, options, text_cache=text_tokens, report=report, progress=progress)
         clock.lap("encode")
-        candidates = _candidates(encoded, max(1, options.rerank))
+        candidates = _candidates(encoded, options.rerank or (SHOWN if options.examples else 1))
         rankings = {"dual": candidates.ranking}
         clock.lap("rank")
+        examples: dict[str, Examples] = {}
+        in_new_order: Reranked | None = None
         pairs, reranked = torch.empty(0, 2, dtype=torch.int64), dict[str, CandidateScores]()
         weight: float | None = None
         gain: Gain | None = None
@@ -121,7 +125,11 @@ def evaluate_retrieval(
             reranked = scored.reranked(weight)
             rankings.update({name: scored.ranking(values) for name, values in reranked.items()})
             gain = reranking_gain(candidates.ranking, rankings["reranked"], encoded.gallery.caption_rows)
+            in_new_order = Reranked(match=scored.match, scores=reranked["reranked"], ranking=rankings["reranked"])
+        if options.examples:
+            examples = choose_examples(candidates, encoded.gallery, in_new_order, number=options.examples)
         graded = _grade(encoded, candidates, reranked) if options.graded else {}
+        shortened = {dim: _candidates(encoded, 1, dim=dim).ranking for dim in options.dims}
     return RetrievalResult(
         num_images=len(encoded.gallery.positions),
         num_captions=len(encoded.gallery.captions),
@@ -135,6 +143,8 @@ def evaluate_retrieval(
         similarity_weight=weight,
         calibrated=weight is not None and options.calibrate,
         gain=gain,
+        examples=examples,
+        shortened=shortened,
     )
 
 
@@ -200,13 +210,20 @@ def _encode(
     )
 
 
-def _candidates(encoded: _Encoded, k: int) -> Nearest:
-    """Each query's `k` nearest by the dual head. All ranks get the first rank's, so that they agree on the pairs."""
-    gallery, text_embeds = encoded.gallery, encoded.texts.embeds
+def _candidates(encoded: _Encoded, k: int, *, dim: int | None = None) -> Nearest:
+    """Each query's `k` nearest by the dual head, or by the first `dim` dimensions of its embeds alone.
+
+    All ranks get the first rank's, so that they agree on the pairs.
+    """
+    gallery, image_embeds, text_embeds = encoded.gallery, encoded.image_embeds, encoded.texts.embeds
+    if dim is not None:
+        if dim > text_embeds.shape[1]:
+            raise ValueError(f"dims must be at most the embeds' {text_embeds.shape[1]} dimensions, got {dim}")
+        image_embeds, text_embeds = (F.normalize(x[:, :dim].float(), dim=-1) for x in (image_embeds, text_embeds))
     device = text_embeds.device
     return first_rank(
         lambda: nearest(
-            encoded.image_embeds.to(device),
+            image_embeds.to(device),
             text_embeds,
             gallery.image_identities.to(device),
             gallery.text_identities.to(device),

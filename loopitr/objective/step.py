@@ -11,6 +11,7 @@ process on the concatenated batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -71,12 +72,19 @@ class Step:
     @cached_property
     def similarities(self) -> Similarities:
         """Local queries against the candidates of all ranks, divided by the temperature."""
+        return self._compared(lambda embeds: embeds)
+
+    def similarities_at(self, dim: int) -> Similarities:
+        """The same of the first `dim` dimensions of the embeds, of unit length again."""
+        return self._compared(lambda embeds: F.normalize(embeds[:, :dim], dim=-1))
+
+    def _compared(self, form: Callable[[Tensor], Tensor]) -> Similarities:
         images, texts = self.encoded.images.embeds, self.encoded.texts.embeds
         with torch.autocast(images.device.type, enabled=False):  # bf16 would tie close candidates
             scale = self.model.dual.scale.float()
             return Similarities(
-                per_image=scale * images.float() @ self.embeds.texts.T,  # [B, G]
-                per_text=scale * texts.float() @ self.embeds.images.T,  # [B, G]
+                per_image=scale * form(images.float()) @ form(self.embeds.texts).T,  # [B, G]
+                per_text=scale * form(texts.float()) @ form(self.embeds.images).T,  # [B, G]
             )
 
     @cached_property
@@ -201,10 +209,16 @@ class Step:
         match, student = self.match, self.match.student.detach()
         trained = 1 + (self.objective.trained_negatives or self.objective.miner.num_negatives)
         negatives = [x.flatten(0, 1)[:, 1:] for x in (student, match.scores.detach(), match.valid)]
-        return {
+        metrics = {
             "itm_accuracy": losses.itm_accuracy(*match.as_pairs(trained)),
             "rank_agreement": losses.kendall_tau(*negatives),
         }
+        if self.objective.miner.num_negatives > 2:  # Of two negatives one is hard and one easy: neither has an order.
+            *scores, valid = negatives
+            hard = losses.hard_above_mean(scores[1], valid)
+            metrics["rank_agreement_hard"] = losses.kendall_tau(*scores, hard)
+            metrics["rank_agreement_easy"] = losses.kendall_tau(*scores, valid & ~hard)
+        return metrics
 
     @cached_property
     def _projected(self) -> ImageState:

@@ -25,19 +25,21 @@ REPLACED, DELETED = ".replaced", ".deleted"
 
 @dataclass
 class Progress:
-    """Where a run stands: optimiser `step`, `epoch`, batches done in it, best validation so far, rows of its history,
-    what was skipped (counts by reason, and the reason of each file) and how many captions were cut. `places` has epoch
-    and batch of every rank: streams of different length end at different batches. `similarity_weight`: of the reranking
-    score, as last fitted. `teaching_since`: the step from which distillation counts, None while it does not;
-    `has_taught`: whether it ever did; `best_lead`: how far the teacher was ahead at most. `windows`: of every rank the
-    values that wait for the next log line; of a run at work, its own alone. `validates_next`: a validation was due.
-    `bad_steps`: steps left out since their loss or gradient was not finite, the last `bad_in_row` of them in a row.
-    `watch`: what the run has noticed of itself (`watch.py`)."""
+    """Where a run stands: optimiser `step`, `epoch`, batches done in it, best validation so far (its score, its
+    dual head's, its step), rows of its history, what was skipped (counts by reason, and the reason of each file)
+    and how many captions were cut. `places` has epoch and batch of every rank: streams of different length end at
+    different batches. `similarity_weight`: of the reranking score, as last fitted. `teaching_since`: the step from
+    which distillation counts, None while it does not; `has_taught`: whether it ever did; `best_lead`: how far the
+    teacher was ahead at most. `windows`: of every rank the values that wait for the next log line; of a run at
+    work, its own alone. `validates_next`: a validation was due. `bad_steps`: steps left out since their loss or
+    gradient was not finite, the last `bad_in_row` of them in a row. `watch`: what the run has noticed of itself
+    (`watch.py`)."""
 
     step: int = 0
     epoch: int = 0
     batch: int = 0
     best: float | None = None
+    best_dual: float | None = None
     best_step: int | None = None
     rows: int = 0
     skipped: dict[str, int] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What a run leaves behind: history, `metrics.json`, a Markdown table, a PNG of the curves."""
+"""What a run leaves behind: history, `metrics.json`, a Markdown table, a page of examples, a PNG of the curves."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ from typing import TYPE_CHECKING, Any
 from loopitr.training.durable import sync, write_file
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
+    from loopitr.data import Record
     from loopitr.evaluation.report import RetrievalResult
+    from loopitr.models.loop_model import LoopITRModel
     from loopitr.objective.parts import StepOutput
     from loopitr.training.checkpoints import Progress
 
-HISTORY, METRICS = "history.jsonl", "metrics.json"
+HISTORY, METRICS, GALLERY = "history.jsonl", "metrics.json", "gallery.html"
 
 
 class History:
@@ -115,11 +119,26 @@ def run_metrics(
     }
 
 
-def write_results(folder: Path, metrics: dict[str, Any], table: str, rows: list[dict[str, Any]]) -> None:
-    """`metrics.json`, `results.md` with the table, `curves.png` of the history's rows."""
+def write_results(
+    folder: Path,
+    metrics: dict[str, Any],
+    result: RetrievalResult,
+    records: Sequence[Record],
+    rows: list[dict[str, Any]],
+    model: LoopITRModel,
+) -> None:
+    """`metrics.json`, `results.md` with the table of `result` on `records`, `gallery.html` with its examples, if it has
+    any, `curves.png` of the history's rows, and the card of the model, whose weights are saved there already."""
+    from loopitr.building.card import write_card  # Options are read without what a model needs.
+    from loopitr.evaluation.gallery_page import gallery_page
+
+    title = f"{folder.name}: {metrics['split']}"
     write_json(folder / METRICS, metrics)
-    (folder / "results.md").write_text(f"# {folder.name}: {metrics['split']}\n\n{table}\n")
+    (folder / "results.md").write_text(f"# {title}\n\n{result.table()}\n")
+    if result.examples:
+        write_file(folder / GALLERY, gallery_page(result, records, title=title))
     plot_curves(rows, folder / "curves.png")
+    write_card(folder, model)
 
 
 def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:

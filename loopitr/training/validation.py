@@ -89,7 +89,9 @@ class Validator:
                     max_images=None if final else options.max_images,
                     max_skipped_fraction=self.data.max_skipped_fraction,
                     graded=final,
+                    dims=tuple(model.config.matryoshka_dims or ()) if final else (),
                     calibrate=calibrate,
+                    examples=options.gallery_queries if final else 0,
                 ),
                 tokens=tokens,
                 text_tokens=texts,
@@ -97,6 +99,7 @@ class Validator:
 
     def validate(self, progress: Progress, *, keep: bool = True) -> dict[str, float]:
         """Mean R@1 by score; the model is saved, and `progress` says so, if it is the best so far (and `keep` is true).
+        Of equally good ones the better dual is kept: an easy validation set has a reranking score of 100 early on.
 
         The weight of the similarity in the reranking score is fitted on the validation records, too.
         """
@@ -107,9 +110,10 @@ class Validator:
         scores = result.mean_r1()
         shown = ", ".join(f"{name} {value:.1f}" for name, value in scores.items())
         self.accelerator.print(f"step {progress.step}: mean R@1 {shown}")
-        score = scores.get(self.selected, -math.inf)  # The fusion head may not have started.
-        if keep and score > (-math.inf if progress.best is None else progress.best):
-            progress.best, progress.best_step = score, progress.step
+        score = scores.get(self.selected)  # None: the fusion head may not have started.
+        so_far = (-math.inf if best is None else best for best in (progress.best, progress.best_dual))
+        if keep and score is not None and (score, scores["dual"]) > tuple(so_far):
+            progress.best, progress.best_dual, progress.best_step = score, scores["dual"], progress.step
             if self.accelerator.is_main_process:
                 self._save()
         return scores
