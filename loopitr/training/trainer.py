@@ -133,7 +133,7 @@ class Trainer:
         The run folder gets `config.json`, `model.safetensors` and the processor (the best model), `config.yaml`,
         `metrics.json`, `results.md`, `README.md` (the model's card), `gallery.html`, `history.jsonl`, `curves.png` and
         `checkpoints/`. An earlier run there is moved aside unless it is resumed; resumed after its last step, it is
-        left as it is.
+        left as it is. SIGTERM and Ctrl-C let it finish and save its step, and raise `Stopped`, a `SystemExit`.
         """
         resuming: dict[str, Any] = {"resume": self.resume, "with_changes": self.with_changes}
         stopping = Stopping()
