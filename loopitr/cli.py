@@ -17,9 +17,9 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 Options = TypeVar("Options")
-USAGE_ERROR = 2
+USAGE_ERROR, INTERRUPTED = 2, 130
 MAX_VALUES = 100_000  # in a file of options
-SWITCHES = ("--resume", "--resume_with_changes", "--table_only")
+SWITCHES = ("--resume", "--resume_with_changes", "--table_only", "--json", "--open", "--missing")
 
 
 def parse(
@@ -60,12 +60,16 @@ def parse(
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a recipe: what its user can mend is one line on stderr and exit status 2, anything else a traceback.
+    """Run a recipe: what its user can mend is one line on stderr and exit status 2, Ctrl-C one line and 130, anything
+    else a traceback.
 
     LOOPITR_DEBUG=1 shows the traceback of every error.
     """
     try:
         main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         # A module is not found where an extra is not installed.
         if os.environ.get("LOOPITR_DEBUG"):

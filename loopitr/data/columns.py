@@ -35,11 +35,17 @@ def choose_columns(source: str, columns: Mapping[str, Any], image: str | None, c
     Raises:
         DataError: a named column is missing, or none or several have a usual name.
     """
+    image = choose_image_column(source, columns, image)
+    caption = _choose(source, columns, caption, CAPTION_GUESSES, kind="caption")
+    return Columns(image=image, caption=caption, caption_root=str(_root(columns, caption)))
+
+
+def choose_image_column(source: str, columns: Mapping[str, Any], image: str | None) -> str:
+    """The image column alone, see `choose_columns`."""
     image = _choose(source, columns, image, IMAGE_GUESSES, kind="image")
     if _root(columns, image) != image:
         raise DataError(f"{source}: the image column cannot be a field inside a column, got {image!r}")
-    caption = _choose(source, columns, caption, CAPTION_GUESSES, kind="caption")
-    return Columns(image=image, caption=caption, caption_root=str(_root(columns, caption)))
+    return image
 
 
 def _choose(source: str, columns: Mapping[str, Any], wanted: str | None, guesses: tuple[str, ...], *, kind: str) -> str:

@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .columns import Columns, any_json, choose_columns, dotted_value, image_facts, image_value
+from .columns import (
+    Columns,
+    any_json,
+    choose_columns,
+    choose_image_column,
+    dotted_value,
+    image_facts,
+    image_value,
+)
 from .records import DataError, LazyRecords, LoadReport, Record, clean_captions, printable, stable_hash
 from .tars import tar_fault
 
@@ -61,6 +69,23 @@ def load_hub(
     if streaming:
         return HubStream(dataset=dataset, columns=columns, source=source, split=split, report=report)
     return HubRecords(dataset, columns=columns, source=source, split=split, report=report)
+
+
+def load_images(
+    path: str, split: str, image_column: str | None = None, data_files: DataFiles = None
+) -> tuple[datasets.Dataset, str]:
+    """One split with all its columns, images left encoded, and the name of its image column: captions are not needed.
+
+    Raises:
+        DataError: as `load_hub`.
+    """
+    import datasets
+
+    dataset = _load(path, split, None, data_files, streaming=False)
+    column = choose_image_column(f"{path}[{split}]", dataset.features, image_column)
+    if isinstance(dataset.features[column], datasets.Image):
+        dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    return dataset, column
 
 
 def _load(path: str, split: str, name: str | None, data_files: DataFiles, streaming: bool, features: Any = None) -> Any:

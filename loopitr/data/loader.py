@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from loopitr.data import Batch, CaptionDataset, Collator, EpochSampler, LoadReport, StreamDataset
 from loopitr.data.records import printable
+from loopitr.data.workers import leave_signals_to_the_run
 
 
 class ShardedBatchSampler(Sampler[list[tuple[int, int]]]):
@@ -57,6 +58,7 @@ class EpochLoader:
             # Its own generator: drawing worker seeds must not move the generator that dropout uses, or a resumed
             # run would differ from an uninterrupted one.
             "generator": torch.Generator().manual_seed(seed),
+            "worker_init_fn": leave_signals_to_the_run,
         }
         if isinstance(dataset, StreamDataset):
             self.sampler = None

@@ -51,7 +51,8 @@ def load_table(
         elif not isinstance(image, str) or not image.strip():
             report.skip("no image path", f"{Path(path).name} row {number}")
         else:
-            kept.append(Row(image=image.strip(), captions=_captions(row.get(caption_column)), identity=image.strip()))
+            captions = captions_of_cell(row.get(caption_column))
+            kept.append(Row(image=image.strip(), captions=captions, identity=image.strip()))
     return group_rows(kept, source=path, images=images, split=split, report=report)
 
 
@@ -103,7 +104,7 @@ def _split(cell: Any) -> str | None:
     return str(cell).strip() or None
 
 
-def _captions(cell: Any) -> Any:
+def captions_of_cell(cell: Any) -> Any:
     """The captions in a cell: CSV files carry several as a JSON list of texts, or as pandas writes a list; any other
     text is one caption."""
     if isinstance(cell, str) and cell.lstrip().startswith("["):

@@ -23,6 +23,7 @@ class EvaluationOptions:
             truth for it.
         calibrate: whether the weight of the similarity in the reranking score is fitted on these candidates
             (`calibration.py`), instead of the model's `config.similarity_weight`; the model is not changed.
+        examples: queries of each direction that the result has with their first answers, for `gallery_page`; 0: none.
         batch_size: captions, and images up to `image_block`, that are encoded at a time.
         image_block: images whose tokens, keys and values are held at a time while reranking.
         pair_block: pairs that are scored at a time.
@@ -44,6 +45,7 @@ class EvaluationOptions:
     max_skipped_fraction: float = 0.05
     graded: bool = True
     calibrate: bool = False
+    examples: int = 0
     batch_size: int = 64
     image_block: int = 32
     pair_block: int = 1024
@@ -51,7 +53,7 @@ class EvaluationOptions:
     token_storage: TokenStorage = field(default_factory=TokenStorage)
 
     def __post_init__(self) -> None:
-        check_at_least(0, rerank=self.rerank, num_workers=self.num_workers)
+        check_at_least(0, rerank=self.rerank, examples=self.examples, num_workers=self.num_workers)
         check_at_least(
             1,
             batch_size=self.batch_size,

@@ -11,6 +11,7 @@ from loopitr.data import LoadReport
 from loopitr.models.scoring import DUAL_ALONE
 
 from .calibration import Gain
+from .examples import Examples
 from .graded import GradedMetrics
 from .ranking import Ranking
 
@@ -34,6 +35,7 @@ class RetrievalResult:
         similarity_weight: of the reranking score; None with `k = 0`.
         calibrated: whether that weight was fitted on these very candidates.
         gain: of reranking over the dual encoder; None with `k = 0`.
+        examples: queries with their first answers, by direction (`i2t`, `t2i`); empty where none were asked for.
     """
 
     num_images: int
@@ -48,6 +50,7 @@ class RetrievalResult:
     similarity_weight: float | None = None
     calibrated: bool = False
     gain: Gain | None = None
+    examples: dict[str, Examples] = field(default_factory=dict)
 
     @property
     def pairs_per_second(self) -> float | None:

@@ -17,6 +17,7 @@ from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.processing import LoopITRProcessor
 
 from .calibration import Gain, fit_similarity_weight, reranking_gain
+from .examples import SHOWN, Examples, Reranked, choose_examples
 from .gallery import Gallery, account, build_gallery, evaluation_transform
 from .graded import GradedMetrics, grade
 from .image_tokens import ImageTokens
@@ -104,9 +105,11 @@ def evaluate_retrieval(
     with _evaluating(model), torch.inference_mode():
         encoded = _encode(model, processor, images, options, text_cache=text_tokens, report=report, progress=progress)
         clock.lap("encode")
-        candidates = _candidates(encoded, max(1, options.rerank))
+        candidates = _candidates(encoded, options.rerank or (SHOWN if options.examples else 1))
         rankings = {"dual": candidates.ranking}
         clock.lap("rank")
+        examples: dict[str, Examples] = {}
+        in_new_order: Reranked | None = None
         pairs, reranked = torch.empty(0, 2, dtype=torch.int64), dict[str, CandidateScores]()
         weight: float | None = None
         gain: Gain | None = None
@@ -121,6 +124,9 @@ def evaluate_retrieval(
             reranked = scored.reranked(weight)
             rankings.update({name: scored.ranking(values) for name, values in reranked.items()})
             gain = reranking_gain(candidates.ranking, rankings["reranked"], encoded.gallery.caption_rows)
+            in_new_order = Reranked(match=scored.match, scores=reranked["reranked"], ranking=rankings["reranked"])
+        if options.examples:
+            examples = choose_examples(candidates, encoded.gallery, in_new_order, number=options.examples)
         graded = _grade(encoded, candidates, reranked) if options.graded else {}
     return RetrievalResult(
         num_images=len(encoded.gallery.positions),
@@ -135,6 +141,7 @@ def evaluate_retrieval(
         similarity_weight=weight,
         calibrated=weight is not None and options.calibrate,
         gain=gain,
+        examples=examples,
     )
 
 

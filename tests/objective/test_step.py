@@ -225,9 +225,10 @@ def test_distillation_adds_nothing_to_the_fusion_heads_gradient(style):
 
 def test_itm_needs_no_distillation_and_itc_needs_neither():
     out = step(distillation=0)
-    assert set(out.terms) == {"itc", "itm"} and set(out.metrics) == {"temperature", "itm_accuracy", "rank_agreement"}
+    of_the_dual = {"temperature", "image_similarity", "text_similarity"}
+    assert set(out.terms) == {"itc", "itm"} and set(out.metrics) == {*of_the_dual, "itm_accuracy", "rank_agreement"}
     out = step(distillation=0, itm=0)
-    assert set(out.terms) == {"itc"} and set(out.metrics) == {"temperature"}
+    assert set(out.terms) == {"itc"} and set(out.metrics) == of_the_dual
     out = step(itc=0, itm=0, distillation=0)
     assert out.terms == {} and out.loss == 0 and out.loss.requires_grad
 
