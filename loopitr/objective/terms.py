@@ -70,7 +70,8 @@ class Term(ABC):
 
     @abstractmethod
     def __call__(self, step: Step) -> Tensor | TermOutput:
-        """The loss of the whole batch, or this rank's share of it, whose mean over ranks is that."""
+        """The loss of the whole batch, or this rank's share of it, whose mean over ranks is that: `step.share` times
+        the mean over this rank's queries."""
 
     def weight_in(self, step: Step) -> float:
         """The weight in this step; the same in every step unless a term says otherwise."""
@@ -99,9 +100,9 @@ class Contrastive(Term):
 
     def __call__(self, step: Step) -> Tensor:
         similarities, positives = step.similarities, step.positives
-        return losses.itc_loss(
+        return step.share * losses.itc_loss(
             similarities.per_image, similarities.per_text, positives.per_image, positives.per_text
-        )  # of this rank's queries
+        )
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,8 @@ class SigmoidContrastive(Term):
     def __call__(self, step: Step) -> Tensor:
         bias = step.model.dual.logit_bias
         assert bias is not None
-        return losses.siglip_loss(step.similarities.per_image + bias.float(), step.positives.per_image)
+        per_image = step.similarities.per_image
+        return step.share * losses.siglip_loss(per_image + bias.to(per_image.dtype), step.positives.per_image)
 
     def check(self, model: LoopITRModel) -> None:
         if model.dual.logit_bias is None:
@@ -270,9 +272,9 @@ class Agreement(Term):
 
     def __call__(self, step: Step) -> Tensor:
         agreement, positives = step.agreement, step.positives
-        return losses.itc_loss(
+        return step.share * losses.itc_loss(
             agreement.per_image, agreement.per_text, positives.per_image, positives.per_text
-        )  # of this rank's queries
+        )
 
     def check(self, model: LoopITRModel) -> None:
         if model.agreement is None:
