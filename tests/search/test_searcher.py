@@ -112,7 +112,7 @@ def test_conditions_on_columns(searcher):
     hit = searcher.search("a dog", where="caption = 'no. 7'")[0]
     expected = {"caption": "no. 7", "group": 1, "width": 40, "height": 30, "size": len(jpeg(7))}
     assert {name: hit.columns[name] for name in expected} == expected and "embed" not in hit.columns
-    for where in ("nonsense = 3", "width >", "width > 3 3", " ", "width = 3 AND"):
+    for where in ("nonsense = 3", "width >", "width > 3 3", "width > 3 size < 9", " ", "width = 3 AND"):
         with pytest.raises(ValueError, match="^where ") as raised:
             searcher.search("a dog", where=where)
         assert "\n" not in str(raised.value)
