@@ -121,7 +121,6 @@ def build_page(looking: Looking, uploads: Path) -> Any:
             with gradio.Row():
                 image = gradio.File(
                     label="Drop an image",
-                    file_types=["image"],
                     type="filepath",
                     height=160,
                     elem_classes="loopitr-upload",

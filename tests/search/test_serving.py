@@ -139,7 +139,7 @@ def test_an_image_that_does_not_open_and_other_files_are_refused(client, tmp_pat
     with pytest.raises(AppError, match=r"the image: unreadable image \(truncated\)"):
         client.predict(handle_file(tmp_path / "broken.jpg"), 5, api_name="/similar")
     (tmp_path / "note.txt").write_text("text")
-    with pytest.raises(AppError):
+    with pytest.raises(AppError, match="not a known image format"):
         client.predict(handle_file(tmp_path / "note.txt"), 5, api_name="/similar")
     with pytest.raises(AppError, match="no image is given"):
         client.predict(None, 5, api_name="/similar")
@@ -154,7 +154,8 @@ def test_a_path_or_an_address_is_no_upload(folder, page):
             data = {"path": str(path), "meta": {"_type": "gradio.FileData"}, "orig_name": "a.jpg"}
             for more in ({}, {"is_stream": True}, {"url": f"http://127.0.0.1:{asked.port}/"}):
                 assert "event: error" in called(page, "similar", [{**data, **more}, 5]), (path, more)
-            assert "event: error" in called(page, "search", [data, True, 0.5, 5, ""])
+            if path != page.uploads:  # As a text, a folder of gradio's own is one as any other.
+                assert "event: error" in called(page, "search", [data, True, 0.5, 5, ""])
         assert not asked.requests
     copies = [path.read_bytes() for path in page.uploads.rglob("*") if path.is_file()]
     assert jpeg(4) not in copies and Path("/etc/hostname").read_bytes() not in copies
