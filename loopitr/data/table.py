@@ -46,7 +46,9 @@ def load_table(
         if not isinstance(image, str) or not image.strip():
             report.skip("no image path", f"{Path(path).name} row {number}")
             continue
-        kept.append(Row(image=image.strip(), captions=_captions(row.get(caption_column)), identity=image.strip()))
+        kept.append(
+            Row(image=image.strip(), captions=captions_of_cell(row.get(caption_column)), identity=image.strip())
+        )
     return group_rows(kept, source=path, images=images, split=split, report=report)
 
 
@@ -91,7 +93,7 @@ def _read_json_lines(path: str | Path) -> tuple[list[dict[str, Any]], list[str]]
     return rows, list(dict.fromkeys(column for row in rows for column in row))
 
 
-def _captions(cell: Any) -> Any:
+def captions_of_cell(cell: Any) -> Any:
     """The captions in a cell: CSV files carry several as a JSON list of texts, or as pandas writes a list; any other
     text is one caption."""
     if isinstance(cell, str) and cell.lstrip().startswith("["):

@@ -10,7 +10,7 @@ from typing import Any
 from loopitr.data.columns import image_value
 from loopitr.data.hub import DataFiles, load_images
 
-from .sources import RESERVED, Source, Stamp, shown
+from .sources import Source, Stamp, free_name, shown
 
 
 @dataclass
@@ -51,7 +51,7 @@ class HubSource(Source):
 
     def columns(self, position: int) -> Mapping[str, Any]:
         row = self._others[self.rows[position]] if self._others.column_names else {}
-        named = {f"{name}_" if name in RESERVED else name: value for name, value in row.items()}
+        named = {free_name(name): value for name, value in row.items()}
         return {name: "\n".join(value) if isinstance(value, list) else value for name, value in named.items()}
 
     def image(self, position: int) -> str | bytes:

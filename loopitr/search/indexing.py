@@ -35,7 +35,7 @@ from .manifest import (
 from .opening import Opened, opened
 from .retriever import Retriever
 from .sources import Source, open_source
-from .stores import open_images
+from .stores import check_new, open_images
 
 COMMIT_IMAGES, COMMIT_BYTES = 1024, 2**27  # written at a time: what a killed process has to do again
 
@@ -66,6 +66,7 @@ def build_index(
     image_column: str = "image",
     tokens: str = "fp16",
     store: str | None = None,
+    collection: str | None = None,
     contents: str | None = None,
     device: str | torch.device | None = None,
     batch_size: int = 32,
@@ -86,11 +87,16 @@ def build_index(
         images: folder that relative paths of a table start from; None: the folder of the table.
         image_column: of a table.
         tokens: what image tokens are kept in for reranking, `fp16` or `bf16`; `none`: images are opened again for it.
+        store: address of a Qdrant server for the vectors; None: LanceDB in the index. Its API key is in the environment
+            variable QDRANT_API_KEY.
+        collection: its name there; None: that of the folder of the index.
+        contents: where tokens are kept, a folder or an address such as `s3://bucket/folder`; None: in the index.
         batch_size: images encoded at a time.
         num_workers: processes that open images; 0: this one does, None: one for each core.
 
     Raises:
-        ValueError: no image in the source, an index of another model or version, options out of range.
+        ValueError: no image in the source, an index of another model or version, options out of range, a store that
+            does not answer.
         OSError: no such model; a folder that cannot be written to.
         ModuleNotFoundError: LanceDB is not installed.
 
@@ -120,7 +126,9 @@ def build_index(
             check_model(folder, manifest, model)
         else:
             kept = None if tokens == "none" else tokens
-            manifest = manifest_of(model, name, tokens=kept, store=store, collection=folder.name, contents=contents)
+            where = {"store": store, "collection": collection or folder.resolve().name, "contents": contents}
+            manifest = manifest_of(model, name, tokens=kept, **where)
+            check_new(manifest)
         manifest = replace(manifest, complete=False)
         write_manifest(folder, manifest)
         return _Writer(folder, manifest, model).index(source, batch_size, num_workers, show_progress)

@@ -110,7 +110,7 @@ class LanceImages:
             "width": [row.width for row in rows],
             "height": [row.height for row in rows],
             "embed": _vectors(np.stack([row.embed for row in rows])),
-            **{name: [_cell(row.columns.get(name), schema.field(name).type) for row in rows] for name in extra},
+            **{name: [_cell(row.columns.get(name), schema.field(name)) for row in rows] for name in extra},
         }
         arrow = pa.table({name: columns[name] for name in schema.names}, schema=schema)
         _put(self.table, arrow, replace=bool(replaced))
@@ -200,15 +200,16 @@ def _arrow_type(value: Any) -> pa.DataType:
     return pa.int64() if isinstance(value, int) else pa.float64() if isinstance(value, float) else pa.string()
 
 
-def _cell(value: Any, kind: pa.DataType) -> Any:
+def _cell(value: Any, field: pa.Field) -> Any:
     import pyarrow as pa
 
     if value is None:
         return None
     try:
-        return pa.scalar(str(value) if pa.types.is_string(kind) else value, type=kind).as_py()
-    except (pa.ArrowInvalid, pa.ArrowTypeError):  # Another source's column of the same name is of another type.
-        return None
+        return pa.scalar(str(value) if pa.types.is_string(field.type) else value, type=field.type).as_py()
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        problem = f"column {field.name!r} of the index holds {field.type}, and is now to hold {value!r}"
+        raise ValueError(f"{problem}; give that column another name") from error
 
 
 def _vectors(embeds: np.ndarray) -> pa.FixedSizeListArray:

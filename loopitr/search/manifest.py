@@ -18,6 +18,7 @@ from .retriever import Retriever
 
 MANIFEST, LOCK, SKIPPED = "manifest.json", "index.lock", "skipped.csv"
 FORMAT = 1
+_HELD: set[str] = set()  # the indexes that this process writes to
 TOKEN_TYPES = {"fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -48,7 +49,13 @@ class Manifest:
 
 
 def manifest_of(
-    retriever: Retriever, model: str, *, tokens: str | None, store: str | None, collection: str, contents: str | None
+    retriever: Retriever,
+    model: str,
+    *,
+    tokens: str | None,
+    store: str | None,
+    collection: str | None,
+    contents: str | None,
 ) -> Manifest:
     """Of a new index."""
     vision = dual_of(retriever.model).vision
@@ -124,16 +131,25 @@ def writing(folder: Path) -> Iterator[None]:
         OSError: the folder cannot be written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    taken = f"{folder} is being written to by another process; wait for it to end"
+    key = str(folder.resolve())
+    if key in _HELD:  # A process is not kept out by its own lock.
+        raise ValueError(taken)
     with open(folder / LOCK, "a", encoding="utf-8") as file:
         try:
             import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"{folder} is being written to by another process; wait for it to end") from error
+            # Other than those of `flock`, workers of a process that was killed do not hold this lock on.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise ValueError(taken) from error
         except (ImportError, OSError):  # Neither Windows nor every network file system has it.
             pass
-        yield
+        _HELD.add(key)
+        try:
+            yield
+        finally:
+            _HELD.discard(key)
 
 
 def read_skipped(folder: str | Path) -> dict[str, str]:

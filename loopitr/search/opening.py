@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -57,13 +58,18 @@ def opened(
     """`num_workers`: processes that open images; 0: this one does, None: one for each core."""
     batches = [list(positions[start : start + batch_size]) for start in range(0, len(positions), batch_size)]
     workers = cores() if num_workers is None else num_workers
-    yield from DataLoader(
+    loader = DataLoader(
         _Images(source, transform),
         batch_sampler=batches,
         num_workers=min(workers, len(batches)),
         collate_fn=_together,
         generator=torch.Generator(),  # The global generator stays where it is.
     )
+    with warnings.catch_warnings():
+        # The workers do nothing with LanceDB, which does nothing while they start.
+        warnings.filterwarnings("ignore", message="lancedb fork support")
+        batches_of_workers = iter(loader)
+    yield from batches_of_workers
 
 
 def cores() -> int:

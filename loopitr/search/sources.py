@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from loopitr.data import DataError, stable_hash
-from loopitr.data.table import DELIMITERS, JSON_LINES, read_table
+from loopitr.data.table import DELIMITERS, JSON_LINES, captions_of_cell, read_table
 
 from .manifest import MANIFEST
 
@@ -163,7 +163,8 @@ def table_source(path: str | Path, images: str | Path | None = None, image_colum
     """The images that a CSV, TSV or JSON-lines file names, with its other columns.
 
     Relative paths start at `images`, or at the folder of the table. Rows of the same image become one: its captions,
-    and whatever else differs, one per line.
+    and whatever other texts differ, one per line. A column that is called as one of the index's own (`RESERVED`) gets
+    an underscore behind its name.
 
     Raises:
         DataError: a table that cannot be read, without the column, or without rows.
@@ -171,9 +172,6 @@ def table_source(path: str | Path, images: str | Path | None = None, image_colum
     rows, columns = read_table(path)
     if image_column not in columns:
         raise DataError(f"{path}: no column {image_column!r}; it has {', '.join(columns) or 'none'}")
-    taken = [name for name in columns if name in RESERVED and name != image_column]
-    if taken:
-        raise DataError(f"{path}: an index has columns of its own called {', '.join(taken)}; rename the table's")
     folder = Path(path).parent if images is None else Path(images)
     source = FileSource(rows=[])
     found: dict[str, list[dict[str, Any]]] = {}
@@ -185,7 +183,8 @@ def table_source(path: str | Path, images: str | Path | None = None, image_colum
         found.setdefault(os.path.abspath(folder / image.strip()), []).append(row)
     typed = {name: _typed([row.get(name) for row in rows]) for name in columns if name != image_column}
     for file, own in found.items():
-        source.look_at(file, {name: _joined([row.get(name) for row in own], typed[name]) for name in typed})
+        cells = {name: _joined([row.get(name) for row in own], kind) for name, kind in typed.items()}
+        source.look_at(file, {free_name(name): cell for name, cell in cells.items()})
     return source
 
 
@@ -200,17 +199,23 @@ def open_source(source: str | Path, images: str | Path | None = None, image_colu
     return folder_source(source)
 
 
+def free_name(column: str) -> str:
+    """The name of a source's column in an index."""
+    return f"{column}_" if column in RESERVED else column
+
+
 def _joined(values: Sequence[Any], kind: type) -> Any:
-    different = list(dict.fromkeys(value for value in values if value is not None and value != ""))
-    if not different:
+    cells = [value for value in values if value is not None and value != ""]
+    if not cells:
         return None
-    if kind is bool:
-        return str(different[0]).lower() == "true"
-    return kind(different[0]) if kind is not str else "\n".join(map(_text, different))
+    if kind is str:
+        return "\n".join(dict.fromkeys(text for cell in cells for text in _texts(cell)))
+    return str(cells[0]).strip().lower() == "true" if kind is bool else kind(cells[0])
 
 
-def _text(value: Any) -> str:
-    return "\n".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+def _texts(cell: Any) -> list[str]:
+    texts = captions_of_cell(cell)
+    return [str(text) for text in texts if text is not None] if isinstance(texts, (list, tuple)) else [str(texts)]
 
 
 def _typed(values: Sequence[Any]) -> type:
