@@ -7,9 +7,9 @@ from pathlib import Path
 
 from helpers.support import tiny_model
 from helpers.tiny_gallery import captions, jpeg, tiny_processor
+from helpers.tiny_index import index
 
 from loopitr import Searcher
-from loopitr.search.indexing import build_index
 from loopitr.search.sources import open_source
 
 IMAGES = 12
@@ -31,7 +31,7 @@ def write_small_index(folder: Path, *, with_captions: bool = True) -> Path:
             for caption in (EVIL, "x") if i == 3 else captions(i, 2):
                 table.writerow([f"{i}.jpg", caption])
     source = open_source(folder / "photos.csv", folder / "photos") if with_captions else folder / "photos"
-    build_index(source, folder / "run", folder / "index", device="cpu", num_workers=0, show_progress=False)
+    index(source, folder / "run", folder / "index", device="cpu")
     return folder
 
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from helpers.small_index import EVIL, IMAGES, open_small_index, write_small_index
 from helpers.tiny_gallery import picture
+from helpers.tiny_index import index
 
 from loopitr import Retriever, Searcher
 from loopitr.export.dual import export_dual
 from loopitr.models.scoring import DUAL_ALONE
 from loopitr.search.figures import Thumbnails, caption_list, grid, text_of
-from loopitr.search.indexing import build_index
 from loopitr.search.looking import Looking
 from loopitr.search.page import share_of, weight_of
 from loopitr.search.sources import open_source
@@ -79,9 +79,8 @@ def test_without_captions_and_without_a_fusion_head(tmp_path):
     write_small_index(tmp_path, with_captions=False)
     assert Looking(open_small_index(tmp_path)).captions(picture(1), top=3) == []
     export_dual(tmp_path / "run", tmp_path / "dual")
-    given = {"device": "cpu", "num_workers": 0, "show_progress": False}
     source = open_source(tmp_path / "photos.csv", tmp_path / "photos")
-    build_index(source, tmp_path / "dual", tmp_path / "other", **given)
+    index(source, tmp_path / "dual", tmp_path / "other", device="cpu")
     looking = Looking(Searcher.open(tmp_path / "other", device="cpu"))
     assert not looking.reranks and looking.own_weight == DUAL_ALONE
     assert paths(looking.by_text(QUERY, top=5, reranked=True)) == paths(looking.by_text(QUERY, top=5, reranked=False))

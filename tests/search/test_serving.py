@@ -262,25 +262,25 @@ def fails(capsys, *arguments):
 
 
 def test_a_port_in_use_a_wrong_host_and_no_index_are_one_line(folder, page, capsys, tmp_path):
-    index = ("--index", folder / "index")
+    index = (folder / "index",)
     assert f"port {page.port} of 127.0.0.1: Address already in use" in fails(capsys, *index, "--port", page.port)
     assert "port must be from 0 to 65535, got 70000" in fails(capsys, *index, "--port", 70000)
     assert "203.0.113.7" in fails(capsys, *index, "--host", "203.0.113.7", "--port", 0)
-    assert str(tmp_path / "none") in fails(capsys, "--index", tmp_path / "none", "--port", 0)
+    assert str(tmp_path / "none") in fails(capsys, tmp_path / "none", "--port", 0)
     assert "rerank must be at least 1" in fails(capsys, *index, "--port", 0, "--rerank", 0)
     assert "no index is given" in fails(capsys)
 
 
 def test_without_gradio_it_names_the_extra(folder, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    assert 'pip install "loopitr[app]"' in fails(capsys, "--index", folder / "index")
+    assert 'pip install "loopitr[app]"' in fails(capsys, folder / "index")
 
 
 def test_the_command_serves_until_it_is_interrupted(folder):
     # A process that the tests are in the background of ignores interrupts.
     code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     code += "from loopitr.commands.main import main; main()"
-    given = ["search", "serve", "--index", str(folder / "index"), "--port", "0", "--device", "cpu"]
+    given = ["search", "serve", str(folder / "index"), "--port", "0", "--device", "cpu"]
     words = [sys.executable, "-c", code, *given]
     process = subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
