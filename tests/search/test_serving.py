@@ -4,14 +4,12 @@ import http.client
 import http.server
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,38 +19,16 @@ import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from helpers.recipe_process import environment, error_lines
+from helpers.served_page import get, served
 from helpers.small_index import EVIL, IMAGES, open_small_index, write_small_index
 from helpers.tiny_gallery import jpeg
 
 from loopitr.commands.main import main
 from loopitr.models.scoring import DUAL_ALONE
-from loopitr.search.looking import Looking
 from loopitr.search.page import share_of
-from loopitr.search.serving import bound_socket, host_name, is_loopback, page_server
+from loopitr.search.serving import host_name, is_loopback
 
 QUERY = "a small red circle above a blue square"
-
-
-@contextmanager
-def served(folder: Path) -> Iterator[SimpleNamespace]:
-    """The page of an index on a free port of this machine, in a thread."""
-    with (
-        bound_socket("127.0.0.1", 0) as own,
-        page_server(Looking(open_small_index(folder)), own, "127.0.0.1") as server,
-    ):
-        uploads = os.environ["GRADIO_TEMP_DIR"]
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [own]}, daemon=True)
-        thread.start()
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.02)
-        port = own.getsockname()[1]
-        try:
-            yield SimpleNamespace(port=port, url=f"http://127.0.0.1:{port}", uploads=Path(uploads))
-        finally:
-            server.should_exit = True
-            thread.join(20)
-    assert not thread.is_alive() and not Path(uploads).exists() and "GRADIO_TEMP_DIR" not in os.environ
 
 
 @pytest.fixture(scope="module")
@@ -69,18 +45,6 @@ def page(folder):
 @pytest.fixture(scope="module")
 def client(page):
     return Client(page.url, verbose=False, analytics_enabled=False)
-
-
-def get(page, target, *, host=None, method="GET"):
-    """The answer to a request for `target` as it stands, which ordinary clients would tidy up."""
-    connection = http.client.HTTPConnection("127.0.0.1", page.port, timeout=30)
-    connection.putrequest(method, target, skip_host=True)
-    connection.putheader("Host", host or f"127.0.0.1:{page.port}")
-    connection.endheaders()
-    answer = connection.getresponse()
-    answer.content = answer.read()
-    connection.close()
-    return answer
 
 
 def titles(html):
@@ -297,31 +261,3 @@ def test_the_command_serves_until_it_is_interrupted(folder):
     finally:
         process.kill()
     assert process.returncode == 0 and "Traceback" not in errors and not out
-
-
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="Chromium is not installed")
-def test_in_a_browser(page, tmp_path):
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    (tmp_path / "mine.jpg").write_bytes(jpeg(7))
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        view, hosts = browser.new_page(), set()
-        view.on("request", lambda request: hosts.add(urllib.parse.urlsplit(request.url).hostname))
-        view.goto(page.url)
-        view.get_by_label("Query").fill(QUERY)
-        view.keyboard.press("Enter")
-        figures = view.locator(".loopitr figure:visible")
-        figures.nth(IMAGES - 1).wait_for()
-        reranked = [each.get_attribute("title") for each in figures.all()]
-        assert view.locator(".loopitr .up").count() > 0
-        assert EVIL in view.locator(".loopitr").inner_text() and view.title() == "loopitr"  # No markup, no template.
-        view.get_by_label("Rerank").uncheck()
-        view.locator(".loopitr .up").first.wait_for(state="detached")
-        assert reranked != [each.get_attribute("title") for each in figures.all()]
-        assert figures.first.locator("img").evaluate("image => image.naturalWidth") > 0
-        view.get_by_role("tab", name="By image").click()
-        view.locator("input[type=file]").first.set_input_files(tmp_path / "mine.jpg")
-        figures.first.wait_for()
-        assert figures.first.get_attribute("title").endswith("/7.jpg") and view.locator("ol:visible li").count() == 10
-        assert hosts <= {"127.0.0.1", None, ""}
-        browser.close()
