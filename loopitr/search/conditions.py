@@ -14,7 +14,8 @@ WORD = re.compile(
     r"\s*(?:(?P<text>'(?:[^']|'')*')|(?P<number>-?\d+\.?\d*(?:[eE][+-]?\d+)?)|(?P<name>[A-Za-z_]\w*|`[^`]+`|\"[^\"]+\")"
     r"|(?P<sign><>|!=|<=|>=|[=<>(),]))"
 )
-KEYWORDS = ("and", "or", "not", "in", "is", "null", "between", "like", "true", "false", "timestamp")
+KEYWORDS = ("and", "or", "not", "in", "is", "null", "between", "like", "has", "true", "false", "timestamp")
+RELATIONS = ("in", "between", "like", "has")
 BOUNDS = {"<": "lt", "<=": "lte", ">": "gt", ">=": "gte"}
 
 
@@ -27,8 +28,9 @@ class Condition:
 
 
 def parsed(where: str) -> Condition:
-    """Comparisons (`=`, `<>`, `<`, `<=`, `>`, `>=`, `IN`, `BETWEEN`, `IS NULL`, `LIKE '%text%'`) of columns with
-    numbers, texts, `true`, `false` and `timestamp '...'`, joined by `AND`, `OR`, `NOT` and parentheses.
+    """Comparisons (`=`, `<>`, `<`, `<=`, `>`, `>=`, `IN`, `BETWEEN`, `IS NULL`) of columns with numbers, texts,
+    `true`, `false` and `timestamp '...'`, and `caption HAS 'dog beach'`, which texts with all these words fulfil,
+    joined by `AND`, `OR`, `NOT` and parentheses. A server does not look for parts of words, so that there is no `LIKE`.
 
     Raises:
         ValueError: anything else.
@@ -76,7 +78,7 @@ class _Parser:
         word = self.take(*words)
         if word is None:
             got = repr(self.words[self.at][1]) if self.at < len(self.words) else "the end"
-            raise self.error(f"expected {' or '.join(words).upper()}, got {got}")
+            raise self.error(f"expected {' or '.join(word.upper() for word in words)}, got {got}")
         return word
 
     def any_of(self) -> qdrant.Filter:
@@ -144,7 +146,7 @@ class _Parser:
             self.need("null")
             return models.Filter(must_not=[empty]) if negated else models.Filter(must=[empty])
         negated = self.take("not")
-        word = self.need("in", "between", "like") if negated else self.take("in", "between", "like")
+        word = self.need(*RELATIONS) if negated else self.take(*RELATIONS)
         if word is None:
             word = self.take("=", "<>", "!=", "<", "<=", ">", ">=")
             if word is None:  # a column of true and false
@@ -161,8 +163,10 @@ class _Parser:
             self.need("and")
             both = [low, self.compared(column, "<=", self.value())]
             conditions = [models.Filter(must=both)]
+        elif word == "has":
+            conditions = [self.has(column, self.value())]
         else:
-            conditions = [self.like(column, self.value())]
+            raise self.error(f"a Qdrant server looks for whole words: {column} HAS 'dog beach' in the place of LIKE")
         # As in SQL, what has no value is neither equal nor unequal.
         return models.Filter(must_not=[*conditions, empty]) if negated else models.Filter(should=conditions)
 
@@ -175,14 +179,13 @@ class _Parser:
         if sign == "=" and not isinstance(value, float):
             return models.FieldCondition(key=column, match=models.MatchValue(value=value))
         if isinstance(value, (str, bool)):
-            raise self.error(f"{value!r} has no order on a Qdrant server; compare it by =, <>, IN or LIKE")
+            raise self.error(f"{value!r} has no order on a Qdrant server; compare it by =, <>, IN or HAS")
         limits = {"gte": value, "lte": value} if sign == "=" else {BOUNDS[sign]: value}
         return models.FieldCondition(key=column, range=models.Range(**limits))
 
-    def like(self, column: str, pattern: Any) -> Any:
+    def has(self, column: str, words: Any) -> Any:
         from qdrant_client import models
 
-        inner = pattern[1:-1] if isinstance(pattern, str) else ""
-        if not inner or pattern != f"%{inner}%" or set("%_") & set(inner):
-            raise self.error(f"a Qdrant server finds texts by LIKE '%text%' alone, got {pattern!r}")
-        return models.FieldCondition(key=column, match=models.MatchText(text=inner))
+        if not isinstance(words, str) or not words.strip():
+            raise self.error(f"expected words in single quotes, got {words!r}")
+        return models.FieldCondition(key=column, match=models.MatchText(text=words))

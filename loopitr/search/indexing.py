@@ -21,6 +21,7 @@ from .contents import Contents
 from .encoding import dual_of
 from .lance import Row
 from .manifest import (
+    LOCK,
     MANIFEST,
     TOKEN_TYPES,
     Manifest,
@@ -37,7 +38,7 @@ from .retriever import Retriever
 from .sources import Source, open_source
 from .stores import check_new, open_images
 
-COMMIT_IMAGES, COMMIT_BYTES = 1024, 2**27  # written at a time: what a killed process has to do again
+COMMIT_IMAGES, COMMIT_BYTES = 1024, 2**26  # written at a time: what a killed process has to do again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,8 +170,8 @@ def _check_output(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is not a folder")
     foreign = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    if foreign and MANIFEST not in foreign and foreign != ["index.lock"]:
-        raise ValueError(f"{folder} holds {foreign[0]} and no search index; choose an empty or a new folder")
+    if MANIFEST not in foreign and (other := [name for name in foreign if not name.startswith((MANIFEST, LOCK))]):
+        raise ValueError(f"{folder} holds {other[0]} and no search index; choose an empty or a new folder")
 
 
 def _check_source(source: Source) -> None:

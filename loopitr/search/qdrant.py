@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -59,9 +60,7 @@ class QdrantImages:
         client = _client(str(manifest.store))
         with _answering(str(manifest.store)):
             if client.collection_exists(manifest.collection):
-                raise ValueError(
-                    f"it has a collection {manifest.collection!r} already; choose another name for this one"
-                )
+                raise ValueError(f"it has a collection {manifest.collection!r} already; choose another name")
 
     def __len__(self) -> int:
         with _answering(self.store):
@@ -159,11 +158,13 @@ def _client(store: str) -> Any:
         message = 'an index on a Qdrant server needs its client: pip install "loopitr[qdrant]"'
         raise ModuleNotFoundError(message) from error
     with _answering(store):
+        key = os.environ.get("QDRANT_API_KEY")
         if store.startswith(("http://", "https://")):
-            return QdrantClient(url=store, api_key=os.environ.get("QDRANT_API_KEY"), timeout=TIMEOUT)
+            return QdrantClient(url=store, api_key=key, timeout=TIMEOUT, check_compatibility=False)
         folder = os.path.abspath(store)
         if folder not in _LOCAL:
             _LOCAL[folder] = QdrantClient(path=folder)
+            atexit.register(_LOCAL[folder].close)
         return _LOCAL[folder]
 
 

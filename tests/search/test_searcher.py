@@ -68,7 +68,7 @@ def test_hits_are_what_the_retriever_ranks(searcher, retriever, photos):
         reranked = searcher.search(text, top=COUNT)
         assert names(reranked) == [paths[entry["corpus_id"]].name for entry in ranked]
         assert [hit.score for hit in reranked] == pytest.approx([entry["score"] for entry in ranked], abs=2e-2)  # fp16
-        scale = float(retriever.model.dual.scale)
+        scale = retriever.model.dual.scale.item()
         assert all(hit.score == pytest.approx(hit.match + WEIGHT * scale * hit.similarity) for hit in reranked)
         assert names(searcher.search(text, top=2)) == names(reranked)[:2]
         alone = searcher.search(text, top=COUNT, similarity_weight=1e9)
@@ -100,18 +100,20 @@ def test_conditions_on_columns(searcher):
     assert names(searcher.search("a dog", where="caption = 'no. 7'")) == ["007.jpg"]
     for where, wanted in (
         ('"group" = 1', {1, 4, 7, 10}),
-        ("\"group\" = 1 AND width >= 40 AND NOT caption LIKE '%1%'", {4, 7}),
+        ("\"group\" = 1 AND width >= 40 AND NOT caption = 'no. 1'", {4, 7, 10}),
         ("caption IN ('no. 1', 'no. 2') OR caption = 'no. 3'", {1, 2, 3}),
         ('"group" <> 0 AND size BETWEEN 1 AND 100000 AND caption IS NOT NULL AND ("group" < 2)', {1, 4, 7, 10}),
         ("width > 40", set()),
         ("mtime > timestamp '2001-01-01 00:00:00' AND caption LIKE '%. 5%'", {5}),
     ):
+        if searcher.manifest.store is not None:
+            where = where.replace("LIKE '%. 5%'", "HAS '5 no'")
         assert {*names(searcher.search("a dog", top=50, where=where))} == {f"{i:03}.jpg" for i in wanted}, where
     hit = searcher.search("a dog", where="caption = 'no. 7'")[0]
     expected = {"caption": "no. 7", "group": 1, "width": 40, "height": 30, "size": len(jpeg(7))}
     assert {name: hit.columns[name] for name in expected} == expected and "embed" not in hit.columns
-    for where in ("nonsense = 3", "width >", "width > 3 3", "", "width LIKE 3 AND"):
-        with pytest.raises(ValueError, match="^where .*") as raised:
+    for where in ("nonsense = 3", "width >", "width > 3 3", "width > 3 size < 9", " ", "width = 3 AND"):
+        with pytest.raises(ValueError, match="^where ") as raised:
             searcher.search("a dog", where=where)
         assert "\n" not in str(raised.value)
 
@@ -231,7 +233,7 @@ def test_a_store_that_does_not_answer_and_one_that_is_taken(tmp_path, photos, re
     (photos / "zzz.jpg").write_bytes(jpeg(40))
     try:
         assert index(photos, retriever, tmp_path / "two" / "index").added == 1
-        assert remove_images(tmp_path / "two" / "index", where="path LIKE '%zzz%'") == 1
+        assert remove_images(tmp_path / "two" / "index", where=f"path = '{photos}/zzz.jpg'") == 1
         assert len(Searcher.open(tmp_path / "two" / "index", model=retriever)) == COUNT
     finally:
         (photos / "zzz.jpg").unlink()
