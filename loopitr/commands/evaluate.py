@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from loopitr.checks import usable_device
 from loopitr.cli import check_output_file
 from loopitr.data import DataOptions, LoadReport, load_evaluated, trained_data, training_overlap
+from loopitr.data.coco_ids import coco_images
 from loopitr.training.reporting import write_json
 
 # What the options do without is imported where it is used, so that --help does not wait for it. Annotations with it are
@@ -60,6 +61,8 @@ class EvaluateOptions:
     check_overlap: bool = True
     """Look for the evaluated images among those that the model was trained on: by content, where the training files are
     still here. Of a training set only files as long as an evaluated one are read."""
+    coco_benchmarks: bool = False
+    """ECCV Caption and CxC too, for COCO's Karpathy test split (the extra `eccv`; `captions_per_image` 5)."""
     output: str | None = None
     """JSON file for the figures."""
 
@@ -113,6 +116,11 @@ def measure(options: EvaluateOptions, *, calibrate: bool = False) -> Measured:
     from loopitr.evaluation.retrieval import evaluate_retrieval
 
     state = _state(options.device)
+    coco = None
+    if options.coco_benchmarks:
+        if options.data.karpathy is None:
+            raise ValueError("coco_benchmarks needs data.karpathy, COCO's own file, for the numbers of its captions")
+        coco = coco_images(options.data.karpathy, options.data.split)
     if options.data.split == "train" and state.is_main_process:
         print("warning: these are figures on the training split; they say nothing about new data", file=sys.stderr)
     device = _device(options.device, state)
@@ -130,7 +138,9 @@ def measure(options: EvaluateOptions, *, calibrate: bool = False) -> Measured:
         tokens = _tokens(options.data, saved, records, device, progress=state.is_main_process)
         texts = _text_tokens(options.data, saved, records, progress=state.is_main_process)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=options.precision == "bf16"):
-        result = evaluate_retrieval(saved.model, saved.processor, records, evaluation, tokens=tokens, text_tokens=texts)
+        result = evaluate_retrieval(
+            saved.model, saved.processor, records, evaluation, tokens=tokens, text_tokens=texts, coco=coco
+        )
     state.print(f"\n{result.table()}\n")
     return Measured(state=state, saved=saved, records=records, history=history, result=result)
 
