@@ -120,7 +120,9 @@ def measure(options: EvaluateOptions, *, calibrate: bool = False) -> Measured:
     if options.coco_benchmarks:
         if options.data.karpathy is None:
             raise ValueError("coco_benchmarks needs data.karpathy, COCO's own file, for the numbers of its captions")
-        coco = coco_images(options.data.karpathy, options.data.split)
+        from loopitr.evaluation.coco import CocoBenchmarks
+
+        coco = CocoBenchmarks(coco_images(options.data.karpathy, options.data.split))
     if options.data.split == "train" and state.is_main_process:
         print("warning: these are figures on the training split; they say nothing about new data", file=sys.stderr)
     device = _device(options.device, state)

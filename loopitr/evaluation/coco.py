@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from loopitr.data import DataError
+from loopitr.data import DataError, Record, name_of
 from loopitr.data.coco_ids import CocoImage
 
 from .gallery import Gallery
@@ -26,12 +25,93 @@ SIDES = ("i2t", "t2i")
 FRACTIONS = ("eccv_map_at_r", "eccv_rprecision")
 
 
-def load_metrics() -> Any:
-    """The ground truth: `eccv_caption.Metrics`.
+class CocoBenchmarks:
+    """ECCV Caption (arXiv 2204.03359) and CxC (arXiv 2004.15020), on COCO's Karpathy test split.
 
-    Raises:
-        ModuleNotFoundError: the package is not installed.
+    Example (needs the extra `eccv`):
+
+        coco = CocoBenchmarks(coco_images("dataset_coco.json", "test"))
+        evaluate_retrieval(model, processor, records, EvaluationOptions(captions_per_image=5), coco=coco).coco["dual"]
     """
+
+    def __init__(self, known: Mapping[str, CocoImage], metrics: Any = None) -> None:
+        """
+        Args:
+            known: COCO's numbers of the records by name (`loopitr.data.coco_ids.coco_images`).
+            metrics: the ground truth, an `eccv_caption.Metrics`; None: the package's own.
+
+        Raises:
+            ModuleNotFoundError: the package is not installed.
+        """
+        self.known, self.metrics = known, _load_metrics() if metrics is None else metrics
+
+    def figures(
+        self,
+        gallery: Gallery,
+        records: Sequence[Record],
+        widest: Nearest,
+        candidates: Nearest,
+        reranked: Mapping[str, CandidateScores],
+    ) -> dict[str, dict[str, dict[str, float]]]:
+        """Ranking -> metric -> direction -> value: `eccv_map_at_r`, `eccv_rprecision` (fractions), `eccv_r1`, `cxc_r1`,
+        `cxc_r5`, `cxc_r10` (percent).
+
+        Args:
+            gallery: the images and captions that were ranked; `records` has the images' names.
+            widest: each query's `DEPTH` most similar answers.
+            candidates: those that were reranked; `reranked` has their scores by name.
+
+        Raises:
+            DataError: the gallery is not the whole split with five captions of each image.
+        """
+        images, captions = self.numbers(gallery, [name_of(records, position) for position in gallery.positions])
+        orders = {"dual": (widest.captions.tolist(), widest.images.tolist())}
+        for name, scores in reranked.items():
+            orders[name] = (
+                _reordered(candidates.captions, scores.captions, widest.captions),
+                _reordered(candidates.images, scores.images, widest.images),
+            )
+        return {
+            name: self._measured(
+                {number: [captions[x] for x in row] for number, row in zip(images, of_images, strict=True)},
+                {number: [images[x] for x in row] for number, row in zip(captions, of_captions, strict=True)},
+            )
+            for name, (of_images, of_captions) in orders.items()
+        }
+
+    def numbers(self, gallery: Gallery, names: list[str]) -> tuple[list[int], list[int]]:
+        """COCO's numbers of a gallery's images `[I]`, called `names`, and captions `[T]`.
+
+        Raises:
+            DataError: images or captions that the benchmarks have are missing, or others are there.
+        """
+        known = [self.known.get(name) or CocoImage(-1, {}) for name in names]
+        unused = [{text: list(numbers) for text, numbers in image.captions.items()} for image in known]
+        images, captions = [image.number for image in known], list[int]()
+        for text, row in zip(gallery.captions, gallery.caption_rows.tolist(), strict=True):
+            left = unused[row].get(text)
+            captions.append(left.pop(0) if left else -1)
+        truth = self.metrics.coco_gts
+        for kind, here, wanted in (("images", images, truth["i2t"]), ("captions", captions, truth["t2i"])):
+            missing, more = len(wanted.keys() - {*here}), sum(number not in wanted for number in here)
+            if missing or more:
+                raise DataError(
+                    f"ECCV Caption and CxC are of COCO's {len(truth['i2t'])} Karpathy test images, {CAPTIONS} captions "
+                    f"each (captions_per_image): {missing} of their {kind} are missing, {more} others are there"
+                )
+        return images, captions
+
+    def _measured(self, i2t: dict[int, list[int]], t2i: dict[int, list[int]]) -> dict[str, dict[str, float]]:
+        found = {"i2t": i2t, "t2i": t2i}
+        figures = dict(self.metrics.eccv_metrics(found, "all"))
+        figures |= {f"cxc_r{k}": self.metrics.cxc_recalls(found, "all", K=k) for k in KS}
+        return {
+            name: {side: float(values[side]) * (1 if name in FRACTIONS else 100) for side in SIDES}
+            for name, values in figures.items()
+        }
+
+
+def _load_metrics() -> Any:
     if importlib.util.find_spec("eccv_caption") is None:
         raise ModuleNotFoundError(INSTALL)
     with warnings.catch_warnings():
@@ -41,87 +121,10 @@ def load_metrics() -> Any:
     return Metrics()
 
 
-@dataclass(frozen=True)
-class CocoNumbers:
-    """COCO's own numbers of a gallery's images `[I]` and captions `[T]`."""
-
-    images: list[int]
-    captions: list[int]
-
-
-def number_gallery(gallery: Gallery, names: list[str], known: Mapping[str, CocoImage], metrics: Any) -> CocoNumbers:
-    """The numbers of a gallery that is COCO's Karpathy test split, whole, with five captions of each image.
-
-    Args:
-        names: of the gallery's images, under which `known` has them.
-
-    Raises:
-        DataError: images or captions that the benchmark has are missing, or others are there.
-    """
-    images, captions = [known[name].number for name in names if name in known], list[int]()
-    unused = {
-        name: {text: list(numbers) for text, numbers in known[name].captions.items()} for name in names if name in known
-    }
-    for text, row in zip(gallery.captions, gallery.caption_rows.tolist(), strict=True):
-        numbers = unused.get(names[row], {}).get(text)
-        if not numbers:
-            raise DataError(f"{names[row]}: the caption {text!r} has no sentid in the Karpathy file")
-        captions.append(numbers.pop(0))
-    for kind, here, wanted in (
-        ("images", images, metrics.coco_gts["i2t"]),
-        ("captions", captions, metrics.coco_gts["t2i"]),
-    ):
-        missing, more = len(wanted.keys() - {*here}), len({*here} - wanted.keys())
-        if missing or more:
-            raise DataError(
-                f"ECCV Caption and CxC are of COCO's {len(metrics.coco_gts['i2t'])} Karpathy test images with "
-                f"captions_per_image {CAPTIONS}: {missing} of their {kind} are missing, and {more} others are there"
-            )
-    return CocoNumbers(images, captions)
-
-
-def coco_figures(
-    widest: Nearest,
-    candidates: Nearest,
-    reranked: Mapping[str, CandidateScores],
-    numbers: CocoNumbers,
-    metrics: Any,
-) -> dict[str, dict[str, dict[str, float]]]:
-    """Ranking -> metric -> direction -> value: `eccv_map_at_r`, `eccv_rprecision` (fractions), `eccv_r1`, `cxc_r1`, ...
-
-    Args:
-        widest: each query's `DEPTH` most similar answers.
-        candidates: those that were reranked; `reranked` has their scores by name.
-        metrics: what `load_metrics` gave.
-    """
-    orders = {"dual": (widest.captions, widest.images)}
-    for name, scores in reranked.items():
-        orders[name] = (
-            _reordered(candidates.captions, scores.captions, widest.captions),
-            _reordered(candidates.images, scores.images, widest.images),
-        )
-    return {name: _figures(*order, numbers, metrics) for name, order in orders.items()}
-
-
 def _reordered(candidates: Tensor, scores: Tensor, widest: Tensor) -> list[list[int]]:
     """The candidates by their scores, then what else is among the most similar."""
     best = candidates.gather(1, scores.argsort(dim=1, descending=True, stable=True)).tolist()
     return [own + [x for x in rest if x not in {*own}] for own, rest in zip(best, widest.tolist(), strict=True)]
-
-
-def _figures(
-    captions: Iterable[Any], images: Iterable[Any], numbers: CocoNumbers, metrics: Any
-) -> dict[str, dict[str, float]]:
-    found = {
-        "i2t": {i: [numbers.captions[int(x)] for x in row] for i, row in zip(numbers.images, captions, strict=True)},
-        "t2i": {c: [numbers.images[int(x)] for x in row] for c, row in zip(numbers.captions, images, strict=True)},
-    }
-    figures = dict(metrics.eccv_metrics(found, "all"))
-    figures |= {f"cxc_r{k}": metrics.cxc_recalls(found, "all", K=k) for k in KS}
-    return {
-        name: {side: float(values[side]) * (1 if name in FRACTIONS else 100) for side in SIDES}
-        for name, values in figures.items()
-    }
 
 
 def coco_line(figures: Mapping[str, Mapping[str, float]]) -> str:

@@ -7,20 +7,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loopitr.data import LoadReport, Record, TextTokenCache, TokenCache, name_of, relevance_of
-from loopitr.data.coco_ids import CocoImage
 from loopitr.distributed import each_rank, first_rank, rank, world_size
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.processing import LoopITRProcessor
 
 from .calibration import Gain, fit_similarity_weight, reranking_gain
-from .coco import DEPTH, coco_figures, load_metrics, number_gallery
+from .coco import DEPTH, CocoBenchmarks
 from .gallery import Gallery, account, build_gallery, evaluation_transform
 from .graded import GradedMetrics, grade
 from .image_tokens import ImageTokens
@@ -43,7 +41,7 @@ def evaluate_retrieval(
     text_tokens: TextTokenCache | None = None,
     device: str | torch.device | None = None,
     report: LoadReport | None = None,
-    coco: Mapping[str, CocoImage] | None = None,
+    coco: CocoBenchmarks | None = None,
     progress: bool = True,
 ) -> RetrievalResult:
     """Recall of all images against all captions of `records`, by the dual head alone and reranked.
@@ -69,8 +67,7 @@ def evaluate_retrieval(
         text_tokens: what the text backbone made of these records' captions earlier; it does not run then.
         device: where to move the model first; None: it stays where it is.
         report: every image and caption left out is counted here too.
-        coco: COCO's numbers of the records by name (`coco_images`): ECCV Caption and CxC are measured too, which needs the
-            extra `eccv` and the whole Karpathy test split.
+        coco: ECCV Caption and CxC are measured too, on COCO's whole Karpathy test split.
         progress: whether the first rank shows progress bars.
 
     Raises:
@@ -92,7 +89,6 @@ def evaluate_retrieval(
         (4, ['dual', 'match', 'match_plus_similarity', 'reranked'])
     """
     options = options or EvaluationOptions()
-    metrics = None if coco is None else load_metrics()  # What is not installed is named before the work.
     if options.rerank and not isinstance(model, LoopITRModel):
         kind = type(model).__name__
         raise ValueError(f"a {kind} has no fusion head to rerank with: rerank must be 0, got {options.rerank}")
@@ -130,7 +126,7 @@ def evaluate_retrieval(
             rankings.update({name: scored.ranking(values) for name, values in reranked.items()})
             gain = reranking_gain(candidates.ranking, rankings["reranked"], encoded.gallery.caption_rows)
         graded = _grade(encoded, candidates, reranked) if options.graded else {}
-        figures = {} if metrics is None or coco is None else _coco(encoded, candidates, reranked, coco, metrics)
+        figures = {} if coco is None else _coco_figures(coco, encoded, candidates, reranked)
         shortened = {dim: _candidates(encoded, 1, dim=dim).ranking for dim in options.dims}
     return RetrievalResult(
         num_images=len(encoded.gallery.positions),
@@ -265,18 +261,11 @@ def _grade(encoded: _Encoded, candidates: Nearest, reranked: Mapping[str, Candid
     )
 
 
-def _coco(
-    encoded: _Encoded,
-    candidates: Nearest,
-    reranked: Mapping[str, CandidateScores],
-    known: Mapping[str, CocoImage],
-    metrics: Any,
+def _coco_figures(
+    coco: CocoBenchmarks, encoded: _Encoded, candidates: Nearest, reranked: Mapping[str, CandidateScores]
 ) -> dict[str, dict[str, dict[str, float]]]:
-    gallery = encoded.gallery
-    names = [name_of(encoded.images.records, position) for position in gallery.positions]
-    numbers = number_gallery(gallery, names, known, metrics)
     widest = _candidates(encoded, DEPTH)
-    return first_rank(lambda: coco_figures(widest, candidates, reranked, numbers, metrics))
+    return first_rank(lambda: coco.figures(encoded.gallery, encoded.images.records, widest, candidates, reranked))
 
 
 def _share(count: int) -> range:
