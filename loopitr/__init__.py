@@ -27,11 +27,15 @@ if TYPE_CHECKING:
     from loopitr.evaluation.options import EvaluationOptions
     from loopitr.evaluation.retrieval import evaluate_retrieval
     from loopitr.export.dual import export_dual
+    from loopitr.export.onnx import export_onnx
+    from loopitr.export.sentence_transformers import export_sentence_transformers
+    from loopitr.export.towers import export_tower
     from loopitr.models.config import DualEncoderConfig, LoopITRConfig
     from loopitr.models.dual_encoder import DualEncoder
     from loopitr.models.loop_model import LoopITRModel
     from loopitr.models.outputs import DualOutput, ImageState, PairScores, TextState
     from loopitr.models.processing import LoopITRProcessor
+    from loopitr.models.towers import ImageTower, TextTower
     from loopitr.objective.build import build_objective
     from loopitr.objective.contrastive_terms import Contrastive, SigmoidContrastive
     from loopitr.objective.loop_objective import LoopObjective
@@ -49,7 +53,9 @@ if TYPE_CHECKING:
         WordPrediction,
     )
     from loopitr.objective.word_masking import token_masking
+    from loopitr.search.indexing import build_index
     from loopitr.search.retriever import Retriever
+    from loopitr.search.searcher import Searcher
     from loopitr.training.options import TrainOptions
     from loopitr.training.trainer import Trainer
 
@@ -66,6 +72,7 @@ _MODULES = {
     "FrozenContrast": "loopitr.objective.structure_terms",
     "FusionOptions": "loopitr.building.options",
     "ImageState": "loopitr.models.outputs",
+    "ImageTower": "loopitr.models.towers",
     "LoadReport": "loopitr.data.records",
     "LoopITRConfig": "loopitr.models.config",
     "LoopITRModel": "loopitr.models.loop_model",
@@ -82,6 +89,7 @@ _MODULES = {
     "Record": "loopitr.data.records",
     "Retriever": "loopitr.search.retriever",
     "Sample": "loopitr.objective.mining",
+    "Searcher": "loopitr.search.searcher",
     "SigmoidContrastive": "loopitr.objective.contrastive_terms",
     "Stratified": "loopitr.objective.mining",
     "StructureTransfer": "loopitr.objective.structure_terms",
@@ -90,15 +98,20 @@ _MODULES = {
     "TermOutput": "loopitr.objective.terms",
     "TextOptions": "loopitr.building.options",
     "TextState": "loopitr.models.outputs",
+    "TextTower": "loopitr.models.towers",
     "TopK": "loopitr.objective.mining",
     "TrainOptions": "loopitr.training.options",
     "Trainer": "loopitr.training.trainer",
     "VisionOptions": "loopitr.building.options",
     "WordPrediction": "loopitr.objective.terms",
+    "build_index": "loopitr.search.indexing",
     "build_model": "loopitr.building.build",
     "build_objective": "loopitr.objective.build",
     "evaluate_retrieval": "loopitr.evaluation.retrieval",
     "export_dual": "loopitr.export.dual",
+    "export_onnx": "loopitr.export.onnx",
+    "export_sentence_transformers": "loopitr.export.sentence_transformers",
+    "export_tower": "loopitr.export.towers",
     "load": "loopitr.building.folders",
     "load_records": "loopitr.data.sources",
     "token_masking": "loopitr.objective.word_masking",

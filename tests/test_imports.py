@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "building": {"checks", "models"},
     "evaluation": {"checks", "data", "lazy", *MODELS_UP},
     "convert": {"building", "cli", "models"},
-    "export": {"building", "models"},
+    "export": {"building", "data", "evaluation", "models"},
     "search": {"building", "checks", "data", "evaluation", "models", "rgb"},
     "training": {
         *("building", "checks", "data", "evaluation", "objective", "objective.losses", "objective.mining"),

@@ -30,7 +30,7 @@ from loopitr.models.config import LoopITRConfig
 from loopitr.models.fusion import BertParts
 from loopitr.models.heads import MLMHead
 from loopitr.models.image_backbone import create_timm, fit_weights, vision_data
-from loopitr.models.loop_model import LoopITRModel
+from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.lora import add_lora
 from loopitr.models.processing import LoopITRProcessor, image_processor, limit_length, set_image_size, word_tokenizer
 from loopitr.models.text_backbone import bert_layers
@@ -92,19 +92,38 @@ def token_cache_key(model: LoopITRModel, processor: LoopITRProcessor) -> str:
 def text_cache_key(model: LoopITRModel, processor: LoopITRProcessor) -> str:
     """Digest of all that caption tokens depend on: the text backbone's weights, where fusion starts, the tokenizer."""
     config, tokenizer = model.config, processor.tokenizer
-    fast = getattr(tokenizer, "backend_tokenizer", None)
-    rules = tokenizer.get_vocab() if fast is None else json.loads(fast.to_str())
-    if fast is not None:  # what the latest call asked for, which every call asks for anew
-        del rules["truncation"], rules["padding"]
     described = [
         config.text,
         config.text_pooling,
         {name: config.fusion[name] for name in ("style", "num_layers", "first_token_id")},
-        type(tokenizer).__name__,
-        tokenizer.model_max_length,
-        rules,
+        *_tokenizer_rules(tokenizer),
     ]
     return _digest(described, model.dual.text)
+
+
+def dual_key(dual: DualEncoder, processor: LoopITRProcessor) -> str:
+    """Digest of all that embeds depend on: the dual encoder's weights and settings, the transform and the tokenizer.
+
+    A model and the dual encoder that is exported from it have the same one.
+    """
+    config = dual.config
+    described = [
+        config.vision,
+        config.text,
+        config.vision_pooling,
+        config.text_pooling,
+        processor.image_processor.to_dict(),
+        *_tokenizer_rules(processor.tokenizer),
+    ]
+    return _digest(described, dual)
+
+
+def _tokenizer_rules(tokenizer: Any) -> list[Any]:
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    rules = tokenizer.get_vocab() if fast is None else json.loads(fast.to_str())
+    if fast is not None:  # what the latest call asked for, which every call asks for anew
+        del rules["truncation"], rules["padding"]
+    return [type(tokenizer).__name__, tokenizer.model_max_length, rules]
 
 
 def _digest(described: Any, backbone: nn.Module) -> str:

@@ -3,12 +3,12 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from loopitr.commands.evaluate import EvaluateOptions, measure
+from loopitr.commands.evaluate import MeasureOptions, measure
 from loopitr.data import DataOptions
 
 
 @dataclass
-class CalibrateOptions(EvaluateOptions):
+class CalibrateOptions(MeasureOptions):
     """What is fitted, on what."""
 
     data: DataOptions = field(default_factory=lambda: DataOptions(split="val"))

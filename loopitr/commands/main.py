@@ -8,20 +8,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 
 from loopitr.cli import parse, run
 
-HEAD = """\
-usage: loopitr COMMAND [options]
+from .subcommands import Command, dispatch
 
-Image-text retrieval: what is done with a trained model of a dual and a cross encoder.
-
-commands:
-"""
-FOOT = """
+ABOUT = "Image-text retrieval: what is done with a trained model of a dual and a cross encoder.\n"
+FOOT = """\
 options:
   --help, --version
 
@@ -38,8 +33,10 @@ Fits the weight w of the reranking score, match score + w x similarity / tempera
 RUN's config.json.
 """
 EXPORT = """\
-Writes the dual encoder of a trained model, without the fusion head, as a folder that `DualEncoder.from_pretrained` and
-`AutoProcessor.from_pretrained` load.
+loopitr export RUN OUT [--to transformers|onnx|sentence-transformers] [--tower image|text]
+
+Writes a trained model in a form that others load: its dual encoder, or one tower of it, for `from_pretrained`; towers
+and fusion head as ONNX graphs; a SentenceTransformer folder of stock modules.
 """
 
 
@@ -49,17 +46,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _dispatch(arguments: Sequence[str]) -> None:
-    name, rest = (arguments[0], arguments[1:]) if arguments else ("", ())
-    if name in ("-h", "--help"):
-        width = max(map(len, COMMANDS)) + 2
-        print(HEAD + "".join(f"  {name:{width}}{command.line}\n" for name, command in COMMANDS.items()) + FOOT, end="")
-    elif name == "--version":
+    if arguments and arguments[0] == "--version":
         print(f"loopitr {importlib.metadata.version('loopitr')}")
-    elif name in COMMANDS:
-        COMMANDS[name].run(rest)
     else:
-        given = f"unknown command {name!r}" if name else "no command is given"
-        raise ValueError(f"{given}; known: {', '.join(COMMANDS)} (loopitr --help says what they do)")
+        dispatch("loopitr", ABOUT, FOOT, COMMANDS, arguments)
+
+
+def _search(arguments: Sequence[str]) -> None:
+    from loopitr.commands.search import main as search
+
+    search(arguments)
 
 
 def _evaluate(arguments: Sequence[str]) -> None:
@@ -77,7 +73,15 @@ def _calibrate(arguments: Sequence[str]) -> None:
 def _export(arguments: Sequence[str]) -> None:
     from loopitr.commands.export import ExportOptions, export
 
-    export(parse(ExportOptions, arguments, description=EXPORT, program="loopitr export"))
+    given = _named(arguments, ("model", "output"))
+    export(parse(ExportOptions, given, description=EXPORT, program="loopitr export"))
+
+
+def _named(arguments: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The words before the first option become the values of these options, in this order."""
+    count = next((index for index, word in enumerate(arguments) if word.startswith("-")), len(arguments))
+    given = [word for name, value in zip(names, arguments[:count]) for word in (f"--{name}", value)]
+    return [*given, *arguments[min(count, len(names)) :]]
 
 
 def _convert(arguments: Sequence[str]) -> None:
@@ -86,18 +90,11 @@ def _convert(arguments: Sequence[str]) -> None:
     convert(arguments, program="loopitr convert")
 
 
-@dataclass(frozen=True)
-class Command:
-    """A subcommand: its line in `--help`, and what runs it on its arguments."""
-
-    line: str
-    run: Callable[[Sequence[str]], None]
-
-
 COMMANDS = {
+    "search": Command("index images; find them by text or by image", _search),
     "evaluate": Command("recall of a saved model on any data, dual and reranked", _evaluate),
     "calibrate": Command("fit the weight of the similarity in a saved model's reranking score", _calibrate),
-    "export": Command("write the dual encoder of a saved model as a folder of its own", _export),
+    "export": Command("write a saved model for transformers, ONNX or sentence-transformers", _export),
     "convert": Command("make a model folder of a public ALBEF or BLIP checkpoint", _convert),
 }
 

@@ -25,6 +25,7 @@ class EvaluationOptions:
         dims: the dual encoder is also measured at the first so many dimensions of its embeds.
         calibrate: whether the weight of the similarity in the reranking score is fitted on these candidates
             (`calibration.py`), instead of the model's `config.similarity_weight`; the model is not changed.
+        examples: queries of each direction that the result has with their first answers, for `gallery_page`; 0: none.
         batch_size: captions, and images up to `image_block`, that are encoded at a time.
         image_block: images whose tokens, keys and values are held at a time while reranking.
         pair_block: pairs that are scored at a time.
@@ -47,6 +48,7 @@ class EvaluationOptions:
     graded: bool = True
     dims: Sequence[int] = ()
     calibrate: bool = False
+    examples: int = 0
     batch_size: int = 64
     image_block: int = 32
     pair_block: int = 1024
@@ -54,7 +56,7 @@ class EvaluationOptions:
     token_storage: TokenStorage = field(default_factory=TokenStorage)
 
     def __post_init__(self) -> None:
-        check_at_least(0, rerank=self.rerank, num_workers=self.num_workers)
+        check_at_least(0, rerank=self.rerank, examples=self.examples, num_workers=self.num_workers)
         check_at_least(
             1,
             batch_size=self.batch_size,

@@ -12,6 +12,7 @@ from loopitr.models.scoring import DUAL_ALONE
 
 from .calibration import Gain
 from .coco import coco_line
+from .examples import Examples
 from .graded import GradedMetrics
 from .ranking import KS, Ranking
 
@@ -35,6 +36,7 @@ class RetrievalResult:
         calibrated: whether that weight was fitted on these very candidates.
         gain: of reranking over the dual encoder; None with `k = 0`.
         coco: figures of ECCV Caption and CxC of each of the rankings; empty where they were not asked for.
+        examples: queries with their first answers, by direction (`i2t`, `t2i`); empty where none were asked for.
         shortened: rankings of the dual encoder by the first so many dimensions of its embeds alone.
     """
 
@@ -50,6 +52,7 @@ class RetrievalResult:
     similarity_weight: float | None = None
     calibrated: bool = False
     gain: Gain | None = None
+    examples: dict[str, Examples] = field(default_factory=dict)
     shortened: dict[int, Ranking] = field(default_factory=dict)
     coco: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
 

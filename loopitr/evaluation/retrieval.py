@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,9 @@ from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.processing import LoopITRProcessor
 
 from .calibration import Gain, fit_similarity_weight, reranking_gain
+from .clock import Clock
 from .coco import DEPTH, CocoBenchmarks
+from .examples import SHOWN, Examples, Reranked, choose_examples
 from .gallery import Gallery, account, build_gallery, evaluation_transform
 from .graded import GradedMetrics, grade
 from .image_tokens import ImageTokens
@@ -95,7 +96,7 @@ def evaluate_retrieval(
     if device is not None:
         nn.Module.to(model, device)
     dual = model.dual_encoder() if isinstance(model, LoopITRModel) else model
-    clock = _Clock(dual.logit_scale.device)
+    clock = Clock(dual.logit_scale.device)
     images = ImageTokens(
         dual,
         records,
@@ -108,9 +109,11 @@ def evaluate_retrieval(
     with _evaluating(model), torch.inference_mode():
         encoded = _encode(model, processor, images, options, text_cache=text_tokens, report=report, progress=progress)
         clock.lap("encode")
-        candidates = _candidates(encoded, max(1, options.rerank))
+        candidates = _candidates(encoded, options.rerank or (SHOWN if options.examples else 1))
         rankings = {"dual": candidates.ranking}
         clock.lap("rank")
+        examples: dict[str, Examples] = {}
+        in_new_order: Reranked | None = None
         pairs, reranked = torch.empty(0, 2, dtype=torch.int64), dict[str, CandidateScores]()
         weight: float | None = None
         gain: Gain | None = None
@@ -125,6 +128,9 @@ def evaluate_retrieval(
             reranked = scored.reranked(weight)
             rankings.update({name: scored.ranking(values) for name, values in reranked.items()})
             gain = reranking_gain(candidates.ranking, rankings["reranked"], encoded.gallery.caption_rows)
+            in_new_order = Reranked(match=scored.match, scores=reranked["reranked"], ranking=rankings["reranked"])
+        if options.examples:
+            examples = choose_examples(candidates, encoded.gallery, in_new_order, number=options.examples)
         graded = _grade(encoded, candidates, reranked) if options.graded else {}
         figures = {} if coco is None else _coco_figures(coco, encoded, candidates, reranked)
         shortened = {dim: _candidates(encoded, 1, dim=dim).ranking for dim in options.dims}
@@ -141,6 +147,7 @@ def evaluate_retrieval(
         similarity_weight=weight,
         calibrated=weight is not None and options.calibrate,
         gain=gain,
+        examples=examples,
         shortened=shortened,
         coco=figures,
     )
@@ -271,20 +278,6 @@ def _coco_figures(
 def _share(count: int) -> range:
     """This rank's of `count` items: ranks' shares are consecutive and differ by one at most."""
     return range(rank() * count // world_size(), (rank() + 1) * count // world_size())
-
-
-class _Clock:
-    """Seconds by name, of work that is done: a GPU is waited for."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.laps = device, dict[str, float]()
-        self.last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        self.laps[name], self.last = now - self.last, now
 
 
 @contextmanager

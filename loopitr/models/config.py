@@ -202,3 +202,56 @@ class LoopITRConfig(DualEncoderConfig):
         parameters = inspect.signature(DualEncoderConfig).parameters.values()
         names = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
         return DualEncoderConfig(**{name: getattr(self, name) for name in names})
+
+
+class ImageTowerConfig(PreTrainedConfig):
+    """The image side of a dual encoder alone; the arguments are those of `DualEncoderConfig`."""
+
+    model_type = "loopitr_image"
+
+    def __init__(
+        self,
+        *,
+        vision: dict[str, Any] | None = None,
+        vision_pooling: str = "backbone",
+        embed_dim: int = 256,
+        projection: str = "affine",
+        lora: dict[str, dict[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.vision = _merged("vision", vision, VISION_DEFAULTS)
+        _positive("vision.image_size", self.vision["image_size"])
+        _one_of("vision_pooling", vision_pooling, POOLINGS)
+        self.vision_pooling = vision_pooling
+        _set_head(self, embed_dim, projection)
+        self.lora = lora
+        super().__init__(**kwargs)
+
+
+class TextTowerConfig(PreTrainedConfig):
+    """The text side of a dual encoder alone; the arguments are those of `DualEncoderConfig`."""
+
+    model_type = "loopitr_text"
+
+    def __init__(
+        self,
+        *,
+        text: dict[str, Any] | None = None,
+        text_pooling: str = "mean",
+        embed_dim: int = 256,
+        projection: str = "affine",
+        lora: dict[str, dict[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.text = dict(text) if text else dict(TEXT_DEFAULTS)
+        _one_of("text_pooling", text_pooling, POOLINGS)
+        self.text_pooling = text_pooling
+        _set_head(self, embed_dim, projection)
+        self.lora = lora
+        super().__init__(**kwargs)
+
+
+def _set_head(config: Any, embed_dim: int, projection: str) -> None:
+    _positive("embed_dim", embed_dim)
+    _one_of("projection", projection, PROJECTIONS)
+    config.embed_dim, config.projection = embed_dim, projection

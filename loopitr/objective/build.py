@@ -123,7 +123,7 @@ def build_terms(
         StructureTransfer(options.cmd, source=options.structure_source),
         FrozenContrast(options.cmc, source=options.structure_source),
         WordPrediction(masking, options.mlm or 0.0),
-        Agreement(options.agreement),
+        Agreement(options.agreement or 0.0),
     ]
     return [term for term in terms if term.weight]
 

@@ -222,7 +222,7 @@ class LoopObjective(nn.Module):
                 output = output if isinstance(output, TermOutput) else TermOutput(output)
                 outputs[term.name] = output
                 loss = loss + weight * output.loss
-        metrics = {"temperature": 1 / self.model.dual.scale.detach(), **step.metrics()}
+        metrics = {"temperature": 1 / self.model.dual.scale.detach(), **step.spread(), **step.metrics()}
         for output in outputs.values():
             metrics |= output.metrics
         return StepOutput(loss, {name: output.loss for name, output in outputs.items()}, metrics)

@@ -54,8 +54,9 @@ class ObjectiveOptions:
     """Which tokens `mlm` may mask: all, or those of content alone, which few captions share (`mlm_common`)."""
     mlm_common: float = 0.1
     """`mlm_words: content`: tokens that stand in at least this part of the training captions are never masked."""
-    agreement: float = 0.0
-    """Weight of InfoNCE on the token agreement of all pairs of the batch (needs a model with fusion.agreement)."""
+    agreement: float | None = None
+    """Weight of InfoNCE on the token agreement of all pairs of the batch (needs a model with fusion.agreement). Unset:
+    1 in a run whose model has it and starts from scratch, otherwise 0."""
     num_negatives: int = 4
     """K, hard negatives per image and per text."""
     itm_negatives: int | None = None
@@ -145,4 +146,4 @@ class ObjectiveOptions:
     @property
     def scores_pairs(self) -> bool:
         """Whether a term asks for match scores, or trains a part of them."""
-        return self.itm > 0 or self.lce > 0 or self.distillation > 0 or self.agreement > 0
+        return self.itm > 0 or self.lce > 0 or self.distillation > 0 or bool(self.agreement)

@@ -197,6 +197,11 @@ class Step:
         words = self.model.dual.text.model.get_input_embeddings().weight
         return PredictedWords(logits=head(fused[chosen], words), labels=labels[chosen])
 
+    def spread(self) -> dict[str, Tensor]:
+        """Mean cosine between the different images, and texts, of this rank: near 1 the dual head tells none apart."""
+        sides = {"image": self.encoded.images.embeds, "text": self.encoded.texts.embeds}
+        return {f"{side}_similarity": _mean_cosine(embeds.detach().float()) for side, embeds in sides.items()}
+
     def metrics(self) -> dict[str, Tensor]:
         """What is worth logging of the parts that a term has asked for."""
         if "match" not in self.__dict__:
@@ -204,10 +209,16 @@ class Step:
         match, student = self.match, self.match.student.detach()
         trained = 1 + (self.objective.trained_negatives or self.objective.miner.num_negatives)
         negatives = [x.flatten(0, 1)[:, 1:] for x in (student, match.scores.detach(), match.valid)]
-        return {
+        metrics = {
             "itm_accuracy": losses.itm_accuracy(*match.as_pairs(trained)),
             "rank_agreement": losses.kendall_tau(*negatives),
         }
+        if self.objective.miner.num_negatives > 2:  # Of two negatives one is hard and one easy: neither has an order.
+            *scores, valid = negatives
+            hard = losses.hard_above_mean(scores[1], valid)
+            metrics["rank_agreement_hard"] = losses.kendall_tau(*scores, hard)
+            metrics["rank_agreement_easy"] = losses.kendall_tau(*scores, valid & ~hard)
+        return metrics
 
     @cached_property
     def _projected(self) -> ImageState:
@@ -265,6 +276,12 @@ def _shown_together(queries: Tensor, own: Tensor, others: Tensor) -> Tensor:
     same = (queries[:, None] == own).to(torch.float32)  # [B, G]
     groups = torch.zeros_like(same).index_add_(1, group, same) > 0  # [B, G] whether a row of query i is in the group
     return groups.index_select(1, group)
+
+
+def _mean_cosine(embeds: Tensor) -> Tensor:
+    """Of all pairs of different rows of `[B, E]`, unit vectors; 0 with one row."""
+    count = len(embeds)
+    return (embeds.sum(0).square().sum() - count) / max(1, count * (count - 1))
 
 
 def _gather_queries(x: Tensor) -> Tensor:

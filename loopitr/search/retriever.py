@@ -15,6 +15,7 @@ from loopitr.checks import check_at_least
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.processing import LoopITRProcessor
 
+from .cross_encoding import ReportedMetrics, shows_progress
 from .encoding import Portions, dual_of, encode_images, encode_texts, score_all, score_pairs
 from .inputs import given_images, given_pairs, given_texts, is_one, is_text, kind_of, listed
 from .quantisation import VectorForm
@@ -62,6 +63,7 @@ class Retriever:
     ) -> None:
         """`model` stays on its device and goes into eval mode; `source` is where it comes from, for its card."""
         self.model, self.processor, self.source = model.eval(), processor, source
+        self.model_card_data = ReportedMetrics()
 
     @classmethod
     def from_pretrained(
@@ -198,14 +200,22 @@ class Retriever:
         show_progress: bool = True,
         num_workers: int = 0,
         convert_to_tensor: bool = False,
+        show_progress_bar: bool | None = None,
+        convert_to_numpy: bool = True,
+        prompt_name: str | None = None,
     ) -> np.ndarray | Tensor:
         """Reranking scores `[P]` (float64) of (text, image) pairs; of one pair, its score.
 
-        An image that occurs in several pairs, as the same object or the same path, is opened and encoded once.
+        An image that occurs in several pairs, as the same object or the same path, is opened and encoded once. The last
+        three arguments are those of a `CrossEncoder`, so that sentence-transformers' `CrossEncoderRerankingEvaluator`
+        can be called on a `Retriever`.
 
         Args:
-            pairs: a list of (text, image), or one pair.
+            pairs: a list of (text, image), or one pair; (image, text) too, where the image is not a path in a str.
             batch_size: images whose tokens, keys and values are held at a time.
+            show_progress_bar: goes before `show_progress` where it is given.
+            convert_to_numpy: False: as `convert_to_tensor`.
+            prompt_name: None, since there are no prompts.
 
         Raises:
             ValueError: the model is a dual encoder alone; what is no pair of a text and an image, named by its
@@ -214,11 +224,15 @@ class Retriever:
         if not isinstance(self.model, LoopITRModel):
             kind = type(self.model).__name__
             raise ValueError(f"a {kind} has no fusion head to predict with; rank and similarity go by its vectors")
-        portions = Portions(batch_size=batch_size, num_workers=num_workers, progress=show_progress)
+        if prompt_name is not None:
+            raise ValueError(f"there are no prompts: prompt_name must be None, got {prompt_name!r}")
+        progress = shows_progress(show_progress, show_progress_bar)
+        portions = Portions(batch_size=batch_size, num_workers=num_workers, progress=progress)
         given = given_pairs(pairs)
         rows = torch.tensor(given.pairs, dtype=torch.int64).view(-1, 2)  # [P, 2]
         scores = score_pairs(self.model, self.processor, given.images, given.texts, rows, portions)
-        return _output(scores.numpy(), alone=given.alone, convert_to_tensor=convert_to_tensor)
+        tensor = convert_to_tensor or not convert_to_numpy
+        return _output(scores.numpy(), alone=given.alone, convert_to_tensor=tensor)
 
     def rank(
         self,
@@ -230,6 +244,7 @@ class Retriever:
         batch_size: int = 32,
         show_progress: bool = True,
         num_workers: int = 0,
+        show_progress_bar: bool | None = None,
     ) -> list[dict[str, Any]]:
         """The `top_k` best candidates, best first, as `{"corpus_id": position, "score": score}`.
 
@@ -243,12 +258,14 @@ class Retriever:
             top_k: how many are returned; None: all.
             return_documents: put each candidate itself beside its score, as `text` or `image`.
             batch_size: images whose tokens, keys and values are held at a time.
+            show_progress_bar: as of `predict`.
 
         Raises:
             ValueError: a query that is a list, candidates of both kinds, or what `predict` does not take.
         """
         check_at_least(1, top_k=top_k)
-        portions = Portions(batch_size=batch_size, num_workers=num_workers, progress=show_progress)
+        progress = shows_progress(show_progress, show_progress_bar)
+        portions = Portions(batch_size=batch_size, num_workers=num_workers, progress=progress)
         parts = (self.model, self.processor)
         if is_text(query):
             images, _ = given_images(candidates)

@@ -1,0 +1,53 @@
+"""A program of several commands, of which each is imported when it is chosen."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: its line in `--help`, and what runs it on its arguments."""
+
+    line: str
+    run: Callable[[Sequence[str]], None]
+
+
+def dispatch(program: str, about: str, foot: str, commands: Mapping[str, Command], arguments: Sequence[str]) -> None:
+    """Run the command that comes first, or print what there is.
+
+    Raises:
+        ValueError: none, or an unknown one.
+    """
+    name, rest = (arguments[0], arguments[1:]) if arguments else ("", ())
+    if name in ("-h", "--help"):
+        width = max(map(len, commands)) + 2
+        lines = "".join(f"  {name:{width}}{command.line}\n" for name, command in commands.items())
+        print(f"usage: {program} COMMAND [options]\n\n{about}\ncommands:\n{lines}\n{foot}", end="")
+    elif name in commands:
+        commands[name].run(rest)
+    else:
+        given = f"unknown command {name!r}" if name else "no command is given"
+        raise ValueError(f"{given}; known: {', '.join(commands)} ({program} --help says what they do)")
+
+
+def positional(arguments: Sequence[str], *names: str, rest: str | None = None) -> list[str]:
+    """Arguments whose first words, up to an option, are the values of the options `names` in this order.
+
+    More words become a list, the value of the option `rest`.
+
+    Raises:
+        ValueError: more words than names, where there is no `rest`.
+    """
+    words = list(arguments)
+    count = next((place for place, word in enumerate(words) if word.startswith("-") and len(word) > 1), len(words))
+    given, options = words[:count], words[count:]
+    if len(given) > len(names) and rest is None:
+        wanted = " ".join(name.upper() for name in names)
+        raise ValueError(f"one too many: {given[len(names)]!r}; wanted are {wanted}, and quotes around several words")
+    flags = [f"--{name}={word}" for name, word in zip(names, given)]
+    if given[len(names) :]:
+        flags.append(f"--{rest}={json.dumps(given[len(names) :])}")
+    return [*flags, *options]

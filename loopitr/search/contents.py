@@ -1,0 +1,103 @@
+"""What an index keeps of each image so that none has to be opened again: tokens for reranking, and the bytes of images
+that are no files. A LanceDB table of its own, here or in object storage."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .lance import ALL, _delete, _line, _names, _put, connect
+from .manifest import TOKEN_TYPES, Manifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Content:
+    """Of one image: `tokens [N, D]` or None, and its `encoded` file or None."""
+
+    tokens: Tensor | None
+    encoded: bytes | None
+
+
+class Contents:
+    """Tokens and encoded images by id."""
+
+    def __init__(self, table: Any, manifest: Manifest) -> None:
+        self.table = table
+        self.dtype = getattr(torch, TOKEN_TYPES[manifest.tokens]) if manifest.tokens else None
+        self.shape = manifest.token_shape
+
+    @classmethod
+    def open(cls, folder: str | Path, manifest: Manifest, *, create: bool = False) -> Contents:
+        """
+        Raises:
+            ValueError: there is no such table, or it is damaged, or the storage does not answer.
+        """
+        import pyarrow as pa
+
+        place = manifest.contents or folder
+        database = connect(place)
+        columns = [("id", pa.int64()), ("tokens", pa.large_binary()), ("encoded", pa.large_binary())]
+        try:
+            if create and "contents" not in _names(database):
+                database.create_table("contents", schema=pa.schema(columns))
+            return cls(database.open_table("contents"), manifest)
+        except (ValueError, RuntimeError, OSError) as error:
+            raise ValueError(f"the contents of an index cannot be opened in {place}: {_line(error)}") from error
+
+    def ids(self) -> list[int]:
+        return self.table.search(None).select(["id"]).limit(ALL).to_arrow()["id"].to_pylist()
+
+    def put(
+        self, ids: Sequence[int], tokens: Tensor | None, encoded: Sequence[bytes | None], replaced: Collection[int]
+    ) -> None:
+        """Keep `tokens [n, N, D]` (already in the type that they are kept in) and `encoded` images."""
+        import pyarrow as pa
+
+        raw: list[bytes | None] = [None] * len(ids)
+        if tokens is not None:
+            raw = [memoryview(row.contiguous().view(torch.uint8).numpy()).tobytes() for row in tokens]
+        if tokens is None and not any(encoded):
+            return
+        columns = {
+            "id": pa.array(ids, pa.int64()),
+            "tokens": pa.array(raw, pa.large_binary()),
+            "encoded": pa.array(encoded, pa.large_binary()),
+        }
+        _put(self.table, pa.table(columns), replace=bool(replaced))
+
+    def get(self, ids: Sequence[int], *, encoded: bool = False) -> dict[int, Content]:
+        """Of the images that there is something of.
+
+        Args:
+            encoded: read the encoded images rather than the tokens.
+        """
+        if not ids:
+            return {}
+        wanted = "encoded" if encoded else "tokens"
+        query = self.table.search(None).where(f"id IN ({', '.join(map(str, ids))})")
+        rows = query.select(["id", wanted]).limit(len(ids)).to_arrow()
+        return {
+            number.as_py(): self._content(cell.as_buffer(), encoded=encoded)
+            for number, cell in zip(rows["id"], rows[wanted])
+            if cell.is_valid
+        }
+
+    def delete(self, ids: Sequence[int]) -> None:
+        _delete(self.table, ids)
+
+    def finish(self) -> None:
+        from datetime import timedelta
+
+        self.table.optimize(cleanup_older_than=timedelta(hours=1))
+
+    def _content(self, buffer: Any, *, encoded: bool) -> Content:
+        if encoded:
+            return Content(tokens=None, encoded=buffer.to_pybytes())
+        assert self.dtype is not None and self.shape is not None
+        values = torch.frombuffer(bytearray(buffer), dtype=self.dtype)
+        return Content(tokens=values.view(self.shape), encoded=None)

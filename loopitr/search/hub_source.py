@@ -1,0 +1,101 @@
+"""What is indexed of a `datasets` source: files by their paths, and images that are stored in it by their rows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from loopitr.data.columns import image_value
+from loopitr.data.hub import DataFiles, load_images
+
+from .sources import Source, Stamp, free_name, shown
+
+
+@dataclass
+class HubSource(Source):
+    """Rows of a `datasets` split that have an image. Their columns of numbers and text are kept."""
+
+    dataset: Any = None
+    image_column: str = "image"
+    name_of_source: str = ""
+    rows: list[int] = field(default_factory=list)
+    stamps: list[Stamp] = field(default_factory=list)
+    files: list[str | None] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._others = self.dataset.select_columns(
+            [name for name, feature in self.dataset.features.items() if name != self.image_column and _is_kept(feature)]
+        )
+        self._images = self.dataset.select_columns([self.image_column])
+        row = 0
+        for batch in self._images.iter(batch_size=100):
+            for cell in batch[self.image_column]:
+                self._look_at(row, cell)
+                row += 1
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, position: int) -> str:
+        file = self.files[position]
+        return self._row_name(self.rows[position]) if file is None else shown(file)
+
+    def file(self, position: int) -> bytes:
+        file = self.files[position]
+        return b"" if file is None else os.fsencode(file)
+
+    def stamp(self, position: int) -> Stamp:
+        return self.stamps[position]
+
+    def columns(self, position: int) -> Mapping[str, Any]:
+        row = self._others[self.rows[position]] if self._others.column_names else {}
+        named = {free_name(name): value for name, value in row.items()}
+        return {name: "\n".join(value) if isinstance(value, list) else value for name, value in named.items()}
+
+    def image(self, position: int) -> str | bytes:
+        file = self.files[position]
+        if file is not None:
+            return file
+        return image_value(self._images[self.rows[position]][self.image_column], self.name(position)) or b""
+
+    def _look_at(self, row: int, cell: Any) -> None:
+        image = image_value(cell, self._row_name(row))
+        if image is None:
+            self.skipped.append((self._row_name(row), "no image"))
+            return
+        file = os.path.abspath(image) if isinstance(image, str) else None
+        stamp = (len(image), 0)
+        if file is not None:
+            try:
+                found = os.stat(file)
+            except OSError as error:
+                self.skipped.append((shown(file), error.strerror or type(error).__name__))
+                return
+            stamp = (found.st_size, found.st_mtime_ns // 1000)
+        self.rows.append(row)
+        self.stamps.append(stamp)
+        self.files.append(file)
+
+    def _row_name(self, row: int) -> str:
+        return f"{self.name_of_source} row {row}"
+
+
+def hub_source(path: str, split: str, image_column: str | None = None, data_files: DataFiles = None) -> HubSource:
+    """The images of one split. `path` is a hub id, a local folder, or a format name beside `data_files`.
+
+    Raises:
+        DataError: `datasets` cannot load the source, it has no such split, or the image column is unclear.
+    """
+    dataset, column = load_images(path, split, image_column, data_files)
+    named = path if data_files is None else f"{path} {data_files}"
+    return HubSource(dataset=dataset, image_column=column, name_of_source=f"{named}[{split}]")
+
+
+def _is_kept(feature: Any) -> bool:
+    """Numbers, text and lists of text."""
+    inner = getattr(feature, "feature", feature)
+    kind = str(getattr(inner, "dtype", ""))
+    is_text = kind in ("string", "large_string")
+    return is_text or (inner is feature and kind.startswith(("int", "uint", "float", "bool")))

@@ -1,0 +1,264 @@
+"""An index in LanceDB: the vectors of images with the columns that searches filter by, and, apart, their tokens."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .sources import Stamp
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+ALL = 2**32 - 1  # no limit
+INDEXED_FROM = 20_000  # images: searching so many one by one takes longer than an index does
+EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+HIDDEN = ("id", "file", "embed")  # columns that are no one's business
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """An image of an index: its `id`, the bytes of its path, how it is shown, and its other columns."""
+
+    id: int
+    file: bytes
+    path: str
+    similarity: float
+    columns: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """An image to keep, with its embed `[E]`."""
+
+    id: int
+    file: bytes
+    path: str
+    stamp: Stamp
+    width: int
+    height: int
+    columns: Mapping[str, Any]
+    embed: np.ndarray
+
+
+def connect(folder: str | Path) -> Any:
+    """
+    Raises:
+        ModuleNotFoundError: LanceDB is not installed.
+    """
+    try:
+        import lancedb
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('searching needs LanceDB: pip install "loopitr[search]"') from error
+    return lancedb.connect(str(folder))
+
+
+class LanceImages:
+    """The table of an index's images. What is written is there completely or not at all."""
+
+    def __init__(self, table: Any, embed_dim: int) -> None:
+        self.table, self.embed_dim = table, embed_dim
+
+    @classmethod
+    def open(cls, folder: str | Path, embed_dim: int, *, create: bool = False) -> LanceImages:
+        """
+        Raises:
+            ValueError: there is no such table, or it is damaged.
+        """
+        database = connect(folder)
+        try:
+            if create and "images" not in _names(database):
+                database.create_table("images", schema=_schema(embed_dim))
+            return cls(database.open_table("images"), embed_dim)
+        except (ValueError, RuntimeError, OSError) as error:
+            raise ValueError(f"{folder} is a damaged index: {_line(error)}; index again into another folder") from error
+
+    def __len__(self) -> int:
+        return self.table.count_rows()
+
+    def stamps(self) -> dict[int, Stamp]:
+        """Of all images, by id."""
+        rows = self.table.search(None).select(["id", "size", "mtime"]).limit(ALL).to_arrow()
+        micros = rows["mtime"].cast("int64").to_pylist()
+        return dict(zip(rows["id"].to_pylist(), zip(rows["size"].to_pylist(), micros)))
+
+    def listed(self, where: str | None = None) -> list[Found]:
+        """All images, or those that an SQL condition holds for."""
+        query = self.table.search(None)
+        rows = _asked(query if where is None else query.where(where), where, limit=ALL, names=self._names())
+        return [_found(row, 0.0) for row in rows]
+
+    def put(self, rows: Sequence[Row], replaced: Collection[int] = ()) -> None:
+        """Add images; of those whose ids are `replaced` the earlier rows go."""
+        import pyarrow as pa
+
+        self._add_columns(rows)
+        schema = self.table.schema
+        extra = [name for name in schema.names if name not in _schema(self.embed_dim).names]
+        columns = {
+            "id": [row.id for row in rows],
+            "file": [row.file for row in rows],
+            "path": [row.path for row in rows],
+            "size": [row.stamp[0] for row in rows],
+            "mtime": [EPOCH + timedelta(microseconds=row.stamp[1]) for row in rows],
+            "width": [row.width for row in rows],
+            "height": [row.height for row in rows],
+            "embed": _vectors(np.stack([row.embed for row in rows])),
+            **{name: [_cell(row.columns.get(name), schema.field(name)) for row in rows] for name in extra},
+        }
+        arrow = pa.table({name: columns[name] for name in schema.names}, schema=schema)
+        _put(self.table, arrow, replace=bool(replaced))
+
+    def delete(self, ids: Sequence[int]) -> None:
+        _delete(self.table, ids)
+
+    def search(self, vector: np.ndarray, limit: int, where: str | None = None, *, exact: bool = False) -> list[Found]:
+        """The images nearest to `vector [E]`, best first.
+
+        Args:
+            where: an SQL condition on the columns.
+            exact: compare with every image even where there is a vector index.
+
+        Raises:
+            ValueError: a condition that is no SQL, or on a column that is not there.
+        """
+        query = self.table.search(vector.astype(np.float32), vector_column_name="embed").distance_type("dot")
+        query = query.bypass_vector_index() if exact else query.nprobes(_probes(len(self)))
+        query = query if where is None else query.where(where, prefilter=True)
+        rows = _asked(query, where, limit=limit, names=[*self._names(), "_distance"])
+        return [_found(row, 1.0 - row.pop("_distance")) for row in rows]
+
+    def finish(self) -> None:
+        """Put many small writes together, and index the vectors where there are many."""
+        from lancedb.index import IvfFlat
+
+        # A version that a search has open stays for an hour.
+        self.table.optimize(cleanup_older_than=timedelta(hours=1))
+        count = len(self)
+        if count > INDEXED_FROM and self.vector_index() is None:
+            config = IvfFlat(distance_type="dot", num_partitions=_partitions(count))
+            self.table.create_index("embed", config=config)
+
+    def columns(self) -> list[str]:
+        """Those that searches can filter by."""
+        return [name for name in self.table.schema.names if name not in HIDDEN]
+
+    def vector_index(self) -> str | None:
+        """Its type, if there is one."""
+        found = [index for index in self.table.list_indices() if "embed" in index.columns]
+        return str(found[0].index_type) if found else None
+
+    def _names(self) -> list[str]:
+        return [name for name in self.table.schema.names if name != "embed"]
+
+    def _add_columns(self, rows: Sequence[Row]) -> None:
+        """Make room for columns that the table does not have yet."""
+        import pyarrow as pa
+
+        known = set(self.table.schema.names)
+        new: dict[str, Any] = {}
+        for row in rows:
+            for name, value in row.columns.items():
+                if name not in known and value is not None:
+                    new.setdefault(name, _arrow_type(value))
+        if new:
+            self.table.add_columns([pa.field(name, kind) for name, kind in new.items()])
+
+
+def _names(database: Any) -> list[str]:
+    return list(database.list_tables().tables)
+
+
+def _schema(embed_dim: int) -> pa.Schema:
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            pa.field("id", pa.int64()),
+            pa.field("file", pa.binary()),
+            pa.field("path", pa.string()),
+            pa.field("size", pa.int64()),
+            pa.field("mtime", pa.timestamp("us", tz="UTC")),
+            pa.field("width", pa.int32()),
+            pa.field("height", pa.int32()),
+            pa.field("embed", pa.list_(pa.float32(), embed_dim)),
+        ]
+    )
+
+
+def _arrow_type(value: Any) -> pa.DataType:
+    import pyarrow as pa
+
+    if isinstance(value, bool):
+        return pa.bool_()
+    return pa.int64() if isinstance(value, int) else pa.float64() if isinstance(value, float) else pa.string()
+
+
+def _cell(value: Any, field: pa.Field) -> Any:
+    import pyarrow as pa
+
+    if value is None:
+        return None
+    try:
+        return pa.scalar(str(value) if pa.types.is_string(field.type) else value, type=field.type).as_py()
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        problem = f"column {field.name!r} of the index holds {field.type}, and is now to hold {value!r}"
+        raise ValueError(f"{problem}; give that column another name") from error
+
+
+def _vectors(embeds: np.ndarray) -> pa.FixedSizeListArray:
+    import pyarrow as pa
+
+    flat = pa.array(np.ascontiguousarray(embeds, dtype=np.float32).ravel())
+    return pa.FixedSizeListArray.from_arrays(flat, embeds.shape[1])
+
+
+def _put(table: Any, rows: pa.Table, *, replace: bool) -> None:
+    if replace:
+        table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(rows)
+    else:
+        table.add(rows)
+
+
+def _delete(table: Any, ids: Sequence[int]) -> None:
+    for start in range(0, len(ids), 10_000):
+        table.delete(f"id IN ({', '.join(map(str, ids[start : start + 10_000]))})")
+
+
+def _asked(query: Any, where: str | None, *, limit: int, names: list[str]) -> list[dict[str, Any]]:
+    try:
+        return query.select(names).limit(limit).to_arrow().to_pylist()
+    except (ValueError, RuntimeError) as error:
+        if where is None:
+            raise ValueError(f"the index cannot be read: {_line(error)}") from error
+        raise ValueError(f"where {where!r}: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    """LanceDB's message without the place in its own source."""
+    text = " ".join(str(error).split())
+    return text.removeprefix("Invalid input, ").partition(", /")[0]
+
+
+def _found(row: dict[str, Any], similarity: float) -> Found:
+    others = {name: value for name, value in row.items() if name not in (*HIDDEN, "path") and value is not None}
+    return Found(id=row["id"], file=row["file"] or b"", path=row["path"], similarity=similarity, columns=others)
+
+
+def _partitions(count: int) -> int:
+    return max(1, round(count**0.5))
+
+
+def _probes(count: int) -> int:
+    """Partitions that are searched: so many that the exact top 100 is found (recipes/benchmarks/search.py)."""
+    return max(20, _partitions(count) // 8)
+
+
+def path_of(file: bytes) -> str:
+    return os.fsdecode(file)

@@ -1,0 +1,242 @@
+"""What is indexed: the images of a folder, of a table, or of a `datasets` source, named and stamped but not opened."""
+
+from __future__ import annotations
+
+import os
+import stat
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from loopitr.data import DataError, stable_hash
+from loopitr.data.table import DELIMITERS, JSON_LINES, captions_of_cell, read_table
+
+from .manifest import MANIFEST
+
+RESERVED = ("id", "file", "path", "size", "mtime", "width", "height", "embed")
+TABLES = (*DELIMITERS, *JSON_LINES)
+Stamp = tuple[int, int]  # bytes, and microseconds of the last change since 1970
+
+
+@dataclass
+class Source:
+    """Images in an order. `skipped` are (path, reason) of those that are known to be unreadable before any is opened.
+
+    By position: `name`, the path for people; `file`, the path's bytes, empty where there is none; `stamp`, what changes
+    when the image does; `columns`, what else is known of it; `image`, what opens it.
+    """
+
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def name(self, position: int) -> str: ...
+
+    @abstractmethod
+    def file(self, position: int) -> bytes: ...
+
+    @abstractmethod
+    def stamp(self, position: int) -> Stamp: ...
+
+    @abstractmethod
+    def columns(self, position: int) -> Mapping[str, Any]: ...
+
+    @abstractmethod
+    def image(self, position: int) -> str | bytes: ...
+
+    def id(self, position: int) -> int:
+        """63 bits: what an image is known by."""
+        return image_id(self.file(position) or self.name(position).encode())
+
+
+def image_id(key: bytes) -> int:
+    return stable_hash(key) & (2**63 - 1)
+
+
+def shown(path: str) -> str:
+    """A path as text: bytes of a name that are no UTF-8 as \\xNN."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+@dataclass
+class FileSource(Source):
+    """Images that are files: absolute `paths`, their `stamps`, and `rows` of other columns."""
+
+    paths: list[str] = field(default_factory=list)
+    stamps: list[Stamp] = field(default_factory=list)
+    rows: list[dict[str, Any]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, position: int) -> str:
+        return shown(self.paths[position])
+
+    def file(self, position: int) -> bytes:
+        return os.fsencode(self.paths[position])
+
+    def stamp(self, position: int) -> Stamp:
+        return self.stamps[position]
+
+    def columns(self, position: int) -> Mapping[str, Any]:
+        return {} if self.rows is None else self.rows[position]
+
+    def image(self, position: int) -> str | bytes:
+        return self.paths[position]
+
+    def look_at(self, path: str, row: dict[str, Any] | None = None) -> None:
+        """Take the file in if it is one; if not, say why."""
+        try:
+            found = os.stat(path)
+        except OSError as error:
+            self.skipped.append((shown(path), _why(error)))
+            return
+        if not stat.S_ISREG(found.st_mode):
+            self.skipped.append((shown(path), f"not a file but {_kind(found.st_mode)}"))
+            return
+        self.paths.append(path)
+        self.stamps.append((found.st_size, found.st_mtime_ns // 1000))
+        if self.rows is not None:
+            self.rows.append(row or {})
+
+
+def folder_source(folder: str | Path) -> FileSource:
+    """The images in a folder and the folders in it, by the endings of their names, in the order of their names.
+
+    Links are followed, to each folder once, so that a loop ends. Hidden files and folders are left out, and so is a
+    search index that lies there.
+
+    Raises:
+        DataError: no such folder, or one that cannot be read.
+    """
+    root = os.path.abspath(folder)
+    if not os.path.isdir(root):
+        raise DataError(f"{shown(str(folder))}: {'is not a folder' if os.path.exists(root) else 'no such folder'}")
+    source = FileSource()
+    endings = Image.registered_extensions()
+    for path in _walk(root, source, set()):
+        if os.path.splitext(path)[1].lower() in endings:
+            source.look_at(path)
+    if not source.paths and (shown(root), "Permission denied") in source.skipped:
+        raise DataError(f"{shown(root)}: Permission denied")
+    return source
+
+
+def _walk(root: str, source: FileSource, seen: set[tuple[int, int]]) -> Iterator[str]:
+    """The files under `root`, in order. Deep trees are no recursion."""
+    waiting = [root]
+    while waiting:
+        folder = waiting.pop()
+        try:
+            found = os.stat(folder)
+            if (found.st_dev, found.st_ino) in seen:
+                continue
+            seen.add((found.st_dev, found.st_ino))
+            with os.scandir(folder) as scan:
+                entries = sorted((entry for entry in scan if not entry.name.startswith(".")), key=lambda e: e.name)
+        except OSError as error:
+            source.skipped.append((shown(folder), _why(error)))
+            continue
+        if folder != root and any(entry.name == MANIFEST for entry in entries):
+            continue
+        inner: list[tuple[bool, str]] = []
+        for entry in entries:
+            try:
+                is_folder = entry.is_dir()
+            except OSError:  # A link that leads to itself is no folder.
+                is_folder = False
+            if is_folder:
+                inner.append((entry.is_symlink(), entry.path))
+            else:
+                yield entry.path
+        # A folder is met under its own name rather than under that of a link beside it.
+        waiting += [path for _, path in sorted(inner, reverse=True)]
+
+
+def table_source(path: str | Path, images: str | Path | None = None, image_column: str = "image") -> FileSource:
+    """The images that a CSV, TSV or JSON-lines file names, with its other columns.
+
+    Relative paths start at `images`, or at the folder of the table. Rows of the same image become one: its captions,
+    and whatever other texts differ, one per line. A column that is called as one of the index's own (`RESERVED`) gets
+    an underscore behind its name.
+
+    Raises:
+        DataError: a table that cannot be read, without the column, or without rows.
+    """
+    rows, columns = read_table(path)
+    if image_column not in columns:
+        raise DataError(f"{path}: no column {image_column!r}; it has {', '.join(columns) or 'none'}")
+    folder = Path(path).parent if images is None else Path(images)
+    source = FileSource(rows=[])
+    found: dict[str, list[dict[str, Any]]] = {}
+    for number, row in enumerate(rows, start=1):
+        image = row.pop(image_column)
+        if not isinstance(image, str) or not image.strip() or "\0" in image:
+            source.skipped.append((f"{Path(path).name} row {number}", "no image path"))
+            continue
+        found.setdefault(os.path.abspath(folder / image.strip()), []).append(row)
+    typed = {name: _typed([row.get(name) for row in rows]) for name in columns if name != image_column}
+    for file, own in found.items():
+        cells = {name: _joined([row.get(name) for row in own], kind) for name, kind in typed.items()}
+        source.look_at(file, {free_name(name): cell for name, cell in cells.items()})
+    return source
+
+
+def open_source(source: str | Path, images: str | Path | None = None, image_column: str = "image") -> Source:
+    """A folder, or a table by its ending.
+
+    Raises:
+        DataError: neither, or one that cannot be read.
+    """
+    if Path(source).suffix.lower() in TABLES and not Path(source).is_dir():
+        return table_source(source, images, image_column)
+    return folder_source(source)
+
+
+def free_name(column: str) -> str:
+    """The name of a source's column in an index."""
+    return f"{column}_" if column in RESERVED else column
+
+
+def _joined(values: Sequence[Any], kind: type) -> Any:
+    cells = [value for value in values if value is not None and value != ""]
+    if not cells:
+        return None
+    if kind is str:
+        return "\n".join(dict.fromkeys(text for cell in cells for text in _texts(cell)))
+    return str(cells[0]).strip().lower() == "true" if kind is bool else kind(cells[0])
+
+
+def _texts(cell: Any) -> list[str]:
+    texts = captions_of_cell(cell)
+    return [str(text) for text in texts if text is not None] if isinstance(texts, (list, tuple)) else [str(texts)]
+
+
+def _typed(values: Sequence[Any]) -> type:
+    """What all cells of a column are: bool, int, float, or else text."""
+    cells = [str(value).strip() for value in values if value is not None and value != ""]
+    if cells and all(cell.lower() in ("true", "false") for cell in cells):
+        return bool
+    kinds: tuple[type[int], type[float]] = (int, float)
+    for kind in kinds:
+        try:
+            if cells and all(kind(cell) is not None for cell in cells) and not any("_" in cell for cell in cells):
+                return kind
+        except ValueError:
+            pass
+    return str
+
+
+def _why(error: OSError) -> str:
+    return "no such file" if isinstance(error, FileNotFoundError) else error.strerror or type(error).__name__
+
+
+def _kind(mode: int) -> str:
+    kinds = ((stat.S_ISFIFO, "a FIFO"), (stat.S_ISDIR, "a folder"), (stat.S_ISSOCK, "a socket"))
+    return next((name for test, name in kinds if test(mode)), "a device")
