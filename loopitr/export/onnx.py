@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from loopitr.building.card import write_export_card
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.processing import LoopITRProcessor
 
@@ -103,7 +104,15 @@ def export_onnx(
                 f"{source.name}: ONNX gives other {worst} than torch, by {parity[worst]:.1e} (at most {TOLERANCE})"
             )
         _write_config(source, folder, list(graphs), list(precisions))
-        (folder / "README.md").write_text(onnx_card(source, list(precisions), parity), encoding="utf-8")
+        write_export_card(
+            folder,
+            onnx_card(source, list(precisions), parity),
+            title=Path(output).expanduser().resolve().name,
+            source=source.name,
+            rankings=source.rankings,
+            tags=["onnx"],
+            library="onnx",
+        )
     return OnnxExport(folder=Path(output).expanduser(), graphs=list(graphs), parity=parity)
 
 

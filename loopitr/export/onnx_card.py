@@ -10,16 +10,6 @@ from loopitr.models.loop_model import LoopITRModel
 from .source import Source
 
 HEAD = """\
----
-library_name: onnx
-tags:
-- loopitr
-- image-text-retrieval
-- onnx
----
-
-# Image-text retrieval, ONNX
-
 Exported from a `loopitr` model{what}. {graphs}.
 Precisions: {precisions}. Batch and text length are dynamic. Texts are read with `tokenizer.json` (padding and
 truncation are set in it), images with what `preprocessor_config.json` says. Largest difference from torch in fp32:
@@ -58,7 +48,7 @@ similarity is the dot product of the embeds (`similarity_weight` and `scale` in 
 
 
 def onnx_card(source: Source, precisions: Sequence[str], parity: dict[str, float]) -> str:
-    """The text of the README.md."""
+    """What the README.md says of it."""
     graphs, examples = [], ""
     for kind, there in (("image", source.has_images), ("text", source.has_texts)):
         if there:

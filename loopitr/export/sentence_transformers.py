@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from loopitr.building.card import write_export_card
 from loopitr.models.heads import MLPProjection
 from loopitr.models.image_backbone import VisionBackbone
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
@@ -102,7 +103,16 @@ def export_sentence_transformers(
         if source.has_texts:
             _keep_arguments(folder, _load_arguments(dual.text))
         parity = _parity(dual, source, folder)
-        (folder / "README.md").write_text(sentence_transformers_card(source), encoding="utf-8")
+        write_export_card(
+            folder,
+            sentence_transformers_card(source),
+            title=Path(output).expanduser().resolve().name,
+            source=source.name,
+            rankings=source.rankings[:1],
+            tags=["sentence-transformers"],
+            library="sentence-transformers",
+            pipeline="feature-extraction" if source.has_images else "sentence-similarity",
+        )
     return SentenceTransformersExport(folder=Path(output).expanduser(), parity=parity)
 
 

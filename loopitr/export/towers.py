@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from loopitr.building.card import write_export_card
 from loopitr.building.folders import check_output
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.processing import LoopITRProcessor
@@ -13,16 +14,6 @@ from .reading import save_image_processor, save_tokenizer
 from .source import read_source
 
 CARD = """\
----
-library_name: loopitr
-tags:
-- loopitr
-- image-text-retrieval
-- feature-extraction
----
-
-# {kind} tower
-
 The {side} side of a `loopitr` dual encoder alone ({backbone}): it embeds {side}s into {embed_dim} dimensions, unit
 length; their dot product with the vectors of the other side is the similarity. {parameters:.1f}M parameters.
 
@@ -94,7 +85,9 @@ def export_tower(
         save_image_processor(source, folder)
     else:
         save_tokenizer(source, folder)
-    (folder / "README.md").write_text(_card(own, tower), encoding="utf-8")
+    write_export_card(
+        folder, _card(own, tower), title=folder.resolve().name, source=source.name, tags=[f"{tower}-encoder"]
+    )
     return own
 
 
@@ -102,7 +95,6 @@ def _card(own: ImageTower | TextTower, tower: str) -> str:
     config = own.config
     vision = config.vision if tower == "image" else {}
     return CARD.format(
-        kind=tower.capitalize(),
         side=tower,
         backbone=f"{vision['name']}, {vision['image_size']} px" if vision else config.text["model_type"],
         embed_dim=config.embed_dim,
