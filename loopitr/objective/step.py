@@ -232,17 +232,8 @@ class Step:
             return {}
         match, student = self.match, self.match.student.detach()
         trained = 1 + (self.objective.trained_negatives or self.objective.miner.num_negatives)
-        negatives = [x.flatten(0, 1)[:, 1:] for x in (student, match.scores.detach(), match.valid)]
-        metrics = {
-            "itm_accuracy": losses.itm_accuracy(*match.as_pairs(trained)),
-            "rank_agreement": losses.kendall_tau(*negatives),
-        }
-        if self.objective.miner.num_negatives > 2:  # Of two negatives one is hard and one easy: neither has an order.
-            *scores, valid = negatives
-            hard = losses.hard_above_mean(scores[1], valid)
-            metrics["rank_agreement_hard"] = losses.kendall_tau(*scores, hard)
-            metrics["rank_agreement_easy"] = losses.kendall_tau(*scores, valid & ~hard)
-        return metrics
+        negatives = (x.flatten(0, 1)[:, 1:] for x in (student, match.scores.detach(), match.valid))
+        return {"itm_accuracy": losses.itm_accuracy(*match.as_pairs(trained)), **_rank_agreement(*negatives)}
 
     @cached_property
     def _projected(self) -> ImageState:
@@ -308,3 +299,13 @@ def _mean_cosine(embeds: Tensor) -> Tensor:
     """Of all pairs of different rows of `[B, E]`, unit vectors; 0 with one row."""
     count = len(embeds)
     return (embeds.sum(0).square().sum() - count) / max(1, count * (count - 1))
+
+
+def _rank_agreement(student: Tensor, teacher: Tensor, valid: Tensor) -> dict[str, Tensor]:
+    """Kendall's tau over the negatives `[Q, K]` of each query, and over the hard and the easy ones of them apart."""
+    metrics = {"rank_agreement": losses.kendall_tau(student, teacher, valid)}
+    if valid.shape[1] > 2:  # Of two negatives one is hard and one easy: neither has an order.
+        hard = losses.hard_above_mean(teacher, valid)
+        for name, part in (("hard", hard), ("easy", valid & ~hard)):
+            metrics[f"rank_agreement_{name}"] = losses.kendall_tau(student, teacher, part)
+    return metrics
