@@ -98,7 +98,7 @@ def build_teacher(
     Raises:
         ValueError: a frozen teacher that does not fit the model, or no `load` to read it.
     """
-    if not options.distillation:
+    if not options.distillation_weight:
         return None
     if options.teacher == "momentum":
         return Momentum(model, decay=options.momentum)
@@ -119,7 +119,9 @@ def build_terms(
         contrastive(options.itc, tuple(options.matryoshka_dims)),
         Matching(options.itm, balanced=options.balance_itm, negatives=options.itm_negatives),
         Ranking(options.lce, negatives=options.itm_negatives),
-        Distillation(distillation_loss(options), options.distillation, teacher=teacher, margin=options.teacher_margin),
+        Distillation(
+            distillation_loss(options), options.distillation_weight, teacher=teacher, margin=options.teacher_margin
+        ),
         StructureTransfer(options.cmd, source=options.structure_source),
         FrozenContrast(options.cmc, source=options.structure_source),
         WordPrediction(masking, options.mlm or 0.0),

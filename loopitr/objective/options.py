@@ -36,8 +36,9 @@ class ObjectiveOptions:
     """Positives and negatives weigh one half each in the matching loss; otherwise every pair weighs the same."""
     lce: float = 0.0
     """Weight of ranking each positive above its own negatives by match score (localized contrastive estimation)."""
-    distillation: float = 1.0
-    """Weight of the distillation of the fusion head's scores into the dual head."""
+    distillation: float | None = None
+    """Weight of the distillation of the fusion head's scores into the dual head. Unset: 1, but 0 in a run whose fusion
+    head starts from scratch and would teach by its own match scores, since a young teacher costs points."""
     cmd: float = 0.0
     """Weight of the similarities within one modality teaching those within the other (arXiv 2405.03355)."""
     cmc: float = 0.0
@@ -144,6 +145,11 @@ class ObjectiveOptions:
         check_known(get_args(WordChoice), mlm_words=self.mlm_words)
 
     @property
+    def distillation_weight(self) -> float:
+        """`distillation`; unset: 1."""
+        return 1.0 if self.distillation is None else self.distillation
+
+    @property
     def scores_pairs(self) -> bool:
         """Whether a term asks for match scores, or trains a part of them."""
-        return self.itm > 0 or self.lce > 0 or self.distillation > 0 or bool(self.agreement)
+        return self.itm > 0 or self.lce > 0 or self.distillation_weight > 0 or bool(self.agreement)

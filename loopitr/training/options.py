@@ -197,20 +197,23 @@ class PretrainOptions:
     """Continue although options that change the run (data, batch, seed, schedule, model) are others now."""
 
     def decided(self) -> PretrainOptions:
-        """A copy in which `objective.mlm` and `objective.agreement` are numbers, and `model.mlm_head` is there where
-        words are predicted.
+        """A copy in which `objective.mlm`, `agreement` and `distillation` are numbers, and `model.mlm_head` is there
+        where words are predicted.
 
-        A fusion head that starts from scratch learns grounding from word prediction and from token agreement
-        (recipes/results/distillation.md).
+        A fusion head that starts from scratch learns grounding from word prediction and from token agreement, and does
+        not teach (recipes/results/distillation.md).
         """
         starts = self.model.init is None and self.objective.scores_pairs and "fusion" not in self.model.freeze
-        mlm, agreement = self.objective.mlm, self.objective.agreement
+        mlm, agreement, distillation = self.objective.mlm, self.objective.agreement, self.objective.distillation
         if mlm is None:
             mlm = 1.0 if starts else 0.0
         if agreement is None:
             agreement = 1.0 if starts and self.model.fusion.agreement else 0.0
+        if distillation is None:
+            distillation = 0.0 if starts and self.objective.teacher == "match" else 1.0
         model = replace(self.model, mlm_head=self.model.mlm_head or mlm > 0)
-        return replace(self, model=model, objective=replace(self.objective, mlm=mlm, agreement=agreement))
+        objective = replace(self.objective, mlm=mlm, agreement=agreement, distillation=distillation)
+        return replace(self, model=model, objective=objective)
 
     def __post_init__(self) -> None:
         weights = ("itc", "itm", "lce", "distillation", "cmd", "cmc", "mlm", "agreement")

@@ -55,6 +55,7 @@ EXACT = {
     "train__checkpoint_every": STEPS,
     "train__warmup": 0.0,
     "train__distillation_warmup": 0.0,
+    "objective__distillation": 1.0,
     "validation__every_epochs": 0,
 }
 

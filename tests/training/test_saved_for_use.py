@@ -95,6 +95,16 @@ def test_token_agreement_trains_where_the_model_has_it_and_starts_from_scratch()
     assert decided(init="runs/x", weight=0.5) == 0.5
 
 
+def test_a_fusion_head_from_scratch_does_not_teach_by_itself():
+    def decided(weight=None, teacher="match", **model):
+        objective = ObjectiveOptions(distillation=weight, teacher=teacher)
+        return PretrainOptions(objective=objective, model=ModelOptions(**model)).decided().objective.distillation
+
+    assert decided() == 0.0
+    assert decided(init="runs/x") == decided(teacher="momentum") == decided(freeze=["fusion"]) == 1.0
+    assert decided(weight=0.5) == 0.5
+
+
 def test_of_equally_good_validations_the_better_dual_is_kept(tmp_path, monkeypatch):
     results = iter([(80.0, 100.0), (70.0, 100.0), (97.0, 100.0), (99.0, 99.9), (97.0, 100.0)])
 
