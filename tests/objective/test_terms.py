@@ -115,10 +115,10 @@ class OwnPair(Term):
 
 def test_only_what_a_term_asks_for_is_computed(computed):
     LoopObjective(tiny_model().train(), [OwnPair()])(**step_batch())
-    assert computed == {"similarities": 1, "embeds": 1}
+    assert computed == {"similarities": 1, "embeds": 1, "rows": 1}
     computed.clear()
     LoopObjective(tiny_model().train(), [StructureTransfer(), Contrastive()])(**step_batch())
-    assert computed == {"similarities": 1, "embeds": 1, "positives": 1, "gathered": 1}
+    assert computed == {"similarities": 1, "embeds": 1, "positives": 1, "gathered": 1, "rows": 1}
 
 
 # Structure within a modality
@@ -313,5 +313,5 @@ class HighestSimilarity(OwnPair):
 
 def test_metrics_of_a_term_reach_the_log():
     out = LoopObjective(tiny_model().train(), [HighestSimilarity()])(**step_batch())
-    assert out.metrics.keys() == {"temperature", "highest"}
+    assert out.metrics.keys() == {"temperature", "image_similarity", "text_similarity", "highest"}
     assert out.metrics["highest"] >= -out.terms["own_pair"]
