@@ -221,20 +221,6 @@ class Step:
         words = self.model.dual.text.model.get_input_embeddings().weight
         return PredictedWords(logits=head(fused[chosen], words), labels=labels[chosen])
 
-    def spread(self) -> dict[str, Tensor]:
-        """Mean cosine between the different images, and texts, of this rank: near 1 the dual head tells none apart."""
-        sides = {"image": self.encoded.images.embeds, "text": self.encoded.texts.embeds}
-        return {f"{side}_similarity": _mean_cosine(embeds.detach().float()) for side, embeds in sides.items()}
-
-    def metrics(self) -> dict[str, Tensor]:
-        """What is worth logging of the parts that a term has asked for."""
-        if "match" not in self.__dict__:
-            return {}
-        match, student = self.match, self.match.student.detach()
-        trained = 1 + (self.objective.trained_negatives or self.objective.miner.num_negatives)
-        negatives = (x.flatten(0, 1)[:, 1:] for x in (student, match.scores.detach(), match.valid))
-        return {"itm_accuracy": losses.itm_accuracy(*match.as_pairs(trained)), **_rank_agreement(*negatives)}
-
     @cached_property
     def _projected(self) -> ImageState:
         """The images, with their keys and values where several runs of the fusion head share them, and likewise the
@@ -293,19 +279,3 @@ def _shown_together(queries: Tensor, own: Tensor, others: Tensor) -> Tensor:
     same = (queries[:, None] == own).to(torch.float32)  # [B, G]
     groups = torch.zeros_like(same).index_add_(1, group, same) > 0  # [B, G] whether a row of query i is in the group
     return groups.index_select(1, group)
-
-
-def _mean_cosine(embeds: Tensor) -> Tensor:
-    """Of all pairs of different rows of `[B, E]`, unit vectors; 0 with one row."""
-    count = len(embeds)
-    return (embeds.sum(0).square().sum() - count) / max(1, count * (count - 1))
-
-
-def _rank_agreement(student: Tensor, teacher: Tensor, valid: Tensor) -> dict[str, Tensor]:
-    """Kendall's tau over the negatives `[Q, K]` of each query, and over the hard and the easy ones of them apart."""
-    metrics = {"rank_agreement": losses.kendall_tau(student, teacher, valid)}
-    if valid.shape[1] > 2:  # Of two negatives one is hard and one easy: neither has an order.
-        hard = losses.hard_above_mean(teacher, valid)
-        for name, part in (("hard", hard), ("easy", valid & ~hard)):
-            metrics[f"rank_agreement_{name}"] = losses.kendall_tau(student, teacher, part)
-    return metrics
