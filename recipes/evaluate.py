@@ -6,7 +6,7 @@ be given for a RUN on it.
 For scenes, whose ground truth is exact, also nDCG@10, mAP@R and how stable rankings are between paraphrases.
 A table or an ALBEF list without splits is evaluated whole; of the one that RUN was trained on, what RUN held out.
 Images that RUN was trained on are found by their content and named.
-`--output metrics.json` keeps the figures; `--help` shows every option. `accelerate launch --num_processes 8
+`--output metrics.json` keeps the figures; `--help_all` shows every option. `accelerate launch --num_processes 8
 recipes/evaluate.py ...` (`--cpu`: without a GPU) gives the same figures sooner.
 """
 

@@ -1,6 +1,7 @@
 """Options from YAML and dotted overrides; mistakes in one line."""
 
 import re
+import runpy
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,9 +13,11 @@ from helpers.tiny_run import OPTIONS, tiny_options, write_config
 from torch.utils.data import DataLoader
 
 from loopitr.cli import parse, run
+from loopitr.commands import main as commands
 from loopitr.data import DataError
 from loopitr.training.options import PretrainOptions, TrainOptions, ValidationOptions
 
+RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.py"))
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "recipes" / "configs").glob("*.yaml"))
 
 
@@ -124,6 +127,26 @@ def test_help_fits_two_screens_and_names_every_option(capsys):
         for name in inside.split(",")
     }
     assert {*names(asdict(PretrainOptions()))} == listed | {"resume", "resume_with_changes"}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_help_of_every_recipe_fits_two_screens(path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    monkeypatch.setenv("COLUMNS", "80")
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    except SystemExit as stop:
+        assert not stop.code
+    assert 0 < capsys.readouterr().out.count("\n") <= 100
+
+
+@pytest.mark.parametrize("command", ["evaluate", "calibrate", "export", "convert", "search index", "search query"])
+def test_help_of_every_command_fits_two_screens(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as raised:
+        commands.main([*command.split(), "--help"])
+    assert not raised.value.code
+    assert 0 < capsys.readouterr().out.count("\n") <= 100
 
 
 def test_help_of_a_group_tells_what_its_options_mean(capsys):
