@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from loopitr.models.processing import LoopITRProcessor
     from loopitr.models.towers import ImageTower, TextTower
     from loopitr.objective.build import build_objective
+    from loopitr.objective.contrastive_terms import Contrastive, SigmoidContrastive
     from loopitr.objective.loop_objective import LoopObjective
     from loopitr.objective.losses.distillation import PartialRanking
     from loopitr.objective.mining import Sample, Stratified, TopK
@@ -44,11 +45,9 @@ if TYPE_CHECKING:
     from loopitr.objective.teachers import Frozen, Match, MatchPlusSimilarity, Momentum, Teacher
     from loopitr.objective.terms import (
         Agreement,
-        Contrastive,
         Distillation,
         Matching,
         Ranking,
-        SigmoidContrastive,
         Term,
         TermOutput,
         WordPrediction,
@@ -62,7 +61,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "Agreement": "loopitr.objective.terms",
-    "Contrastive": "loopitr.objective.terms",
+    "Contrastive": "loopitr.objective.contrastive_terms",
     "DataOptions": "loopitr.data.sources",
     "Distillation": "loopitr.objective.terms",
     "DualEncoder": "loopitr.models.dual_encoder",
@@ -91,7 +90,7 @@ _MODULES = {
     "Retriever": "loopitr.search.retriever",
     "Sample": "loopitr.objective.mining",
     "Searcher": "loopitr.search.searcher",
-    "SigmoidContrastive": "loopitr.objective.terms",
+    "SigmoidContrastive": "loopitr.objective.contrastive_terms",
     "Stratified": "loopitr.objective.mining",
     "StructureTransfer": "loopitr.objective.structure_terms",
     "Teacher": "loopitr.objective.teachers",

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedConfig
 
+from loopitr.building.card import write_card
 from loopitr.building.sizes import check_sizes
 from loopitr.building.weights import hub_access
 from loopitr.checks import usable_device
@@ -153,7 +154,7 @@ def load_model(path: str) -> LoopITRModel:
 def save_for_use(
     model: LoopITRModel, processor: LoopITRProcessor, folder: str | Path, *, keep_mlm_head: bool = False
 ) -> None:
-    """Save a model with its processor, without the head that only training needs (unless asked for)."""
+    """Save a model with its processor and its card, without the head that only training needs (unless asked for)."""
     head, kept = model.mlm_head, keep_mlm_head or model.mlm_head is None
     try:
         if not kept:
@@ -162,3 +163,4 @@ def save_for_use(
     finally:
         model.mlm_head, model.config.mlm_head = head, head is not None
     processor.save_pretrained(folder)
+    write_card(folder, model)

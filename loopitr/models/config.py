@@ -83,6 +83,8 @@ class DualEncoderConfig(PreTrainedConfig):
         max_logit_scale: the most that 1 / temperature is let grow to (100, CLIP; ALBEF allows 1000).
         initial_logit_bias: start of the learned bias that the sigmoid loss needs (-10, SigLIP arXiv 2303.15343); None:
             the dual head has no such parameter.
+        matryoshka_dims: numbers of first dimensions that vectors may be cut to, since the dual head was trained at them
+            too (`objective.matryoshka_dims`); None: at the whole width alone.
         lora: LoRA adapters by backbone (`vision`, `text`), see `LORA_DEFAULTS`; None: there are none.
 
     Example:
@@ -107,6 +109,7 @@ class DualEncoderConfig(PreTrainedConfig):
         initial_temperature: float = 0.07,
         max_logit_scale: float = 100.0,
         initial_logit_bias: float | None = None,
+        matryoshka_dims: list[int] | None = None,
         lora: dict[str, dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -136,6 +139,11 @@ class DualEncoderConfig(PreTrainedConfig):
         self.initial_temperature = initial_temperature
         self.max_logit_scale = max_logit_scale
         self.initial_logit_bias = initial_logit_bias
+        for dim in matryoshka_dims or ():
+            _positive("matryoshka_dims", dim)
+            if dim > embed_dim:
+                raise ValueError(f"matryoshka_dims must be at most embed_dim {embed_dim}, got {dim}")
+        self.matryoshka_dims = list(matryoshka_dims) if matryoshka_dims else None
         for part in lora or ():
             _one_of("lora", part, ADAPTED)
         self.lora = {part: _merged("lora", given, LORA_DEFAULTS) for part, given in (lora or {}).items()} or None

@@ -226,7 +226,7 @@ class LoopITRModel(FreezableParts, LoopITRPreTrainedModel):
         return max(1, len(pairs) * room // (elements * self.itm_head.weight.element_size()))
 
     def _score_block(self, images: ImageState, texts: TextState, mask: Tensor, pairs: Tensor) -> Tensor:
-        """Pairs and mask on the CPU -> logits `[P, 2]`, in full precision: their difference is a teacher and a score."""
+        """Pairs and mask on the CPU -> logits `[P, 2]`, in full precision: their difference is a score and teaches."""
         arranged = self._arrangement.arrange(images, mask, pairs)
         packed = packed_tokens(texts, arranged)
         logits = _full(self.itm_head(self._fuse(arranged, packed, first_only=True)))  # [P, 2]

@@ -11,6 +11,7 @@ process on the concatenated batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -96,12 +97,19 @@ class Step:
     @cached_property
     def similarities(self) -> Similarities:
         """Local queries against the candidates of all ranks, divided by the temperature."""
+        return self._compared(lambda embeds: embeds)
+
+    def similarities_at(self, dim: int) -> Similarities:
+        """The same of the first `dim` dimensions of the embeds, of unit length again."""
+        return self._compared(lambda embeds: F.normalize(embeds[:, :dim], dim=-1))
+
+    def _compared(self, form: Callable[[Tensor], Tensor]) -> Similarities:
         images, texts = self.encoded.images.embeds, self.encoded.texts.embeds
         with torch.autocast(images.device.type, enabled=False):  # bf16 would tie close candidates
             scale = at_least_float32(self.model.dual.scale)
             return Similarities(
-                per_image=scale * at_least_float32(images) @ self.embeds.texts.T,  # [B, G]
-                per_text=scale * at_least_float32(texts) @ self.embeds.images.T,  # [B, G]
+                per_image=scale * form(at_least_float32(images)) @ form(self.embeds.texts).T,  # [B, G]
+                per_text=scale * form(at_least_float32(texts)) @ form(self.embeds.images).T,  # [B, G]
             )
 
     @cached_property
@@ -213,23 +221,6 @@ class Step:
         words = self.model.dual.text.model.get_input_embeddings().weight
         return PredictedWords(logits=head(fused[chosen], words), labels=labels[chosen])
 
-    def spread(self) -> dict[str, Tensor]:
-        """Mean cosine between the different images, and texts, of this rank: near 1 the dual head tells none apart."""
-        sides = {"image": self.encoded.images.embeds, "text": self.encoded.texts.embeds}
-        return {f"{side}_similarity": _mean_cosine(embeds.detach().float()) for side, embeds in sides.items()}
-
-    def metrics(self) -> dict[str, Tensor]:
-        """What is worth logging of the parts that a term has asked for."""
-        if "match" not in self.__dict__:
-            return {}
-        match, student = self.match, self.match.student.detach()
-        trained = 1 + (self.objective.trained_negatives or self.objective.miner.num_negatives)
-        negatives = [x.flatten(0, 1)[:, 1:] for x in (student, match.scores.detach(), match.valid)]
-        return {
-            "itm_accuracy": losses.itm_accuracy(*match.as_pairs(trained)),
-            "rank_agreement": losses.kendall_tau(*negatives),
-        }
-
     @cached_property
     def _projected(self) -> ImageState:
         """The images, with their keys and values where several runs of the fusion head share them, and likewise the
@@ -288,9 +279,3 @@ def _shown_together(queries: Tensor, own: Tensor, others: Tensor) -> Tensor:
     same = (queries[:, None] == own).to(torch.float32)  # [B, G]
     groups = torch.zeros_like(same).index_add_(1, group, same) > 0  # [B, G] whether a row of query i is in the group
     return groups.index_select(1, group)
-
-
-def _mean_cosine(embeds: Tensor) -> Tensor:
-    """Of all pairs of different rows of `[B, E]`, unit vectors; 0 with one row."""
-    count = len(embeds)
-    return (embeds.sum(0).square().sum() - count) / max(1, count * (count - 1))

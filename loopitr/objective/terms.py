@@ -86,51 +86,6 @@ class Term(ABC):
 
 
 @dataclass(frozen=True)
-class Contrastive(Term):
-    """ITC: symmetric InfoNCE of the dual head's similarities, with all positives of a query (`losses.itc_loss`).
-
-    Example (`model` and `batch` as in the example of `LoopObjective`):
-        >>> from loopitr import Contrastive, LoopObjective
-        >>> list(LoopObjective(model, [Contrastive()])(**batch).terms)
-        ['itc']
-    """
-
-    weight: float = 1.0
-    name = "itc"
-
-    def __call__(self, step: Step) -> Tensor:
-        similarities, positives = step.similarities, step.positives
-        return step.share * losses.itc_loss(
-            similarities.per_image, similarities.per_text, positives.per_image, positives.per_text
-        )
-
-
-@dataclass(frozen=True)
-class SigmoidContrastive(Term):
-    """Each image-text pair of the batch by itself (`losses.siglip_loss`); needs a model with a logit bias.
-
-    Example (`config` and `batch` as in the example of `LoopObjective`):
-        >>> from loopitr import LoopITRModel, LoopObjective, SigmoidContrastive
-        >>> config.initial_logit_bias = -10.0
-        >>> list(LoopObjective(LoopITRModel(config), [SigmoidContrastive()])(**batch).terms)
-        ['itc']
-    """
-
-    weight: float = 1.0
-    name = "itc"
-
-    def __call__(self, step: Step) -> Tensor:
-        bias = step.model.dual.logit_bias
-        assert bias is not None
-        per_image = step.similarities.per_image
-        return step.share * losses.siglip_loss(per_image + bias.to(per_image.dtype), step.positives.per_image)
-
-    def check(self, model: LoopITRModel) -> None:
-        if model.dual.logit_bias is None:
-            raise ValueError("objective.itc_loss 'sigmoid' needs a model with a logit_bias (model.logit_bias -10)")
-
-
-@dataclass(frozen=True)
 class Matching(Term):
     """ITM: does the pair match? Two-way cross entropy of the fusion head on each query's candidates.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from loopitr.building.folders import load
+from loopitr.building.publishing import push_to_hub, save_with_card
 from loopitr.checks import check_at_least
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.processing import LoopITRProcessor
@@ -57,9 +58,11 @@ class Retriever:
         (2, ['corpus_id', 'score'])
     """
 
-    def __init__(self, model: LoopITRModel | DualEncoder, processor: LoopITRProcessor) -> None:
-        """`model` stays on its device and goes into eval mode."""
-        self.model, self.processor = model.eval(), processor
+    def __init__(
+        self, model: LoopITRModel | DualEncoder, processor: LoopITRProcessor, *, source: str | Path | None = None
+    ) -> None:
+        """`model` stays on its device and goes into eval mode; `source` is where it comes from, for its card."""
+        self.model, self.processor, self.source = model.eval(), processor, source
         self.model_card_data = ReportedMetrics()
 
     @classmethod
@@ -81,11 +84,37 @@ class Retriever:
         """
         where = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
         model, processor = load(path, device=where, dtype=_floating(dtype))
-        return cls(model, processor)
+        return cls(model, processor, source=path)
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write model, processor and card, as `from_pretrained` reads them; a README.md that somebody wrote stays.
+
+        Raises:
+            OSError: the folder cannot be written to.
+        """
+        save_with_card(self.model, self.processor, folder, source=self.source)
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, revision: str | None = None
+    ) -> str:
+        """Send model, processor and card, and nothing else of a run, to the hub; returns the commit's address.
+
+        Args:
+            repo_id: `NAME` or `OWNER/NAME`; made if it is not there, as `private` says (None: the owner's default).
+            token: None: as logged in.
+            revision: a branch that is there; None: main.
+
+        Raises:
+            ValueError: `repo_id` is no name of a repository.
+            OSError: the hub cannot be reached or refuses.
+        """
+        return push_to_hub(
+            *(self.model, self.processor, repo_id), source=self.source, private=private, token=token, revision=revision
+        )
 
     # Vectors
 
@@ -109,7 +138,7 @@ class Retriever:
             show_progress: a bar, where there is more than one batch.
             num_workers: processes that open images, given as paths or bytes; 0: this one does.
             convert_to_tensor: a tensor on the CPU in the place of an array.
-            truncate_dim: keep so many of the first dimensions, of unit length again.
+            truncate_dim: the first so many dimensions, of unit length again (`objective.matryoshka_dims` trains them).
             precision: float32; int8, 256 steps between the least and the greatest value of each dimension; binary, one
                 bit per dimension, eight to an int8. They are the numbers of sentence-transformers'
                 `quantize_embeddings`; `loopitr/search/quantisation.py` says how.

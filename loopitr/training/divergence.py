@@ -124,7 +124,7 @@ class StepGuard:
         """Count in `progress` the steps that were left out, name them, and stop a run that makes no others.
 
         Raises:
-            ValueError: more than `most_in_row` in a row.
+            ValueError: `most_in_row` in a row; on all ranks.
         """
         made, self.made = self.made, []
         if not made:

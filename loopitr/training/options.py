@@ -83,6 +83,9 @@ class TrainOptions:
     """Optimiser steps between log lines."""
     tracker: str = "auto"
     """accelerate tracker: tensorboard, wandb, ...; auto: tensorboard if installed; none."""
+    license: str | None = None
+    """Licence in the model's card, in the hub's words (apache-2.0, cc-by-nc-4.0, ...). Unset: apache-2.0 of a model of
+    the built-in scenes that started from nothing, otherwise unknown."""
 
     def __post_init__(self) -> None:
         check_at_least(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from loopitr.data import Record
     from loopitr.evaluation.report import RetrievalResult
+    from loopitr.models.loop_model import LoopITRModel
     from loopitr.objective.parts import StepOutput
     from loopitr.training.checkpoints import Progress
 
@@ -124,9 +125,11 @@ def write_results(
     result: RetrievalResult,
     records: Sequence[Record],
     rows: list[dict[str, Any]],
+    model: LoopITRModel,
 ) -> None:
     """`metrics.json`, `results.md` with the table of `result` on `records`, `gallery.html` with its examples, if it has
-    any, and `curves.png` of the history's rows."""
+    any, `curves.png` of the history's rows, and the card of the model, whose weights are saved there already."""
+    from loopitr.building.card import write_card  # Options are read without what a model needs.
     from loopitr.evaluation.gallery_page import gallery_page
 
     title = f"{folder.name}: {metrics['split']}"
@@ -135,6 +138,7 @@ def write_results(
     if result.examples:
         write_file(folder / GALLERY, gallery_page(result, records, title=title))
     plot_curves(rows, folder / "curves.png")
+    write_card(folder, model)
 
 
 def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:

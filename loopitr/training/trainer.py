@@ -131,8 +131,9 @@ class Trainer:
         """Train to the end; returns what is written to `metrics.json`.
 
         The run folder gets `config.json`, `model.safetensors` and the processor (the best model), `config.yaml`,
-        `metrics.json`, `results.md`, `gallery.html`, `history.jsonl`, `curves.png` and `checkpoints/`. An earlier run
-        there is moved aside unless it is resumed; resumed after its last step, it is left as it is.
+        `metrics.json`, `results.md`, `README.md` (the model's card), `gallery.html`, `history.jsonl`, `curves.png` and
+        `checkpoints/`. An earlier run there is moved aside unless it is resumed; resumed after its last step, it is
+        left as it is. SIGTERM and Ctrl-C let it finish and save its step, and raise `Stopped`, a `SystemExit`.
         """
         resuming: dict[str, Any] = {"resume": self.resume, "with_changes": self.with_changes}
         stopping = Stopping()
@@ -292,7 +293,7 @@ class Trainer:
         result = self.validator.final(self.test, step=self.progress.step)
         metrics = run_metrics(self.test_split, result, self.progress, seconds, *lost)
         if self.run_log.history is not None:
-            write_results(self.folder, metrics, result, self.test, self.run_log.history.rows)
+            write_results(self.folder, metrics, result, self.test, self.run_log.history.rows, self.model)
             self.log(f"\n{result.table()}\n\nsaved in {self.folder}, trained in {seconds:.0f} s")
         self.accelerator.wait_for_everyone()
         return metrics

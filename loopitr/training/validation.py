@@ -89,6 +89,7 @@ class Validator:
                     max_images=None if final else options.max_images,
                     max_skipped_fraction=self.data.max_skipped_fraction,
                     graded=final,
+                    dims=tuple(model.config.matryoshka_dims or ()) if final else (),
                     calibrate=calibrate,
                     examples=options.gallery_queries if final else 0,
                 ),

@@ -81,6 +81,7 @@ def test_progress_comes_back_whole(tmp_path):
         epoch=2,
         batch=1,
         best=12.5,
+        best_dual=10.5,
         best_step=2,
         rows=9,
         skipped={"truncated": 2},

@@ -25,7 +25,9 @@ def poison(monkeypatch, bad, what="loss"):
         calls.append(1)
         if len(calls) in bad:
             with torch.no_grad():
-                self.model.dual.vision.model.bn1.running_mean.fill_(torch.nan)  # as its forward pass would have left it
+                self.model.dual.vision.model.bn1.running_mean.data.fill_(
+                    torch.nan
+                )  # as its forward pass would have left it
             if what == "loss":
                 object.__setattr__(output, "loss", output.loss * torch.nan)
             else:
