@@ -1,11 +1,11 @@
-"""A run and an evaluation on images of which a third is no image: each is counted once, and the rest is learned from."""
+"""A run on images of which a third is no image: each is counted once, and the rest is learned from."""
 
 import json
 
 import pytest
 from helpers.hostile_images import hostile_images
 from helpers.tiny_gallery import captions, jpeg
-from helpers.tiny_run import equal, run, weights
+from helpers.tiny_run import run
 
 from loopitr.data import DataError
 
@@ -35,9 +35,8 @@ def test_a_run_counts_what_it_cannot_read(folder, tmp_path):
     metrics = run(tmp_path / "a", **changes)
     assert sum(metrics["training"]["skipped"].values()) == 12  # of the training images, whatever the epochs
     assert metrics["num_images"] == 8
-    run(tmp_path / "b", **changes, data__cache_images=str(tmp_path / "cache"), data__scaled_decode=False)
-    run(tmp_path / "c", **changes)
-    assert equal(weights(tmp_path / "a"), weights(tmp_path / "c"))
+    cached = run(tmp_path / "b", **changes, data__cache_images=str(tmp_path / "cache"))
+    assert sum(cached["training"]["skipped"].values()) == 12
     with pytest.raises(DataError, match="more than the allowed fraction 0.1") as caught:
         run(tmp_path / "d", **{**changes, "data__max_skipped_fraction": 0.1})
     assert str(caught.value).isprintable()
