@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -113,6 +114,11 @@ def pickle_faults(source: str, module: str) -> list[str]:
         is_torch_load = ast.unparse(node.func) == "torch.load"
         if given.get("weights_only", not is_torch_load) is not True:
             faults.append(f"{module}:{node.lineno} loads without weights_only=True")
+        if (
+            re.search(r"\bAuto\w+\.from_pretrained$", ast.unparse(node.func))
+            and given.get("trust_remote_code") is not False
+        ):
+            faults.append(f"{module}:{node.lineno} loads what may be code without trust_remote_code=False")
         if given.get("allow_pickle", False) is not False:
             faults.append(f"{module}:{node.lineno} allows pickle")
     return faults
@@ -231,6 +237,8 @@ def test_the_checker_flags_recipes_pickles_and_work():
         "torch.load(path, weights_only=False)",
         "torch.load(path, weights_only=flag)",
         "np.load(path, allow_pickle=True)",
+        "AutoModel.from_pretrained(path)",
+        "transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=True)",
     ):
         assert len(pickle_faults(source, "loopitr.x")) == 1, source
     assert pickle_faults("torch.load(path, weights_only=True)\nnp.load(path, allow_pickle=False)", "loopitr.x") == []

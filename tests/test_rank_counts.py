@@ -61,6 +61,8 @@ class Case:
         chosen["distillation_loss"] = CHOICES["distillation_loss"][self.seed % 7]
         if not any(chosen[name] for name in ("itc", "itm", "lce", "distillation", "mlm", "agreement", "cmd", "cmc")):
             chosen["itc"] = 1.0
+        if chosen["itc"] and self.seed % 3 == 0:
+            chosen["matryoshka_dims"] = [5, 8]
         return ObjectiveOptions(**{**chosen, "mine_across_ranks": bool(self.seed % 2)}, sum_dropout=0.0)
 
     @property

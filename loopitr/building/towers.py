@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 
 from loopitr.building.folders import CLASSES, model_source
 from loopitr.building.weights import hub_access
+from loopitr.models.foreign import check_no_kernel
 from loopitr.models.processing import LoopITRProcessor
 from loopitr.models.towers import TOWERS, ImageTower, TextTower, tower_config, tower_prefixes
 
@@ -35,6 +36,7 @@ def load_tower(path: str | Path, tower: str) -> tuple[ImageTower | TextTower, Lo
         kind = saved_config.get("model_type")
         if kind not in CLASSES:
             raise ValueError(f"{path} holds a {kind!r} model, wanted {' or '.join(map(repr, CLASSES))}")
+        check_no_kernel(saved_config, source)
         config: Any = CLASSES[kind].config_class.from_pretrained(source)
         processor = LoopITRProcessor.from_pretrained(source)
         folder = Path(source) if Path(source).is_dir() else _downloaded(source)

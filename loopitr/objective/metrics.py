@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def step_metrics(step: Step) -> dict[str, Tensor]:
     """Temperature, spread of the embeds and, where pairs are scored, how right and how much alike the two heads are."""
     metrics = {"temperature": 1 / step.model.dual.scale}
-    for side, embeds in (("image", step.encoded.images.embeds), ("text", step.encoded.texts.embeds)):
-        metrics[f"{side}_similarity"] = _mean_cosine(embeds.float())
+    for side, embeds in (("image", step.embeds.images), ("text", step.embeds.texts)):  # of all ranks
+        metrics[f"{side}_similarity"] = _mean_cosine(embeds)
     if "match" in step.__dict__:  # which it is once a term has asked for it
         match = step.match
         trained = 1 + (step.objective.trained_negatives or step.objective.miner.num_negatives)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, parse_flag_from_env, set_seed
 from torch import nn
 
 from loopitr.data import (
@@ -44,8 +44,8 @@ def start(train: TrainOptions) -> Accelerator:
     """accelerate with the run's precision, accumulation and tracker; the seed of weights and dropout is set.
 
     Raises:
-        ValueError: a tracker that is not installed, chunks where weights are sharded, or an `output_dir` that holds
-            something else than a run.
+        ValueError: a tracker that is not installed, FSDP on CPUs, chunks where weights are sharded, or an `output_dir`
+            that holds something else than a run.
     """
     check_run_folder(Path(train.output_dir))
     accelerator = Accelerator(
@@ -59,6 +59,8 @@ def start(train: TrainOptions) -> Accelerator:
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],
     )
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and accelerator.device.type == "cpu":
+        raise ValueError("accelerate was asked for FSDP, which it leaves out on CPUs without a word: launch without it")
     if train.chunk_size is not None and accelerator.distributed_type in SHARDED:
         # FSDP gathers and frees weights in a forward pass of its own, which chunks go around.
         raise ValueError(f"train.chunk_size works with DDP, not with {accelerator.distributed_type.value}")
@@ -123,9 +125,11 @@ def all_captions(records: Sequence[Record] | HubStream) -> Iterator[str] | None:
 def check_sharding(objective: LoopObjective, accelerator: Accelerator) -> None:
     """
     Raises:
-        ValueError: a teacher with a model of its own where weights are sharded.
+        ValueError: FSDP 2, or a teacher with a model of its own where weights are sharded.
     """
     kind = accelerator.distributed_type
+    if getattr(accelerator, "is_fsdp2", False):
+        raise ValueError("FSDP 2 cannot shard a scalar parameter, and the temperature is one: launch with DDP")
     if objective.own_teacher is not None and kind in SHARDED:
         name = objective.own_teacher.name
         raise ValueError(f"objective.teacher {name!r} works with DDP, not with {kind.value}")

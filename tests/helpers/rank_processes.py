@@ -18,14 +18,14 @@ import torch.distributed as dist
 
 RANKS = 2
 VARIABLE = "LOOPITR_TEST_RANKS"  # how many of them there are
-TIMEOUT = 150  # After so many seconds a hang is a failure.
+TIMEOUT = 300  # After so many seconds a hang is a failure.
 
 
 def join(index: int, folder: Path) -> None:
     """Be rank `index`; the ranks meet in `folder`."""
     torch.set_num_threads(1)
     meeting = f"file://{folder / 'meeting'}"
-    limit = timedelta(seconds=60)
+    limit = timedelta(seconds=120)
     ranks = int(os.environ[VARIABLE])
     dist.init_process_group("gloo", init_method=meeting, rank=index, world_size=ranks, timeout=limit)
 

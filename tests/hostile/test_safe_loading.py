@@ -14,6 +14,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from loopitr import LoopITRModel, LoopITRProcessor, load
 from loopitr.building.clip import load_pair
+from loopitr.building.towers import load_tower
 from loopitr.convert.weights import read_checkpoint
 from loopitr.data import scene_vocabulary
 from loopitr.models.processing import word_tokenizer
@@ -81,6 +82,7 @@ def of_text(folder):
 LOADERS = {
     "load": ("model", load),
     "load a dual": ("dual", load),
+    "load_tower": ("model", lambda folder: load_tower(folder, "text")),
     "LoopITRProcessor": ("model", LoopITRProcessor.from_pretrained),
     "model.text.name": ("text", of_text),
     "model.pair": ("pair", lambda folder: load_pair(str(folder))),

@@ -145,8 +145,18 @@ def test_a_frozen_teacher_of_a_folder(tmp_path, capsys):
 def test_a_teacher_with_a_model_of_its_own_does_not_go_with_sharded_weights():
     accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP)
     check_sharding(SimpleNamespace(own_teacher=None), accelerator)
+    with pytest.raises(ValueError, match="FSDP 2 cannot shard a scalar parameter, and the temperature is one"):
+        check_sharding(SimpleNamespace(own_teacher=None), SimpleNamespace(**vars(accelerator), is_fsdp2=True))
     with pytest.raises(ValueError, match="objective.teacher 'momentum' works with DDP, not with FSDP"):
         check_sharding(SimpleNamespace(own_teacher=SimpleNamespace(name="momentum")), accelerator)
+
+
+def test_fsdp_on_cpus_is_not_left_out_without_a_word(tmp_path, monkeypatch):
+    """Where accelerate itself goes on with DDP."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="FSDP, which it leaves out on CPUs"):
+        run(tmp_path)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_frozen_teacher_with_another_image_backbone_does_not_go_with_cached_tokens(tmp_path):
