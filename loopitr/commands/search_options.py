@@ -16,8 +16,8 @@ class Reading:
     """SOURCE is a `datasets` source, whose split this is: a hub id, a folder, or a format (parquet) with data_files."""
     data_files: str | None = None
     """Files of a `datasets` source, as a pattern."""
-    batch_size: int = 32
-    """Images encoded at a time."""
+    batch_size: int | None = None
+    """Images encoded at a time; unset: 8 on a CPU, 64 on a GPU."""
     num_workers: int | None = None
     """Processes that open images; unset: one for each core."""
     device: str | None = None

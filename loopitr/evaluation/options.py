@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from loopitr.checks import check_at_least
@@ -21,6 +22,7 @@ class EvaluationOptions:
         max_skipped_fraction: the evaluation stops when more of the images than this cannot be used.
         graded: whether graded relevance and paraphrase stability are measured too, where the records have the ground
             truth for it.
+        dims: the dual encoder is also measured at the first so many dimensions of its embeds.
         calibrate: whether the weight of the similarity in the reranking score is fitted on these candidates
             (`calibration.py`), instead of the model's `config.similarity_weight`; the model is not changed.
         examples: queries of each direction that the result has with their first answers, for `gallery_page`; 0: none.
@@ -44,6 +46,7 @@ class EvaluationOptions:
     max_images: int | None = None
     max_skipped_fraction: float = 0.05
     graded: bool = True
+    dims: Sequence[int] = ()
     calibrate: bool = False
     examples: int = 0
     batch_size: int = 64
@@ -62,3 +65,5 @@ class EvaluationOptions:
             captions_per_image=self.captions_per_image,
             max_images=self.max_images,
         )
+        for dim in self.dims:
+            check_at_least(1, dims=dim)

@@ -70,7 +70,7 @@ def build_index(
     collection: str | None = None,
     contents: str | None = None,
     device: str | torch.device | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     num_workers: int | None = None,
     show_progress: bool = True,
 ) -> IndexReport:
@@ -92,7 +92,7 @@ def build_index(
             variable QDRANT_API_KEY.
         collection: its name there; None: that of the folder of the index.
         contents: where tokens are kept, a folder or an address such as `s3://bucket/folder`; None: in the index.
-        batch_size: images encoded at a time.
+        batch_size: images encoded at a time; None: 64 on a GPU, and on a CPU 8, since memory for more is slow to get.
         num_workers: processes that open images; 0: this one does, None: one for each core.
 
     Raises:
@@ -132,7 +132,8 @@ def build_index(
             check_new(manifest)
         manifest = replace(manifest, complete=False)
         write_manifest(folder, manifest)
-        return _Writer(folder, manifest, model).index(source, batch_size, num_workers, show_progress)
+        size = batch_size or (8 if model.device.type == "cpu" else 64)
+        return _Writer(folder, manifest, model).index(source, size, num_workers, show_progress)
 
 
 def add_images(
@@ -143,7 +144,7 @@ def add_images(
     image_column: str = "image",
     model: str | Path | Retriever | None = None,
     device: str | torch.device | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     num_workers: int | None = None,
     show_progress: bool = True,
 ) -> IndexReport:
