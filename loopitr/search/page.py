@@ -97,7 +97,7 @@ def build_page(looking: Looking, uploads: Path) -> Any:
                     interactive=looking.reranks,
                 )
                 top = gradio.Slider(1, MOST, TOP, step=1, label="Images")
-                where = gradio.Textbox(label="Only where", placeholder="width > 800", info="as in SQL")
+                where = gradio.Textbox("", label="Only where", placeholder="width > 800", info="as in SQL")
             status = gradio.Markdown()
             results = gradio.HTML()
             inputs, outputs = [text, reranked, share, top, where], [results, status]

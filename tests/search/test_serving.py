@@ -63,6 +63,8 @@ def test_a_text_gives_the_searchers_images_with_their_moves(folder, client):
         assert titles(html) == [Path(hit.path).name for hit in expected]
         assert html.count("data:image/jpeg;base64,") == 6 and status.startswith(f"6 of {IMAGES} images, reranked, ")
         assert ("&uarr;" in html) == (weight < 0.1)  # At 1 the similarities of this random model decide all.
+    _, status = client.predict(text=QUERY, api_name="/search")  # All other inputs have defaults.
+    assert status == f"{IMAGES} of {IMAGES} images, reranked, w = 0.02"
     html, status = search(client, reranked=False, top=IMAGES)
     assert titles(html) == [Path(hit.path).name for hit in searcher.search(QUERY, top=IMAGES, rerank=0)]
     assert "&uarr;" not in html and status == f"{IMAGES} of {IMAGES} images, by the dual head's similarity"
