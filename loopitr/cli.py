@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 Options = TypeVar("Options")
 USAGE_ERROR = 2
-SWITCHES = ("--resume", "--resume_with_changes", "--table_only")
+SWITCHES = ("--recall", "--resume", "--resume_with_changes", "--table_only")
 
 
 def parse(
