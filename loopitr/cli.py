@@ -22,7 +22,7 @@ USAGE_ERROR, INTERRUPTED = 2, 130
 MAX_VALUES = 100_000  # in a file of options
 HELP, HELP_ALL = ("-h", "--help"), ("--help_all", "--help-all")
 TWO_SCREENS = 100  # lines; a longer --help only names the options of its groups
-SWITCHES = ("--resume", "--resume_with_changes", "--table_only", "--json", "--open", "--missing")
+SWITCHES = ("--recall", "--resume", "--resume_with_changes", "--table_only", "--json", "--open", "--missing")
 
 
 def parse(

@@ -44,7 +44,7 @@ def load_tower(path: str | Path, tower: str) -> tuple[ImageTower | TextTower, Lo
         weights = _weights(folder, tower)
     except SafetensorError as error:
         raise OSError(f"{path}: its weights are damaged ({error})") from error
-    model = TOWERS[tower](tower_config(config, tower))  # type: ignore[arg-type]
+    model: Any = TOWERS[tower](tower_config(config, tower))  # type: ignore[arg-type]
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

@@ -23,7 +23,8 @@ class ExportOptions:
     tower: Literal["image", "text"] | None = None
     """Only this tower; the other one's weights are not read."""
     precisions: list[Literal["fp16", "int8"]] = field(default_factory=list)
-    """onnx: write these beside fp32, for example '[fp16, int8]'."""
+    """onnx: write these beside fp32, for example '[fp16, int8]'. int8 is of matrix products and word embeddings;
+    convolutions stay as they are."""
     recall: bool = False
     """onnx: print the recall that each precision keeps on `data`."""
     rerank: int = 16

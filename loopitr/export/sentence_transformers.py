@@ -155,7 +155,7 @@ def _keep_arguments(folder: Path, arguments: dict[str, bool]) -> None:
 
 
 def _image_modules(backbone: VisionBackbone, projection: nn.Module, source: Source, folder: Path) -> list[Any]:
-    pooling, pooled_by_timm = backbone.pooling, {}
+    pooling, pooled_by_timm = backbone.pooling, dict[str, Any]()
     if pooling == "mean" and backbone.is_map and backbone.channels_last:
         pooling, pooled_by_timm = "backbone", {"global_pool": "avg"}
     elif pooling == "mean" and backbone.num_prefix_tokens:  # timm knows which tokens are of the image.

@@ -74,8 +74,8 @@ def add_lora(
     model.train(model.training)
 
 
-def inject_lora(dual: DualEncoder, described: dict[str, dict[str, Any]]) -> None:
-    """Swap the layers that `config.lora` describes."""
+def inject_lora(dual: Any, described: dict[str, dict[str, Any]]) -> None:
+    """Swap the layers that `config.lora` describes, of a dual encoder or one of its towers."""
     try:
         peft = importlib.import_module("peft")
     except ModuleNotFoundError as error:

@@ -57,7 +57,6 @@ def test_onnx_with_the_recall_of_each_precision(run, tmp_path, monkeypatch, caps
         "--precisions",
         "[int8]",
         "--recall",
-        "true",
     ]
     given += ["--data.scenes", "true", "--data.scenes_val", 8, "--data.num_workers", 0, "--rerank", 3]
     status, errors = call(monkeypatch, capsys, "export_dual.py", *given)
