@@ -7,7 +7,8 @@ import math
 import os
 import sys
 import tempfile
-from argparse import ArgumentError
+import textwrap
+from argparse import SUPPRESS, ArgumentError
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 Options = TypeVar("Options")
 USAGE_ERROR, INTERRUPTED = 2, 130
 MAX_VALUES = 100_000  # in a file of options
+HELP, HELP_ALL = ("-h", "--help"), ("--help_all", "--help-all")
+TWO_SCREENS = 100  # lines; a longer --help only names the options of its groups
 SWITCHES = ("--resume", "--resume_with_changes", "--table_only", "--json", "--open", "--missing")
 
 
@@ -31,7 +34,8 @@ def parse(
 ) -> Options:
     """Dotted options (`--train.lr 1e-4`) over YAML files (`--config`) over the dataclass's defaults.
 
-    `--print_config` shows the tree, `--help` the meaning of each option.
+    `--print_config` shows the tree, `--help` the meaning of the options. Where that takes more than two screens, it
+    names the options of groups such as `data` alone; `--help data` and `--help_all` say what they mean.
 
     Args:
         description: what `--help` says first.
@@ -47,10 +51,13 @@ def parse(
     parser = ArgumentParser(prog=program, description=description, exit_on_error=False)  # Its usage would be 30 lines.
     parser.add_argument("--config", action="config", help="YAML file of options")
     parser.add_class_arguments(options, as_group=False)
+    if any(word in (*HELP, *HELP_ALL) for word in given):
+        print(_help(parser, given), end="")
+        sys.exit(0)
     try:
         namespace = parser.parse_args(_flags(given))
     except ArgumentError as error:
-        raise ValueError(f"{error} (--help shows all options)") from error
+        raise ValueError(f"{error} (--help_all shows all options)") from error
     namespace.pop("config", None)
     _check_groups(options, namespace)
     # Before version 4.49 jsonargparse calls it instantiate_classes.
@@ -93,6 +100,44 @@ def check_output_file(output: str | Path) -> None:
             pass
     except OSError as error:
         raise ValueError(f"output {output} cannot be written: {error}") from error
+
+
+def _help(parser: ArgumentParser, words: Sequence[str]) -> str:
+    """What `--help`, `--help GROUP` or `--help_all` says.
+
+    Raises:
+        ValueError: there is no such group.
+    """
+    required = [f"--{action.dest} {action.dest.upper()}" for action in parser._actions if action.required]
+    parser.usage = " ".join(["%(prog)s", *required, "[--config FILE] [--OPTION VALUE ...]"])
+    groups = {action.dest: group for group in parser._action_groups for action in group._group_actions[:1]}
+    groups = {name: group for name, group in groups.items() if name != "help"}  # The other options are in none.
+    asked = [following for word, following in zip(words, [*words[1:], "-"]) if word in HELP and following[:1] != "-"]
+    chosen = [name for name in groups for wanted in asked if f"{name}.".startswith(f"{wanted}.")]
+    if asked and not chosen:
+        raise ValueError(f"no group of options is called {asked[0]!r}; there are: {', '.join(groups) or 'none'}")
+    if chosen:
+        parser.description = None
+        _hide(parser, lambda dest: not any(f"{dest}.".startswith(f"{name}.") for name in chosen))
+        return parser.format_help()
+    whole = parser.format_help()
+    if any(word in HELP_ALL for word in words) or whole.count("\n") <= TWO_SCREENS:
+        return whole
+    _hide(parser, lambda dest: any(f"{dest}.".startswith(f"{name}.") for name in groups))
+    lines = [parser.format_help(), "\ngroups of options (--help GROUP says what they mean, --help_all of all):\n"]
+    for name, group in groups.items():
+        names = [action.dest.removeprefix(f"{name}.") for action in group._group_actions if action.dest != name]
+        lines.append(textwrap.fill(str(group.title), 98, initial_indent="  ", subsequent_indent="  ") + "\n")
+        shown = textwrap.fill(f"--{name}.{{{', '.join(names)}}}", 98, initial_indent=" " * 4, subsequent_indent=" " * 8)
+        lines.append(shown + "\n")
+    return "".join(lines)
+
+
+def _hide(parser: ArgumentParser, hidden: Callable[[str], bool]) -> None:
+    """Leave options out of `format_help`."""
+    for action in parser._actions:
+        if hidden(action.dest):
+            action.help = SUPPRESS
 
 
 def _flags(arguments: Sequence[str]) -> list[str]:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from loopitr.building.card_file import CARD, may_write, save_card
 from loopitr.building.origin import Origin, origin_of, read_object
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.scoring import DUAL_ALONE
 
-CARD = "README.md"
-MARK = "<!-- written by loopitr ({}); a card that is changed by hand is kept -->"
-MARKED = re.compile(r"\n<!-- written by loopitr \(([0-9a-f]{16})\)[^\n]*-->\n?\Z")
 # What `metrics.json` calls a ranking, and its name here.
 RANKINGS = {
     "dual": "dual encoder",
@@ -23,9 +19,11 @@ RANKINGS = {
     "match_plus_similarity": "match score + similarity",
     "reranked": "reranked",
 }
+DUAL, FUSED = ("dual",), ("dual", "match", "reranked")  # what the names of an export's rankings begin with
 SHORTENED = "dual_first_"  # dimensions
 DIRECTIONS = {"i2t": "image to text", "t2i": "text to image"}
-DUAL_USE = """\
+Recalls = Mapping[str, Mapping[str, Mapping[int, float]]]  # ranking -> direction -> k -> percent
+USE = """\
 from loopitr import Retriever
 
 retriever = Retriever.from_pretrained("{name}")
@@ -42,8 +40,6 @@ def write_card(
     *,
     source: str | Path | None = None,
     name: str | None = None,
-    use: str | None = None,
-    kind: Sequence[str] = (),
     base_model: str | None = None,
 ) -> bool:
     """Write `README.md` into `folder`, unless one is there that somebody wrote or changed; whether it was written.
@@ -52,8 +48,6 @@ def write_card(
         source: where the model comes from: its run folder, whose `config.yaml` and `metrics.json` say what it was
             trained on and how good it is, or a hub id; None: `folder` itself.
         name: what the example of use loads; None: the folder's own name.
-        use: Python lines in the place of that example.
-        kind: more of the hub's tags, such as `onnx`.
         base_model: a hub id that the model was made from, where `source` does not say so.
 
     Raises:
@@ -65,60 +59,81 @@ def write_card(
     origin = origin_of(folder if source is None else source)
     if base_model is not None:
         origin = origin.starting_from(base_model)
-    title = name or Path(folder).resolve().name
-    weight = _weight(Path(folder), model)
-    data = _metadata(model, origin, title.rpartition("/")[2], kind)
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(model, origin, title, use, weight)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(CARD + ".partial")
-    partial.write_text(_marked(str(card)), encoding="utf-8")
-    partial.replace(path)
+    title, fused = name or Path(folder).resolve().name, isinstance(model, LoopITRModel)
+    heads = ["dual-encoder", "cross-encoder"] if fused else ["dual-encoder"]
+    body = f"{_what_it_is(model, _weight(Path(folder), model))}\n\n## Use\n\n{_use(model, title)}"
+    save_card(path, _card(title, body, origin, rankings=FUSED if fused else DUAL, tags=heads))
     return True
 
 
-def may_write(path: Path) -> bool:
-    """Whether there is no card, or the one that is there is as `write_card` left it."""
-    try:
-        return is_own(path.read_bytes().decode("utf-8"))
-    except FileNotFoundError:
-        return not path.is_symlink()
-    except (OSError, UnicodeDecodeError):
+def write_export_card(
+    folder: Path,
+    body: str,
+    *,
+    title: str,
+    source: str | Path,
+    rankings: tuple[str, ...] = (),
+    tags: Sequence[str] = (),
+    library: str = "loopitr",
+    pipeline: str = "feature-extraction",
+) -> bool:
+    """The card of an export: its own `body`, with the licence, origin and figures of the model that it was made from.
+
+    Args:
+        title: the model's name, and the heading.
+        source: the run folder or hub id of that model; anything else: unknown.
+        rankings: whose figures are the export's too, of `DUAL` or `FUSED`.
+
+    Returns:
+        Whether it was written: not where there is a README.md that somebody wrote or changed.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    path = folder / CARD
+    if not may_write(path):
         return False
+    options = {"library": library, "pipeline": pipeline}
+    save_card(path, _card(title, body.strip(), origin_of(source), rankings=rankings, tags=tags, **options))
+    return True
 
 
-def is_own(card: str) -> bool:
-    """Whether a card's text is as `write_card` wrote it."""
-    text = card.replace("\r\n", "\n")
-    mark = MARKED.search(text)
-    return mark is not None and mark[1] == _digest(text[: mark.start()])
-
-
-def _marked(card: str) -> str:
-    text = card.rstrip("\n") + "\n"
-    return f"{text}\n{MARK.format(_digest(text))}\n"
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.strip().encode()).hexdigest()[:16]
-
-
-def _metadata(model: LoopITRModel | DualEncoder, origin: Origin, title: str, kind: Sequence[str]) -> ModelCardData:
-    heads = ["dual-encoder", "cross-encoder"] if isinstance(model, LoopITRModel) else ["dual-encoder"]
-    results = _eval_results(model, origin)
-    return ModelCardData(
+def _card(
+    name: str,
+    body: str,
+    origin: Origin,
+    *,
+    rankings: tuple[str, ...],
+    tags: Sequence[str],
+    library: str = "loopitr",
+    pipeline: str = "feature-extraction",
+) -> str:
+    """The text of a card; of `OWNER/NAME` the heading is NAME."""
+    title = name.rpartition("/")[2]
+    recalls = {ranking: values for ranking, values in origin.recalls.items() if ranking.startswith(rankings)}
+    results = _eval_results(recalls, origin)
+    data = ModelCardData(
         license=origin.license,
-        library_name="loopitr",
-        pipeline_tag="feature-extraction",
-        tags=["loopitr", "image-text-retrieval", *heads, *kind],
+        library_name=library,
+        pipeline_tag=pipeline,
+        tags=[*dict.fromkeys(["loopitr", "image-text-retrieval", *tags])],
         base_model=list(origin.base_models) or None,
         datasets=list(origin.datasets) or None,
         metrics=["recall"] if results else None,
         model_name=title if results else None,
         eval_results=results or None,
     )
+    parts = [f"# {title}", body]
+    if recalls:
+        parts += ["## Results", _results(recalls, origin)]
+    trained = _training(origin)
+    if trained:
+        parts += ["## Training", trained]
+    text = "\n\n".join(parts)
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n"))
 
 
-def _eval_results(model: LoopITRModel | DualEncoder, origin: Origin) -> list[EvalResult]:
+def _eval_results(recalls: Recalls, origin: Origin) -> list[EvalResult]:
     """Recalls of the dual encoder and reranked, in percent, in the form of the hub's `model-index`."""
     return [
         EvalResult(
@@ -131,17 +146,11 @@ def _eval_results(model: LoopITRModel | DualEncoder, origin: Origin) -> list[Eva
             metric_name=f"R@{k} {DIRECTIONS[direction]}, {RANKINGS[ranking]} (percent)",
             metric_value=round(value, 2),
         )
-        for ranking, recalls in _recalls(model, origin).items()
+        for ranking, sides in recalls.items()
         if ranking in ("dual", "reranked")
-        for direction, values in recalls.items()
+        for direction, values in sides.items()
         for k, value in values.items()
     ]
-
-
-def _recalls(model: LoopITRModel | DualEncoder, origin: Origin) -> dict[str, Mapping[str, Mapping[int, float]]]:
-    """Of the rankings that this model can give: ranking -> direction -> k -> percent."""
-    fused = isinstance(model, LoopITRModel)
-    return {ranking: recalls for ranking, recalls in origin.recalls.items() if fused or ranking.startswith("dual")}
 
 
 def _label(ranking: str, origin: Origin) -> str:
@@ -150,16 +159,6 @@ def _label(ranking: str, origin: Origin) -> str:
     if ranking == "reranked" and origin.similarity_weight is not None:
         return f"reranked (w = {origin.similarity_weight:.4g})"
     return RANKINGS[ranking]
-
-
-def _text(model: LoopITRModel | DualEncoder, origin: Origin, name: str, use: str | None, weight: float) -> str:
-    parts = [f"# {name.rpartition('/')[2]}", _what_it_is(model, weight), "## Use", _use(model, name, use)]
-    if origin.recalls:
-        parts += ["## Results", _results(model, origin)]
-    trained = _training(origin)
-    if trained:
-        parts += ["## Training", trained]
-    return "\n\n".join(parts) + "\n"
 
 
 def _weight(folder: Path, model: LoopITRModel | DualEncoder) -> float:
@@ -194,14 +193,13 @@ def _what_it_is(model: LoopITRModel | DualEncoder, weight: float) -> str:
     )
 
 
-def _use(model: LoopITRModel | DualEncoder, name: str, use: str | None) -> str:
+def _use(model: LoopITRModel | DualEncoder, name: str) -> str:
     how = ", by both heads" if isinstance(model, LoopITRModel) else ""
-    lines = use or DUAL_USE.format(name=name, width=model.config.embed_dim, how=how)
+    lines = USE.format(name=name, width=model.config.embed_dim, how=how)
     return f"```python\n{lines.rstrip()}\n```"
 
 
-def _results(model: LoopITRModel | DualEncoder, origin: Origin) -> str:
-    recalls = _recalls(model, origin)
+def _results(recalls: Recalls, origin: Origin) -> str:
     ks = sorted({k for sides in recalls.values() for values in sides.values() for k in values})
     header = ["", *(f"{DIRECTIONS[side]} R@{k}" for side in DIRECTIONS for k in ks)]
     lines = [header, ["---", *("---:" for _ in header[1:])]]
@@ -210,7 +208,7 @@ def _results(model: LoopITRModel | DualEncoder, origin: Origin) -> str:
         lines.append([_label(ranking, origin), *("" if value is None else f"{value:.1f}" for value in values)])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     notes = [f"Recall in percent on {origin.evaluated_on}, split {origin.split} ({origin.gallery})."]
-    if isinstance(model, LoopITRModel) and origin.gain is not None:
+    if "reranked" in recalls and origin.gain is not None:
         points, margin = origin.gain
         notes.append(
             f"Reranking {origin.candidates} candidates: {points:+.1f} +- {margin:.1f} points of mean R@1 (95%)."

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 
 from loopitr.building.card import write_card
@@ -70,18 +69,15 @@ def load_saved(path: str | Path, *, dtype: torch.dtype | None = None) -> Saved:
         ValueError: a model of another kind, or parts that do not fit each other.
     """
     source = model_source(path)
-    try:
-        with nullcontext() if Path(source).is_dir() else hub_access(source):
-            saved_config, _ = PreTrainedConfig.get_config_dict(source)
-            kind = saved_config.get("model_type")
-            if kind not in CLASSES:
-                raise ValueError(f"{path} holds a {kind!r} model, wanted {' or '.join(map(repr, CLASSES))}")
-            model = CLASSES[kind].from_pretrained(source, dtype="auto" if dtype is None else dtype)
-            processor = LoopITRProcessor.from_pretrained(source)
-            check_sizes(model, processor, source)
-            return Saved(model.eval(), processor, source)
-    except SafetensorError as error:
-        raise OSError(f"{path}: its weights are damaged ({error})") from error
+    with nullcontext() if Path(source).is_dir() else hub_access(source):
+        saved_config, _ = PreTrainedConfig.get_config_dict(source)
+        kind = saved_config.get("model_type")
+        if kind not in CLASSES:
+            raise ValueError(f"{path} holds a {kind!r} model, wanted {' or '.join(map(repr, CLASSES))}")
+        model = CLASSES[kind].from_pretrained(source, dtype="auto" if dtype is None else dtype)
+        processor = LoopITRProcessor.from_pretrained(source)
+        check_sizes(model, processor, source)
+        return Saved(model.eval(), processor, source)
 
 
 def load(path: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Loaded:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from loopitr.building.card import CARD, is_own, may_write, write_card
+from loopitr.building.card import write_card
+from loopitr.building.card_file import CARD, is_own, may_write
 from loopitr.building.folders import save_for_use
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.processing import LoopITRProcessor

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from loopitr.checks import check_at_least, usable_device
 from loopitr.cli import check_output_file
 from loopitr.data import DataOptions, LoadReport, load_evaluated, trained_data, training_overlap
+from loopitr.data.coco_ids import coco_images
 from loopitr.training.durable import write_file
 from loopitr.training.reporting import write_json
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from loopitr.building.folders import Saved
     from loopitr.data import Record, TextTokenCache, TokenCache
     from loopitr.data.trained_on import TrainedOn
+    from loopitr.evaluation.coco import CocoBenchmarks
     from loopitr.evaluation.options import EvaluationOptions
     from loopitr.evaluation.report import RetrievalResult
 
@@ -67,6 +69,8 @@ class EvaluateOptions(MeasureOptions):
     check_overlap: bool = True
     """Look for the evaluated images among those that the model was trained on: by content, where the training files are
     still here. Of a training set only files as long as an evaluated one are read."""
+    coco_benchmarks: bool = False
+    """ECCV Caption and CxC too, for COCO's Karpathy test split (the extra `eccv`; `captions_per_image` 5)."""
     output: str | None = None
     """JSON file for the figures."""
     gallery: str | None = None
@@ -90,7 +94,8 @@ def evaluate(options: EvaluateOptions) -> None:
         raise ValueError(f"output and gallery are the same file, {options.output}")
     for path in outputs:
         first_rank(partial(check_output_file, path))
-    measured = measure(options, examples=0 if options.gallery is None else options.gallery_queries)
+    examples = 0 if options.gallery is None else options.gallery_queries
+    measured = measure(options, examples=examples, coco=_coco(options) if options.coco_benchmarks else None)
     figures = measured.result.to_json()
     if options.check_overlap and measured.state.is_main_process:
         overlap = training_overlap(measured.records, measured.history)
@@ -118,12 +123,15 @@ class Measured:
     result: "RetrievalResult"
 
 
-def measure(options: MeasureOptions, *, calibrate: bool = False, examples: int = 0) -> Measured:
+def measure(
+    options: MeasureOptions, *, calibrate: bool = False, examples: int = 0, coco: "CocoBenchmarks | None" = None
+) -> Measured:
     """Load model and data, evaluate, print the table.
 
     Args:
         examples: queries of each direction that the result has with their first answers.
         calibrate: fit the weight of the similarity in the reranking score on these data.
+        coco: ECCV Caption and CxC too.
 
     Raises:
         ValueError, OSError: a model, data or device that cannot be used.
@@ -151,9 +159,19 @@ def measure(options: MeasureOptions, *, calibrate: bool = False, examples: int =
         tokens = _tokens(options.data, saved, records, device, progress=state.is_main_process)
         texts = _text_tokens(options.data, saved, records, progress=state.is_main_process)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=options.precision == "bf16"):
-        result = evaluate_retrieval(saved.model, saved.processor, records, evaluation, tokens=tokens, text_tokens=texts)
+        result = evaluate_retrieval(
+            saved.model, saved.processor, records, evaluation, tokens=tokens, text_tokens=texts, coco=coco
+        )
     state.print(f"\n{result.table()}\n")
     return Measured(state=state, saved=saved, records=records, history=history, result=result)
+
+
+def _coco(options: EvaluateOptions) -> "CocoBenchmarks":
+    from loopitr.evaluation.coco import CocoBenchmarks
+
+    if options.data.karpathy is None:
+        raise ValueError("coco_benchmarks needs data.karpathy, COCO's own file, for the numbers of its captions")
+    return CocoBenchmarks(coco_images(options.data.karpathy, options.data.split))
 
 
 def _state(device: str | None) -> "PartialState":

@@ -1,5 +1,6 @@
 """What `loopitr search serve` does: a page on which an index is searched."""
 
+import contextlib
 import sys
 from dataclasses import dataclass
 
@@ -52,7 +53,6 @@ def serve(options: ServeOptions) -> None:
             print(
                 f"{options.index}: {len(looking.searcher)} images at http://{shown}:{port} (Ctrl-C ends it)", flush=True
             )
-            try:
+            # uvicorn raises it again after it has closed down.
+            with contextlib.suppress(KeyboardInterrupt):
                 server.run(sockets=[own])
-            except KeyboardInterrupt:  # uvicorn raises it again after it has closed down.
-                pass

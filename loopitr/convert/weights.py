@@ -130,7 +130,7 @@ def save_converted(
 
 def _tokenizer(model: LoopITRModel, name: str, max_length: int) -> PreTrainedTokenizerBase:
     with hub_access(name):
-        tokenizer = AutoTokenizer.from_pretrained(text_source(name))
+        tokenizer = AutoTokenizer.from_pretrained(text_source(name), trust_remote_code=False)
     known = model.config.text["vocab_size"]
     if len(tokenizer) > known:
         raise ValueError(f"the tokenizer of {name} has {len(tokenizer)} words, but the model knows {known}")

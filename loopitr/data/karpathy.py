@@ -39,7 +39,7 @@ def load_karpathy(path: str | Path, images: str | Path, split: str, report: Load
 
     merged: dict[str, Record] = {}
     for position, entry in chosen:
-        name = _relative(entry)
+        name = relative_name(entry)
         captions = clean_captions(_sentences(entry, name), name, report)
         first = merged.get(name)
         merged[name] = Record(
@@ -106,15 +106,16 @@ def _identifies(entries: list[dict[str, Any]], name: str) -> bool:
     values = [entry.get(name) for entry in entries]
     if not all(isinstance(value, int) and value in INT64 for value in values):
         return False
-    return len(set(values)) == len({_relative(entry) for entry in entries})
+    return len(set(values)) == len({relative_name(entry) for entry in entries})
 
 
-def _relative(entry: dict[str, Any]) -> str:
+def relative_name(entry: dict[str, Any]) -> str:
+    """The name of an entry's record: its file, from the image folder."""
     return (Path(entry.get("filepath") or "") / entry["filename"]).as_posix()
 
 
 def _is_nested(folder: Path, entries: list[dict[str, Any]], path: str | Path) -> bool:
-    nested = [folder / _relative(entry) for entry in entries]
+    nested = [folder / relative_name(entry) for entry in entries]
     flat = [folder / entry["filename"] for entry in entries]
     if not any(os.path.isfile(image) for image in nested) and any(os.path.isfile(image) for image in flat):
         return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.processing import LoopITRProcessor
 
 from .calibration import Gain, fit_similarity_weight, reranking_gain
+from .clock import Clock
+from .coco import DEPTH, CocoBenchmarks
 from .examples import SHOWN, Examples, Reranked, choose_examples
 from .gallery import Gallery, account, build_gallery, evaluation_transform
 from .graded import GradedMetrics, grade
@@ -41,6 +42,7 @@ def evaluate_retrieval(
     text_tokens: TextTokenCache | None = None,
     device: str | torch.device | None = None,
     report: LoadReport | None = None,
+    coco: CocoBenchmarks | None = None,
     progress: bool = True,
 ) -> RetrievalResult:
     """Recall of all images against all captions of `records`, by the dual head alone and reranked.
@@ -66,6 +68,7 @@ def evaluate_retrieval(
         text_tokens: what the text backbone made of these records' captions earlier; it does not run then.
         device: where to move the model first; None: it stays where it is.
         report: every image and caption left out is counted here too.
+        coco: ECCV Caption and CxC are measured too, on COCO's whole Karpathy test split.
         progress: whether the first rank shows progress bars.
 
     Raises:
@@ -93,7 +96,7 @@ def evaluate_retrieval(
     if device is not None:
         nn.Module.to(model, device)
     dual = model.dual_encoder() if isinstance(model, LoopITRModel) else model
-    clock = _Clock(dual.logit_scale.device)
+    clock = Clock(dual.logit_scale.device)
     images = ImageTokens(
         dual,
         records,
@@ -129,6 +132,7 @@ def evaluate_retrieval(
         if options.examples:
             examples = choose_examples(candidates, encoded.gallery, in_new_order, number=options.examples)
         graded = _grade(encoded, candidates, reranked) if options.graded else {}
+        figures = {} if coco is None else _coco_figures(coco, encoded, candidates, reranked)
         shortened = {dim: _candidates(encoded, 1, dim=dim).ranking for dim in options.dims}
     return RetrievalResult(
         num_images=len(encoded.gallery.positions),
@@ -145,6 +149,7 @@ def evaluate_retrieval(
         gain=gain,
         examples=examples,
         shortened=shortened,
+        coco=figures,
     )
 
 
@@ -263,23 +268,16 @@ def _grade(encoded: _Encoded, candidates: Nearest, reranked: Mapping[str, Candid
     )
 
 
+def _coco_figures(
+    coco: CocoBenchmarks, encoded: _Encoded, candidates: Nearest, reranked: Mapping[str, CandidateScores]
+) -> dict[str, dict[str, dict[str, float]]]:
+    widest = _candidates(encoded, DEPTH)
+    return first_rank(lambda: coco.figures(encoded.gallery, encoded.images.records, widest, candidates, reranked))
+
+
 def _share(count: int) -> range:
     """This rank's of `count` items: ranks' shares are consecutive and differ by one at most."""
     return range(rank() * count // world_size(), (rank() + 1) * count // world_size())
-
-
-class _Clock:
-    """Seconds by name, of work that is done: a GPU is waited for."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.laps = device, dict[str, float]()
-        self.last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        self.laps[name], self.last = now - self.last, now
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from loopitr.building.card import write_export_card
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.processing import LoopITRProcessor
 
@@ -20,6 +21,7 @@ from .graphs import FusionGraph, ImageGraph, TextGraph
 from .onnx_card import onnx_card
 from .onnx_files import OPSET, check_installed, write_fp16, write_graph, write_int8
 from .onnx_running import CONFIG, FUSION, IMAGE, TEXT, OnnxModel, graph_file
+from .reading import save_image_processor
 from .source import Source, new_folder, read_source
 
 PRECISIONS = {"fp16": write_fp16, "int8": write_int8}
@@ -102,7 +104,15 @@ def export_onnx(
                 f"{source.name}: ONNX gives other {worst} than torch, by {parity[worst]:.1e} (at most {TOLERANCE})"
             )
         _write_config(source, folder, list(graphs), list(precisions))
-        (folder / "README.md").write_text(onnx_card(source, list(precisions), parity), encoding="utf-8")
+        write_export_card(
+            folder,
+            onnx_card(source, list(precisions), parity),
+            title=Path(output).expanduser().resolve().name,
+            source=source.name,
+            rankings=source.rankings,
+            tags=["onnx"],
+            library="onnx",
+        )
     return OnnxExport(folder=Path(output).expanduser(), graphs=list(graphs), parity=parity)
 
 
@@ -189,7 +199,7 @@ def _parity(model: Any, graphs: dict[str, _Graph], folder: Path) -> dict[str, fl
 
 def _write_preprocessing(source: Source, folder: Path) -> None:
     if source.has_images:
-        source.processor.image_processor.save_pretrained(folder)
+        save_image_processor(source, folder)
     if not source.has_texts:
         return
     backend = getattr(source.processor.tokenizer, "backend_tokenizer", None)
@@ -212,6 +222,6 @@ def _write_config(source: Source, folder: Path, graphs: list[str], precisions: l
     }
     if isinstance(source.model, LoopITRModel):
         # reranking score = match score + similarity_weight * scale * similarity
-        config["scale"] = float(source.model.dual.scale)
+        config["scale"] = float(source.model.dual.scale.detach())
         config["similarity_weight"] = source.model.config.similarity_weight
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

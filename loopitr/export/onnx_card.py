@@ -10,16 +10,6 @@ from loopitr.models.loop_model import LoopITRModel
 from .source import Source
 
 HEAD = """\
----
-library_name: onnx
-tags:
-- loopitr
-- image-text-retrieval
-- onnx
----
-
-# Image-text retrieval, ONNX
-
 Exported from a `loopitr` model{what}. {graphs}.
 Precisions: {precisions}. Batch and text length are dynamic. Texts are read with `tokenizer.json` (padding and
 truncation are set in it), images with what `preprocessor_config.json` says. Largest difference from torch in fp32:
@@ -58,14 +48,14 @@ similarity is the dot product of the embeds (`similarity_weight` and `scale` in 
 
 
 def onnx_card(source: Source, precisions: Sequence[str], parity: dict[str, float]) -> str:
-    """The text of the README.md."""
+    """What the README.md says of it."""
     graphs, examples = [], ""
     for kind, there in (("image", source.has_images), ("text", source.has_texts)):
         if there:
             graphs.append(f"`{kind}_tower.onnx` gives `{kind}_embeds` of unit length")
             examples += EXAMPLES[kind].replace("PICTURE", _picture_code(source.processor.image_processor))
     if isinstance(source.model, LoopITRModel):
-        scale, weight = float(source.model.dual.scale), source.model.config.similarity_weight
+        scale, weight = float(source.model.dual.scale.detach()), source.model.config.similarity_weight
         examples += FUSION.format(weight=weight, scale=scale)
     return (
         HEAD.format(

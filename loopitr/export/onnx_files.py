@@ -28,7 +28,7 @@ def onnx_module(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"ONNX needs {name.split('.')[0]}: {INSTALL}", name=error.name) from error
+        raise ModuleNotFoundError(f"ONNX needs {error.name or name}: {INSTALL}", name=error.name) from error
 
 
 def check_installed() -> None:
@@ -71,10 +71,11 @@ def write_graph(
 def write_fp16(source: Path, target: Path) -> None:
     """The same graph with weights and arithmetic in float16; inputs and outputs stay float32."""
     float16 = onnx_module("onnxruntime.transformers.float16")
-    onnx = onnx_module("onnx")
+    onnx, ir = onnx_module("onnx"), onnx_module("onnx_ir")
     with _quiet():
-        converted = float16.convert_float_to_float16(onnx.load(str(source)), keep_io_types=True)
-        onnx.save(converted, str(target))
+        converted = ir.from_proto(float16.convert_float_to_float16(onnx.load(str(source)), keep_io_types=True))
+        converted.graph.sort()  # The conversion puts its casts at the end.
+        ir.save(converted, str(target))
 
 
 def write_int8(source: Path, target: Path) -> None:

@@ -47,10 +47,8 @@ class OnnxRecall:
 
     def change(self, precision: str) -> dict[str, float]:
         """Points of mean R@1 that a precision gains (negative: loses) against fp32."""
-        mean = {
-            p: {kind: float(r.metrics()["mean_r1"]) for kind, r in kinds.items()} for p, kinds in self.rankings.items()
-        }
-        return {kind: mean[precision][kind] - mean[FULL][kind] for kind in mean[precision]}
+        full, own = self.rankings[FULL], self.rankings[precision]
+        return {kind: float(own[kind].metrics()["mean_r1"]) - float(full[kind].metrics()["mean_r1"]) for kind in own}
 
 
 def onnx_recall(

@@ -22,8 +22,13 @@ def graph_file(name: str, precision: str = "fp32") -> str:
 class OnnxModel:
     """The graphs of an export in one precision, on the CPU."""
 
-    def __init__(self, folder: str | Path, *, names: Sequence[str], precision: str = "fp32") -> None:
+    def __init__(
+        self, folder: str | Path, *, names: Sequence[str], precision: str = "fp32", threads: int | None = None
+    ) -> None:
         """
+        Args:
+            threads: None: as many as onnxruntime takes by itself, one per core.
+
         Raises:
             OSError: the folder has no such graph.
             ModuleNotFoundError: onnxruntime is not installed.
@@ -31,6 +36,7 @@ class OnnxModel:
         runtime = onnx_module("onnxruntime")
         options = runtime.SessionOptions()
         options.log_severity_level = 3  # errors
+        options.intra_op_num_threads = threads or 0
         self.sessions: dict[str, Any] = {}
         for name in names:
             path = Path(folder, graph_file(name, precision))

@@ -21,12 +21,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from loopitr.building.card import write_export_card
 from loopitr.models.heads import MLPProjection
 from loopitr.models.image_backbone import VisionBackbone
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
-from loopitr.models.processing import LoopITRProcessor, limit_length
+from loopitr.models.processing import LoopITRProcessor
 from loopitr.models.text_backbone import ALWAYS_FULL, TextBackbone
 
+from .reading import save_image_processor, save_tokenizer
 from .sentence_transformers_card import sentence_transformers_card
 from .source import Source, new_folder, read_source
 
@@ -101,7 +103,16 @@ def export_sentence_transformers(
         if source.has_texts:
             _keep_arguments(folder, _load_arguments(dual.text))
         parity = _parity(dual, source, folder)
-        (folder / "README.md").write_text(sentence_transformers_card(source), encoding="utf-8")
+        write_export_card(
+            folder,
+            sentence_transformers_card(source),
+            title=Path(output).expanduser().resolve().name,
+            source=source.name,
+            rankings=source.rankings[:1],
+            tags=["sentence-transformers"],
+            library="sentence-transformers",
+            pipeline="feature-extraction" if source.has_images else "sentence-similarity",
+        )
     return SentenceTransformersExport(folder=Path(output).expanduser(), parity=parity)
 
 
@@ -123,9 +134,7 @@ def _text_modules(backbone: TextBackbone, projection: nn.Module, source: Source,
     if kind in ALWAYS_FULL or type(backbone.model.config) not in MODEL_MAPPING:
         raise _not_covered(source, "text", kind, "AutoModel of transformers does not load it")
     backbone.model.save_pretrained(folder)
-    tokenizer = copy.deepcopy(source.processor.tokenizer)
-    limit_length(tokenizer, tokenizer.model_max_length)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(source, folder)
     arguments = _load_arguments(backbone)
     return _route("text", folder, backbone.pooling, backbone.width, projection, model_kwargs=arguments)
 
@@ -152,7 +161,7 @@ def _image_modules(backbone: VisionBackbone, projection: nn.Module, source: Sour
     elif pooling == "mean" and backbone.num_prefix_tokens:  # timm knows which tokens are of the image.
         pooling, pooled_by_timm = "backbone", {"global_pool": "avg", "fc_norm": False}
     _wrapped(backbone, source, pooled_by_timm).save_pretrained(folder)
-    source.processor.image_processor.save_pretrained(folder)
+    save_image_processor(source, folder)
     return _route("image", folder, pooling, backbone.pooled_width, projection)
 
 

@@ -5,17 +5,6 @@ from __future__ import annotations
 from .source import Source
 
 CARD = """\
----
-library_name: sentence-transformers
-tags:
-- sentence-transformers
-- loopitr
-- image-text-retrieval
-pipeline_tag: {pipeline}
----
-
-# {title}
-
 Exported from a `loopitr` model: {parts}, {embed_dim} dimensions, unit length. It loads with sentence-transformers 5.4
 or later, without this package and without `trust_remote_code`.
 
@@ -36,7 +25,7 @@ are to be turned first (`PIL.ImageOps.exif_transpose`), 16-bit and float ones to
 
 
 def sentence_transformers_card(source: Source) -> str:
-    """The text of the README.md."""
+    """What the README.md says of it."""
     config, use, parts = source.model.config, [], []
     if source.has_images:
         use.append(IMAGE)
@@ -47,8 +36,6 @@ def sentence_transformers_card(source: Source) -> str:
     if len(use) == 2:
         use.append("similarity = model.similarity(texts, images)")
     return CARD.format(
-        pipeline="feature-extraction" if source.has_images else "sentence-similarity",
-        title="Image-text embeddings" if len(parts) == 2 else f"{parts[0].split()[0].capitalize()[:-1]} embeddings",
         parts=" and ".join(parts),
         embed_dim=config.embed_dim,
         imports=PIL if source.has_images else "",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loopitr.building.card import DUAL, FUSED
 from loopitr.building.folders import load_saved
 from loopitr.building.towers import load_tower
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
@@ -32,6 +33,13 @@ class Source:
     def dual(self) -> DualEncoder | ImageTower | TextTower:
         """What embeds: the model without its fusion head."""
         return self.model.dual_encoder() if isinstance(self.model, LoopITRModel) else self.model
+
+    @property
+    def rankings(self) -> tuple[str, ...]:
+        """Which of the figures of the run that it is from are its own, too; a tower alone ranks nothing."""
+        if isinstance(self.model, (ImageTower, TextTower)):
+            return ()
+        return FUSED if isinstance(self.model, LoopITRModel) else DUAL
 
     @property
     def has_images(self) -> bool:

@@ -4,24 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from loopitr.building.card import write_export_card
 from loopitr.building.folders import check_output
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
-from loopitr.models.processing import LoopITRProcessor, limit_length
+from loopitr.models.processing import LoopITRProcessor
 from loopitr.models.towers import TOWERS, ImageTower, TextTower
 
+from .reading import save_image_processor, save_tokenizer
 from .source import read_source
 
 CARD = """\
----
-library_name: loopitr
-tags:
-- loopitr
-- image-text-retrieval
-- feature-extraction
----
-
-# {kind} tower
-
 The {side} side of a `loopitr` dual encoder alone ({backbone}): it embeds {side}s into {embed_dim} dimensions, unit
 length; their dot product with the vectors of the other side is the similarity. {parameters:.1f}M parameters.
 
@@ -90,12 +82,12 @@ def export_tower(
     assert isinstance(own, (ImageTower, TextTower))
     own.save_pretrained(folder)
     if tower == "image":
-        source.processor.image_processor.save_pretrained(folder)
+        save_image_processor(source, folder)
     else:
-        tokenizer = source.processor.tokenizer
-        limit_length(tokenizer, tokenizer.model_max_length)
-        tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(_card(own, tower), encoding="utf-8")
+        save_tokenizer(source, folder)
+    write_export_card(
+        folder, _card(own, tower), title=folder.resolve().name, source=source.name, tags=[f"{tower}-encoder"]
+    )
     return own
 
 
@@ -103,7 +95,6 @@ def _card(own: ImageTower | TextTower, tower: str) -> str:
     config = own.config
     vision = config.vision if tower == "image" else {}
     return CARD.format(
-        kind=tower.capitalize(),
         side=tower,
         backbone=f"{vision['name']}, {vision['image_size']} px" if vision else config.text["model_type"],
         embed_dim=config.embed_dim,

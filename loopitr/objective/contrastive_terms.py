@@ -30,13 +30,13 @@ class SimilarityTerm(Term):
 
     @abstractmethod
     def of(self, step: Step, similarities: Similarities) -> Tensor:
-        """The loss at one width."""
+        """The loss at one width, of this rank's queries."""
 
     def __call__(self, step: Step) -> Tensor:
         width = step.model.config.embed_dim
         values = [self.of(step, step.similarities)]
         values += [self.of(step, step.similarities_at(dim)) for dim in sorted({*self.dims} - {width})]
-        return torch.stack(values).mean()
+        return step.share * torch.stack(values).mean()
 
     def check(self, model: LoopITRModel) -> None:
         width, name = model.config.embed_dim, "objective.matryoshka_dims"
@@ -63,9 +63,7 @@ class Contrastive(SimilarityTerm):
 
     def of(self, step: Step, similarities: Similarities) -> Tensor:
         positives = step.positives
-        return losses.itc_loss(
-            similarities.per_image, similarities.per_text, positives.per_image, positives.per_text
-        )  # of this rank's queries
+        return losses.itc_loss(similarities.per_image, similarities.per_text, positives.per_image, positives.per_text)
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,8 @@ class SigmoidContrastive(SimilarityTerm):
     def of(self, step: Step, similarities: Similarities) -> Tensor:
         bias = step.model.dual.logit_bias
         assert bias is not None
-        return losses.siglip_loss(similarities.per_image + bias.float(), step.positives.per_image)
+        per_image = similarities.per_image
+        return losses.siglip_loss(per_image + bias.to(per_image.dtype), step.positives.per_image)
 
     def check(self, model: LoopITRModel) -> None:
         super().check(model)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from loopitr.models.outputs import TextFeatures
 from loopitr.objective.contrastive_terms import Contrastive, SimilarityTerm
+from loopitr.objective.metrics import step_metrics
 from loopitr.objective.mining import Miner, TopK
 from loopitr.objective.parts import Encoded, MaskedTexts, StepOutput
 from loopitr.objective.step import Step
@@ -222,7 +223,7 @@ class LoopObjective(nn.Module):
                 output = output if isinstance(output, TermOutput) else TermOutput(output)
                 outputs[term.name] = output
                 loss = loss + weight * output.loss
-        metrics = {"temperature": 1 / self.model.dual.scale.detach(), **step.spread(), **step.metrics()}
+        metrics = step_metrics(step)
         for output in outputs.values():
             metrics |= output.metrics
         return StepOutput(loss, {name: output.loss for name, output in outputs.items()}, metrics)

@@ -70,7 +70,8 @@ class Term(ABC):
 
     @abstractmethod
     def __call__(self, step: Step) -> Tensor | TermOutput:
-        """The loss of the whole batch, or this rank's share of it, whose mean over ranks is that."""
+        """The loss of the whole batch, or this rank's share of it, whose mean over ranks is that: `step.share` times
+        the mean over this rank's queries."""
 
     def weight_in(self, step: Step) -> float:
         """The weight in this step; the same in every step unless a term says otherwise."""
@@ -226,9 +227,9 @@ class Agreement(Term):
 
     def __call__(self, step: Step) -> Tensor:
         agreement, positives = step.agreement, step.positives
-        return losses.itc_loss(
+        return step.share * losses.itc_loss(
             agreement.per_image, agreement.per_text, positives.per_image, positives.per_text
-        )  # of this rank's queries
+        )
 
     def check(self, model: LoopITRModel) -> None:
         if model.agreement is None:

@@ -24,6 +24,7 @@ STYLE = """
 .loopitr .up { color: #1a7f37; font-weight: bold; }
 .loopitr .down { color: #c62828; font-weight: bold; }
 .loopitr small { opacity: .8; display: block; }
+.loopitr-upload a { pointer-events: none; }
 """
 
 

@@ -21,6 +21,7 @@ from .contents import Contents
 from .encoding import dual_of
 from .lance import Row
 from .manifest import (
+    LOCK,
     MANIFEST,
     TOKEN_TYPES,
     Manifest,
@@ -35,9 +36,9 @@ from .manifest import (
 from .opening import Opened, opened
 from .retriever import Retriever
 from .sources import Source, open_source
-from .stores import open_images
+from .stores import check_new, open_images
 
-COMMIT_IMAGES, COMMIT_BYTES = 1024, 2**27  # written at a time: what a killed process has to do again
+COMMIT_IMAGES, COMMIT_BYTES = 1024, 2**26  # written at a time: what a killed process has to do again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +67,10 @@ def build_index(
     image_column: str = "image",
     tokens: str = "fp16",
     store: str | None = None,
+    collection: str | None = None,
     contents: str | None = None,
     device: str | torch.device | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     num_workers: int | None = None,
     show_progress: bool = True,
 ) -> IndexReport:
@@ -86,11 +88,16 @@ def build_index(
         images: folder that relative paths of a table start from; None: the folder of the table.
         image_column: of a table.
         tokens: what image tokens are kept in for reranking, `fp16` or `bf16`; `none`: images are opened again for it.
-        batch_size: images encoded at a time.
+        store: address of a Qdrant server for the vectors; None: LanceDB in the index. Its API key is in the environment
+            variable QDRANT_API_KEY.
+        collection: its name there; None: that of the folder of the index.
+        contents: where tokens are kept, a folder or an address such as `s3://bucket/folder`; None: in the index.
+        batch_size: images encoded at a time; None: 64 on a GPU, and on a CPU 8, since memory for more is slow to get.
         num_workers: processes that open images; 0: this one does, None: one for each core.
 
     Raises:
-        ValueError: no image in the source, an index of another model or version, options out of range.
+        ValueError: no image in the source, an index of another model or version, options out of range, a store that
+            does not answer.
         OSError: no such model; a folder that cannot be written to.
         ModuleNotFoundError: LanceDB is not installed.
 
@@ -120,10 +127,13 @@ def build_index(
             check_model(folder, manifest, model)
         else:
             kept = None if tokens == "none" else tokens
-            manifest = manifest_of(model, name, tokens=kept, store=store, collection=folder.name, contents=contents)
+            where = {"store": store, "collection": collection or folder.resolve().name, "contents": contents}
+            manifest = manifest_of(model, name, tokens=kept, **where)
+            check_new(manifest)
         manifest = replace(manifest, complete=False)
         write_manifest(folder, manifest)
-        return _Writer(folder, manifest, model).index(source, batch_size, num_workers, show_progress)
+        size = batch_size or (8 if model.device.type == "cpu" else 64)
+        return _Writer(folder, manifest, model).index(source, size, num_workers, show_progress)
 
 
 def add_images(
@@ -134,7 +144,7 @@ def add_images(
     image_column: str = "image",
     model: str | Path | Retriever | None = None,
     device: str | torch.device | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     num_workers: int | None = None,
     show_progress: bool = True,
 ) -> IndexReport:
@@ -161,8 +171,8 @@ def _check_output(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is not a folder")
     foreign = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    if foreign and MANIFEST not in foreign and foreign != ["index.lock"]:
-        raise ValueError(f"{folder} holds {foreign[0]} and no search index; choose an empty or a new folder")
+    if MANIFEST not in foreign and (other := [name for name in foreign if not name.startswith((MANIFEST, LOCK))]):
+        raise ValueError(f"{folder} holds {other[0]} and no search index; choose an empty or a new folder")
 
 
 def _check_source(source: Source) -> None:

@@ -91,7 +91,7 @@ class LanceImages:
     def listed(self, where: str | None = None) -> list[Found]:
         """All images, or those that an SQL condition holds for."""
         query = self.table.search(None)
-        rows = _asked(query if where is None else query.where(where), where, limit=ALL, names=self._names())
+        rows = _asked(query if where is None else query.where(_whole(where)), where, limit=ALL, names=self._names())
         return [_found(row, 0.0) for row in rows]
 
     def put(self, rows: Sequence[Row], replaced: Collection[int] = ()) -> None:
@@ -130,7 +130,7 @@ class LanceImages:
         """
         query = self.table.search(vector.astype(np.float32), vector_column_name="embed").distance_type("dot")
         query = query.bypass_vector_index() if exact else query.nprobes(_probes(len(self)))
-        query = query if where is None else query.where(where, prefilter=True)
+        query = query if where is None else query.where(_whole(where), prefilter=True)
         rows = _asked(query, where, limit=limit, names=[*self._names(), "_distance"])
         return [_found(row, 1.0 - row.pop("_distance")) for row in rows]
 
@@ -238,6 +238,11 @@ def _asked(query: Any, where: str | None, *, limit: int, names: list[str]) -> li
         if where is None:
             raise ValueError(f"the index cannot be read: {_line(error)}") from error
         raise ValueError(f"where {where!r}: {_line(error)}") from error
+
+
+def _whole(where: str) -> str:
+    """In parentheses: LanceDB would leave out what stands behind a complete condition."""
+    return f"({where})"
 
 
 def _line(error: Exception) -> str:

@@ -32,7 +32,8 @@ class Placed:
 class Looking:
     """A searcher that remembers its last queries' candidates and match scores.
 
-    `reranks`: whether its model has a fusion head; `own_weight`: that model's similarity weight.
+    `reranks`: whether its model has a fusion head; `own_weight`: that model's similarity weight; `has_captions`:
+    whether the index has any.
     """
 
     def __init__(self, searcher: Searcher, *, rerank: int = 100) -> None:
@@ -41,11 +42,8 @@ class Looking:
         model = searcher.retriever.model
         self.reranks = isinstance(model, LoopITRModel)
         self.own_weight = float(model.config.similarity_weight) if isinstance(model, LoopITRModel) else DUAL_ALONE
+        self.has_captions = COLUMN in searcher.info()["columns"]
         self._found = lru_cache(maxsize=KEPT)(self._search)
-
-    @property
-    def has_captions(self) -> bool:
-        return COLUMN in self.searcher.info()["columns"]
 
     def by_text(
         self, text: str, *, top: int, reranked: bool, weight: float | None = None, where: str | None = None
@@ -59,6 +57,8 @@ class Looking:
         Raises:
             ValueError: an empty text, a number out of range, a condition that does not fit the index.
         """
+        if not text.strip():
+            raise ValueError("the query is empty")
         check_at_least(1, top=top)
         check_at_least(0, weight=weight)
         reranked = reranked and self.reranks
@@ -113,5 +113,5 @@ class Looking:
             return {}
         match = torch.tensor([hit.match for hit in scored], dtype=torch.float64)  # [n]
         similarity = torch.tensor([hit.similarity for hit in scored], dtype=torch.float64)  # [n]
-        scores = reranking_score(match, similarity * float(model.dual.scale), weight)
+        scores = reranking_score(match, similarity * float(model.dual.scale.detach()), weight)
         return dict(zip(map(id, scored), scores.tolist()))

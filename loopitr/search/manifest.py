@@ -49,7 +49,13 @@ class Manifest:
 
 
 def manifest_of(
-    retriever: Retriever, model: str, *, tokens: str | None, store: str | None, collection: str, contents: str | None
+    retriever: Retriever,
+    model: str,
+    *,
+    tokens: str | None,
+    store: str | None,
+    collection: str | None,
+    contents: str | None,
 ) -> Manifest:
     """Of a new index."""
     vision = dual_of(retriever.model).vision

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial, wraps
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "mode
 
 
 def weight_of(share: float) -> float:
-    """The similarity weight w at a place of the slider: 0 is the match score alone, 1/2 the sum, 1 the similarity alone.
+    """The similarity weight at a place of the slider: 0 is the match score alone, 1/2 the sum, 1 the similarity alone.
 
     Raises:
         ValueError: no place from 0 to 1.
@@ -42,10 +43,11 @@ def share_of(weight: float) -> float:
     return 1.0 if weight >= DUAL_ALONE else round(weight / (1 + weight), 3)
 
 
-def build_page(looking: Looking) -> Any:
+def build_page(looking: Looking, uploads: Path) -> Any:
     """A `gradio.Blocks` with a tab for texts and one for images; as endpoints `/search` and `/similar`.
 
-    Results are HTML in which the pictures lie, so that the page needs no file of the index by its path.
+    Results are HTML in which the pictures lie, so that the page needs no file of the index by its path. The only files
+    that it opens by a path from outside are those in `uploads`, gradio's folder for them.
 
     Raises:
         ModuleNotFoundError: gradio is not installed.
@@ -67,7 +69,7 @@ def build_page(looking: Looking) -> Any:
         """Find similar images and captions for an image: the grid, and the captions, as HTML."""
         if image is None:
             raise ValueError("no image is given")
-        opened = decode_image(Path(image), "the image")
+        opened = decode_image(Path(_uploaded(image, uploads)), "the image")
         found = looking.by_image(opened, top=_count(top))
         return grid(found, picture, moves=False), caption_list(looking.captions(opened, top=CAPTIONS))
 
@@ -91,7 +93,7 @@ def build_page(looking: Looking) -> Any:
                     *(0, 1, own_share),
                     step=0.001,
                     label="Similarity weight",
-                    info=f"0: the match score alone, 1: the similarity alone; the model's own is {own_share:g}",
+                    info=f"0: match score alone, 1: similarity alone; the model's: {own_share:g}",
                     interactive=looking.reranks,
                 )
                 top = gradio.Slider(1, MOST, TOP, step=1, label="Images")
@@ -117,7 +119,12 @@ def build_page(looking: Looking) -> Any:
             )
         with gradio.Tab("By image"):
             with gradio.Row():
-                image = gradio.File(label="Drop an image", file_types=["image"], type="filepath", height=160)
+                image = gradio.File(
+                    label="Drop an image",
+                    type="filepath",
+                    height=160,
+                    elem_classes="loopitr-upload",
+                )
                 count = gradio.Slider(1, MOST, TOP, step=1, label="Images")
             with gradio.Row():
                 with gradio.Column(scale=3):
@@ -129,7 +136,24 @@ def build_page(looking: Looking) -> Any:
             outputs = [neighbours, captions]
             image.upload(similar, [image, count], outputs, api_name="similar", **ONE_AT_A_TIME)
             count.release(lambda *given: similar(*given) if given[0] else ("", ""), [image, count], outputs, **again)
+    for block in page.blocks.values():
+        block.async_move_resource_to_block_cache = partial(_checked_upload, uploads=uploads)
     return page
+
+
+async def _checked_upload(path: str | None, *, uploads: Path) -> str | None:
+    """In place of gradio's own, which takes any file of this machine, or of any address, into a mounted page."""
+    return None if path is None else _uploaded(path, uploads)
+
+
+def _uploaded(path: str, uploads: Path) -> str:
+    """
+    Raises:
+        ValueError: the file lies somewhere else.
+    """
+    if not Path(path).resolve().is_relative_to(uploads.resolve()):
+        raise ValueError("the image was not uploaded")
+    return path
 
 
 def import_gradio() -> Any:
@@ -153,11 +177,11 @@ def _count(top: float) -> int:
 def _with_short_errors(function: Callable[..., Any], kind: type[Exception]) -> Callable[..., Any]:
     """What the user can mend is one line on the page, which shows HTML; anything else is for the terminal."""
 
+    @wraps(function)  # Its parameters are those of the endpoint.
     def shown(*given: Any) -> Any:
         try:
             return function(*given)
         except (ValueError, OSError) as error:
             raise kind(escape(" ".join(str(error).split())), print_exception=False) from error  # type: ignore[call-arg]
 
-    shown.__doc__, shown.__name__ = function.__doc__, function.__name__
     return shown

@@ -135,7 +135,8 @@ class Searcher:
                 .png, ...) or where it names a file in a folder.
             rerank: so many candidates of a text are scored by the fusion head; hits that were not follow after those
                 that were. 0: by similarity alone, as an image's neighbours always are.
-            where: an SQL condition on the columns, such as `"width > 800 AND caption LIKE '%dog%'"`.
+            where: an SQL condition on the columns, such as `"width > 800 AND caption LIKE '%dog%'"`; over Qdrant one of
+                those in `loopitr/search/conditions.py`.
             similarity_weight: of the similarity in the reranking score; None: the model's own.
             as_text: a str is a text, whatever it looks like: what strangers type must not open a file.
 
@@ -145,6 +146,8 @@ class Searcher:
         """
         check_at_least(1, top=top)
         check_at_least(0, rerank=rerank, similarity_weight=similarity_weight)
+        if where is not None and not where.strip():
+            raise ValueError("where is empty: give a condition such as 'width > 800', or none")
         vector, text = self._embed(query, as_text=as_text)
         model = self.retriever.model
         reranks = text is not None and rerank > 0 and isinstance(model, LoopITRModel)

@@ -9,6 +9,7 @@ import socket
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from .figures import STYLE
@@ -122,7 +123,7 @@ def page_server(looking: Looking, own: socket.socket, host: str) -> Iterator[Any
         try:
             app = gradio.mount_gradio_app(
                 FastAPI(openapi_url=None),
-                build_page(looking),
+                build_page(looking, Path(uploads)),
                 path="",
                 server_name=host,
                 server_port=own.getsockname()[1],

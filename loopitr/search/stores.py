@@ -48,3 +48,14 @@ def open_images(folder: str | Path, manifest: Manifest, *, create: bool = False)
     from .qdrant import QdrantImages
 
     return QdrantImages.open(manifest, create=create)
+
+
+def check_new(manifest: Manifest) -> None:
+    """
+    Raises:
+        ValueError: a store that does not answer, or that has this collection already.
+    """
+    if manifest.store is not None:
+        from .qdrant import QdrantImages
+
+        QdrantImages.check_new(manifest)

@@ -46,7 +46,8 @@ class Options:
     """Images of it that are indexed."""
     vectors: int = 100_000
     candidates: int = 100
-    batch_size: int = 32
+    batch_size: int = 8
+    """Images that are encoded at a time while indexing, and by the tower alone."""
     vision: str = "vit_small_patch16_224"
     image_size: int = 224
     hidden_size: int = 384

@@ -18,7 +18,8 @@ from huggingface_hub import ModelCard
 
 from loopitr import DualEncoder, Retriever, export_dual
 from loopitr.building import publishing
-from loopitr.building.card import is_own, write_card
+from loopitr.building.card import write_card
+from loopitr.building.card_file import is_own
 from loopitr.building.folders import save_for_use
 from loopitr.building.origin import origin_of
 

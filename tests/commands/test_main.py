@@ -4,13 +4,11 @@ import configparser
 import importlib
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from fixtures.albef_tiny.plain import FOLDER
-from helpers.recipe_process import ROOT, call, environment, error_lines
+from helpers.recipe_process import ROOT, call, error_lines, started
 from helpers.small_karpathy import data, write_small_karpathy
 
 import loopitr
@@ -23,23 +21,6 @@ WHERE = ("--data.split", "test", "--data.max_skipped_fraction", 0.2, "--data.num
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return write_small_karpathy(tmp_path_factory.mktemp("commands"))
-
-
-def started(*arguments):
-    """The printed lines of `loopitr arguments` in a process of its own, and the heavy modules that it imported."""
-    code = """
-import sys
-from loopitr.commands.main import main
-try:
-    main()
-except SystemExit as stop:
-    assert not stop.code, stop.code
-print([name for name in ("torch", "transformers", "datasets", "timm") if name in sys.modules])
-"""
-    words = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.splitlines()
 
 
 def fails(capsys, *arguments):
@@ -56,7 +37,7 @@ def test_help_has_a_line_for_each_command_and_does_without_torch():
     assert imported == "[]"
     lines = [line.split(maxsplit=1) for line in shown if line.startswith("  ") and not line.startswith("  --")]
     assert lines == [[name, command.line] for name, command in COMMANDS.items()]
-    assert [*COMMANDS] == ["evaluate", "calibrate", "export", "convert"]
+    assert [*COMMANDS] == ["search", "evaluate", "calibrate", "export", "convert"]
 
 
 @pytest.mark.parametrize(
@@ -85,8 +66,8 @@ def test_the_installed_script_is_this_one():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no command is given; known: evaluate, calibrate, export, convert"),
-        (["train"], "unknown command 'train'; known: evaluate"),
+        ([], "no command is given; known: search, evaluate, calibrate, export, convert"),
+        (["train"], "unknown command 'train'; known: search, evaluate"),
         (["--model", "run"], "unknown command '--model'"),
         (["evaluate"], "required: model"),
         (["evaluate", "--nonsense"], "--nonsense"),

@@ -8,7 +8,7 @@ from helpers.support import CNN, images, ragged_texts, tiny_model
 from helpers.tiny_gallery import captions, picture, tiny_processor
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
 
 import loopitr.building.towers as towers
 from loopitr import ImageTower, TextTower, export_dual, export_tower
@@ -93,6 +93,9 @@ def test_what_reads_its_inputs_goes_with_it(tmp_path):
         export_tower(tmp_path / "run", tmp_path / tower, tower)
         card = (tmp_path / tower / "README.md").read_text()
         assert card.startswith("---\nlibrary_name: loopitr\n") and "{" not in card
+    for auto in (AutoImageProcessor, AutoProcessor):
+        assert "LoopITR" not in type(auto.from_pretrained(tmp_path / "image")).__name__
+    assert "LoopITR" not in type(AutoProcessor.from_pretrained(tmp_path / "text")).__name__
     pixels = AutoImageProcessor.from_pretrained(tmp_path / "image")(picture(1), return_tensors="pt")["pixel_values"]
     assert torch.equal(pixels, tiny_processor()(images=[picture(1)])["pixel_values"])
     texts = list(captions(1, 3))

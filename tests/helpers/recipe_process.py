@@ -57,3 +57,20 @@ def error_lines(errors: str) -> list[str]:
     """The lines in which a recipe names an error that its user can mend; progress bars share the stream."""
     assert "Traceback" not in errors and "usage:" not in errors
     return [line for line in errors.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+
+
+def started(*arguments):
+    """The printed lines of `loopitr arguments` in a process of its own, and the heavy modules that it imported."""
+    code = """
+import sys
+from loopitr.commands.main import main
+try:
+    main()
+except SystemExit as stop:
+    assert not stop.code, stop.code
+print([name for name in ("torch", "transformers", "datasets", "timm") if name in sys.modules])
+"""
+    words = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()

@@ -15,7 +15,7 @@ from shared import Timing, check_options, interleaved, peak_memory
 
 from loopitr.cli import check_output_file
 
-NAMES = ["encode", "evaluate", "grad_cache", "input", "pairs", "step"]
+NAMES = ["encode", "evaluate", "grad_cache", "input", "pairs", "search", "step"]
 
 
 def recipe(name: str) -> SimpleNamespace:

@@ -22,6 +22,9 @@ SMALL = {
         *("--vision", "vit_tiny_patch16_224", "--image_size", "32", "--hidden_size", "64", "--text_layers", "1"),
         *("--fusion_layers", "1", "--batch_size", "6", "--chunk_size", "2", "--loop", "true"),
     ],
+    "onnx_speed.py": [
+        *("--vision", "resnet10t", "--image_size", "32", "--hidden_size", "64", "--text_layers", "1", "--rounds", "1"),
+    ],
     "input.py": [
         *("--vision", "vit_tiny_patch16_224", "--image_size", "32", "--batch_size", "2", "--batches", "1"),
         *("--num_workers", "1", "--rounds", "1"),
@@ -32,11 +35,18 @@ SMALL = {
         *("--fusion_layers", "2", "--num_workers", "0", "--plain_pairs", "3"),
     ],
 }
+SMALL["search.py"] = [
+    *("--vision", "vit_tiny_patch16_224", "--image_size", "32", "--hidden_size", "64", "--text_layers", "1"),
+    *("--fusion_layers", "1", "--count", "5", "--vectors", "400", "--candidates", "8", "--rounds", "1"),
+    *("--batch_size", "2", "--num_workers", "0"),
+]
 OWN = {  # How many figures there are, and what is counted in each.
     "step.py": (9, {"seconds", "flops", "ratio", "of_peak"}),
     "encode.py": (3, {"per_second", "bare_per_second", "throughput", "flops"}),
     "grad_cache.py": (2, {"seconds", "pairs", "peak_gib"}),
+    "onnx_speed.py": (8, {"milliseconds", "times_faster"}),
     "input.py": (7, {"seconds", "images_per_second"}),
+    "search.py": (3, set()),
 }
 
 
@@ -54,7 +64,7 @@ def test_figures_by_name(name, monkeypatch, capsys, tmp_path):
     assert len(figures) == count and all(case[key] > 0 for case in figures.values() for key in counted)
     assert all(case in done.stdout for case in figures)
     assert all(case.get("difference", 0.0) < 1e-5 for case in figures.values())
-    assert name == "grad_cache.py" or any(case.get("of_peak", 0.0) > 0 for case in figures.values())
+    assert name in ("grad_cache.py", "search.py") or any(case.get("of_peak", 0.0) > 0 for case in figures.values())
 
 
 @pytest.mark.parametrize("name", ["pairs.py", "step.py", "encode.py", "evaluate.py", "grad_cache.py"])

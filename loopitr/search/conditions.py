@@ -1,0 +1,191 @@
+"""SQL conditions on the columns of an index as Qdrant's filters. LanceDB reads them as they are."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qdrant_client import models as qdrant
+
+WORD = re.compile(
+    r"\s*(?:(?P<text>'(?:[^']|'')*')|(?P<number>-?\d+\.?\d*(?:[eE][+-]?\d+)?)|(?P<name>[A-Za-z_]\w*|`[^`]+`|\"[^\"]+\")"
+    r"|(?P<sign><>|!=|<=|>=|[=<>(),]))"
+)
+KEYWORDS = ("and", "or", "not", "in", "is", "null", "between", "like", "has", "true", "false", "timestamp")
+RELATIONS = ("in", "between", "like", "has")
+BOUNDS = {"<": "lt", "<=": "lte", ">": "gt", ">=": "gte"}
+
+
+@dataclass(frozen=True)
+class Condition:
+    """The filter, and the columns that it is about."""
+
+    filter: qdrant.Filter
+    columns: set[str]
+
+
+def parsed(where: str) -> Condition:
+    """Comparisons (`=`, `<>`, `<`, `<=`, `>`, `>=`, `IN`, `BETWEEN`, `IS NULL`) of columns with numbers, texts,
+    `true`, `false` and `timestamp '...'`, and `caption HAS 'dog beach'`, which texts with all these words fulfil,
+    joined by `AND`, `OR`, `NOT` and parentheses. A server does not look for parts of words, so that there is no `LIKE`.
+
+    Raises:
+        ValueError: anything else.
+    """
+    parser = _Parser(where)
+    found = parser.any_of()
+    parser.end()
+    return Condition(found, parser.columns)
+
+
+class _Parser:
+    def __init__(self, where: str) -> None:
+        self.where, self.columns = where, set[str]()
+        self.words: list[tuple[str, str]] = []  # kind and what is written
+        at = 0
+        while where[at:].strip():
+            match = WORD.match(where, at)
+            if match is None:
+                raise self.error(f"{where[at:].strip()!r} is not understood")
+            kind = str(match.lastgroup)
+            word = match[kind]
+            if kind == "name" and word.lower() in KEYWORDS:
+                kind, word = "keyword", word.lower()
+            self.words.append((kind, word))
+            at = match.end()
+        self.at = 0
+
+    def error(self, problem: str) -> ValueError:
+        return ValueError(f"where {self.where!r}: {problem}")
+
+    def end(self) -> None:
+        if self.at < len(self.words):
+            raise self.error(f"{self.words[self.at][1]!r} is one word too many")
+
+    def take(self, *words: str) -> str | None:
+        """The next word, if it is one of these."""
+        if self.at < len(self.words):
+            kind, word = self.words[self.at]
+            if kind in ("keyword", "sign") and word in words:
+                self.at += 1
+                return word
+        return None
+
+    def need(self, *words: str) -> str:
+        word = self.take(*words)
+        if word is None:
+            got = repr(self.words[self.at][1]) if self.at < len(self.words) else "the end"
+            raise self.error(f"expected {' or '.join(word.upper() for word in words)}, got {got}")
+        return word
+
+    def any_of(self) -> qdrant.Filter:
+        from qdrant_client import models
+
+        parts = [self.all_of()]
+        while self.take("or"):
+            parts.append(self.all_of())
+        return parts[0] if len(parts) == 1 else models.Filter(should=list(parts))
+
+    def all_of(self) -> qdrant.Filter:
+        from qdrant_client import models
+
+        parts = [self.one()]
+        while self.take("and"):
+            parts.append(self.one())
+        return parts[0] if len(parts) == 1 else models.Filter(must=list(parts))
+
+    def one(self) -> qdrant.Filter:
+        from qdrant_client import models
+
+        if self.take("not"):
+            return models.Filter(must_not=[self.one()])
+        if self.take("("):
+            inner = self.any_of()
+            self.need(")")
+            return inner
+        return self.comparison(self.name())
+
+    def name(self) -> str:
+        kind, word = self.words[self.at] if self.at < len(self.words) else ("", "the end")
+        if kind != "name":
+            raise self.error(f"expected a column, got {word!r}")
+        self.at += 1
+        self.columns.add(word.strip('`"'))
+        return word.strip('`"')
+
+    def value(self) -> Any:
+        if self.take("timestamp"):
+            value = self.value()
+            if not isinstance(value, str):
+                raise self.error(f"expected a date and time in quotes, got {value!r}")
+            try:
+                moment = datetime.fromisoformat(value)
+            except ValueError as error:
+                raise self.error(f"{value!r} is no date and time, such as 2024-12-31 23:59:59") from error
+            return moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
+        word = self.take("true", "false")
+        if word:
+            return word == "true"
+        kind, text = self.words[self.at] if self.at < len(self.words) else ("", "the end")
+        if kind not in ("text", "number"):
+            raise self.error(f"expected a number or a text in single quotes, got {text!r}")
+        self.at += 1
+        if kind == "text":
+            return text[1:-1].replace("''", "'")
+        return int(text) if re.fullmatch(r"-?\d+", text) else float(text)
+
+    def comparison(self, column: str) -> qdrant.Filter:
+        from qdrant_client import models
+
+        empty = models.IsEmptyCondition(is_empty=models.PayloadField(key=column))
+        if self.take("is"):
+            negated = self.take("not")
+            self.need("null")
+            return models.Filter(must_not=[empty]) if negated else models.Filter(must=[empty])
+        negated = self.take("not")
+        word = self.need(*RELATIONS) if negated else self.take(*RELATIONS)
+        if word is None:
+            word = self.take("=", "<>", "!=", "<", "<=", ">", ">=")
+            if word is None:  # a column of true and false
+                return models.Filter(must=[self.compared(column, "=", True)])
+            negated = "not" if word in ("<>", "!=") else None
+            conditions = [self.compared(column, "=" if negated else word, self.value())]
+        elif word == "in":
+            self.need("(")
+            conditions = [self.compared(column, "=", self.value())]
+            while self.need(",", ")") == ",":
+                conditions.append(self.compared(column, "=", self.value()))
+        elif word == "between":
+            low = self.compared(column, ">=", self.value())
+            self.need("and")
+            both = [low, self.compared(column, "<=", self.value())]
+            conditions = [models.Filter(must=both)]
+        elif word == "has":
+            conditions = [self.has(column, self.value())]
+        else:
+            raise self.error(f"a Qdrant server looks for whole words: {column} HAS 'dog beach' in the place of LIKE")
+        # As in SQL, what has no value is neither equal nor unequal.
+        return models.Filter(must_not=[*conditions, empty]) if negated else models.Filter(should=conditions)
+
+    def compared(self, column: str, sign: str, value: Any) -> Any:
+        from qdrant_client import models
+
+        if isinstance(value, datetime):
+            bounds = {"gte": value, "lte": value} if sign == "=" else {BOUNDS[sign]: value}
+            return models.FieldCondition(key=column, range=models.DatetimeRange(**bounds))
+        if sign == "=" and not isinstance(value, float):
+            return models.FieldCondition(key=column, match=models.MatchValue(value=value))
+        if isinstance(value, (str, bool)):
+            raise self.error(f"{value!r} has no order on a Qdrant server; compare it by =, <>, IN or HAS")
+        limits = {"gte": value, "lte": value} if sign == "=" else {BOUNDS[sign]: value}
+        return models.FieldCondition(key=column, range=models.Range(**limits))
+
+    def has(self, column: str, words: Any) -> Any:
+        from qdrant_client import models
+
+        if not isinstance(words, str) or not words.strip():
+            raise self.error(f"expected words in single quotes, got {words!r}")
+        return models.FieldCondition(key=column, match=models.MatchText(text=words))

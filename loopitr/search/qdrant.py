@@ -1,0 +1,202 @@
+"""An index whose vectors lie on a Qdrant server, for more images or more readers than one machine takes."""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+from typing import Any
+
+import numpy as np
+
+from .conditions import parsed
+from .lance import EPOCH, Found, Row
+from .manifest import Manifest
+from .sources import Stamp
+
+PAGE = 1000  # points that are read or written at a time
+TIMEOUT = 30  # seconds
+OWN = ("path", "size", "mtime", "width", "height")
+_LOCAL: dict[str, Any] = {}  # clients of folders, which no second one may open
+
+
+class QdrantImages:
+    """The same as `LanceImages`, in a collection of its own. Conditions are those of `conditions.py`."""
+
+    def __init__(self, client: Any, collection: str, store: str) -> None:
+        self.client, self.collection, self.store = client, collection, store
+
+    @classmethod
+    def open(cls, manifest: Manifest, *, create: bool = False) -> QdrantImages:
+        """
+        Raises:
+            ValueError: the server does not answer, or does not have the collection.
+            ModuleNotFoundError: its client is not installed.
+        """
+        store, collection = str(manifest.store), str(manifest.collection)
+        images = cls(_client(store), collection, store)
+        with _answering(store):
+            if images.client.collection_exists(collection):
+                size = images.client.get_collection(collection).config.params.vectors.size
+                if size != manifest.embed_dim:
+                    raise ValueError(f"{collection!r} holds vectors of {size} dimensions, wanted {manifest.embed_dim}")
+            elif create:
+                from qdrant_client import models
+
+                vectors = models.VectorParams(size=manifest.embed_dim, distance=models.Distance.DOT)
+                images.client.create_collection(collection, vectors_config=vectors)
+            else:
+                raise ValueError(f"it has no collection {collection!r}")
+        return images
+
+    @classmethod
+    def check_new(cls, manifest: Manifest) -> None:
+        """
+        Raises:
+            ValueError: the server does not answer, or has the collection already.
+        """
+        client = _client(str(manifest.store))
+        with _answering(str(manifest.store)):
+            if client.collection_exists(manifest.collection):
+                raise ValueError(f"it has a collection {manifest.collection!r} already; choose another name")
+
+    def __len__(self) -> int:
+        with _answering(self.store):
+            return self.client.count(self.collection, exact=True).count
+
+    def stamps(self) -> dict[int, Stamp]:
+        points = self._scroll(None, with_payload=["size", "mtime"])
+        return {point.id: (point.payload["size"], _micros(point.payload["mtime"])) for point in points}
+
+    def listed(self, where: str | None = None) -> list[Found]:
+        return [_found(point, 0.0) for point in self._scroll(self._filter(where), with_payload=True)]
+
+    def put(self, rows: Sequence[Row], replaced: Collection[int] = ()) -> None:
+        """Points of the same id are replaced in any case."""
+        from qdrant_client import models
+
+        for start in range(0, len(rows), PAGE):
+            points = [
+                models.PointStruct(id=row.id, vector=row.embed.tolist(), payload=_payload(row))
+                for row in rows[start : start + PAGE]
+            ]
+            with _answering(self.store):
+                self.client.upsert(self.collection, points, wait=True)
+
+    def delete(self, ids: Sequence[int]) -> None:
+        from qdrant_client import models
+
+        for start in range(0, len(ids), PAGE):
+            selected = models.PointIdsList(points=list(ids[start : start + PAGE]))
+            with _answering(self.store):
+                self.client.delete(self.collection, selected, wait=True)
+
+    def search(self, vector: np.ndarray, limit: int, where: str | None = None, *, exact: bool = False) -> list[Found]:
+        from qdrant_client import models
+
+        chosen = self._filter(where)
+        with _answering(self.store):
+            points = self.client.query_points(
+                self.collection,
+                query=vector.astype(np.float32).tolist(),
+                query_filter=chosen,
+                search_params=models.SearchParams(exact=exact),
+                limit=limit,
+                with_payload=True,
+            ).points
+        return [_found(point, point.score) for point in points]
+
+    def finish(self) -> None:
+        """The server indexes the vectors by itself."""
+
+    def columns(self) -> list[str]:
+        """Those of the first images: a collection has no list of them."""
+        with _answering(self.store):
+            points, _ = self.client.scroll(self.collection, limit=100, with_payload=True)
+        names = dict.fromkeys(name for point in points for name in point.payload if name != "file")
+        return list(dict.fromkeys([*OWN, *names]))
+
+    def vector_index(self) -> str | None:
+        return "HNSW"
+
+    def _filter(self, where: str | None) -> Any:
+        """
+        Raises:
+            ValueError: a condition that cannot be read, or on a column that no image has.
+        """
+        from qdrant_client import models
+
+        if where is None:
+            return None
+        condition = parsed(where)
+        for column in sorted(condition.columns):
+            empty = models.IsEmptyCondition(is_empty=models.PayloadField(key=column))
+            with _answering(self.store):
+                have = self.client.count(self.collection, count_filter=models.Filter(must_not=[empty]), exact=True)
+            if column == "file" or not have.count:
+                raise ValueError(f"where {where!r}: no image has a column {column!r}; there are {self.columns()}")
+        return condition.filter
+
+    def _scroll(self, chosen: Any, **wanted: Any) -> Iterator[Any]:
+        offset = None
+        while True:
+            with _answering(self.store):
+                points, offset = self.client.scroll(
+                    self.collection, scroll_filter=chosen, limit=PAGE, offset=offset, **wanted
+                )
+            yield from points
+            if offset is None:
+                return
+
+
+def _client(store: str) -> Any:
+    try:
+        from qdrant_client import QdrantClient
+    except ModuleNotFoundError as error:
+        message = 'an index on a Qdrant server needs its client: pip install "loopitr[qdrant]"'
+        raise ModuleNotFoundError(message) from error
+    with _answering(store):
+        key = os.environ.get("QDRANT_API_KEY")
+        if store.startswith(("http://", "https://")):
+            return QdrantClient(url=store, api_key=key, timeout=TIMEOUT, check_compatibility=False)
+        folder = os.path.abspath(store)
+        if folder not in _LOCAL:
+            _LOCAL[folder] = QdrantClient(path=folder)
+            atexit.register(_LOCAL[folder].close)
+        return _LOCAL[folder]
+
+
+@contextmanager
+def _answering(store: str) -> Iterator[None]:
+    """Turns the many errors of a client into one line that names the server."""
+    import httpx
+    from qdrant_client.http.exceptions import ApiException
+
+    try:
+        yield
+    except (ApiException, httpx.HTTPError, OSError, RuntimeError, ValueError) as error:
+        text = str(error)
+        if text.startswith("the store "):
+            raise
+        raise ValueError(f"the store {store}: {' '.join(text.split()) or type(error).__name__}") from error
+
+
+def _payload(row: Row) -> dict[str, Any]:
+    """Bytes of a path are not always text, and are kept as Latin-1."""
+    moment = EPOCH + timedelta(microseconds=row.stamp[1])
+    own = {"file": row.file.decode("latin-1"), "path": row.path, "size": row.stamp[0], "mtime": moment.isoformat()}
+    others: Mapping[str, Any] = {name: value for name, value in row.columns.items() if value is not None}
+    return {**others, **own, "width": row.width, "height": row.height}
+
+
+def _micros(mtime: str) -> int:
+    return (datetime.fromisoformat(mtime) - EPOCH) // timedelta(microseconds=1)
+
+
+def _found(point: Any, similarity: float) -> Found:
+    payload = dict(point.payload)
+    file, path = payload.pop("file").encode("latin-1"), payload.pop("path")
+    payload["mtime"] = datetime.fromisoformat(payload["mtime"])
+    return Found(id=point.id, file=file, path=path, similarity=similarity, columns=payload)
