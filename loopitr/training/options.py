@@ -78,7 +78,8 @@ class TrainOptions:
     keep_checkpoints: int = 2
     """Older ones are deleted."""
     max_bad_steps: int = 10
-    """A step whose loss or gradient is not finite is left out; so many in a row stop the run. 0: they never do."""
+    """A step whose loss or gradient is not finite is left out; so many in a row, or half of all steps, stop the run. 0:
+    they never do."""
     log_every: int = 10
     """Optimiser steps between log lines."""
     tracker: str = "auto"

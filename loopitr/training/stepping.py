@@ -34,18 +34,19 @@ class Stepper:
         options: TrainOptions,
         *,
         folder: Path,
+        total_steps: int,
         log: Callable[[str], None] = print,
     ) -> None:
         """
         Args:
             prepared, optimizer: accelerate's; `bare` is the objective in the former.
-            folder, log: where the steps are named that were left out, see `StepGuard`.
+            folder, log: where the steps are named that were left out, see `StepGuard`. Half of a run's `total_steps` in
+                a row stop it, too.
         """
         self.accelerator, self.prepared, self.bare = accelerator, prepared, bare
         self.optimizer, self.scheduler, self.options = optimizer, scheduler, options
-        self.guard = StepGuard(
-            accelerator, bare.model, optimizer, folder=folder, most_in_row=options.max_bad_steps, log=log
-        )
+        most = min(options.max_bad_steps, max(2, total_steps // 2))
+        self.guard = StepGuard(accelerator, bare.model, optimizer, folder=folder, most_in_row=most, log=log)
         self.micro = 0  # batches so far of the step that is being accumulated
 
     def backward(self, batch: Batch, stage: dict[str, Any]) -> StepOutput:

@@ -108,7 +108,7 @@ class Trainer:
         self.gate = Gate(objective, fusion_start=self.fusion_start, warmup=warmup, log=self.log)
         self.saver = Saver(self.accelerator, self.folder, self.options, scheduler=self.scheduler, log=self.log)
         parts = self.accelerator, self.objective, objective, self.optimizer, self.scheduler, self.options
-        self.stepper = Stepper(*parts, folder=self.folder, log=self.log)
+        self.stepper = Stepper(*parts, folder=self.folder, total_steps=self.total_steps, log=self.log)
         self.validator = Validator(
             objective, self.caches, self.validation, folder=self.folder, records=val, fusion_start=self.fusion_start
         )
