@@ -150,7 +150,8 @@ indexing.build_index(sys.argv[1], sys.argv[2], sys.argv[3], **how)
 """
 
 
-def test_a_killed_process_loses_and_doubles_nothing(tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_a_killed_process_loses_and_doubles_nothing(tmp_path):
     photos, run = write_photos(tmp_path / "photos", 160), save_tiny(tmp_path / "run")
     words = [sys.executable, "-c", KILLED, photos, run, tmp_path / "index"]
     process = subprocess.Popen([str(word) for word in words], env=environment(), stdout=subprocess.PIPE, text=True)
