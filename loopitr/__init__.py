@@ -27,12 +27,17 @@ if TYPE_CHECKING:
     from loopitr.evaluation.options import EvaluationOptions
     from loopitr.evaluation.retrieval import evaluate_retrieval
     from loopitr.export.dual import export_dual
+    from loopitr.export.onnx import export_onnx
+    from loopitr.export.sentence_transformers import export_sentence_transformers
+    from loopitr.export.towers import export_tower
     from loopitr.models.config import DualEncoderConfig, LoopITRConfig
     from loopitr.models.dual_encoder import DualEncoder
     from loopitr.models.loop_model import LoopITRModel
     from loopitr.models.outputs import DualOutput, ImageState, PairScores, TextState
     from loopitr.models.processing import LoopITRProcessor
+    from loopitr.models.towers import ImageTower, TextTower
     from loopitr.objective.build import build_objective
+    from loopitr.objective.contrastive_terms import Contrastive, SigmoidContrastive
     from loopitr.objective.loop_objective import LoopObjective
     from loopitr.objective.losses.distillation import PartialRanking
     from loopitr.objective.mining import Sample, Stratified, TopK
@@ -40,11 +45,9 @@ if TYPE_CHECKING:
     from loopitr.objective.teachers import Frozen, Match, MatchPlusSimilarity, Momentum, Teacher
     from loopitr.objective.terms import (
         Agreement,
-        Contrastive,
         Distillation,
         Matching,
         Ranking,
-        SigmoidContrastive,
         Term,
         TermOutput,
         WordPrediction,
@@ -58,7 +61,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "Agreement": "loopitr.objective.terms",
-    "Contrastive": "loopitr.objective.terms",
+    "Contrastive": "loopitr.objective.contrastive_terms",
     "DataOptions": "loopitr.data.sources",
     "Distillation": "loopitr.objective.terms",
     "DualEncoder": "loopitr.models.dual_encoder",
@@ -69,6 +72,7 @@ _MODULES = {
     "FrozenContrast": "loopitr.objective.structure_terms",
     "FusionOptions": "loopitr.building.options",
     "ImageState": "loopitr.models.outputs",
+    "ImageTower": "loopitr.models.towers",
     "LoadReport": "loopitr.data.records",
     "LoopITRConfig": "loopitr.models.config",
     "LoopITRModel": "loopitr.models.loop_model",
@@ -86,7 +90,7 @@ _MODULES = {
     "Retriever": "loopitr.search.retriever",
     "Sample": "loopitr.objective.mining",
     "Searcher": "loopitr.search.searcher",
-    "SigmoidContrastive": "loopitr.objective.terms",
+    "SigmoidContrastive": "loopitr.objective.contrastive_terms",
     "Stratified": "loopitr.objective.mining",
     "StructureTransfer": "loopitr.objective.structure_terms",
     "Teacher": "loopitr.objective.teachers",
@@ -94,6 +98,7 @@ _MODULES = {
     "TermOutput": "loopitr.objective.terms",
     "TextOptions": "loopitr.building.options",
     "TextState": "loopitr.models.outputs",
+    "TextTower": "loopitr.models.towers",
     "TopK": "loopitr.objective.mining",
     "TrainOptions": "loopitr.training.options",
     "Trainer": "loopitr.training.trainer",
@@ -104,6 +109,9 @@ _MODULES = {
     "build_objective": "loopitr.objective.build",
     "evaluate_retrieval": "loopitr.evaluation.retrieval",
     "export_dual": "loopitr.export.dual",
+    "export_onnx": "loopitr.export.onnx",
+    "export_sentence_transformers": "loopitr.export.sentence_transformers",
+    "export_tower": "loopitr.export.towers",
     "load": "loopitr.building.folders",
     "load_records": "loopitr.data.sources",
     "token_masking": "loopitr.objective.word_masking",

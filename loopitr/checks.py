@@ -17,10 +17,10 @@ def check_at_least(least: float, group: str = "", *, wanted: str | None = None, 
         wanted: the words for what a value must be; None: "at least" and the number.
 
     Raises:
-        ValueError: a smaller value, or NaN.
+        ValueError: a smaller value, NaN or infinity.
     """
     for name, value in values.items():
-        if value is not None and not value >= least:
+        if value is not None and not least <= value < float("inf"):
             option = f"{group}.{name}" if group else name
             raise ValueError(f"{option} must be {wanted or f'at least {least}'}, got {value}")
 

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
 import sys
 import tempfile
-from argparse import ArgumentError
+import textwrap
+from argparse import SUPPRESS, ArgumentError
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jsonargparse import ArgumentParser, set_parsing_settings
+import yaml
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 Options = TypeVar("Options")
-USAGE_ERROR = 2
+USAGE_ERROR, INTERRUPTED = 2, 130
+MAX_VALUES = 100_000  # in a file of options
+HELP, HELP_ALL = ("-h", "--help"), ("--help_all", "--help-all")
+TWO_SCREENS = 100  # lines; a longer --help only names the options of its groups
 SWITCHES = ("--resume", "--resume_with_changes", "--table_only", "--json", "--open", "--missing")
 
 
@@ -26,7 +34,8 @@ def parse(
 ) -> Options:
     """Dotted options (`--train.lr 1e-4`) over YAML files (`--config`) over the dataclass's defaults.
 
-    `--print_config` shows the tree, `--help` the meaning of each option.
+    `--print_config` shows the tree, `--help` the meaning of the options. Where that takes more than two screens, it
+    names the options of groups such as `data` alone; `--help data` and `--help_all` say what they mean.
 
     Args:
         description: what `--help` says first.
@@ -36,17 +45,21 @@ def parse(
         ValueError: an unknown option, a value of the wrong type, a required option that is missing.
     """
     given = sys.argv[1:] if arguments is None else arguments
+    for path in _configs(given):
+        _check_config(path)
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog=program, description=description, exit_on_error=False)  # Its usage would be 30 lines.
     parser.add_argument("--config", action="config", help="YAML file of options")
     parser.add_class_arguments(options, as_group=False)
+    if any(word in (*HELP, *HELP_ALL) for word in given):
+        print(_help(parser, given), end="")
+        sys.exit(0)
     try:
         namespace = parser.parse_args(_flags(given))
     except ArgumentError as error:
-        raise ValueError(f"{error} (--help shows all options)") from error
-    except UnicodeDecodeError as error:  # The error does not say of which file it is.
-        raise ValueError(f"--config {_not_text(given)} is not a text file: {error}") from error
+        raise ValueError(f"{error} (--help_all shows all options)") from error
     namespace.pop("config", None)
+    _check_groups(options, namespace)
     # Before version 4.49 jsonargparse calls it instantiate_classes.
     instantiate = parser.instantiate if hasattr(parser, "instantiate") else parser.instantiate_classes
     instantiated: Any = instantiate(namespace)
@@ -54,12 +67,16 @@ def parse(
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a recipe: what its user can mend is one line on stderr and exit status 2, anything else a traceback.
+    """Run a recipe: what its user can mend is one line on stderr and exit status 2, Ctrl-C one line and 130, anything
+    else a traceback.
 
     LOOPITR_DEBUG=1 shows the traceback of every error.
     """
     try:
         main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         # A module is not found where an extra is not installed.
         if os.environ.get("LOOPITR_DEBUG"):
@@ -85,22 +102,114 @@ def check_output_file(output: str | Path) -> None:
         raise ValueError(f"output {output} cannot be written: {error}") from error
 
 
+def _help(parser: ArgumentParser, words: Sequence[str]) -> str:
+    """What `--help`, `--help GROUP` or `--help_all` says.
+
+    Raises:
+        ValueError: there is no such group.
+    """
+    required = [f"--{action.dest} {action.dest.upper()}" for action in parser._actions if action.required]
+    parser.usage = " ".join(["%(prog)s", *required, "[--config FILE] [--OPTION VALUE ...]"])
+    groups = {action.dest: group for group in parser._action_groups for action in group._group_actions[:1]}
+    groups = {name: group for name, group in groups.items() if name != "help"}  # The other options are in none.
+    asked = [following for word, following in zip(words, [*words[1:], "-"]) if word in HELP and following[:1] != "-"]
+    chosen = [name for name in groups for wanted in asked if f"{name}.".startswith(f"{wanted}.")]
+    if asked and not chosen:
+        raise ValueError(f"no group of options is called {asked[0]!r}; there are: {', '.join(groups) or 'none'}")
+    if chosen:
+        parser.description = None
+        _hide(parser, lambda dest: not any(f"{dest}.".startswith(f"{name}.") for name in chosen))
+        return parser.format_help()
+    whole = parser.format_help()
+    if any(word in HELP_ALL for word in words) or whole.count("\n") <= TWO_SCREENS:
+        return whole
+    _hide(parser, lambda dest: any(f"{dest}.".startswith(f"{name}.") for name in groups))
+    lines = [parser.format_help(), "\ngroups of options (--help GROUP says what they mean, --help_all of all):\n"]
+    for name, group in groups.items():
+        names = [action.dest.removeprefix(f"{name}.") for action in group._group_actions if action.dest != name]
+        lines.append(textwrap.fill(str(group.title), 98, initial_indent="  ", subsequent_indent="  ") + "\n")
+        shown = textwrap.fill(f"--{name}.{{{', '.join(names)}}}", 98, initial_indent=" " * 4, subsequent_indent=" " * 8)
+        lines.append(shown + "\n")
+    return "".join(lines)
+
+
+def _hide(parser: ArgumentParser, hidden: Callable[[str], bool]) -> None:
+    """Leave options out of `format_help`."""
+    for action in parser._actions:
+        if hidden(action.dest):
+            action.help = SUPPRESS
+
+
 def _flags(arguments: Sequence[str]) -> list[str]:
     """A switch alone, such as `--resume`, means true."""
     following = [*arguments[1:], ""]
     return [a + "=true" if a in SWITCHES and b not in ("true", "false") else a for a, b in zip(arguments, following)]
 
 
-def _not_text(arguments: Sequence[str]) -> str:
-    """The first file given as `--config FILE` or `--config=FILE` that is not text."""
-    for word, following in zip(arguments, [*arguments[1:], ""]):
-        name, _, value = word.partition("=")
-        try:
-            if name == "--config":
-                Path(value or following).read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            return value or following
-    return "FILE"
+def _configs(arguments: Sequence[str]) -> list[Path]:
+    """The files given as `--config FILE` or `--config=FILE`."""
+    split = [(*word.partition("=")[::2], following) for word, following in zip(arguments, [*arguments[1:], ""])]
+    return [Path(value or following) for name, value, following in split if name == "--config"]
+
+
+def _check_config(path: Path) -> None:
+    """What would keep the parser waiting, or never end, is refused; it finds the other mistakes itself.
+
+    Raises:
+        ValueError: a pipe or a device, a file that is not text, a name that stands twice, aliases that go in circles or
+            stand for too much.
+    """
+    if not path.is_file():
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"--config {path} is not a file")
+        return
+    try:
+        tree = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
+        size = 0 if tree is None else _size(tree, {})
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--config {path} is not a text file: {error}") from error
+    except _Twin as error:
+        raise ValueError(f"--config {path}: {error}") from error
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return
+    if size > MAX_VALUES:
+        raise ValueError(f"--config {path}: aliases go in circles or stand for more than {MAX_VALUES} values")
+
+
+class _Twin(Exception):
+    """A name that stands twice in one mapping, of which YAML keeps the last."""
+
+
+def _size(node: yaml.Node, sizes: dict[int, float]) -> float:
+    """How many values there are with each alias written out, infinitely many in a circle. `sizes` are those known."""
+    if isinstance(node, yaml.MappingNode):
+        names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for name, count in names.items():
+            if count > 1 and name != "<<":
+                raise _Twin(f"{name} stands twice in one group")
+        inner = [part for pair in node.value for part in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        inner = node.value
+    else:
+        return 1
+    if id(node) not in sizes:
+        sizes[id(node)] = math.inf
+        sizes[id(node)] = 1 + sum(_size(part, sizes) for part in inner)
+    return sizes[id(node)]
+
+
+def _check_groups(options: Any, namespace: Any, group: str = "") -> None:
+    """
+    Raises:
+        ValueError: one value where a group of options is wanted.
+    """
+    for field in dataclasses.fields(options):
+        kind, value = field.default_factory, namespace.get(field.name)
+        if not dataclasses.is_dataclass(kind) or dataclasses.is_dataclass(value):
+            continue
+        if not isinstance(value, Namespace):
+            raise ValueError(f"{group}{field.name} is a group of options and no value, got {value!r}")
+        _check_groups(kind, value, f"{group}{field.name}.")
 
 
 def _one_line(error: Exception) -> str:

@@ -2,12 +2,12 @@
 
 The objective computes every loss on gathered scores, the same number on every rank. The gather's backward sums the
 ranks' gradients, and DDP then averages them, so the result is the gradient of one process on the concatenated batch:
-no loss is to be multiplied by the world size.
+no loss is to be multiplied by the world size. Ranks may bring batches of different sizes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -29,45 +29,57 @@ def rank() -> int:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.rows = x.shape[0]
-        return _gather(x)
+    def forward(ctx: Any, x: Tensor, rows: Sequence[int] | None) -> Tensor:
+        ctx.start = rank() * len(x) if rows is None else sum(rows[: rank()])
+        ctx.count = len(x)
+        return _gather(x, rows)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         gradient = gradient.clone(memory_format=torch.contiguous_format)  # Autograd may hand the same tensor to others.
         dist.all_reduce(gradient)  # Every rank's loss depends on this rank's rows.
-        return gradient[rank() * ctx.rows : (rank() + 1) * ctx.rows]
+        return gradient[ctx.start : ctx.start + ctx.count], None
 
 
-def _gather(x: Tensor) -> Tensor:
-    x = x.contiguous()
+def _gather(x: Tensor, rows: Sequence[int] | None) -> Tensor:
+    rows = [len(x)] * world_size() if rows is None else rows
+    filling = x.new_zeros(max(rows) - len(x), *x.shape[1:])  # Collectives take equal shapes alone.
+    x = torch.cat([x, filling]) if len(filling) else x.contiguous()
     parts = [torch.empty_like(x) for _ in range(world_size())]
     dist.all_gather(parts, x)
-    return torch.cat(parts)
+    return torch.cat([part[:count] for part, count in zip(parts, rows, strict=True)])
 
 
-def all_gather(x: Tensor, *, gradient: bool = False) -> Tensor:
-    """`[B, ...]` of each rank -> `[R * B, ...]` in rank order; every rank must bring the same shape.
+def rows_of_ranks(x: Tensor) -> list[int]:
+    """How many rows `x` has on each rank, in rank order."""
+    if world_size() == 1:
+        return [len(x)]
+    count = torch.tensor([len(x)], device=x.device)
+    return [int(number) for number in _gather(count, None).tolist()]
+
+
+def all_gather(x: Tensor, *, gradient: bool = False, rows: Sequence[int] | None = None) -> Tensor:
+    """`[B, ...]` of each rank -> `[G, ...]`, the rows of all ranks in rank order; all but B must be equal.
 
     Args:
         gradient: let gradients flow back to the rank each row came from, summed over ranks.
+        rows: B of each rank (`rows_of_ranks`); None: all bring as many.
     """
     if world_size() == 1:
         return x
     if gradient and x.requires_grad and torch.is_grad_enabled():
-        return _Gather.apply(x)  # type: ignore[no-any-return]
-    return _gather(x.detach())
+        return _Gather.apply(x, rows)  # type: ignore[no-any-return]
+    return _gather(x.detach(), rows)
 
 
-def all_gather_padded(x: Tensor, *, gradient: bool = False) -> Tensor:
+def all_gather_padded(x: Tensor, *, gradient: bool = False, rows: Sequence[int] | None = None) -> Tensor:
     """Like `all_gather` for `[B, L, ...]` whose `L` differs between ranks: zero-padded to the longest."""
     if world_size() == 1:
         return x
     longest = torch.tensor(x.shape[1], device=x.device)
     dist.all_reduce(longest, op=dist.ReduceOp.MAX)
     padding = [0, 0] * (x.ndim - 2) + [0, int(longest) - x.shape[1]]
-    return all_gather(torch.nn.functional.pad(x, padding), gradient=gradient)
+    return all_gather(torch.nn.functional.pad(x, padding), gradient=gradient, rows=rows)
 
 
 def all_sum(x: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
+MAX_RATIO = 200  # of the sides: to make the shorter one as long as a model wants would make the longer one endless
+
 
 def to_rgb(image: Image.Image, *, shortest: int | None = None) -> Image.Image:
     """The image with 8 bits per channel, EXIF orientation applied, transparency put on white.
@@ -13,7 +15,8 @@ def to_rgb(image: Image.Image, *, shortest: int | None = None) -> Image.Image:
     as its shorter side keeps so many pixels.
 
     Raises:
-        ValueError: no pixels, or more than `PIL.Image.MAX_IMAGE_PIXELS`; a decoder's own errors come as they are.
+        ValueError: no pixels, more than `PIL.Image.MAX_IMAGE_PIXELS`, one side more than 200 times the other, or an
+            EPS file, which Pillow would run as a program; a decoder's own errors come as they are.
 
     Example:
         >>> from PIL import Image
@@ -26,6 +29,10 @@ def to_rgb(image: Image.Image, *, shortest: int | None = None) -> Image.Image:
         raise ValueError(f"zero size {width}x{height}")
     if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
         raise ValueError("too many pixels")
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise ValueError(f"one side is more than {MAX_RATIO} times the other")
+    if image.format == "EPS":
+        raise ValueError("EPS, which is a program and no picture")
     if shortest is not None:
         # Both sides stay at least so long, and colours stay as they are, since no mode is asked for.
         image.draft(None, (shortest, shortest))
@@ -48,9 +55,11 @@ def to_rgb(image: Image.Image, *, shortest: int | None = None) -> Image.Image:
 
 def _scale_to_8_bit(image: Image.Image) -> Image.Image:
     """16-bit integers and floats as 8-bit ones. Pillow's own conversion clips at 255 and turns most of them white."""
-    values = np.nan_to_num(np.asarray(image, dtype=np.float32))
+    values = np.asarray(image, dtype=np.float32)
+    values = np.where(np.isnan(values), np.float32(0), values)
+    largest = values.max(where=np.isfinite(values), initial=0.0)
     if image.mode == "F":
-        scale = 255.0 if values.max() <= 1.0 else 1.0
+        scale = 255.0 if largest <= 1.0 else 1.0
     else:
-        scale = 1.0 / 257.0 if image.mode != "I" or values.max() > 255.0 else 1.0
+        scale = 1.0 / 257.0 if image.mode != "I" or largest > 255.0 else 1.0
     return Image.fromarray(np.clip(values * scale + 0.5, 0.0, 255.0).astype(np.uint8))

@@ -1,7 +1,8 @@
 """Options from YAML and dotted overrides; mistakes in one line."""
 
+import re
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pytest
@@ -97,14 +98,55 @@ def test_print_config_is_a_config(tmp_path, capsys):
     assert parse(PretrainOptions, [f"--config={tmp_path / 'printed.yaml'}"]).train.epochs == 3
 
 
-def test_help_tells_what_options_mean(capsys):
+def help_of(capsys, options, *words):
     with pytest.raises(SystemExit) as raised:
-        parse(PretrainOptions, ["--help"], description="Trains a model.")
+        parse(options, words, description="Trains a model.")
     assert raised.value.code == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "Trains a model." in shown
+    return capsys.readouterr().out
+
+
+def names(tree, prefix=""):
+    """The dotted names of all options of a dataclass's dictionary."""
+    for name, value in tree.items():
+        nested = isinstance(value, dict) and name not in ("kwargs", "data_files")
+        yield from names(value, f"{prefix}{name}.") if nested else [prefix + name]
+
+
+def test_help_fits_two_screens_and_names_every_option(capsys):
+    shown = help_of(capsys, PretrainOptions, "--help")
+    assert shown.count("\n") <= 100 and help_of(capsys, PretrainOptions, "--train.lr=1", "-h") == shown
+    text = " ".join(shown.split())
+    assert "Trains a model." in text and "Continue from the newest checkpoint" in text
+    assert "Peak learning rate" not in text
+    listed = {
+        f"{group}.{name.strip()}"
+        for group, inside in re.findall(r"--([\w.]+)\.{([^}]*)}", text)
+        for name in inside.split(",")
+    }
+    assert {*names(asdict(PretrainOptions()))} == listed | {"resume", "resume_with_changes"}
+
+
+def test_help_of_a_group_tells_what_its_options_mean(capsys):
+    train, vision, model = (help_of(capsys, PretrainOptions, "--help", g) for g in ("train", "model.vision", "model"))
+    assert "Peak learning rate of the two backbones" in " ".join(train.split())
+    assert "--train.lr " in train and "--data.table" not in train and "--resume" not in train
+    assert "--model.vision.name" in vision and "--model.text.name" not in vision and "--model.init" not in vision
+    assert all(name in model for name in ("--model.vision.name", "--model.text.name", "--model.init"))
+    with pytest.raises(ValueError, match="no group of options is called 'rubbish'; there are: model, model.vision"):
+        parse(PretrainOptions, ["--help", "rubbish"])
+
+
+@pytest.mark.parametrize("word", ["--help_all", "--help-all"])
+def test_all_of_the_help(capsys, word):
+    shown = " ".join(help_of(capsys, PretrainOptions, word).split())
+    assert all(f"--{name}" in shown for name in names(asdict(PretrainOptions())))
     assert "Peak learning rate of the two backbones" in shown
-    assert "Continue from the newest checkpoint" in shown
+
+
+def test_a_short_help_is_whole(capsys):
+    shown = help_of(capsys, TrainOptionsOfOwn, "--help")
+    assert shown.startswith("usage: ") and "--model MODEL [--config FILE]" in shown and "How fast." in shown
+    assert shown == help_of(capsys, TrainOptionsOfOwn, "--help_all")
 
 
 WRONG = [
@@ -171,6 +213,23 @@ def test_a_config_file_that_is_not_text_is_named(tmp_path, given):
 def test_unset_limits_are_allowed():
     assert TrainOptions(max_steps=None).max_steps is None
     assert ValidationOptions(max_images=None, every_epochs=0, rerank=0).rerank == 0
+
+
+@dataclass
+class Speed:
+    """How it goes."""
+
+    fast: bool = False
+    """How fast."""
+
+
+@dataclass
+class TrainOptionsOfOwn:
+    """What is trained."""
+
+    model: str
+    """What."""
+    speed: Speed = field(default_factory=Speed)
 
 
 # run

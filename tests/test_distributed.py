@@ -55,6 +55,8 @@ CASES = {
     "across_distillation_only": Case("late", {"itc": 0.0, "itm": 0.0, "mine_across_ranks": True}),
     "itc_only": Case("late", {"itm": 0.0, "distillation": 0.0}),
     "sigmoid": Case("late", {"itc_loss": "sigmoid", "distillation_loss": "kl"}),
+    "itc_at_prefixes": Case("late", {"itm": 0.0, "distillation": 0.0, "matryoshka_dims": [3, 8]}),
+    "sigmoid_at_prefixes": Case("late", {"itc_loss": "sigmoid", "distillation_loss": "kl", "matryoshka_dims": [4]}),
     "structure": Case("late", {"itm": 0.0, "distillation": 0.0, "cmd": 0.6, "cmc": 0.8}),
     "local_agreement": Case("late", {"distillation_loss": "kl", "agreement": 0.8}),
     "local_momentum": Case("late", {"teacher": "momentum", "distillation_loss": "kl"}),
@@ -70,7 +72,7 @@ CASES = {
 }
 
 
-IN_CHUNKS = ("across_cprd", "local_kl", "itc_only", "local_agreement")
+IN_CHUNKS = ("across_cprd", "local_kl", "itc_only", "local_agreement", "itc_at_prefixes")
 
 
 def rank_batch(index: int) -> dict[str, torch.Tensor]:

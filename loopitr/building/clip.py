@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedCo
 
 from loopitr.building.text import describe_text, load_tokenizer
 from loopitr.building.weights import first_keys, hub_access, local_or_hub
+from loopitr.models.foreign import check_no_kernel, one_line_errors
 from loopitr.models.image_backbone import ACTIVATIONS, mlp_ratio
 
 # timm's names of ViTs of these kinds; arguments make them any size.
@@ -58,14 +59,17 @@ def load_pair(name: str) -> Pair:
         OSError: nothing there, or no processor beside the model.
     """
     source = local_or_hub(name, "the pair")
-    with hub_access(name):
-        config = AutoConfig.from_pretrained(source)
+    with hub_access(name), one_line_errors(f"model.pair {name}"):
+        check_no_kernel(PreTrainedConfig.get_config_dict(source)[0], source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if config.model_type not in TIMM_NAMES:
             hint = "; of SigLIP 2 take one of fixed size, not NaFlex" if config.model_type == "siglip2" else ""
             raise ValueError(f"model.pair {name} holds a {config.model_type!r} model, wanted 'clip' or 'siglip'{hint}")
         tokenizer = load_tokenizer(source)
-        images = AutoImageProcessor.from_pretrained(source)
-        model, info = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+        images = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
+        model, info = AutoModel.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+        )
     if info["missing_keys"]:
         raise ValueError(f"model.pair {name}: missing weights {first_keys(sorted(info['missing_keys']))}")
     state = model.state_dict()

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 
+from loopitr.building.card import write_card
 from loopitr.building.sizes import check_sizes
 from loopitr.building.weights import hub_access
 from loopitr.checks import usable_device
@@ -69,18 +69,15 @@ def load_saved(path: str | Path, *, dtype: torch.dtype | None = None) -> Saved:
         ValueError: a model of another kind, or parts that do not fit each other.
     """
     source = model_source(path)
-    try:
-        with nullcontext() if Path(source).is_dir() else hub_access(source):
-            saved_config, _ = PreTrainedConfig.get_config_dict(source)
-            kind = saved_config.get("model_type")
-            if kind not in CLASSES:
-                raise ValueError(f"{path} holds a {kind!r} model, wanted {' or '.join(map(repr, CLASSES))}")
-            model = CLASSES[kind].from_pretrained(source, dtype="auto" if dtype is None else dtype)
-            processor = LoopITRProcessor.from_pretrained(source)
-            check_sizes(model, processor, source)
-            return Saved(model.eval(), processor, source)
-    except SafetensorError as error:
-        raise OSError(f"{path}: its weights are damaged ({error})") from error
+    with nullcontext() if Path(source).is_dir() else hub_access(source):
+        saved_config, _ = PreTrainedConfig.get_config_dict(source)
+        kind = saved_config.get("model_type")
+        if kind not in CLASSES:
+            raise ValueError(f"{path} holds a {kind!r} model, wanted {' or '.join(map(repr, CLASSES))}")
+        model = CLASSES[kind].from_pretrained(source, dtype="auto" if dtype is None else dtype)
+        processor = LoopITRProcessor.from_pretrained(source)
+        check_sizes(model, processor, source)
+        return Saved(model.eval(), processor, source)
 
 
 def load(path: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Loaded:
@@ -157,7 +154,7 @@ def load_model(path: str) -> LoopITRModel:
 def save_for_use(
     model: LoopITRModel, processor: LoopITRProcessor, folder: str | Path, *, keep_mlm_head: bool = False
 ) -> None:
-    """Save a model with its processor, without the head that only training needs (unless asked for)."""
+    """Save a model with its processor and its card, without the head that only training needs (unless asked for)."""
     head, kept = model.mlm_head, keep_mlm_head or model.mlm_head is None
     try:
         if not kept:
@@ -166,3 +163,4 @@ def save_for_use(
     finally:
         model.mlm_head, model.config.mlm_head = head, head is not None
     processor.save_pretrained(folder)
+    write_card(folder, model)

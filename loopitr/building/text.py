@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from loopitr.models.foreign import check_no_kernel, one_line_errors
 from loopitr.models.text_backbone import ALWAYS_FULL, text_class
 
 # These are written out even where they are the defaults of the config's class, because the fusion head may copy them.
@@ -32,9 +33,17 @@ class PretrainedText:
 
 
 def load_text(source: str) -> PretrainedText:
-    """The text encoder of a folder or hub id, also of one that holds a whole image-text model (CLIP, SigLIP)."""
-    model_class = text_class(AutoConfig.from_pretrained(source).model_type)
-    model, info = model_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+    """The text encoder of a folder or hub id, also of one that holds a whole image-text model (CLIP, SigLIP).
+
+    Raises:
+        OSError, ValueError: it cannot be loaded, or only by running code of its own.
+    """
+    with one_line_errors(source):
+        check_no_kernel(PreTrainedConfig.get_config_dict(source)[0], source)
+        model_class = text_class(AutoConfig.from_pretrained(source, trust_remote_code=False).model_type)
+        model, info = model_class.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+        )
     random_names = {name.removeprefix("text_model.") for name in info["missing_keys"]}
     return PretrainedText(getattr(model, "text_model", model), random_names)
 
@@ -42,9 +51,10 @@ def load_text(source: str) -> PretrainedText:
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """
     Raises:
-        ValueError: it cannot pad.
+        ValueError: it cannot pad, or cannot be loaded.
     """
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    with one_line_errors(f"the tokenizer of {source}"):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if tokenizer.pad_token is None:
         raise ValueError(f"the tokenizer of {source} has no padding token")
     return tokenizer
@@ -52,7 +62,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
 
 def load_text_config(source: str, **changes: Any) -> PreTrainedConfig:
     """The config with changes; its text part, where the folder or hub id holds an image-text model."""
-    config = AutoConfig.from_pretrained(source)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     config = getattr(config, "text_config", config)
     return type(config).from_dict(config.to_dict(), **changes)
 

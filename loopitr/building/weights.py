@@ -17,6 +17,8 @@ import torch
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
+from loopitr.models.foreign import one_line_errors
+
 SHOWN = 3  # An error names so many keys of each kind.
 INSTALL = 'pip install "loopitr[backbones]"'
 
@@ -93,7 +95,9 @@ def vision_weights(name: str, checkpoint: str | Path | None = None) -> dict[str,
     file = Path(checkpoint).expanduser()
     if not file.is_file():
         raise FileNotFoundError(f"no checkpoint file {str(checkpoint)!r} for the image backbone {name}")
-    return _without_classifier(name, load_state_dict(str(file), weights_only=True))
+    with one_line_errors(str(checkpoint)):
+        weights = load_state_dict(str(file), weights_only=True)
+    return _without_classifier(name, weights)
 
 
 def package_text_folder(name: str) -> Path | None:

@@ -3,12 +3,12 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from loopitr.commands.evaluate import EvaluateOptions, measure
+from loopitr.commands.evaluate import MeasureOptions, measure
 from loopitr.data import DataOptions
 
 
 @dataclass
-class CalibrateOptions(EvaluateOptions):
+class CalibrateOptions(MeasureOptions):
     """What is fitted, on what."""
 
     data: DataOptions = field(default_factory=lambda: DataOptions(split="val"))
@@ -21,6 +21,7 @@ def calibrate(options: CalibrateOptions) -> None:
         ValueError, OSError: a model without a fusion head or that is not in a folder here, no candidates, or data or a
             device that cannot be used.
     """
+    from loopitr.building.card import write_card
     from loopitr.building.folders import model_source
     from loopitr.evaluation.report import weight_text
 
@@ -36,6 +37,7 @@ def calibrate(options: CalibrateOptions) -> None:
     if measured.state.is_main_process:
         measured.saved.model.config.similarity_weight = weight
         measured.saved.model.config.save_pretrained(folder)
+        write_card(folder, measured.saved.model)
         print(
             f"similarity weight: {weight_text(weight)} (before: {weight_text(before)}), written to {folder}/config.json"
         )

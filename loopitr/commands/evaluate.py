@@ -1,15 +1,17 @@
 """What `recipes/evaluate.py` does: recalls of a saved model on any data."""
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from loopitr.checks import usable_device
+from loopitr.checks import check_at_least, usable_device
 from loopitr.cli import check_output_file
 from loopitr.data import DataOptions, LoadReport, load_evaluated, trained_data, training_overlap
+from loopitr.data.coco_ids import coco_images
+from loopitr.training.durable import write_file
 from loopitr.training.reporting import write_json
 
 # What the options do without is imported where it is used, so that --help does not wait for it. Annotations with it are
@@ -23,12 +25,13 @@ if TYPE_CHECKING:
     from loopitr.building.folders import Saved
     from loopitr.data import Record, TextTokenCache, TokenCache
     from loopitr.data.trained_on import TrainedOn
+    from loopitr.evaluation.coco import CocoBenchmarks
     from loopitr.evaluation.options import EvaluationOptions
     from loopitr.evaluation.report import RetrievalResult
 
 
 @dataclass
-class EvaluateOptions:
+class MeasureOptions:
     """What is measured, on what."""
 
     model: str
@@ -57,24 +60,42 @@ class EvaluateOptions:
     """bf16: autocast."""
     device: str | None = None
     """cpu, cuda, cuda:1, ...; unset: a GPU if there is one (of several processes, each its own)."""
+
+
+@dataclass
+class EvaluateOptions(MeasureOptions):
+    """What is measured, on what, and where it is written."""
+
     check_overlap: bool = True
     """Look for the evaluated images among those that the model was trained on: by content, where the training files are
     still here. Of a training set only files as long as an evaluated one are read."""
+    coco_benchmarks: bool = False
+    """ECCV Caption and CxC too, for COCO's Karpathy test split (the extra `eccv`; `captions_per_image` 5)."""
     output: str | None = None
     """JSON file for the figures."""
+    gallery: str | None = None
+    """HTML file: a page of queries with the dual's and the reranked answers side by side, right and wrong marked."""
+    gallery_queries: int = 16
+    """Queries of each direction on it, of those that reranking gains, loses and leaves as they were."""
 
 
 def evaluate(options: EvaluateOptions) -> None:
-    """Print the figures, and write them to `options.output`; all ranks together.
+    """Print the figures, and write them to `options.output` and the page to `options.gallery`; all ranks together.
 
     Raises:
         ValueError, OSError: a model, data or device that cannot be used.
     """
     from loopitr.distributed import first_rank
+    from loopitr.evaluation.gallery_page import gallery_page
 
-    if options.output is not None:
-        first_rank(partial(check_output_file, options.output))
-    measured = measure(options)
+    check_at_least(1, gallery_queries=options.gallery_queries)
+    outputs = [Path(name) for name in (options.output, options.gallery) if name is not None]
+    if len({path.resolve() for path in outputs}) < len(outputs):
+        raise ValueError(f"output and gallery are the same file, {options.output}")
+    for path in outputs:
+        first_rank(partial(check_output_file, path))
+    examples = 0 if options.gallery is None else options.gallery_queries
+    measured = measure(options, examples=examples, coco=_coco(options) if options.coco_benchmarks else None)
     figures = measured.result.to_json()
     if options.check_overlap and measured.state.is_main_process:
         overlap = training_overlap(measured.records, measured.history)
@@ -84,6 +105,10 @@ def evaluate(options: EvaluateOptions) -> None:
         path = Path(options.output)
         write_json(path, figures)
         print(f"written to {path}")
+    if options.gallery is not None and measured.state.is_main_process:
+        title = f"{options.model}: {options.data.split}"
+        write_file(Path(options.gallery), gallery_page(measured.result, measured.records, title=title))
+        print(f"gallery in {options.gallery}")
     measured.state.destroy_process_group()
 
 
@@ -98,11 +123,15 @@ class Measured:
     result: "RetrievalResult"
 
 
-def measure(options: EvaluateOptions, *, calibrate: bool = False) -> Measured:
+def measure(
+    options: MeasureOptions, *, calibrate: bool = False, examples: int = 0, coco: "CocoBenchmarks | None" = None
+) -> Measured:
     """Load model and data, evaluate, print the table.
 
     Args:
+        examples: queries of each direction that the result has with their first answers.
         calibrate: fit the weight of the similarity in the reranking score on these data.
+        coco: ECCV Caption and CxC too.
 
     Raises:
         ValueError, OSError: a model, data or device that cannot be used.
@@ -116,7 +145,7 @@ def measure(options: EvaluateOptions, *, calibrate: bool = False) -> Measured:
     if options.data.split == "train" and state.is_main_process:
         print("warning: these are figures on the training split; they say nothing about new data", file=sys.stderr)
     device = _device(options.device, state)
-    evaluation = _evaluation(options, calibrate=calibrate)
+    evaluation = _evaluation(options, calibrate=calibrate, examples=examples)
     report, history = LoadReport(), trained_data(options.model)
     evaluated = load_evaluated(options.data, report, trained_on=history[0].data)
     records = evaluated.records
@@ -125,13 +154,24 @@ def measure(options: EvaluateOptions, *, calibrate: bool = False) -> Measured:
         state.print(evaluated.note)
     saved = load_saved(options.model, dtype=torch.float32)
     saved.model.to(device)  # type: ignore[arg-type]
+    evaluation = replace(evaluation, dims=tuple(saved.model.config.matryoshka_dims or ()))
     with state.main_process_first():
         tokens = _tokens(options.data, saved, records, device, progress=state.is_main_process)
         texts = _text_tokens(options.data, saved, records, progress=state.is_main_process)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=options.precision == "bf16"):
-        result = evaluate_retrieval(saved.model, saved.processor, records, evaluation, tokens=tokens, text_tokens=texts)
+        result = evaluate_retrieval(
+            saved.model, saved.processor, records, evaluation, tokens=tokens, text_tokens=texts, coco=coco
+        )
     state.print(f"\n{result.table()}\n")
     return Measured(state=state, saved=saved, records=records, history=history, result=result)
+
+
+def _coco(options: EvaluateOptions) -> "CocoBenchmarks":
+    from loopitr.evaluation.coco import CocoBenchmarks
+
+    if options.data.karpathy is None:
+        raise ValueError("coco_benchmarks needs data.karpathy, COCO's own file, for the numbers of its captions")
+    return CocoBenchmarks(coco_images(options.data.karpathy, options.data.split))
 
 
 def _state(device: str | None) -> "PartialState":
@@ -149,7 +189,7 @@ def _device(name: str | None, state: "PartialState") -> "torch.device":
     return usable_device(name if name and state.num_processes == 1 else str(state.device))
 
 
-def _evaluation(options: EvaluateOptions, *, calibrate: bool) -> "EvaluationOptions":
+def _evaluation(options: MeasureOptions, *, calibrate: bool, examples: int) -> "EvaluationOptions":
     from loopitr.evaluation.options import EvaluationOptions
     from loopitr.evaluation.storage import TokenStorage
 
@@ -163,6 +203,7 @@ def _evaluation(options: EvaluateOptions, *, calibrate: bool) -> "EvaluationOpti
         pair_block=options.pair_block,
         num_workers=options.data.num_workers,
         calibrate=calibrate,
+        examples=examples,
         token_storage=TokenStorage(options.token_storage, options.token_dtype, folder=options.token_folder),
     )
 

@@ -1,26 +1,107 @@
-"""What `recipes/export_dual.py` does: write the dual encoder of a trained model as a folder of its own."""
+"""What `loopitr export` and `recipes/export_dual.py` do: write a trained model in a form that others load."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from loopitr.data import DataOptions
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @dataclass
 class ExportOptions:
-    """What goes where."""
+    """What goes where, and as what."""
 
     model: str
-    """Run folder or hub id."""
+    """Run folder, exported dual encoder, or hub id."""
     output: str
     """Folder to write."""
+    to: Literal["transformers", "onnx", "sentence-transformers"] = "transformers"
+    """transformers: the dual encoder, for `from_pretrained` of this package's classes; onnx: towers and fusion head as
+    graphs, for onnxruntime; sentence-transformers: a `SentenceTransformer` of stock modules."""
+    tower: Literal["image", "text"] | None = None
+    """Only this tower; the other one's weights are not read."""
+    precisions: list[Literal["fp16", "int8"]] = field(default_factory=list)
+    """onnx: write these beside fp32, for example '[fp16, int8]'."""
+    recall: bool = False
+    """onnx: print the recall that each precision keeps on `data`."""
+    rerank: int = 16
+    """recall: candidates per query for the fusion head; 0: dual only."""
+    data: DataOptions = field(default_factory=lambda: DataOptions(split="test"))
 
 
 def export(options: ExportOptions) -> None:
-    """Write the dual encoder and say how large it is.
+    """Write the folder and say what is in it.
 
     Raises:
-        ValueError, OSError: no such model, a dual encoder already, or a folder that cannot be written.
+        ValueError, OSError: no such model, one of another kind, or a folder that cannot be written.
+        ModuleNotFoundError: an extra is not installed.
     """
-    from loopitr.export.dual import export_dual  # It is imported here, since --help does without torch.
+    if options.to != "onnx" and (options.precisions or options.recall):
+        name = "precisions" if options.precisions else "recall"
+        raise ValueError(f"{name} is of --to onnx, got --to {options.to}")
+    if options.recall and options.tower is not None:
+        raise ValueError(f"recall needs both towers, got tower {options.tower!r}")
+    if options.rerank < 0:
+        raise ValueError(f"rerank must be at least 0, got {options.rerank}")
+    {"transformers": _transformers, "onnx": _onnx, "sentence-transformers": _sentence_transformers}[options.to](options)
+
+
+# What writes is imported where it is used, since --help does without torch.
+
+
+def _transformers(options: ExportOptions) -> None:
+    if options.tower is not None:
+        from loopitr.export.towers import export_tower
+
+        tower = export_tower(options.model, options.output, options.tower)
+        parameters = sum(parameter.numel() for parameter in tower.parameters())
+        print(f"{options.tower} tower with {parameters / 1e6:.1f}M parameters in {options.output}")
+        return
+    from loopitr.export.dual import export_dual
 
     dual = export_dual(options.model, options.output)
     parameters = sum(parameter.numel() for parameter in dual.parameters())
     print(f"dual encoder with {parameters / 1e6:.1f}M parameters in {options.output}")
+
+
+def _onnx(options: ExportOptions) -> None:
+    from loopitr.export.onnx import export_onnx
+
+    exported = export_onnx(options.model, options.output, tower=options.tower, precisions=options.precisions)
+    for file in sorted(exported.folder.glob("*.onnx*")):
+        print(f"{file.stat().st_size / 1e6:8.1f} MB  {file}")
+    differences = ", ".join(f"{name} {value:.1e}" for name, value in exported.parity.items())
+    print(f"largest difference from torch, fp32: {differences}")
+    if options.recall:
+        _print_recall(options, exported.folder)
+
+
+def _print_recall(options: ExportOptions, folder: "Path") -> None:
+    from loopitr.building.folders import load_saved
+    from loopitr.data import LoadReport, load_evaluated, trained_data
+    from loopitr.export.onnx_recall import onnx_recall
+
+    report = LoadReport()
+    evaluated = load_evaluated(options.data, report, trained_on=trained_data(options.model)[0].data)
+    print(f"{options.data.split}: {report.summary()}")
+    if evaluated.note is not None:
+        print(evaluated.note)
+    recall = onnx_recall(
+        folder,
+        load_saved(options.model).processor,
+        evaluated.records,
+        rerank=options.rerank,
+        num_workers=options.data.num_workers,
+        max_skipped_fraction=options.data.max_skipped_fraction,
+    )
+    print(f"\n{recall.table()}")
+
+
+def _sentence_transformers(options: ExportOptions) -> None:
+    from loopitr.export.sentence_transformers import export_sentence_transformers
+
+    exported = export_sentence_transformers(options.model, options.output, tower=options.tower)
+    differences = ", ".join(f"{name} {value:.1e}" for name, value in exported.parity.items())
+    print(f"SentenceTransformer in {options.output}; largest difference from the model: {differences}")

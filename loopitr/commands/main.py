@@ -33,8 +33,10 @@ Fits the weight w of the reranking score, match score + w x similarity / tempera
 RUN's config.json.
 """
 EXPORT = """\
-Writes the dual encoder of a trained model, without the fusion head, as a folder that `DualEncoder.from_pretrained` and
-`AutoProcessor.from_pretrained` load.
+loopitr export RUN OUT [--to transformers|onnx|sentence-transformers] [--tower image|text]
+
+Writes a trained model in a form that others load: its dual encoder, or one tower of it, for `from_pretrained`; towers
+and fusion head as ONNX graphs; a SentenceTransformer folder of stock modules.
 """
 
 
@@ -71,7 +73,15 @@ def _calibrate(arguments: Sequence[str]) -> None:
 def _export(arguments: Sequence[str]) -> None:
     from loopitr.commands.export import ExportOptions, export
 
-    export(parse(ExportOptions, arguments, description=EXPORT, program="loopitr export"))
+    given = _named(arguments, ("model", "output"))
+    export(parse(ExportOptions, given, description=EXPORT, program="loopitr export"))
+
+
+def _named(arguments: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The words before the first option become the values of these options, in this order."""
+    count = next((index for index, word in enumerate(arguments) if word.startswith("-")), len(arguments))
+    given = [word for name, value in zip(names, arguments[:count]) for word in (f"--{name}", value)]
+    return [*given, *arguments[min(count, len(names)) :]]
 
 
 def _convert(arguments: Sequence[str]) -> None:
@@ -84,7 +94,7 @@ COMMANDS = {
     "search": Command("index images; find them by text or by image", _search),
     "evaluate": Command("recall of a saved model on any data, dual and reranked", _evaluate),
     "calibrate": Command("fit the weight of the similarity in a saved model's reranking score", _calibrate),
-    "export": Command("write the dual encoder of a saved model as a folder of its own", _export),
+    "export": Command("write a saved model for transformers, ONNX or sentence-transformers", _export),
     "convert": Command("make a model folder of a public ALBEF or BLIP checkpoint", _convert),
 }
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from loopitr.cli import parse
 
 from .search_options import AddOptions, IndexOptions, InfoOptions, QueryOptions, RemoveOptions
+from .serve import SERVE, ServeOptions, serve
 from .subcommands import Command, dispatch, positional
 
 # What the options do without is imported where it is used, so that --help does not wait for torch.
@@ -22,6 +23,7 @@ Search images by text or by image: the dual head finds candidates, the fusion he
 
   loopitr search index photos/ --model RUN --output INDEX/
   loopitr search query INDEX/ "a dog on the beach"
+  loopitr search serve INDEX/
 """
 FOOT = "`loopitr search COMMAND --help` shows the options of a command.\n"
 INDEX = """\
@@ -181,6 +183,12 @@ def _remove(arguments: Sequence[str]) -> None:
     print(f"{removed} images removed from {options.index}")
 
 
+def _serve(arguments: Sequence[str]) -> None:
+    options = _options(ServeOptions, positional(arguments, "index"), SERVE, "index")
+    _quiet()
+    serve(options)
+
+
 def _info(arguments: Sequence[str]) -> None:
     options = _options(InfoOptions, positional(arguments, "index"), INFO, "index")
     from loopitr.search.manifest import read_manifest
@@ -199,6 +207,7 @@ def _info(arguments: Sequence[str]) -> None:
 COMMANDS = {
     "index": Command("index the images of a folder, a table or a `datasets` source; goes on where it stopped", _index),
     "query": Command("the best images of an index for a text or an image", _query),
+    "serve": Command("a page in the browser on which an index is searched", _serve),
     "add": Command("index another source into an index", _add),
     "remove": Command("remove images from an index", _remove),
     "info": Command("what an index holds", _info),

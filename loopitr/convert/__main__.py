@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "python -m lo
         options.out,
         tokenizer=options.tokenizer,
         max_length=MAX_LENGTHS[options.family],
+        source=options.source,
     )
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     processor = "" if options.tokenizer else "; no processor, since no --tokenizer was given"

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessor, PreTrainedTokenizerBase
 
+from loopitr.building.card import write_card
 from loopitr.building.folders import check_output
 from loopitr.building.weights import hub_access, listed, text_source
 from loopitr.models.loop_model import LoopITRModel
@@ -104,10 +105,14 @@ def clip_images(model: LoopITRModel) -> CLIPImageProcessor:
     return image_processor(size, mean=CLIP_MEAN, std=CLIP_STD, interpolation="bicubic")
 
 
-def save_converted(model: LoopITRModel, out: str | Path, *, tokenizer: str | None, max_length: int) -> None:
-    """Write what `LoopITRModel.from_pretrained` loads and, with a tokenizer, `LoopITRProcessor.from_pretrained`.
+def save_converted(
+    model: LoopITRModel, out: str | Path, *, tokenizer: str | None, max_length: int, source: str | None = None
+) -> None:
+    """Write what `LoopITRModel.from_pretrained` loads and, with a tokenizer, `LoopITRProcessor.from_pretrained` and a
+    card.
 
     Args:
+        source: what was converted; a hub id is named in the card.
         tokenizer: a folder, a hub id, or a name that a package of the extra `backbones` carries.
         max_length: captions are cut to so many tokens, as the original evaluates.
 
@@ -120,11 +125,12 @@ def save_converted(model: LoopITRModel, out: str | Path, *, tokenizer: str | Non
     model.save_pretrained(folder)
     if words is not None:
         LoopITRProcessor(clip_images(model), words).save_pretrained(folder)
+        write_card(folder, model, base_model=source)
 
 
 def _tokenizer(model: LoopITRModel, name: str, max_length: int) -> PreTrainedTokenizerBase:
     with hub_access(name):
-        tokenizer = AutoTokenizer.from_pretrained(text_source(name))
+        tokenizer = AutoTokenizer.from_pretrained(text_source(name), trust_remote_code=False)
     known = model.config.text["vocab_size"]
     if len(tokenizer) > known:
         raise ValueError(f"the tokenizer of {name} has {len(tokenizer)} words, but the model knows {known}")

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from .decoded import DecodedImages, ToTensor
 from .records import DataError, LazyRecords, Record, name_of
+from .workers import leave_signals_to_the_run
 
 META = "meta.json"
 
@@ -136,6 +137,7 @@ def read_images(
         collate_fn=collate,
         # The global generator stays where it is, so that a run does not depend on whether its cache was built before.
         generator=torch.Generator(),
+        worker_init_fn=leave_signals_to_the_run,
     )
 
 

@@ -25,12 +25,13 @@ class Batch:
     `input_ids` and `attention_mask [B, L]`; from a cache `text_tokens [B, L, D]` and `text_pooled [B, D']`;
     `identities [B]`; `caption_ids [B]`, equal for equal captions.
     `skipped` holds the name and the reason of every example that could not be read. `truncated` is the number of
-    captions that were longer than the collator's `max_length`.
+    captions that were longer than the collator's `max_length`. `names [B]` says which images these are.
     """
 
     inputs: dict[str, Tensor]
     skipped: tuple[tuple[str, str], ...]
     truncated: int
+    names: tuple[str, ...] = ()
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory; a DataLoader with `pin_memory=True` calls this."""
@@ -78,6 +79,7 @@ class Collator:
             inputs=inputs,
             skipped=tuple(item for example in examples for item in example["skipped"]),
             truncated=count_truncated(self.tokenizer, captions, lengths, self.max_length),
+            names=tuple(example.get("name", "") for example in examples),
         )
 
 

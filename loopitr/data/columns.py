@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from .records import DataError
+
+if TYPE_CHECKING:
+    import datasets
 
 IMAGE_GUESSES = ("image", "jpg", "jpeg", "png", "webp")
 CAPTION_GUESSES = ("caption", "captions", "text", "txt", "sentences", "json.captions", "json.caption")
@@ -124,3 +129,30 @@ def image_value(value: Any, name: str) -> str | bytes | None:
     if value is not None and not isinstance(value, (str, bytes)):
         raise DataError(f"{name}: an image must be bytes or a path, got {type(value).__name__}")
     return value or None
+
+
+def image_facts(dataset: datasets.Dataset, column: str) -> tuple[Any, np.ndarray, np.ndarray]:
+    """From the Arrow column: the paths or None, which rows have no image [R], and the identities [R].
+
+    No image bytes are read for it.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    values = dataset.data.column(column)
+    rows = np.arange(len(values))
+    if pa.types.is_struct(values.type):
+        if not {"path", "bytes"} <= {field.name for field in values.type}:
+            raise DataError(f"image column {column!r} is a struct without 'path' and 'bytes': {values.type}")
+        paths, data = pc.struct_field(values, "path"), pc.struct_field(values, "bytes")
+        missing = pc.and_(pc.is_null(paths), pc.is_null(data))
+        # Embedded images often keep only a base name, which several folders may share; their sizes in bytes differ.
+        sizes = pc.cast(pc.coalesce(pc.cast(pc.binary_length(data), pa.int64()), -1), pa.string())
+        keys = pc.binary_join_element_wise(pc.cast(paths, pa.string()), sizes, "\0")
+    elif pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+        paths, missing, keys = values, pc.is_null(values), values
+    else:
+        return None, pc.is_null(values).to_numpy(), rows
+    codes = pc.fill_null(pc.cast(keys.combine_chunks().dictionary_encode().indices, pa.int64()), -1).to_numpy()
+    _, first, inverse = np.unique(codes, return_index=True, return_inverse=True)
+    return paths, missing.to_numpy(), np.where(codes < 0, rows, first[inverse])

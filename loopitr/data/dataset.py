@@ -24,7 +24,7 @@ MAX_FAILURES = 50  # After so many unreadable images in a row it is the data tha
 
 
 class CaptionDataset(Dataset[dict[str, Any]]):
-    """Examples `{pixel_values [3, H, W] | image_tokens [N, D], caption, identity, skipped}` of map-style records.
+    """Examples `{pixel_values [3, H, W] | image_tokens [N, D], caption, identity, skipped, name}` of map-style records.
 
     A key is `(epoch, index)`, as `EpochSampler` gives it, or a plain index of epoch 0. With captions="one" there is one
     example per image and a caption is drawn per visit; with "all" one per caption. An unreadable image is replaced by
@@ -88,6 +88,7 @@ class CaptionDataset(Dataset[dict[str, Any]]):
                 "caption": captions[position],
                 "identity": identity_of(self.records, current),
                 "skipped": skipped,
+                "name": name_of(self.records, current),
             }
         name, reason = skipped[0]
         raise DataError(f"{len(skipped)} images in a row are unreadable, the first is {name} ({reason})")
@@ -177,6 +178,7 @@ class StreamDataset(IterableDataset[dict[str, Any]]):
                     "caption": caption,
                     "identity": record.identity,
                     "skipped": skipped,
+                    "name": record.name,
                 }
                 skipped = []
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .records import DataError, LoadReport, Record, clean_captions
+from .records import DataError, LoadReport, Record, clean_captions, printable
 
 PROBED = 8  # So many images are looked for at load; others that are missing are counted when they are read.
 
@@ -26,14 +28,43 @@ def read_text(path: str | Path) -> str:
     """The content of a UTF-8 file, with or without a byte order mark.
 
     Raises:
-        DataError: the file cannot be read or is in another encoding.
+        DataError: the file cannot be read, is no file (a pipe would be waited for, and some devices never end), or is
+            in another encoding.
     """
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+            raise DataError(f"{path}: not a file")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from error
+    if "\0" in text:  # UTF-16 of plain letters passes for UTF-8 with a zero beside each.
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise DataError(f"{path}: not UTF-8 text (a zero byte in line {line})")
+    return text
+
+
+def parse_json(text: str) -> Any:
+    """
+    Raises:
+        ValueError: no valid JSON, a name that stands twice in one object, or a nesting or a number that is too deep or
+            too long for Python.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_without_twins)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):  # json would keep the last of them.
+        names = [name for name, _ in pairs]
+        twin = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object has the name {printable(twin)!r} twice")
+    return content
 
 
 def read_json(path: str | Path) -> Any:
@@ -44,8 +75,8 @@ def read_json(path: str | Path) -> Any:
     """
     text = read_text(path)
     try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         raise DataError(f"{path}: not valid JSON ({error})") from error
 
 
@@ -68,8 +99,8 @@ def check_images_exist(paths: Sequence[Path], source: str | Path) -> None:
         DataError: none of them exists.
     """
     probe = paths[:PROBED]
-    if probe and not any(path.is_file() for path in probe):
-        raise DataError(f"{source}: none of its first {len(probe)} images exists; tried {probe[0]}")
+    if probe and not any(os.path.isfile(path) for path in probe):
+        raise DataError(f"{source}: none of its first {len(probe)} images exists; tried {printable(str(probe[0]))}")
 
 
 def group_rows(

@@ -15,13 +15,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .columns import Columns, any_json, choose_columns, choose_image_column, dotted_value, image_value
-from .records import DataError, LazyRecords, LoadReport, Record, clean_captions, stable_hash
+from .columns import (
+    Columns,
+    any_json,
+    choose_columns,
+    choose_image_column,
+    dotted_value,
+    image_facts,
+    image_value,
+)
+from .records import DataError, LazyRecords, LoadReport, Record, clean_captions, printable, stable_hash
+from .tars import tar_fault
 
 if TYPE_CHECKING:
     import datasets
 
-KEYS = ("__url__", "__key__")  # These columns of `datasets` name a WebDataset sample.
+URL = "__url__"
+KEYS = (URL, "__key__")  # These columns of `datasets` name a WebDataset sample.
 TARS = "webdataset"  # what `datasets` calls their format
 DataFiles = str | list[str] | dict[str, str] | None
 
@@ -39,6 +49,8 @@ def load_hub(
     """Records of one split. `path` is a hub id, a local folder, or a format name beside `data_files`.
 
     `caption_column` may reach into a struct (`json.captions`). Left out, both columns are guessed from usual names.
+
+    A local tar file that breaks off, or is broken in its middle, is a skip that is counted and named.
 
     Raises:
         DataError: `datasets` cannot load the source, it has no such split, or the columns are unclear.
@@ -100,7 +112,7 @@ def _load(path: str, split: str, name: str | None, data_files: DataFiles, stream
 
 def _one_line(error: BaseException) -> str:
     cause = error.__cause__ or error  # `DatasetGenerationError` hides what went wrong in its cause.
-    return next(iter(str(cause).splitlines()), "") or type(cause).__name__
+    return printable(next(iter(str(cause).splitlines()), "")) or type(cause).__name__
 
 
 def _undecoded(dataset: Any, columns: Columns, features: Any) -> Any:
@@ -128,7 +140,10 @@ class HubRecords(LazyRecords):
         self._dataset = dataset
         self._texts = dataset.select_columns([columns.caption_root])
         self._keys = dataset.select_columns(list(KEYS)) if set(KEYS) <= set(dataset.column_names) else None
-        self._paths, missing, self._identities = _image_facts(dataset, columns.image)
+        self._paths, missing, self._identities = image_facts(dataset, columns.image)
+        for tar in [] if self._keys is None else dataset.data.column(URL).unique().to_pylist():
+            if fault := tar_fault(tar):
+                report.skip(fault, tar)
         rows, counts = [], []
         position = 0
         for batch in self._texts.iter(batch_size=1000):
@@ -198,33 +213,6 @@ class HubRecords(LazyRecords):
         return path if path and "/" in path else f"{self.source} row {row}" + (f" ({path})" if path else "")
 
 
-def _image_facts(dataset: datasets.Dataset, column: str) -> tuple[Any, np.ndarray, np.ndarray]:
-    """From the Arrow column: the paths or None, which rows have no image [R], and the identities [R].
-
-    No image bytes are read for it.
-    """
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    values = dataset.data.column(column)
-    rows = np.arange(len(values))
-    if pa.types.is_struct(values.type):
-        if not {"path", "bytes"} <= {field.name for field in values.type}:
-            raise DataError(f"image column {column!r} is a struct without 'path' and 'bytes': {values.type}")
-        paths, data = pc.struct_field(values, "path"), pc.struct_field(values, "bytes")
-        missing = pc.and_(pc.is_null(paths), pc.is_null(data))
-        # Embedded images often keep only a base name, which several folders may share; their sizes in bytes differ.
-        sizes = pc.cast(pc.coalesce(pc.cast(pc.binary_length(data), pa.int64()), -1), pa.string())
-        keys = pc.binary_join_element_wise(pc.cast(paths, pa.string()), sizes, "\0")
-    elif pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-        paths, missing, keys = values, pc.is_null(values), values
-    else:
-        return None, pc.is_null(values).to_numpy(), rows
-    codes = pc.fill_null(pc.cast(keys.combine_chunks().dictionary_encode().indices, pa.int64()), -1).to_numpy()
-    _, first, inverse = np.unique(codes, return_index=True, return_inverse=True)
-    return paths, missing.to_numpy(), np.where(codes < 0, rows, first[inverse])
-
-
 @dataclass(kw_only=True)
 class HubStream:
     """An iterable of records read in order; `shard` it by worker and rank, `shuffle` it through a buffer.
@@ -272,6 +260,7 @@ class HubStream:
     def records(self, on_skip: Callable[[str, str], None]) -> Iterator[Record]:
         """Records of this shard; `on_skip(reason, name)` is called for every row or caption left out."""
         rows = self._rows()
+        tars: set[str] = set()  # The ones that were looked at.
         for number in itertools.count():
             try:
                 row = next(rows)
@@ -279,6 +268,11 @@ class HubStream:
                 return
             except Exception as error:  # A tar or parquet file broken in mid-stream raises any decoder's error.
                 raise DataError(f"{self.source}: cannot read on after row {number}: {_one_line(error)}") from error
+            tar = row.get(URL)
+            if tar is not None and tar not in tars:
+                tars.add(tar)
+                if fault := tar_fault(tar):
+                    on_skip(fault, tar)
             record = self._record(row, number, on_skip)
             if record is not None:
                 yield record

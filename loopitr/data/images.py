@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+import os
+import stat
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
 from loopitr.rgb import to_rgb
 
-from .records import DataError
+from .records import DataError, printable
 
 
 class UnreadableImage(DataError):
@@ -21,7 +23,7 @@ class UnreadableImage(DataError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"{self.name}: unreadable image ({self.reason})"
+        return f"{printable(self.name)}: unreadable image ({self.reason})"
 
 
 def decode_image(
@@ -32,8 +34,9 @@ def decode_image(
     With `shortest`, a JPEG file may come at a half, a quarter or an eighth of its size, which is faster, as long as its
     shorter side keeps so many pixels; everything else comes as without it.
 
-    Raises `UnreadableImage` for a file that is missing, empty, truncated, no image, or too large
-    (`PIL.Image.MAX_IMAGE_PIXELS`, the guard against decompression bombs).
+    Raises `UnreadableImage` for a file that is missing, empty, truncated, no image, too large
+    (`PIL.Image.MAX_IMAGE_PIXELS`, the guard against decompression bombs), far longer than wide, or in a format that is
+    a program (EPS); and for what is no file at all, such as a pipe or a device, which is not opened.
     """
     if shortest is not None and shortest < 1:
         raise ValueError(f"shortest must be at least 1 pixel, got {shortest}")
@@ -47,12 +50,12 @@ def decode_image(
                 raise UnreadableImage(name, "empty file")
             with Image.open(io.BytesIO(image)) as opened:
                 return to_rgb(opened, shortest=shortest)
-        path = Path(image)
-        if path.is_file() and path.stat().st_size == 0:
+        status = os.stat(image)
+        if not stat.S_ISREG(status.st_mode):  # A pipe would be waited for, and some devices never end.
+            raise UnreadableImage(name, "Is a directory" if stat.S_ISDIR(status.st_mode) else "not a file")
+        if not status.st_size:
             raise UnreadableImage(name, "empty file")
-        if path.is_fifo():  # Opening it would wait for somebody to write to it.
-            raise UnreadableImage(name, "not a file")
-        with Image.open(path) as opened:
+        with Image.open(image) as opened:
             return to_rgb(opened, shortest=shortest)
     except UnreadableImage:
         raise
@@ -67,6 +70,7 @@ def _reason(error: Exception) -> str:
         return "not a known image format"
     if isinstance(error, Image.DecompressionBombError):
         return "too many pixels"
-    text = (str(error).splitlines() or [""])[0]
+    # What an operating system says of a file names the file too, and one reason is to stand for many.
+    text = (str(getattr(error, "strerror", None) or error).splitlines() or [""])[0]
     # Pillow's message counts bytes, while one short reason lets the log group such files.
     return "truncated" if "truncated" in text.lower() else text or type(error).__name__

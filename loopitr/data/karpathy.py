@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .files import PROBED, Row, check_images_exist, group_rows, image_folder, read_json
-from .records import DataError, LoadReport, Record, clean_captions
+from .records import INT64, DataError, LoadReport, Record, clean_captions, printable
 
 
 def load_karpathy(path: str | Path, images: str | Path, split: str, report: LoadReport) -> list[Record]:
@@ -23,12 +24,14 @@ def load_karpathy(path: str | Path, images: str | Path, split: str, report: Load
         hint = "; a JSON list of image-caption pairs is read by --data.albef" if isinstance(content, list) else ""
         raise DataError(f"{path}: not in Karpathy's format, it has no list 'images'{hint}")
     for position, entry in enumerate(entries):
-        if not isinstance(entry, dict) or not isinstance(entry.get("filename"), str) or "split" not in entry:
+        if not isinstance(entry, dict) or not _has_text(entry, "filename") or not _has_text(entry, "split"):
             raise DataError(f"{path}: images[{position}] needs 'filename' and 'split'")
+        if not isinstance(entry.get("filepath") or "", str):
+            raise DataError(f"{path}: images[{position}]: 'filepath' must be text, got {entry['filepath']!r}")
     splits = sorted({str(entry["split"]) for entry in entries})
     wanted = {split, "restval"} if split == "train" else {split}
     if split not in splits:
-        raise DataError(f"{path}: no split {split!r}; it has {', '.join(splits) or 'none'}")
+        raise DataError(f"{path}: no split {split!r}; it has {printable(', '.join(splits)) or 'none'}")
     folder = image_folder(images)
     id_field = next((name for name in ("imgid", "cocoid") if _identifies(entries, name)), None)
     chosen = [(position, entry) for position, entry in enumerate(entries) if str(entry["split"]) in wanted]
@@ -36,7 +39,7 @@ def load_karpathy(path: str | Path, images: str | Path, split: str, report: Load
 
     merged: dict[str, Record] = {}
     for position, entry in chosen:
-        name = _relative(entry)
+        name = relative_name(entry)
         captions = clean_captions(_sentences(entry, name), name, report)
         first = merged.get(name)
         merged[name] = Record(
@@ -71,10 +74,11 @@ def load_albef(
         raise DataError(f"{path}: not in ALBEF's format, a list of {{'image', 'caption'}} is wanted{hint}")
     rows = []
     for position, entry in enumerate(content):
-        if not isinstance(entry, dict) or not isinstance(entry.get("image"), str) or "caption" not in entry:
+        if not isinstance(entry, dict) or not _has_text(entry, "image") or "caption" not in entry:
             raise DataError(f"{path}: item {position} needs 'image' and 'caption'")
         image_id = entry.get("image_id")
-        identity = ("path", entry["image"]) if image_id is None else ("id", str(image_id))
+        known = image_id is not None and str(image_id).strip() not in ("", "nan")  # what an empty cell may become
+        identity = ("id", str(image_id)) if known else ("path", entry["image"])
         rows.append(Row(image=entry["image"], captions=entry["caption"], identity=identity))
     return group_rows(rows, source=path, images=images, split=split, report=report)
 
@@ -92,22 +96,28 @@ def join_lists(parts: list[list[Record]]) -> list[Record]:
     return list(joined.values())
 
 
+def _has_text(entry: dict[str, Any], name: str) -> bool:
+    value = entry.get(name)
+    return isinstance(value, str) and bool(value.strip())
+
+
 def _identifies(entries: list[dict[str, Any]], name: str) -> bool:
-    """Whether a field gives every image its own integer (a file listed twice may repeat it)."""
+    """Whether a field gives every image its own 64-bit integer (a file listed twice may repeat it)."""
     values = [entry.get(name) for entry in entries]
-    if not all(isinstance(value, int) for value in values):
+    if not all(isinstance(value, int) and value in INT64 for value in values):
         return False
-    return len(set(values)) == len({_relative(entry) for entry in entries})
+    return len(set(values)) == len({relative_name(entry) for entry in entries})
 
 
-def _relative(entry: dict[str, Any]) -> str:
+def relative_name(entry: dict[str, Any]) -> str:
+    """The name of an entry's record: its file, from the image folder."""
     return (Path(entry.get("filepath") or "") / entry["filename"]).as_posix()
 
 
 def _is_nested(folder: Path, entries: list[dict[str, Any]], path: str | Path) -> bool:
-    nested = [folder / _relative(entry) for entry in entries]
+    nested = [folder / relative_name(entry) for entry in entries]
     flat = [folder / entry["filename"] for entry in entries]
-    if not any(image.is_file() for image in nested) and any(image.is_file() for image in flat):
+    if not any(os.path.isfile(image) for image in nested) and any(os.path.isfile(image) for image in flat):
         return False
     check_images_exist(nested, path)
     return True
@@ -116,5 +126,5 @@ def _is_nested(folder: Path, entries: list[dict[str, Any]], path: str | Path) ->
 def _sentences(entry: dict[str, Any], name: str) -> list[str | None]:
     sentences = entry.get("sentences") or []
     if not isinstance(sentences, list):
-        raise DataError(f"{name}: 'sentences' must be a list, got {type(sentences).__name__}")
+        raise DataError(f"{printable(name)}: 'sentences' must be a list, got {type(sentences).__name__}")
     return [sentence.get("raw") if isinstance(sentence, dict) else sentence for sentence in sentences]

@@ -9,6 +9,8 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from loopitr.data import Batch, CaptionDataset, Collator, EpochSampler, LoadReport, StreamDataset
+from loopitr.data.records import printable
+from loopitr.data.workers import leave_signals_to_the_run
 
 
 class ShardedBatchSampler(Sampler[list[tuple[int, int]]]):
@@ -56,6 +58,7 @@ class EpochLoader:
             # Its own generator: drawing worker seeds must not move the generator that dropout uses, or a resumed
             # run would differ from an uninterrupted one.
             "generator": torch.Generator().manual_seed(seed),
+            "worker_init_fn": leave_signals_to_the_run,
         }
         if isinstance(dataset, StreamDataset):
             self.sampler = None
@@ -123,6 +126,6 @@ class SkipCounter:
             self.files[name] = reason
             self.report.skip(reason, name)
             if self.report.skipped <= 10:
-                self.log(f"skipped {name}: {reason}")
+                self.log(f"skipped {printable(name)}: {reason}")
         if self.seen >= 100:
             self.visits.check(self.max_fraction, seen=self.seen)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import operator
+import unicodedata
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -14,6 +15,10 @@ from PIL import Image
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+INT64 = range(-(2**63), 2**63)  # what a tensor of identities can hold
+INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp"}  # Unicode's control and format characters, and its spaces
 
 
 class DataError(ValueError):
@@ -29,8 +34,8 @@ class Record:
     `name` is what logs call the record: by default the path, or else that hash.
 
     Raises:
-        DataError: an image of another type, captions that are one text, or a PIL image that has to be hashed and
-            cannot be read.
+        DataError: an image of another type, captions that are one text or no texts, an identity that is no integer of
+            64 bits, or a PIL image that has to be hashed and cannot be read.
 
     Example:
         >>> from PIL import Image
@@ -58,6 +63,13 @@ class Record:
             )
         if isinstance(self.captions, str):
             raise DataError(f"a record's captions must be a tuple of texts, got the text {self.captions!r}")
+        if not isinstance(self.captions, Collection):
+            raise DataError(f"a record's captions must be a tuple of texts, got {type(self.captions).__name__}")
+        for caption in self.captions:
+            if not isinstance(caption, str):
+                raise DataError(f"a record's captions must be texts, got {type(caption).__name__} {caption!r}")
+        if self.identity is not None and not _is_int64(self.identity):
+            raise DataError(f"a record's identity must be an integer of 64 bits, got {_short(self.identity)}")
         is_path = isinstance(self.image, (str, Path))
         if self.identity is None or (self.name is None and not is_path):
             digest = _image_hash(self.image)
@@ -67,6 +79,31 @@ class Record:
                 object.__setattr__(self, "name", f"image {digest & 0xFFFFFFFFFFFFFFFF:016x}")
         if self.name is None:
             object.__setattr__(self, "name", str(self.image))
+
+
+def _is_int64(value: Any) -> bool:
+    try:
+        return operator.index(value) in INT64
+    except TypeError:
+        return False
+
+
+def _short(value: Any) -> str:
+    text = f"an integer of {value.bit_length()} bits" if isinstance(value, int) else repr(value)
+    return text if len(text) < 100 else text[:100] + "..."
+
+
+def printable(name: str) -> str:
+    """A name as one line of a log: names of files may hold anything but `/`, line breaks and half characters too.
+
+    Example:
+        >>> from loopitr.data.records import printable
+        >>> printable("two\\nlines.jpg")
+        'two\\\\nlines.jpg'
+    """
+    if name.isprintable():
+        return name
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def _image_hash(image: str | Path | bytes | Image.Image) -> int:
@@ -181,7 +218,7 @@ class LoadReport:
         """Count one thing that was skipped, and keep its name if it is among the first few of that reason."""
         self.counts[reason] = self.counts.get(reason, 0) + 1
         names = self.names.setdefault(reason, [])
-        name = name.encode(errors="backslashreplace").decode()  # A log cannot print the surrogates of some names.
+        name = printable(name)
         if len(names) < self.max_names and name not in names:
             names.append(name)
 
@@ -208,7 +245,7 @@ class LoadReport:
             DataError: more was.
         """
         total = max(self.captions + self.skipped if seen is None else seen, 1)
-        if self.skipped > max_fraction * total:
+        if not self.skipped <= max_fraction * total:  # The fraction may be NaN.
             raise DataError(
                 f"{self.skipped} of {total} items were skipped, more than the allowed fraction "
                 f"{max_fraction}: {self.summary()}"
@@ -216,21 +253,23 @@ class LoadReport:
 
 
 def clean_captions(value: Any, name: str, report: LoadReport) -> tuple[str, ...]:
-    """Captions with single spaces from one string or a list of strings; blank ones are skipped and counted.
+    """Captions with single spaces from one string or a list of strings; those without a visible character are skipped
+    and counted.
 
     Raises:
         DataError: something other than text.
     """
+    shown = printable(name)
     values = [] if value is None else [value] if isinstance(value, str) else value
     # A string is a sequence of strings too, so that it is wrapped above and never iterated.
     if not isinstance(values, (list, tuple)):
-        raise DataError(f"{name}: a caption must be text or a list of texts, got {type(value).__name__}")
+        raise DataError(f"{shown}: a caption must be text or a list of texts, got {type(value).__name__}")
     captions = []
     for item in values:
         if not isinstance(item, (str, type(None))):
-            raise DataError(f"{name}: a caption must be text, got {type(item).__name__}")
+            raise DataError(f"{shown}: a caption must be text, got {type(item).__name__}")
         text = " ".join((item or "").split())
-        if not text:
+        if all(unicodedata.category(character) in INVISIBLE for character in text):
             report.skip("empty caption", name)
         elif not _is_unicode(text):
             report.skip("caption with half a character (a lone surrogate)", name)

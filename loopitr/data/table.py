@@ -10,8 +10,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from .files import Row, group_rows, read_text
-from .records import DataError, LoadReport, Record
+from .files import Row, group_rows, parse_json, read_text
+from .records import DataError, LoadReport, Record, printable
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 JSON_LINES = (".jsonl", ".ndjson")
@@ -34,21 +34,25 @@ def load_table(
     wanted = [image_column, caption_column] + ([] if split is None else [split_column])
     for column in wanted:
         if column not in columns:
-            raise DataError(f"{path}: no column {column!r}; it has {', '.join(columns) or 'none'}")
+            raise DataError(f"{path}: no column {column!r}; it has {printable(', '.join(columns)) or 'none'}")
     if split is not None:
-        splits = sorted({str(row.get(split_column)) for row in rows})
+        splits = sorted({name for row in rows if (name := _split(row.get(split_column)))})
         if split not in splits:
-            raise DataError(f"{path}: no split {split!r} in column {split_column!r}; it has {', '.join(splits)}")
-        rows = [row for row in rows if str(row.get(split_column)) == split]
+            known = printable(", ".join(splits))
+            raise DataError(f"{path}: no split {split!r} in column {split_column!r}; it has {known or 'none'}")
     kept = []
     for number, row in enumerate(rows, start=1):
+        own = split if split is None else _split(row.get(split_column))
         image = row.get(image_column)
-        if not isinstance(image, str) or not image.strip():
-            report.skip("no image path", f"{Path(path).name} row {number}")
+        if split is not None and own is None:
+            report.skip("no split", f"{Path(path).name} row {number}")
+        elif own != split:
             continue
-        kept.append(
-            Row(image=image.strip(), captions=captions_of_cell(row.get(caption_column)), identity=image.strip())
-        )
+        elif not isinstance(image, str) or not image.strip():
+            report.skip("no image path", f"{Path(path).name} row {number}")
+        else:
+            captions = captions_of_cell(row.get(caption_column))
+            kept.append(Row(image=image.strip(), captions=captions, identity=image.strip()))
     return group_rows(kept, source=path, images=images, split=split, report=report)
 
 
@@ -84,13 +88,20 @@ def _read_json_lines(path: str | Path) -> tuple[list[dict[str, Any]], list[str]]
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise DataError(f"{path}: line {number} is not valid JSON ({error})") from error
         if not isinstance(row, dict):
             raise DataError(f"{path}: line {number} is not a JSON object but {type(row).__name__}")
         rows.append(row)
     return rows, list(dict.fromkeys(column for row in rows for column in row))
+
+
+def _split(cell: Any) -> str | None:
+    """The split in a cell, a text or a number; None where it holds none."""
+    if isinstance(cell, bool) or not isinstance(cell, (str, int)):
+        return None
+    return str(cell).strip() or None
 
 
 def captions_of_cell(cell: Any) -> Any:
@@ -99,7 +110,7 @@ def captions_of_cell(cell: Any) -> Any:
     if isinstance(cell, str) and cell.lstrip().startswith("["):
         try:
             value = json.loads(cell)
-        except ValueError:
+        except (ValueError, RecursionError):
             try:
                 value = ast.literal_eval(cell.strip())
             except (ValueError, SyntaxError, MemoryError, RecursionError):

@@ -87,6 +87,6 @@ def account(skipped: LoadReport, report: LoadReport | None, gallery: Gallery, co
     if not gallery.positions:
         raise DataError(f"nothing to evaluate on: {count} records gave {skipped.summary()}")
     lost = count - len(gallery.positions)
-    if lost > allowed * count:
+    if not lost <= allowed * count:
         limit = f"more than the allowed fraction {allowed}"
         raise DataError(f"{lost} of {count} images cannot be used, {limit}: {skipped.summary()}")

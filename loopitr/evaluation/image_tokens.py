@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from loopitr.data import DataError, DecodedImages, Record, TokenCache, UnreadableImage, name_of
+from loopitr.data.workers import leave_signals_to_the_run
 from loopitr.models.loop_model import DualEncoder
 from loopitr.models.packing import send
 
@@ -133,6 +134,7 @@ class ImageTokens:
             num_workers=min(self.num_workers, len(batches)),
             collate_fn=_stack,
             generator=torch.Generator(),  # validating must not move the generator that dropout uses
+            worker_init_fn=leave_signals_to_the_run,
         )
         for read in loader:
             if read.failed and self.all_readable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from loopitr.checks import check_at_least
@@ -21,8 +22,10 @@ class EvaluationOptions:
         max_skipped_fraction: the evaluation stops when more of the images than this cannot be used.
         graded: whether graded relevance and paraphrase stability are measured too, where the records have the ground
             truth for it.
+        dims: the dual encoder is also measured at the first so many dimensions of its embeds.
         calibrate: whether the weight of the similarity in the reranking score is fitted on these candidates
             (`calibration.py`), instead of the model's `config.similarity_weight`; the model is not changed.
+        examples: queries of each direction that the result has with their first answers, for `gallery_page`; 0: none.
         batch_size: captions, and images up to `image_block`, that are encoded at a time.
         image_block: images whose tokens, keys and values are held at a time while reranking.
         pair_block: pairs that are scored at a time.
@@ -43,7 +46,9 @@ class EvaluationOptions:
     max_images: int | None = None
     max_skipped_fraction: float = 0.05
     graded: bool = True
+    dims: Sequence[int] = ()
     calibrate: bool = False
+    examples: int = 0
     batch_size: int = 64
     image_block: int = 32
     pair_block: int = 1024
@@ -51,7 +56,7 @@ class EvaluationOptions:
     token_storage: TokenStorage = field(default_factory=TokenStorage)
 
     def __post_init__(self) -> None:
-        check_at_least(0, rerank=self.rerank, num_workers=self.num_workers)
+        check_at_least(0, rerank=self.rerank, examples=self.examples, num_workers=self.num_workers)
         check_at_least(
             1,
             batch_size=self.batch_size,
@@ -60,3 +65,5 @@ class EvaluationOptions:
             captions_per_image=self.captions_per_image,
             max_images=self.max_images,
         )
+        for dim in self.dims:
+            check_at_least(1, dims=dim)

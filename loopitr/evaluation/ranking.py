@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+KS = (1, 5, 10)
 BLOCK_ELEMENTS = 2**24  # scores that one step looks at: this bounds the memory of masks and sorts
 
 

@@ -11,12 +11,13 @@ from loopitr.data import LoadReport
 from loopitr.models.scoring import DUAL_ALONE
 
 from .calibration import Gain
+from .coco import coco_line
+from .examples import Examples
 from .graded import GradedMetrics
-from .ranking import Ranking
+from .ranking import KS, Ranking
 
 # By what candidates are ranked, and its name in the table.
 HEADS = {"dual": "dual", "match": "match", "match_plus_similarity": "match + similarity", "reranked": "reranked"}
-KS = (1, 5, 10)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,9 @@ class RetrievalResult:
         similarity_weight: of the reranking score; None with `k = 0`.
         calibrated: whether that weight was fitted on these very candidates.
         gain: of reranking over the dual encoder; None with `k = 0`.
+        coco: figures of ECCV Caption and CxC of each of the rankings; empty where they were not asked for.
+        examples: queries with their first answers, by direction (`i2t`, `t2i`); empty where none were asked for.
+        shortened: rankings of the dual encoder by the first so many dimensions of its embeds alone.
     """
 
     num_images: int
@@ -48,6 +52,9 @@ class RetrievalResult:
     similarity_weight: float | None = None
     calibrated: bool = False
     gain: Gain | None = None
+    examples: dict[str, Examples] = field(default_factory=dict)
+    shortened: dict[int, Ranking] = field(default_factory=dict)
+    coco: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
 
     @property
     def pairs_per_second(self) -> float | None:
@@ -70,7 +77,7 @@ class RetrievalResult:
     def to_json(self) -> dict[str, Any]:
         """What `metrics.json` holds; recalls in percent. With `k = 0`, all that needs the fusion head is None.
 
-        `graded` is there only for records with graded relevance.
+        `graded` is there only for records with graded relevance, `shortened` where it was asked for.
         """
         graded = {name: metrics.to_json() for name, metrics in self.graded.items()}
         return {
@@ -78,11 +85,13 @@ class RetrievalResult:
             "num_captions": self.num_captions,
             "k": self.k,
             **{name: _head(self.rankings.get(name)) for name in HEADS},
+            **({"shortened": {str(dim): _head(x) for dim, x in self.shortened.items()}} if self.shortened else {}),
             "similarity_weight": self.similarity_weight,
             "calibrated": self.calibrated,
             "reranking_gain": None if self.gain is None else {"points": self.gain.points, "margin": self.gain.margin},
             "ceiling": self.ceiling,
             **({"graded": graded} if graded else {}),
+            **({"coco": self.coco} if self.coco else {}),
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
             "pairs_per_second": self.pairs_per_second,
             "num_pairs": self.num_pairs,
@@ -92,7 +101,9 @@ class RetrievalResult:
 
     def table(self) -> str:
         """Markdown: recalls of each head, whether reranking pays, then size, ceiling, graded metrics and seconds."""
-        lines = [recall_table({self._label(name): ranking for name, ranking in self.rankings.items()}), ""]
+        shortened = {f"dual, first {dim} dimensions": ranking for dim, ranking in self.shortened.items()}
+        rankings = {self._label(name): ranking for name, ranking in self.rankings.items()}
+        lines = [recall_table({"dual": rankings["dual"], **shortened, **rankings}), ""]
         if self.gain is not None:
             lines.append(f"- {self.gain.line()}")
             if self.calibrated:
@@ -102,6 +113,7 @@ class RetrievalResult:
             ceiling = f"i2t {self.ceiling['i2t']:.1f}, t2i {self.ceiling['t2i']:.1f}"
             lines.append(f"- ceiling of reranking {self.k} candidates: {ceiling}")
         lines += [f"- {HEADS[name]}: {metrics.line()}" for name, metrics in self.graded.items()]
+        lines += [f"- {HEADS[name]}: {coco_line(figures)}" for name, figures in self.coco.items()]
         if self.k:
             lines.append(f"- pairs/s: {self.pairs_per_second:.0f} ({self.num_pairs} pairs)")
         lines.append("- seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items()))

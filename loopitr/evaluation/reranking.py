@@ -124,10 +124,15 @@ def scored_candidates(
             scores[torch.searchsorted(keys, image_keys)],  # [T, k]
         ),
         similarity=CandidateScores(scale * candidates.caption_similarity, scale * candidates.image_similarity),
-        right=CandidateScores(
-            gallery.text_identities[candidates.captions] == gallery.image_identities[:, None],  # [I, k]
-            gallery.image_identities[candidates.images] == gallery.text_identities[:, None],  # [T, k]
-        ),
+        right=right_answers(candidates, gallery),
+    )
+
+
+def right_answers(candidates: Nearest, gallery: Gallery) -> CandidateScores:
+    """Which candidates are right (bool): those of the query's identity."""
+    return CandidateScores(
+        gallery.text_identities[candidates.captions] == gallery.image_identities[:, None],  # [I, k]
+        gallery.image_identities[candidates.images] == gallery.text_identities[:, None],  # [T, k]
     )
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loopitr.data import LoadReport, Record, TextTokenCache, TokenCache, name_of, relevance_of
@@ -17,6 +17,9 @@ from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.processing import LoopITRProcessor
 
 from .calibration import Gain, fit_similarity_weight, reranking_gain
+from .clock import Clock
+from .coco import DEPTH, CocoBenchmarks
+from .examples import SHOWN, Examples, Reranked, choose_examples
 from .gallery import Gallery, account, build_gallery, evaluation_transform
 from .graded import GradedMetrics, grade
 from .image_tokens import ImageTokens
@@ -39,6 +42,7 @@ def evaluate_retrieval(
     text_tokens: TextTokenCache | None = None,
     device: str | torch.device | None = None,
     report: LoadReport | None = None,
+    coco: CocoBenchmarks | None = None,
     progress: bool = True,
 ) -> RetrievalResult:
     """Recall of all images against all captions of `records`, by the dual head alone and reranked.
@@ -64,6 +68,7 @@ def evaluate_retrieval(
         text_tokens: what the text backbone made of these records' captions earlier; it does not run then.
         device: where to move the model first; None: it stays where it is.
         report: every image and caption left out is counted here too.
+        coco: ECCV Caption and CxC are measured too, on COCO's whole Karpathy test split.
         progress: whether the first rank shows progress bars.
 
     Raises:
@@ -91,7 +96,7 @@ def evaluate_retrieval(
     if device is not None:
         nn.Module.to(model, device)
     dual = model.dual_encoder() if isinstance(model, LoopITRModel) else model
-    clock = _Clock(dual.logit_scale.device)
+    clock = Clock(dual.logit_scale.device)
     images = ImageTokens(
         dual,
         records,
@@ -104,9 +109,11 @@ def evaluate_retrieval(
     with _evaluating(model), torch.inference_mode():
         encoded = _encode(model, processor, images, options, text_cache=text_tokens, report=report, progress=progress)
         clock.lap("encode")
-        candidates = _candidates(encoded, max(1, options.rerank))
+        candidates = _candidates(encoded, options.rerank or (SHOWN if options.examples else 1))
         rankings = {"dual": candidates.ranking}
         clock.lap("rank")
+        examples: dict[str, Examples] = {}
+        in_new_order: Reranked | None = None
         pairs, reranked = torch.empty(0, 2, dtype=torch.int64), dict[str, CandidateScores]()
         weight: float | None = None
         gain: Gain | None = None
@@ -121,7 +128,12 @@ def evaluate_retrieval(
             reranked = scored.reranked(weight)
             rankings.update({name: scored.ranking(values) for name, values in reranked.items()})
             gain = reranking_gain(candidates.ranking, rankings["reranked"], encoded.gallery.caption_rows)
+            in_new_order = Reranked(match=scored.match, scores=reranked["reranked"], ranking=rankings["reranked"])
+        if options.examples:
+            examples = choose_examples(candidates, encoded.gallery, in_new_order, number=options.examples)
         graded = _grade(encoded, candidates, reranked) if options.graded else {}
+        figures = {} if coco is None else _coco_figures(coco, encoded, candidates, reranked)
+        shortened = {dim: _candidates(encoded, 1, dim=dim).ranking for dim in options.dims}
     return RetrievalResult(
         num_images=len(encoded.gallery.positions),
         num_captions=len(encoded.gallery.captions),
@@ -135,6 +147,9 @@ def evaluate_retrieval(
         similarity_weight=weight,
         calibrated=weight is not None and options.calibrate,
         gain=gain,
+        examples=examples,
+        shortened=shortened,
+        coco=figures,
     )
 
 
@@ -200,13 +215,20 @@ def _encode(
     )
 
 
-def _candidates(encoded: _Encoded, k: int) -> Nearest:
-    """Each query's `k` nearest by the dual head. All ranks get the first rank's, so that they agree on the pairs."""
-    gallery, text_embeds = encoded.gallery, encoded.texts.embeds
+def _candidates(encoded: _Encoded, k: int, *, dim: int | None = None) -> Nearest:
+    """Each query's `k` nearest by the dual head, or by the first `dim` dimensions of its embeds alone.
+
+    All ranks get the first rank's, so that they agree on the pairs.
+    """
+    gallery, image_embeds, text_embeds = encoded.gallery, encoded.image_embeds, encoded.texts.embeds
+    if dim is not None:
+        if dim > text_embeds.shape[1]:
+            raise ValueError(f"dims must be at most the embeds' {text_embeds.shape[1]} dimensions, got {dim}")
+        image_embeds, text_embeds = (F.normalize(x[:, :dim].float(), dim=-1) for x in (image_embeds, text_embeds))
     device = text_embeds.device
     return first_rank(
         lambda: nearest(
-            encoded.image_embeds.to(device),
+            image_embeds.to(device),
             text_embeds,
             gallery.image_identities.to(device),
             gallery.text_identities.to(device),
@@ -246,23 +268,16 @@ def _grade(encoded: _Encoded, candidates: Nearest, reranked: Mapping[str, Candid
     )
 
 
+def _coco_figures(
+    coco: CocoBenchmarks, encoded: _Encoded, candidates: Nearest, reranked: Mapping[str, CandidateScores]
+) -> dict[str, dict[str, dict[str, float]]]:
+    widest = _candidates(encoded, DEPTH)
+    return first_rank(lambda: coco.figures(encoded.gallery, encoded.images.records, widest, candidates, reranked))
+
+
 def _share(count: int) -> range:
     """This rank's of `count` items: ranks' shares are consecutive and differ by one at most."""
     return range(rank() * count // world_size(), (rank() + 1) * count // world_size())
-
-
-class _Clock:
-    """Seconds by name, of work that is done: a GPU is waited for."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.laps = device, dict[str, float]()
-        self.last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        self.laps[name], self.last = now - self.last, now
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from loopitr.models.foreign import check_no_kernel, one_line_errors
 from loopitr.models.image_backbone import VisionBackbone
 from loopitr.models.lora import Model, freeze_adapted, merge_lora
 
@@ -31,7 +32,7 @@ class LoopITRPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: the folder holds a model of another kind, or weights are missing, left over or of other shapes
                 than its config says.
-            OSError: no such folder or hub id, or no safetensors in it.
+            OSError: no such folder or hub id, no safetensors in it, or damaged ones.
         """
         path = str(pretrained_model_name_or_path)
         if os.path.isdir(path) and not os.path.isfile(os.path.join(path, kwargs.get("subfolder", ""), "config.json")):
@@ -44,10 +45,12 @@ class LoopITRPreTrainedModel(PreTrainedModel):
             raise ValueError(
                 f"{path} holds a {saved_config.get('model_type')!r} model, {cls.__name__} loads {wanted!r}"
             )
+        check_no_kernel(saved_config, path)
         report = kwargs.pop("output_loading_info", False)
         kwargs["use_safetensors"] = True
         kwargs["ignore_mismatched_sizes"] = True  # so that they come back, to be named here
-        loaded: Any = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        with one_line_errors(path):
+            loaded: Any = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         model, info = loaded
         for what in ("missing_keys", "unexpected_keys"):
             if info[what]:

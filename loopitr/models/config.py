@@ -83,6 +83,8 @@ class DualEncoderConfig(PreTrainedConfig):
         max_logit_scale: the most that 1 / temperature is let grow to (100, CLIP; ALBEF allows 1000).
         initial_logit_bias: start of the learned bias that the sigmoid loss needs (-10, SigLIP arXiv 2303.15343); None:
             the dual head has no such parameter.
+        matryoshka_dims: numbers of first dimensions that vectors may be cut to, since the dual head was trained at them
+            too (`objective.matryoshka_dims`); None: at the whole width alone.
         lora: LoRA adapters by backbone (`vision`, `text`), see `LORA_DEFAULTS`; None: there are none.
 
     Example:
@@ -107,6 +109,7 @@ class DualEncoderConfig(PreTrainedConfig):
         initial_temperature: float = 0.07,
         max_logit_scale: float = 100.0,
         initial_logit_bias: float | None = None,
+        matryoshka_dims: list[int] | None = None,
         lora: dict[str, dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -136,6 +139,11 @@ class DualEncoderConfig(PreTrainedConfig):
         self.initial_temperature = initial_temperature
         self.max_logit_scale = max_logit_scale
         self.initial_logit_bias = initial_logit_bias
+        for dim in matryoshka_dims or ():
+            _positive("matryoshka_dims", dim)
+            if dim > embed_dim:
+                raise ValueError(f"matryoshka_dims must be at most embed_dim {embed_dim}, got {dim}")
+        self.matryoshka_dims = list(matryoshka_dims) if matryoshka_dims else None
         for part in lora or ():
             _one_of("lora", part, ADAPTED)
         self.lora = {part: _merged("lora", given, LORA_DEFAULTS) for part, given in (lora or {}).items()} or None
@@ -194,3 +202,56 @@ class LoopITRConfig(DualEncoderConfig):
         parameters = inspect.signature(DualEncoderConfig).parameters.values()
         names = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
         return DualEncoderConfig(**{name: getattr(self, name) for name in names})
+
+
+class ImageTowerConfig(PreTrainedConfig):
+    """The image side of a dual encoder alone; the arguments are those of `DualEncoderConfig`."""
+
+    model_type = "loopitr_image"
+
+    def __init__(
+        self,
+        *,
+        vision: dict[str, Any] | None = None,
+        vision_pooling: str = "backbone",
+        embed_dim: int = 256,
+        projection: str = "affine",
+        lora: dict[str, dict[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.vision = _merged("vision", vision, VISION_DEFAULTS)
+        _positive("vision.image_size", self.vision["image_size"])
+        _one_of("vision_pooling", vision_pooling, POOLINGS)
+        self.vision_pooling = vision_pooling
+        _set_head(self, embed_dim, projection)
+        self.lora = lora
+        super().__init__(**kwargs)
+
+
+class TextTowerConfig(PreTrainedConfig):
+    """The text side of a dual encoder alone; the arguments are those of `DualEncoderConfig`."""
+
+    model_type = "loopitr_text"
+
+    def __init__(
+        self,
+        *,
+        text: dict[str, Any] | None = None,
+        text_pooling: str = "mean",
+        embed_dim: int = 256,
+        projection: str = "affine",
+        lora: dict[str, dict[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.text = dict(text) if text else dict(TEXT_DEFAULTS)
+        _one_of("text_pooling", text_pooling, POOLINGS)
+        self.text_pooling = text_pooling
+        _set_head(self, embed_dim, projection)
+        self.lora = lora
+        super().__init__(**kwargs)
+
+
+def _set_head(config: Any, embed_dim: int, projection: str) -> None:
+    _positive("embed_dim", embed_dim)
+    _one_of("projection", projection, PROJECTIONS)
+    config.embed_dim, config.projection = embed_dim, projection

@@ -210,7 +210,7 @@ class LoopITRModel(FreezableParts, LoopITRPreTrainedModel):
         regions = image_state.regions
         if regions is None:
             regions = self.agreement.project_regions(image_state.tokens)  # [B, N, A]
-        return self.agreement.all_pairs(regions, text_state.tokens, text_state.mask).float()
+        return _full(self.agreement.all_pairs(regions, text_state.tokens, text_state.mask))
 
     def _block_size(self, images: ImageState, mask: Tensor, pairs: Tensor) -> int:
         """How many pairs are scored at a time if nobody says: with gradient all, whose activations are kept anyway."""
@@ -226,17 +226,17 @@ class LoopITRModel(FreezableParts, LoopITRPreTrainedModel):
         return max(1, len(pairs) * room // (elements * self.itm_head.weight.element_size()))
 
     def _score_block(self, images: ImageState, texts: TextState, mask: Tensor, pairs: Tensor) -> Tensor:
-        """Pairs and mask on the CPU -> logits `[P, 2]`, in float32: their difference is a teacher and a score."""
+        """Pairs and mask on the CPU -> logits `[P, 2]`, in full precision: their difference is a score and teaches."""
         arranged = self._arrangement.arrange(images, mask, pairs)
         packed = packed_tokens(texts, arranged)
-        logits = self.itm_head(self._fuse(arranged, packed, first_only=True)).float()  # [P, 2]
+        logits = _full(self.itm_head(self._fuse(arranged, packed, first_only=True)))  # [P, 2]
         if self.agreement is None:
             return logits
         regions = arranged.regions
         if regions is None:
             assert isinstance(arranged.images, Tensor)  # `score_pairs` gives regions to whoever has keys and values
             regions = self.agreement.project_regions(arranged.images)  # [I, N, A]
-        agreement = self.agreement(packed, regions, arranged.layout).float()  # [P]
+        agreement = _full(self.agreement(packed, regions, arranged.layout))  # [P]
         return logits + F.pad(agreement[:, None], (1, 0))
 
     def _fuse(self, arranged: FusionInput, packed: Tensor, *, first_only: bool) -> Tensor:
@@ -287,3 +287,8 @@ class LoopITRModel(FreezableParts, LoopITRPreTrainedModel):
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         self.dual._set_gradient_checkpointing(enable, *args, **kwargs)
         self.fusion.gradient_checkpointing = enable
+
+
+def _full(x: Tensor) -> Tensor:
+    """Half precision as float32; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -9,6 +9,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.image_utils import PILImageResampling
 
+from loopitr.models.foreign import one_line_errors
 from loopitr.models.processor_files import check_processor_files, check_words
 from loopitr.rgb import to_rgb
 
@@ -64,7 +65,9 @@ class LoopITRProcessor(ProcessorMixin):
         folder = Path(source, kwargs.get("subfolder") or "")
         if folder.is_dir():
             check_processor_files(folder)
-        processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        kwargs.setdefault("trust_remote_code", False)  # Unset, transformers would ask on the terminal.
+        with one_line_errors(f"the processor of {source}"):
+            processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         check_words(processor.tokenizer, source)
         return processor
 

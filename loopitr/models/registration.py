@@ -23,9 +23,9 @@ def register_configs() -> None:
     """Make `AutoConfig` know the configs."""
     from transformers import AutoConfig
 
-    from loopitr.models.config import DualEncoderConfig, LoopITRConfig
+    from loopitr.models.config import DualEncoderConfig, ImageTowerConfig, LoopITRConfig, TextTowerConfig
 
-    for config in (DualEncoderConfig, LoopITRConfig):
+    for config in (DualEncoderConfig, LoopITRConfig, ImageTowerConfig, TextTowerConfig):
         AutoConfig.register(config.model_type, config, exist_ok=True)
 
 
@@ -35,8 +35,9 @@ def register_models() -> None:
 
     from loopitr.models.dual_encoder import DualEncoder
     from loopitr.models.loop_model import LoopITRModel
+    from loopitr.models.towers import ImageTower, TextTower
 
-    for model in (DualEncoder, LoopITRModel):
+    for model in (DualEncoder, LoopITRModel, ImageTower, TextTower):
         AutoModel.register(model.config_class, model, exist_ok=True)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from loopitr.objective import losses
+from loopitr.objective.contrastive_terms import Contrastive, SigmoidContrastive
 from loopitr.objective.loop_objective import LoopObjective
 from loopitr.objective.losses.distillation import WHOLE_LIST_LOSSES
 from loopitr.objective.mining import Miner, Sample, Stratified, TopK
@@ -17,11 +18,9 @@ from loopitr.objective.structure_terms import FrozenContrast, StructureTransfer
 from loopitr.objective.teachers import Frozen, Match, MatchPlusSimilarity, Momentum, Teacher
 from loopitr.objective.terms import (
     Agreement,
-    Contrastive,
     Distillation,
     Matching,
     Ranking,
-    SigmoidContrastive,
     Term,
     WordPrediction,
 )
@@ -117,14 +116,14 @@ def build_terms(
     """One term for each weight; those of weight 0 are left out."""
     contrastive = Contrastive if options.itc_loss == "softmax" else SigmoidContrastive
     terms: list[Term] = [
-        contrastive(options.itc),
+        contrastive(options.itc, tuple(options.matryoshka_dims)),
         Matching(options.itm, balanced=options.balance_itm, negatives=options.itm_negatives),
         Ranking(options.lce, negatives=options.itm_negatives),
         Distillation(distillation_loss(options), options.distillation, teacher=teacher, margin=options.teacher_margin),
         StructureTransfer(options.cmd, source=options.structure_source),
         FrozenContrast(options.cmc, source=options.structure_source),
         WordPrediction(masking, options.mlm or 0.0),
-        Agreement(options.agreement),
+        Agreement(options.agreement or 0.0),
     ]
     return [term for term in terms if term.weight]
 

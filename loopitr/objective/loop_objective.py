@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from loopitr.models.outputs import TextFeatures
+from loopitr.objective.contrastive_terms import Contrastive, SimilarityTerm
+from loopitr.objective.metrics import step_metrics
 from loopitr.objective.mining import Miner, TopK
 from loopitr.objective.parts import Encoded, MaskedTexts, StepOutput
 from loopitr.objective.step import Step
 from loopitr.objective.teachers import OwnModel, Teacher
-from loopitr.objective.terms import Contrastive, Distillation, Matching, Term, TermOutput
+from loopitr.objective.terms import Distillation, Matching, Term, TermOutput
 
 if TYPE_CHECKING:
     from loopitr.models.loop_model import LoopITRModel
@@ -104,6 +106,11 @@ class LoopObjective(nn.Module):
     def predicts_words(self) -> bool:
         """Whether a term asks for predicted words."""
         return any(term.masking is not None for term in self.terms)
+
+    @property
+    def matryoshka_dims(self) -> tuple[int, ...] | None:
+        """The prefixes of the embeds that are trained too, in order; None: no term trains the similarities."""
+        return next((tuple(sorted({*t.dims})) for t in self.terms if isinstance(t, SimilarityTerm)), None)
 
     @property
     def compares_tokens(self) -> bool:
@@ -216,7 +223,7 @@ class LoopObjective(nn.Module):
                 output = output if isinstance(output, TermOutput) else TermOutput(output)
                 outputs[term.name] = output
                 loss = loss + weight * output.loss
-        metrics = {"temperature": 1 / self.model.dual.scale.detach(), **step.metrics()}
+        metrics = step_metrics(step)
         for output in outputs.values():
             metrics |= output.metrics
         return StepOutput(loss, {name: output.loss for name, output in outputs.items()}, metrics)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from loopitr.checks import check_at_least, check_known
@@ -23,6 +23,9 @@ class ObjectiveOptions:
     """Weight of the contrastive loss of the dual head."""
     itc_loss: ContrastiveName = "softmax"
     """InfoNCE over a query's candidates (CLIP), or each pair by itself (SigLIP; needs a model with a logit_bias)."""
+    matryoshka_dims: list[int] = field(default_factory=list)
+    """Train the contrastive loss at the first so many dimensions of the embeds too, as [64, 128]: vectors may then be
+    cut to these (`truncate_dim`). The loss is the mean over them and the whole width (arXiv 2205.13147)."""
     itm: float = 1.0
     """Weight of the matching loss of the fusion head."""
     train_on_sum: bool = False
@@ -51,8 +54,9 @@ class ObjectiveOptions:
     """Which tokens `mlm` may mask: all, or those of content alone, which few captions share (`mlm_common`)."""
     mlm_common: float = 0.1
     """`mlm_words: content`: tokens that stand in at least this part of the training captions are never masked."""
-    agreement: float = 0.0
-    """Weight of InfoNCE on the token agreement of all pairs of the batch (needs a model with fusion.agreement)."""
+    agreement: float | None = None
+    """Weight of InfoNCE on the token agreement of all pairs of the batch (needs a model with fusion.agreement). Unset:
+    1 in a run whose model has it and starts from scratch, otherwise 0."""
     num_negatives: int = 4
     """K, hard negatives per image and per text."""
     itm_negatives: int | None = None
@@ -103,6 +107,13 @@ class ObjectiveOptions:
         check_at_least(
             1, "objective", num_negatives=self.num_negatives, mining_pool=self.mining_pool, hard_top=self.hard_top
         )
+        for dim in self.matryoshka_dims:
+            if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
+                raise ValueError(f"objective.matryoshka_dims must be whole numbers of at least 1, got {dim!r}")
+        if len({*self.matryoshka_dims}) < len(self.matryoshka_dims):
+            raise ValueError(f"objective.matryoshka_dims must differ, got {self.matryoshka_dims}")
+        if self.matryoshka_dims and not self.itc:
+            raise ValueError(f"objective.matryoshka_dims {self.matryoshka_dims} needs objective.itc above 0")
         if not 0 < self.mlm_probability < 1:
             raise ValueError(f"objective.mlm_probability must be between 0 and 1, got {self.mlm_probability}")
         if not 0 <= self.sum_dropout <= 1:
@@ -135,4 +146,4 @@ class ObjectiveOptions:
     @property
     def scores_pairs(self) -> bool:
         """Whether a term asks for match scores, or trains a part of them."""
-        return self.itm > 0 or self.lce > 0 or self.distillation > 0 or self.agreement > 0
+        return self.itm > 0 or self.lce > 0 or self.distillation > 0 or bool(self.agreement)

@@ -11,6 +11,7 @@ process on the concatenated batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -19,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loopitr.distributed import all_gather, all_gather_padded, rank, world_size
+from loopitr.distributed import all_gather, all_gather_padded, rank, rows_of_ranks, world_size
 from loopitr.objective import losses
+from loopitr.objective.losses.means import at_least_float32
 from loopitr.objective.parts import (
     Agreements,
     Candidates,
@@ -60,31 +62,61 @@ class Step:
         self.distillation_scale = distillation_scale
 
     @cached_property
+    def rows(self) -> list[int]:
+        """B of each rank."""
+        return rows_of_ranks(self.identities)
+
+    @property
+    def start(self) -> int:
+        """Where this rank's rows begin among those of all ranks."""
+        return sum(self.rows[: rank()])
+
+    @property
+    def share(self) -> float:
+        """What the mean over this rank's queries is to be multiplied by, so that the mean over ranks is that over all
+        queries: 1 where all ranks have as many."""
+        return len(self.identities) * world_size() / sum(self.rows)
+
+    def gather(self, x: Tensor, *, gradient: bool = True) -> Tensor:
+        """`[B, ...]` -> `[G, ...]`."""
+        return all_gather(x, gradient=gradient, rows=self.rows)
+
+    def gather_queries(self, x: Tensor) -> Tensor:
+        """`[2, B, ...]` -> `[2, G, ...]`, with gradient."""
+        return self.gather(x.transpose(0, 1)).transpose(0, 1)
+
+    @cached_property
     def gathered(self) -> Gathered:
-        return Gathered(all_gather(self.identities), all_gather(self.caption_ids))
+        return Gathered(self.gather(self.identities), self.gather(self.caption_ids))
 
     @cached_property
     def embeds(self) -> Embeds:
-        images, texts = self.encoded.images.embeds.float(), self.encoded.texts.embeds.float()
-        return Embeds(all_gather(images, gradient=True), all_gather(texts, gradient=True))
+        images, texts = self.encoded.images.embeds, self.encoded.texts.embeds
+        return Embeds(self.gather(at_least_float32(images)), self.gather(at_least_float32(texts)))
 
     @cached_property
     def similarities(self) -> Similarities:
         """Local queries against the candidates of all ranks, divided by the temperature."""
+        return self._compared(lambda embeds: embeds)
+
+    def similarities_at(self, dim: int) -> Similarities:
+        """The same of the first `dim` dimensions of the embeds, of unit length again."""
+        return self._compared(lambda embeds: F.normalize(embeds[:, :dim], dim=-1))
+
+    def _compared(self, form: Callable[[Tensor], Tensor]) -> Similarities:
         images, texts = self.encoded.images.embeds, self.encoded.texts.embeds
         with torch.autocast(images.device.type, enabled=False):  # bf16 would tie close candidates
-            scale = self.model.dual.scale.float()
+            scale = at_least_float32(self.model.dual.scale)
             return Similarities(
-                per_image=scale * images.float() @ self.embeds.texts.T,  # [B, G]
-                per_text=scale * texts.float() @ self.embeds.images.T,  # [B, G]
+                per_image=scale * form(at_least_float32(images)) @ form(self.embeds.texts).T,  # [B, G]
+                per_text=scale * form(at_least_float32(texts)) @ form(self.embeds.images).T,  # [B, G]
             )
 
     @cached_property
     def agreement(self) -> Agreements:
         """The token agreement of all pairs of all ranks; each rank computes that of its own images."""
         per_image = self.model.agreement_of_all(self._projected, self._all_texts)  # [B, G]
-        size, start = len(per_image), rank() * len(per_image)
-        per_text = all_gather(per_image, gradient=True)[:, start : start + size].T  # [B, G]
+        per_text = self.gather(per_image)[:, self.start : self.start + len(per_image)].T  # [B, G]
         return Agreements(per_image, per_text)
 
     @cached_property
@@ -100,10 +132,10 @@ class Step:
     def candidates(self) -> Candidates:
         """Each query's positive and hard negatives, mined in the batch of this rank or, if asked for, of all ranks."""
         size = len(self.identities)
-        start, columns = rank() * size, slice(None)
+        start, columns = self.start, slice(None)
         images, texts = self._projected, self.encoded.texts
         if self.objective.mine_across_ranks:
-            images, texts = _gather_images(images), self._all_texts
+            images, texts = _gather_images(images, self.rows), self._all_texts
         else:
             start, columns = 0, slice(start, start + size)
         own = torch.arange(start, start + size, device=self.identities.device)  # [B] each query's partner
@@ -132,7 +164,7 @@ class Step:
     @cached_property
     def queries(self) -> Queries:
         """The candidates of all ranks, as the dual head sees them."""
-        return Queries(_gather_queries(self.candidates.valid), _gather_queries(self.candidates.student))
+        return Queries(self.gather_queries(self.candidates.valid), self.gather_queries(self.candidates.student))
 
     @cached_property
     def match(self) -> MatchScores:
@@ -150,7 +182,7 @@ class Step:
             with torch.no_grad():
                 only_teach = self._score(candidates, slice(1 + trained, None))
             logits = torch.cat([self._score(candidates, slice(1 + trained)), only_teach], 2)
-        return MatchScores(_gather_queries(logits), self.queries.valid, self.queries.student)
+        return MatchScores(self.gather_queries(logits), self.queries.valid, self.queries.student)
 
     @cached_property
     def trained_match(self) -> MatchScores:
@@ -164,7 +196,7 @@ class Step:
         if share is None:
             return self.match
         drawn = torch.rand(2, len(self.identities), 1, device=self.identities.device)
-        kept = _gather_queries(drawn) >= share  # [2, G, 1]
+        kept = self.gather_queries(drawn) >= share  # [2, G, 1]
         added = (self.match.student.detach() * kept).to(self.match.logits.dtype)  # [2, G, 1 + K]
         return replace(self.match, logits=self.match.logits + F.pad(added[..., None], (1, 0)))
 
@@ -175,7 +207,7 @@ class Step:
         assert own is not None
         if not self.objective.mine_across_ranks:
             return own
-        return EncodedPairs(_gather_images(own.images), _gather_texts(own.texts))
+        return EncodedPairs(_gather_images(own.images, self.rows), _gather_texts(own.texts, self.rows))
 
     @cached_property
     def words(self) -> PredictedWords:
@@ -188,18 +220,6 @@ class Step:
         chosen = labels != losses.IGNORE_INDEX
         words = self.model.dual.text.model.get_input_embeddings().weight
         return PredictedWords(logits=head(fused[chosen], words), labels=labels[chosen])
-
-    def metrics(self) -> dict[str, Tensor]:
-        """What is worth logging of the parts that a term has asked for."""
-        if "match" not in self.__dict__:
-            return {}
-        match, student = self.match, self.match.student.detach()
-        trained = 1 + (self.objective.trained_negatives or self.objective.miner.num_negatives)
-        negatives = [x.flatten(0, 1)[:, 1:] for x in (student, match.scores.detach(), match.valid)]
-        return {
-            "itm_accuracy": losses.itm_accuracy(*match.as_pairs(trained)),
-            "rank_agreement": losses.kendall_tau(*negatives),
-        }
 
     @cached_property
     def _projected(self) -> ImageState:
@@ -214,7 +234,7 @@ class Step:
 
     @cached_property
     def _all_texts(self) -> TextState:
-        return _gather_texts(self.encoded.texts)
+        return _gather_texts(self.encoded.texts, self.rows)
 
     def _mine(self, similarity: Tensor, positives: Tensor, own: Tensor, groups: Tensor) -> tuple[Tensor, ...]:
         """Indices, validity and similarity `[B, 1 + K]` each of one direction's candidates."""
@@ -234,19 +254,21 @@ class Step:
         return scored.logits.unflatten(0, pairs.shape[:3])
 
 
-def _gather_images(images: ImageState) -> ImageState:
+def _gather_images(images: ImageState, rows: list[int]) -> ImageState:
     """Tokens of all ranks, with gradient. Keys and values are projected later, of the images in this rank's pairs."""
     if world_size() == 1:
         return images
-    return type(images)(embeds=all_gather(images.embeds), tokens=all_gather(images.tokens, gradient=True))
+    embeds, tokens = all_gather(images.embeds, rows=rows), all_gather(images.tokens, gradient=True, rows=rows)
+    return type(images)(embeds=embeds, tokens=tokens)
 
 
-def _gather_texts(texts: TextState) -> TextState:
+def _gather_texts(texts: TextState, rows: list[int]) -> TextState:
     """Tokens of all ranks, with gradient."""
     if world_size() == 1:
         return texts
-    mask = all_gather_padded(texts.mask.long()).bool()
-    return type(texts)(all_gather(texts.embeds), all_gather_padded(texts.tokens, gradient=True), mask)
+    mask = all_gather_padded(texts.mask.long(), rows=rows).bool()
+    tokens = all_gather_padded(texts.tokens, gradient=True, rows=rows)
+    return type(texts)(all_gather(texts.embeds, rows=rows), tokens, mask)
 
 
 def _shown_together(queries: Tensor, own: Tensor, others: Tensor) -> Tensor:
@@ -257,8 +279,3 @@ def _shown_together(queries: Tensor, own: Tensor, others: Tensor) -> Tensor:
     same = (queries[:, None] == own).to(torch.float32)  # [B, G]
     groups = torch.zeros_like(same).index_add_(1, group, same) > 0  # [B, G] whether a row of query i is in the group
     return groups.index_select(1, group)
-
-
-def _gather_queries(x: Tensor) -> Tensor:
-    """`[2, B, ...]` -> `[2, G, ...]`, with gradient."""
-    return all_gather(x.transpose(0, 1), gradient=True).transpose(0, 1)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from loopitr.distributed import all_gather
 from loopitr.models.scoring import reranking_score
 from loopitr.objective.parts import EncodedPairs
 
@@ -127,7 +126,7 @@ class OwnModel(Teacher, nn.Module):
         scores = self.model.score_pairs(
             own.images, own.texts, pairs.flatten(0, 2), block_size=step.objective.pair_block
         ).score
-        return all_gather(scores.unflatten(0, pairs.shape[:3]).transpose(0, 1)).transpose(0, 1)  # [2, G, 1 + K]
+        return step.gather_queries(scores.unflatten(0, pairs.shape[:3]))  # [2, G, 1 + K]
 
 
 class Momentum(OwnModel):

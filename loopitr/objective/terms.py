@@ -70,7 +70,8 @@ class Term(ABC):
 
     @abstractmethod
     def __call__(self, step: Step) -> Tensor | TermOutput:
-        """The loss of the whole batch, or this rank's share of it, whose mean over ranks is that."""
+        """The loss of the whole batch, or this rank's share of it, whose mean over ranks is that: `step.share` times
+        the mean over this rank's queries."""
 
     def weight_in(self, step: Step) -> float:
         """The weight in this step; the same in every step unless a term says otherwise."""
@@ -82,50 +83,6 @@ class Term(ABC):
 
     def check(self, model: LoopITRModel) -> None:  # noqa: B027  most terms need nothing
         """Raise a ValueError if `model` lacks what this term needs."""
-
-
-@dataclass(frozen=True)
-class Contrastive(Term):
-    """ITC: symmetric InfoNCE of the dual head's similarities, with all positives of a query (`losses.itc_loss`).
-
-    Example (`model` and `batch` as in the example of `LoopObjective`):
-        >>> from loopitr import Contrastive, LoopObjective
-        >>> list(LoopObjective(model, [Contrastive()])(**batch).terms)
-        ['itc']
-    """
-
-    weight: float = 1.0
-    name = "itc"
-
-    def __call__(self, step: Step) -> Tensor:
-        similarities, positives = step.similarities, step.positives
-        return losses.itc_loss(
-            similarities.per_image, similarities.per_text, positives.per_image, positives.per_text
-        )  # of this rank's queries
-
-
-@dataclass(frozen=True)
-class SigmoidContrastive(Term):
-    """Each image-text pair of the batch by itself (`losses.siglip_loss`); needs a model with a logit bias.
-
-    Example (`config` and `batch` as in the example of `LoopObjective`):
-        >>> from loopitr import LoopITRModel, LoopObjective, SigmoidContrastive
-        >>> config.initial_logit_bias = -10.0
-        >>> list(LoopObjective(LoopITRModel(config), [SigmoidContrastive()])(**batch).terms)
-        ['itc']
-    """
-
-    weight: float = 1.0
-    name = "itc"
-
-    def __call__(self, step: Step) -> Tensor:
-        bias = step.model.dual.logit_bias
-        assert bias is not None
-        return losses.siglip_loss(step.similarities.per_image + bias.float(), step.positives.per_image)
-
-    def check(self, model: LoopITRModel) -> None:
-        if model.dual.logit_bias is None:
-            raise ValueError("objective.itc_loss 'sigmoid' needs a model with a logit_bias (model.logit_bias -10)")
 
 
 @dataclass(frozen=True)
@@ -270,9 +227,9 @@ class Agreement(Term):
 
     def __call__(self, step: Step) -> Tensor:
         agreement, positives = step.agreement, step.positives
-        return losses.itc_loss(
+        return step.share * losses.itc_loss(
             agreement.per_image, agreement.per_text, positives.per_image, positives.per_text
-        )  # of this rank's queries
+        )
 
     def check(self, model: LoopITRModel) -> None:
         if model.agreement is None:

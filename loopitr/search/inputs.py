@@ -103,12 +103,15 @@ class GivenPairs:
 def given_pairs(pairs: Any) -> GivenPairs:
     """The pairs of a list of (text, image), or one pair.
 
+    What asks with images, sentence-transformers' evaluators for one, gives (image, text): it is taken too where the
+    image is no str, which could be either.
+
     Raises:
-        ValueError: not pairs of a text and an image in this order; the pair is named by its position.
+        ValueError: not pairs of a text and an image; the pair is named by its position.
     """
     items = listed(pairs, "pairs", "(text, image)")
-    alone = len(items) == 2 and isinstance(items[0], str)
-    items = [items] if alone else items
+    alone = len(items) == 2 and isinstance(pairs, (list, tuple)) and not isinstance(items[0], (list, tuple))
+    items = [_text_first(pair) for pair in ([items] if alone else items)]
     for index, pair in enumerate(items):
         if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not isinstance(pair[0], str):
             got = [type(part).__name__ for part in pair] if isinstance(pair, (list, tuple)) else type(pair).__name__
@@ -126,6 +129,11 @@ def given_pairs(pairs: Any) -> GivenPairs:
         rows.append((row, text_rows.setdefault(text, len(text_rows))))
     unique = GivenImages([images.images[index] for index in first], first)
     return GivenPairs(images=unique, texts=[*text_rows], pairs=rows, alone=alone)
+
+
+def _text_first(pair: Any) -> Any:
+    swapped = isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[1], str)
+    return (pair[1], pair[0]) if swapped and not isinstance(pair[0], str) else pair
 
 
 def listed(items: Any, name: str, wanted: str) -> list[Any]:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
-
 from loopitr.data import UnreadableImage
+from loopitr.evaluation.thumbnails import thumbnail
 
 from .searcher import Hit, Searcher
 
@@ -69,15 +66,8 @@ def _figure(searcher: Searcher, rank: int, hit: Hit) -> str:
         scores += f", match {hit.match:.2f}, score {hit.score:.2f}"
     path, caption = html.escape(hit.path), html.escape(str(hit.columns.get("caption", "")))
     try:
-        picture = f'<img src="{_data_url(searcher.picture(hit))}" alt="{caption or path}">'
+        picture = f'<img src="{thumbnail(searcher.picture(hit, shortest=SIDE), side=SIDE)}" alt="{caption or path}">'
     except UnreadableImage as error:
         picture = f"<p>{html.escape(error.reason)}</p>"
     below = f"{rank}. {path}<br><small>{scores}</small>" + (f"<br>{caption}" if caption else "")
     return f"<figure>{picture}<figcaption>{below}</figcaption></figure>"
-
-
-def _data_url(picture: Image.Image) -> str:
-    picture.thumbnail((SIDE, SIDE))
-    buffer = io.BytesIO()
-    picture.save(buffer, format="JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from loopitr.building.folders import load
+from loopitr.building.publishing import push_to_hub, save_with_card
 from loopitr.checks import check_at_least
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.processing import LoopITRProcessor
 
+from .cross_encoding import ReportedMetrics, shows_progress
 from .encoding import Portions, dual_of, encode_images, encode_texts, score_all, score_pairs
 from .inputs import given_images, given_pairs, given_texts, is_one, is_text, kind_of, listed
 from .quantisation import VectorForm
@@ -56,9 +58,12 @@ class Retriever:
         (2, ['corpus_id', 'score'])
     """
 
-    def __init__(self, model: LoopITRModel | DualEncoder, processor: LoopITRProcessor) -> None:
-        """`model` stays on its device and goes into eval mode."""
-        self.model, self.processor = model.eval(), processor
+    def __init__(
+        self, model: LoopITRModel | DualEncoder, processor: LoopITRProcessor, *, source: str | Path | None = None
+    ) -> None:
+        """`model` stays on its device and goes into eval mode; `source` is where it comes from, for its card."""
+        self.model, self.processor, self.source = model.eval(), processor, source
+        self.model_card_data = ReportedMetrics()
 
     @classmethod
     def from_pretrained(
@@ -79,11 +84,37 @@ class Retriever:
         """
         where = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
         model, processor = load(path, device=where, dtype=_floating(dtype))
-        return cls(model, processor)
+        return cls(model, processor, source=path)
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write model, processor and card, as `from_pretrained` reads them; a README.md that somebody wrote stays.
+
+        Raises:
+            OSError: the folder cannot be written to.
+        """
+        save_with_card(self.model, self.processor, folder, source=self.source)
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, revision: str | None = None
+    ) -> str:
+        """Send model, processor and card, and nothing else of a run, to the hub; returns the commit's address.
+
+        Args:
+            repo_id: `NAME` or `OWNER/NAME`; made if it is not there, as `private` says (None: the owner's default).
+            token: None: as logged in.
+            revision: a branch that is there; None: main.
+
+        Raises:
+            ValueError: `repo_id` is no name of a repository.
+            OSError: the hub cannot be reached or refuses.
+        """
+        return push_to_hub(
+            *(self.model, self.processor, repo_id), source=self.source, private=private, token=token, revision=revision
+        )
 
     # Vectors
 
@@ -107,7 +138,7 @@ class Retriever:
             show_progress: a bar, where there is more than one batch.
             num_workers: processes that open images, given as paths or bytes; 0: this one does.
             convert_to_tensor: a tensor on the CPU in the place of an array.
-            truncate_dim: keep so many of the first dimensions, of unit length again.
+            truncate_dim: the first so many dimensions, of unit length again (`objective.matryoshka_dims` trains them).
             precision: float32; int8, 256 steps between the least and the greatest value of each dimension; binary, one
                 bit per dimension, eight to an int8. They are the numbers of sentence-transformers'
                 `quantize_embeddings`; `loopitr/search/quantisation.py` says how.
@@ -169,14 +200,22 @@ class Retriever:
         show_progress: bool = True,
         num_workers: int = 0,
         convert_to_tensor: bool = False,
+        show_progress_bar: bool | None = None,
+        convert_to_numpy: bool = True,
+        prompt_name: str | None = None,
     ) -> np.ndarray | Tensor:
         """Reranking scores `[P]` (float64) of (text, image) pairs; of one pair, its score.
 
-        An image that occurs in several pairs, as the same object or the same path, is opened and encoded once.
+        An image that occurs in several pairs, as the same object or the same path, is opened and encoded once. The last
+        three arguments are those of a `CrossEncoder`, so that sentence-transformers' `CrossEncoderRerankingEvaluator`
+        can be called on a `Retriever`.
 
         Args:
-            pairs: a list of (text, image), or one pair.
+            pairs: a list of (text, image), or one pair; (image, text) too, where the image is not a path in a str.
             batch_size: images whose tokens, keys and values are held at a time.
+            show_progress_bar: goes before `show_progress` where it is given.
+            convert_to_numpy: False: as `convert_to_tensor`.
+            prompt_name: None, since there are no prompts.
 
         Raises:
             ValueError: the model is a dual encoder alone; what is no pair of a text and an image, named by its
@@ -185,11 +224,15 @@ class Retriever:
         if not isinstance(self.model, LoopITRModel):
             kind = type(self.model).__name__
             raise ValueError(f"a {kind} has no fusion head to predict with; rank and similarity go by its vectors")
-        portions = Portions(batch_size=batch_size, num_workers=num_workers, progress=show_progress)
+        if prompt_name is not None:
+            raise ValueError(f"there are no prompts: prompt_name must be None, got {prompt_name!r}")
+        progress = shows_progress(show_progress, show_progress_bar)
+        portions = Portions(batch_size=batch_size, num_workers=num_workers, progress=progress)
         given = given_pairs(pairs)
         rows = torch.tensor(given.pairs, dtype=torch.int64).view(-1, 2)  # [P, 2]
         scores = score_pairs(self.model, self.processor, given.images, given.texts, rows, portions)
-        return _output(scores.numpy(), alone=given.alone, convert_to_tensor=convert_to_tensor)
+        tensor = convert_to_tensor or not convert_to_numpy
+        return _output(scores.numpy(), alone=given.alone, convert_to_tensor=tensor)
 
     def rank(
         self,
@@ -201,6 +244,7 @@ class Retriever:
         batch_size: int = 32,
         show_progress: bool = True,
         num_workers: int = 0,
+        show_progress_bar: bool | None = None,
     ) -> list[dict[str, Any]]:
         """The `top_k` best candidates, best first, as `{"corpus_id": position, "score": score}`.
 
@@ -214,12 +258,14 @@ class Retriever:
             top_k: how many are returned; None: all.
             return_documents: put each candidate itself beside its score, as `text` or `image`.
             batch_size: images whose tokens, keys and values are held at a time.
+            show_progress_bar: as of `predict`.
 
         Raises:
             ValueError: a query that is a list, candidates of both kinds, or what `predict` does not take.
         """
         check_at_least(1, top_k=top_k)
-        portions = Portions(batch_size=batch_size, num_workers=num_workers, progress=show_progress)
+        progress = shows_progress(show_progress, show_progress_bar)
+        portions = Portions(batch_size=batch_size, num_workers=num_workers, progress=progress)
         parts = (self.model, self.processor)
         if is_text(query):
             images, _ = given_images(candidates)

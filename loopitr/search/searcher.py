@@ -127,6 +127,7 @@ class Searcher:
         rerank: int = 100,
         where: str | None = None,
         similarity_weight: float | None = None,
+        as_text: bool = False,
     ) -> list[Hit]:
         """The `top` best images, best first; fewer where there are no more.
 
@@ -138,6 +139,7 @@ class Searcher:
             where: an SQL condition on the columns, such as `"width > 800 AND caption LIKE '%dog%'"`; over Qdrant one of
                 those in `loopitr/search/conditions.py`.
             similarity_weight: of the similarity in the reranking score; None: the model's own.
+            as_text: a str is a text, whatever it looks like: what strangers type must not open a file.
 
         Raises:
             ValueError: an empty query, an image that cannot be opened, a number out of range, a condition that is no
@@ -147,7 +149,7 @@ class Searcher:
         check_at_least(0, rerank=rerank, similarity_weight=similarity_weight)
         if where is not None and not where.strip():
             raise ValueError("where is empty: give a condition such as 'width > 800', or none")
-        vector, text = self._embed(query)
+        vector, text = self._embed(query, as_text=as_text)
         model = self.retriever.model
         reranks = text is not None and rerank > 0 and isinstance(model, LoopITRModel)
         found = self._images.search(vector, max(top, rerank if reranks else 0), where)
@@ -169,8 +171,8 @@ class Searcher:
         unscored.sort(key=lambda image: -image.similarity)
         return [*scored, *map(_hit, unscored)][:top]
 
-    def picture(self, hit: Hit) -> Image.Image:
-        """The image of a hit, upright and RGB.
+    def picture(self, hit: Hit, *, shortest: int | None = None) -> Image.Image:
+        """The image of a hit, upright and RGB; with `shortest` as `decode_image` has it.
 
         Raises:
             UnreadableImage: its file is gone, or cannot be opened any more.
@@ -181,19 +183,20 @@ class Searcher:
         if found.file:
             import os
 
-            return decode_image(os.fsdecode(found.file), found.path)
+            return decode_image(os.fsdecode(found.file), found.path, shortest=shortest)
         kept = self._contents.get([found.id], encoded=True)
-        return decode_image((kept[found.id].encoded if found.id in kept else None) or b"", found.path)
+        encoded = (kept[found.id].encoded if found.id in kept else None) or b""
+        return decode_image(encoded, found.path, shortest=shortest)
 
     def info(self) -> dict[str, Any]:
         """What the index holds: images, columns, model, tokens, store, and how many images were left out."""
         return index_info(self.folder, self.manifest, self._images)
 
-    def _embed(self, query: Any) -> tuple[Any, str | None]:
+    def _embed(self, query: Any, *, as_text: bool) -> tuple[Any, str | None]:
         """The vector `[E]` of a query, and the query itself if it is a text."""
         if isinstance(query, str) and not query.strip():
             raise ValueError("the query is empty: give a text, or the path of an image")
-        if is_text(query):
+        if as_text or is_text(query):
             return self.retriever.encode_texts(query, show_progress=False), query
         return self.retriever.encode_images(query, show_progress=False), None
 

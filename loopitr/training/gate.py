@@ -6,7 +6,7 @@ A teacher that ranks worse than its student costs points (recipes/results/distil
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loopitr.training.checkpoints import Progress
 
@@ -53,6 +53,11 @@ class Gate:
         progress.has_taught = True
         return min(1.0, (progress.step + 1 - since) / self.warmup) if self.warmup > 0 else 1.0
 
+    def stage(self, progress: Progress) -> dict[str, Any]:
+        """What the objective is called with in the step that comes next, beside the batch."""
+        scored = progress.step >= self.fusion_start
+        return {"with_pairs": scored, "distillation_scale": self.next_scale(progress)}
+
     def update(
         self, progress: Progress, scores: dict[str, float], measure: Callable[[LoopITRModel], dict[str, float]]
     ) -> dict[str, float]:
@@ -62,13 +67,18 @@ class Gate:
             scores: mean R@1 of the student's model by head (`dual`, `match`, `reranked`).
             measure: the same of another model: a teacher's own.
         """
-        if self.teacher is None or self.margin is None or progress.step < self.fusion_start:
+        if self.teacher is None or progress.step < self.fusion_start:
             return {}
+        if self.margin is None and progress.watch.get("teacher") is not None:
+            return {}  # It has been said.
         own = getattr(self.teacher, "model", None)
         score = self.teacher.held_out_score(scores) if own is None else measure(own).get("match")
         if score is None:
             return {}
         lead = score - scores["dual"]
+        if self.margin is None:
+            self._say_behind(progress, lead, once=own is not None)
+            return {}
         progress.best_lead = lead if progress.best_lead is None else max(lead, progress.best_lead)
         was_open, is_open = progress.teaching_since is not None, lead >= self.margin
         if is_open != was_open:
@@ -79,6 +89,19 @@ class Gate:
                 f"wanted {self.margin:+.1f}: {change}"
             )
         return {"teacher": score}
+
+    def _say_behind(self, progress: Progress, lead: float, *, once: bool) -> None:
+        """Without a margin a teacher that is behind teaches all the same; `once`: to ask again costs a validation."""
+        assert self.teacher is not None
+        if lead >= 0 and not once:
+            return
+        progress.watch["teacher"] = -1.0
+        if lead < 0:
+            self.log(
+                f"warning: step {progress.step}: the teacher ({self.teacher.name}) is {-lead:.1f} points of R@1 behind "
+                "the dual head that learns from it, which costs points: let distillation wait for it "
+                "(objective.teacher_margin 1), or choose another objective.teacher"
+            )
 
     def warning(self, progress: Progress) -> str | None:
         """What to say at the end of a run whose distillation never counted; None if it did, or was not asked for."""

@@ -8,7 +8,10 @@ launcher, and share the cores between them.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,16 +21,22 @@ import psutil
 LAUNCHERS = ("launch", "launch.py", "accelerate-launch", "accelerate.commands.launch")
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+SAVE_SECONDS = 50  # that processes have to save in when they are told to stop, or when one of them has died
+
 
 def start_all_processes() -> bool:
     """Start the processes that accelerate was asked for if it started this one alone, wait for them, return whether.
 
     A process that stays alone takes all cores if accelerate limited its threads by default.
 
-    Exits with the status of a process that failed.
+    Exits with the status of a process that failed, or of a signal that stopped them. The launcher's end is a signal to
+    stop, too.
     """
     parent = psutil.Process().parent()
     words = parent.cmdline() if parent is not None else []
+    if _launches(words) is not None:
+        end_with_parent()
     count = missing_processes(os.environ, words)
     if parent is not None and threads_by_default(os.environ, words, _environment(parent)):
         import torch  # It is imported on use, since --help does without it.
@@ -38,15 +47,28 @@ def start_all_processes() -> bool:
     if count < 2:
         return False
     from accelerate.utils.other import get_free_port
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
     meeting = ["--master-addr=127.0.0.1", f"--master-port={asked_port(words) or get_free_port()}"]
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVE_SECONDS))
     try:
         torchrun([f"--nproc-per-node={count}", *meeting, sys.argv[0], *sys.argv[1:]])
     except ChildFailedError as error:  # The process that failed has said why.
         sys.exit(max(1, *(failure.exitcode for failure in error.failures.values())))
+    except SignalException as stop:  # It was passed on to them, and they have ended.
+        sys.exit(128 + stop.sigval)
     return True
+
+
+def end_with_parent() -> None:
+    """Ask the system for a SIGTERM when the parent ends (Linux; elsewhere nothing happens).
+
+    accelerate passes no signal on to a process that it started alone, which would go on with nobody to watch it.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def missing_processes(environment: Mapping[str, str], parent: Sequence[str]) -> int:
@@ -92,9 +114,14 @@ def _environment(process: psutil.Process) -> Mapping[str, str]:
         return os.environ
 
 
+def _launches(parent: Sequence[str]) -> int | None:
+    """Where in a command line accelerate's launcher is named."""
+    return next((i for i, word in enumerate(parent) if Path(word).name in LAUNCHERS), None)
+
+
 def _asked(parent: Sequence[str]) -> argparse.Namespace | None:
     """The options that `accelerate launch` was given; None if the parent is something else."""
-    start = next((i for i, word in enumerate(parent) if Path(word).name in LAUNCHERS), None)
+    start = _launches(parent)
     if start is None:
         return None
     from accelerate.commands.launch import launch_command_parser

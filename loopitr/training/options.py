@@ -72,13 +72,20 @@ class TrainOptions:
     gradient_checkpointing: bool = False
     """Trade time for memory."""
     checkpoint_every: int = 500
-    """Optimiser steps between checkpoints; 0: one at the end alone."""
+    """Optimiser steps between checkpoints, beside the one at the end of every epoch; 0: only those."""
+    checkpoint_minutes: float = 10.0
+    """Minutes after which there is one in any case; 0: none by the clock."""
     keep_checkpoints: int = 2
     """Older ones are deleted."""
+    max_bad_steps: int = 10
+    """A step whose loss or gradient is not finite is left out; so many in a row stop the run. 0: they never do."""
     log_every: int = 10
     """Optimiser steps between log lines."""
     tracker: str = "auto"
     """accelerate tracker: tensorboard, wandb, ...; auto: tensorboard if installed; none."""
+    license: str | None = None
+    """Licence in the model's card, in the hub's words (apache-2.0, cc-by-nc-4.0, ...). Unset: apache-2.0 of a model of
+    the built-in scenes that started from nothing, otherwise unknown."""
 
     def __post_init__(self) -> None:
         check_at_least(
@@ -101,6 +108,8 @@ class TrainOptions:
             lr=self.lr,
             weight_decay=self.weight_decay,
             checkpoint_every=self.checkpoint_every,
+            checkpoint_minutes=self.checkpoint_minutes,
+            max_bad_steps=self.max_bad_steps,
         )
         if not 0 <= self.warmup <= 1 or not 0 <= self.distillation_warmup <= 1:
             raise ValueError(
@@ -140,6 +149,8 @@ class ValidationOptions:
     """Split of the final table; unset: the validation split (`scenes`: its test split)."""
     final_rerank: int = 32
     """Candidates per query in the final table."""
+    gallery_queries: int = 16
+    """Queries of each direction on the page beside it, gallery.html, with small copies of the images; 0: no page."""
     select: Literal["auto", "dual", "match", "match_plus_similarity", "reranked"] = "auto"
     """Whose mean R@1 chooses the best model; auto: reranked (by match score and the fitted weight of the similarity)
     where pairs are scored, else dual."""
@@ -154,6 +165,7 @@ class ValidationOptions:
             every_steps=self.every_steps,
             rerank=self.rerank,
             final_rerank=self.final_rerank,
+            gallery_queries=self.gallery_queries,
         )
         check_at_least(1, "validation", batch_size=self.batch_size, max_images=self.max_images)
         if self.rerank == 0 and self.select not in ("auto", "dual"):
@@ -185,16 +197,20 @@ class PretrainOptions:
     """Continue although options that change the run (data, batch, seed, schedule, model) are others now."""
 
     def decided(self) -> PretrainOptions:
-        """A copy in which `objective.mlm` is a number, and `model.mlm_head` is there where words are predicted.
+        """A copy in which `objective.mlm` and `objective.agreement` are numbers, and `model.mlm_head` is there where
+        words are predicted.
 
-        A fusion head that starts from scratch learns grounding from word prediction (recipes/results/scenes.md).
+        A fusion head that starts from scratch learns grounding from word prediction and from token agreement
+        (recipes/results/distillation.md).
         """
-        mlm = self.objective.mlm
+        starts = self.model.init is None and self.objective.scores_pairs and "fusion" not in self.model.freeze
+        mlm, agreement = self.objective.mlm, self.objective.agreement
         if mlm is None:
-            starts = self.model.init is None and self.objective.scores_pairs and "fusion" not in self.model.freeze
             mlm = 1.0 if starts else 0.0
+        if agreement is None:
+            agreement = 1.0 if starts and self.model.fusion.agreement else 0.0
         model = replace(self.model, mlm_head=self.model.mlm_head or mlm > 0)
-        return replace(self, model=model, objective=replace(self.objective, mlm=mlm))
+        return replace(self, model=model, objective=replace(self.objective, mlm=mlm, agreement=agreement))
 
     def __post_init__(self) -> None:
         weights = ("itc", "itm", "lce", "distillation", "cmd", "cmc", "mlm", "agreement")

@@ -1,35 +1,76 @@
-"""What a run leaves behind: history, `metrics.json`, a Markdown table, a PNG of the curves."""
+"""What a run leaves behind: history, `metrics.json`, a Markdown table, a page of examples, a PNG of the curves."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loopitr.training.durable import sync, write_file
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
+    from loopitr.data import Record
     from loopitr.evaluation.report import RetrievalResult
+    from loopitr.models.loop_model import LoopITRModel
     from loopitr.objective.parts import StepOutput
     from loopitr.training.checkpoints import Progress
 
-HISTORY, METRICS = "history.jsonl", "metrics.json"
+HISTORY, METRICS, GALLERY = "history.jsonl", "metrics.json", "gallery.html"
 
 
 class History:
     """One JSON line per logged step, in the run folder; a resumed run drops what lies after its checkpoint."""
 
-    def __init__(self, folder: Path, *, keep: int = 0) -> None:
-        """`keep`: how many rows of an earlier history stay."""
-        self.path = folder / HISTORY
+    def __init__(self, folder: Path, *, keep: int = 0, log: Callable[[str], None] = print) -> None:
+        """
+        Args:
+            keep: how many rows of an earlier history stay.
+            log: where it says that the disk is full.
+        """
+        self.path, self.log = folder / HISTORY, log
         self.rows = read_history(folder)[:keep]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        self.is_behind = False  # whether the file lacks rows
+        self.flush()
 
     def add(self, step: int, values: dict[str, float]) -> None:
+        """Rows that a full disk does not take are written with later ones."""
         row = {"step": step, **values}
         self.rows.append(row)
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            if self.is_behind:
+                self.flush()
+                return
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            if not self.is_behind:
+                self.log(f"warning: {self.path} cannot be written ({error.strerror}): its rows wait for space")
+            self.is_behind = True
+
+    def sync(self) -> None:
+        """Force the rows onto the disk: a checkpoint counts on them.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        if self.is_behind:
+            self.flush()
+        else:
+            sync(self.path)
+
+    def flush(self) -> None:
+        """Write the whole file.
+
+        Raises:
+            OSError: it cannot be written; it is as it was.
+        """
+        write_file(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        self.is_behind = False
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
@@ -46,9 +87,7 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Complete or not at all: a reader never sees half a file."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(path)
+    write_file(path, json.dumps(content, indent=2) + "\n")
 
 
 def named_values(output: StepOutput) -> dict[str, Tensor]:
@@ -80,11 +119,26 @@ def run_metrics(
     }
 
 
-def write_results(folder: Path, metrics: dict[str, Any], table: str, rows: list[dict[str, Any]]) -> None:
-    """`metrics.json`, `results.md` with the table, `curves.png` of the history's rows."""
+def write_results(
+    folder: Path,
+    metrics: dict[str, Any],
+    result: RetrievalResult,
+    records: Sequence[Record],
+    rows: list[dict[str, Any]],
+    model: LoopITRModel,
+) -> None:
+    """`metrics.json`, `results.md` with the table of `result` on `records`, `gallery.html` with its examples, if it has
+    any, `curves.png` of the history's rows, and the card of the model, whose weights are saved there already."""
+    from loopitr.building.card import write_card  # Options are read without what a model needs.
+    from loopitr.evaluation.gallery_page import gallery_page
+
+    title = f"{folder.name}: {metrics['split']}"
     write_json(folder / METRICS, metrics)
-    (folder / "results.md").write_text(f"# {folder.name}: {metrics['split']}\n\n{table}\n")
+    (folder / "results.md").write_text(f"# {title}\n\n{result.table()}\n")
+    if result.examples:
+        write_file(folder / GALLERY, gallery_page(result, records, title=title))
     plot_curves(rows, folder / "curves.png")
+    write_card(folder, model)
 
 
 def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:

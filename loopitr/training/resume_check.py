@@ -15,8 +15,10 @@ NOT_STORED = ("resume", "resume_with_changes")
 # Options that change neither a step nor which model is the best: where things go, how often something is said or kept.
 FREE = (
     *("train.output_dir", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every", "train.tracker"),
+    *("train.checkpoint_minutes", "train.max_bad_steps", "train.license"),
     "data.scenes",  # Older runs do not have it; that there is another source, or was one, shows by its own option.
     *("data.max_skipped_fraction", "validation.batch_size", "validation.final_rerank", "validation.final_split"),
+    "validation.gallery_queries",
 )
 FOLDERS = ("data.cache_images", "data.cache_tokens", "data.cache_text_tokens")  # only whether there is one matters
 MISSING = object()

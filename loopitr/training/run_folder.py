@@ -15,7 +15,8 @@ import yaml
 from accelerate import Accelerator
 
 from loopitr.distributed import first_rank
-from loopitr.training.checkpoints import Progress, newest_progress
+from loopitr.training.checkpoints import Progress, newest_checkpoint
+from loopitr.training.durable import PARTIAL, write_file
 from loopitr.training.folder_lock import LOCK, FolderLock
 from loopitr.training.reporting import HISTORY, METRICS
 from loopitr.training.resume_check import changed_options, stored_config
@@ -25,9 +26,11 @@ CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"
 
 @dataclass(frozen=True, kw_only=True)
 class Entered:
-    """What was in a run's folder: the figures of a finished run with nothing left to do, or None; lines for the log."""
+    """What was in a run's folder: the figures of a finished run with nothing left to do, or None; the checkpoint to go
+    on from, or None; lines for the log."""
 
     finished: dict[str, Any] | None = None
+    checkpoint: Path | None = None
     lines: tuple[str, ...] = ()
 
 
@@ -40,19 +43,19 @@ def run_folder(
     *,
     resume: bool,
     with_changes: bool = False,
-) -> Iterator[dict[str, Any] | None]:
+) -> Iterator[Entered]:
     """Within it, `folder` is this run's alone; nothing is written there but the lock.
 
-    An earlier run there is moved aside, unless it is resumed and has a checkpoint. Yields the metrics of one that is
-    resumed and has made its `total_steps` already: it is left as it is, and there is nothing to do.
+    An earlier run there is moved aside, unless it is resumed and has a checkpoint. Yields that checkpoint, and the
+    metrics of a run that is resumed and has made its `total_steps` already: it is left as it is, with nothing to do.
 
     Args:
         config: the options of this run. Those of a resumed one must be the same, but for what changes nothing in it.
         with_changes: accept other options.
 
     Raises:
-        ValueError: the folder holds something else than a run, another run is at work there, or a finished one
-            without a checkpoint is to go on, or one with other options.
+        ValueError: the folder holds something else than a run, another run is at work there, a finished one without a
+            checkpoint is to go on, or one with other options, or one whose checkpoints are all damaged.
         OSError: the folder cannot be made or written to.
     """
     accelerator.wait_for_everyone()  # to have read model.init, which may lie there
@@ -62,7 +65,7 @@ def run_folder(
         entered = first_rank(partial(_enter, folder, stored_config(config), locks, asked))
         for line in entered.lines:
             accelerator.print(line)
-        yield entered.finished
+        yield entered
     finally:
         for lock in locks:
             lock.release()
@@ -81,7 +84,8 @@ def _enter(folder: Path, config: dict[str, Any], locks: list[FolderLock], asked:
     _locked(folder, locks)
     lines: list[str] = []
     total_steps = asked.total_steps
-    progress = newest_progress(folder / CHECKPOINTS) if asked.resume else None
+    newest = newest_checkpoint(folder / CHECKPOINTS, log=lines.append) if asked.resume else None
+    progress = newest.progress if newest else None
     if asked.resume:
         changes = _changes(folder, config, progress, asked.num_processes)
         if changes and not asked.with_changes:
@@ -107,7 +111,7 @@ def _enter(folder: Path, config: dict[str, Any], locks: list[FolderLock], asked:
             _locked(folder, locks)
             (aside / LOCK).unlink(missing_ok=True)
             lines.append(f"moved the earlier run in {folder} to {aside}")
-    return Entered(lines=tuple(lines))
+    return Entered(checkpoint=newest.path if newest else None, lines=tuple(lines))
 
 
 def store_config(folder: Path, config: dict[str, Any], *, step: int) -> None:
@@ -118,9 +122,7 @@ def store_config(folder: Path, config: dict[str, Any], *, step: int) -> None:
     path, config = folder / CONFIG, stored_config(config)
     if path.is_file() and changed_options(yaml.safe_load(path.read_text(encoding="utf-8")), config):
         shutil.copyfile(path, folder / f"config.before-{step:08d}.yaml")
-    partial_file = path.with_name(path.name + ".partial")
-    partial_file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    partial_file.replace(path)
+    write_file(path, yaml.safe_dump(config, sort_keys=False))
 
 
 def _changes(folder: Path, config: dict[str, Any], progress: Progress | None, num_processes: int) -> list[str]:
@@ -184,7 +186,9 @@ def check_run_folder(folder: Path) -> None:
 
 
 def _content(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir() if entry.name != LOCK) if folder.exists() else []
+    """What a run killed before its `config.yaml` was written leaves behind does not count."""
+    own = (LOCK, CONFIG + PARTIAL)
+    return sorted(entry.name for entry in folder.iterdir() if entry.name not in own) if folder.exists() else []
 
 
 def _is_run(folder: Path) -> bool:

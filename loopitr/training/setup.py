@@ -161,6 +161,8 @@ def prepare_model(objective: LoopObjective, train: TrainOptions, data: DataOptio
         ValueError: caches or chunks that do not go with this model.
     """
     model = objective.model
+    if objective.matryoshka_dims is not None:
+        model.config.matryoshka_dims = model.dual.config.matryoshka_dims = list(objective.matryoshka_dims) or None
     # DDP demands that every trained parameter is used.
     trains_scores = objective.trained_negatives > 0
     if not trains_scores and not objective.predicts_words and not objective.compares_tokens:

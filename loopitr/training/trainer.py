@@ -4,37 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
 from timm.layers import convert_sync_batchnorm
 from tqdm.auto import tqdm
 
 from loopitr.data import HubStream, Record
 from loopitr.data.loader import SkipCounter
 from loopitr.data.sources import DataOptions
-from loopitr.distributed import average_gradients
 from loopitr.memory import trim_memory
 from loopitr.models.processing import LoopITRProcessor
-from loopitr.objective.grad_cache import cached_backward
 from loopitr.objective.loop_objective import LoopObjective
-from loopitr.objective.parts import StepOutput
-from loopitr.training.checkpoints import Progress, load_checkpoint, save_checkpoint
-from loopitr.training.divergence import check_finite, check_finite_loss
+from loopitr.training.checkpoints import Progress, load_checkpoint
+from loopitr.training.divergence import check_finite
 from loopitr.training.gate import Gate
 from loopitr.training.optimization import make_optimizer, make_scheduler
 from loopitr.training.options import RunOptions, TrainOptions, ValidationOptions
-from loopitr.training.reporting import History, named_values, run_metrics, write_results
-from loopitr.training.run_folder import CHECKPOINTS, run_folder, store_config
+from loopitr.training.reporting import run_metrics, write_results
+from loopitr.training.run_folder import run_folder, store_config
+from loopitr.training.run_log import RunLog
+from loopitr.training.saving import Saver
 from loopitr.training.setup import Caches, check_sharding, count_parameters, make_loader, prepare_model, start
 from loopitr.training.skips import check_skips, files_in_all, lost_in_all, lost_so_far
+from loopitr.training.stepping import Stepper
+from loopitr.training.stopping import Agreement, Stopped, Stopping
 from loopitr.training.validation import Validator
+from loopitr.training.watch import Watch
 
 TRIM_EVERY = 10  # On the CPU, memory is given back after so many steps.
 
@@ -107,6 +106,9 @@ class Trainer:
         self._prepare()
         warmup = self.options.distillation_warmup * self.total_steps
         self.gate = Gate(objective, fusion_start=self.fusion_start, warmup=warmup, log=self.log)
+        self.saver = Saver(self.accelerator, self.folder, self.options, scheduler=self.scheduler, log=self.log)
+        parts = self.accelerator, self.objective, objective, self.optimizer, self.scheduler, self.options
+        self.stepper = Stepper(*parts, folder=self.folder, log=self.log)
         self.validator = Validator(
             objective, self.caches, self.validation, folder=self.folder, records=val, fusion_start=self.fusion_start
         )
@@ -129,78 +131,79 @@ class Trainer:
         """Train to the end; returns what is written to `metrics.json`.
 
         The run folder gets `config.json`, `model.safetensors` and the processor (the best model), `config.yaml`,
-        `metrics.json`, `results.md`, `history.jsonl`, `curves.png` and `checkpoints/`. An earlier run there is moved
-        aside unless it is resumed; resumed after its last step, it is left as it is.
+        `metrics.json`, `results.md`, `README.md` (the model's card), `gallery.html`, `history.jsonl`, `curves.png` and
+        `checkpoints/`. An earlier run there is moved aside unless it is resumed; resumed after its last step, it is
+        left as it is. SIGTERM and Ctrl-C let it finish and save its step, and raise `Stopped`, a `SystemExit`.
         """
         resuming: dict[str, Any] = {"resume": self.resume, "with_changes": self.with_changes}
-        with run_folder(self.folder, self.config, self.accelerator, self.total_steps, **resuming) as finished:
-            metrics = self._run() if finished is None else finished
+        stopping = Stopping()
+        folder = run_folder(self.folder, self.config, self.accelerator, self.total_steps, **resuming)
+        try:
+            with stopping, folder as entered:
+                metrics = entered.finished or self._run(entered.checkpoint, stopping)
+        except RuntimeError as error:
+            if not stopping.signal:
+                raise
+            raise self._stopped(Stopped(stopping.signal)) from error  # Another rank was told too, and went first.
+        except Stopped as stop:
+            raise self._stopped(stop) from None
         self.accelerator.end_training()
         return metrics
 
-    def _run(self) -> dict[str, Any]:
+    def _run(self, checkpoint: Path | None, stopping: Stopping) -> dict[str, Any]:
         accelerator = self.accelerator
-        progress = load_checkpoint(accelerator, self.folder / CHECKPOINTS, scheduler=self.scheduler)
-        self.progress = progress or Progress()
-        if self.progress.similarity_weight is not None:
-            self.model.config.similarity_weight = self.progress.similarity_weight
-        self.saved_step = self.progress.step
-        if accelerator.is_main_process:
-            store_config(self.folder, self.config, step=self.progress.step)
-            self.history = History(self.folder, keep=self.progress.rows)
-        if accelerator.log_with:
-            accelerator.init_trackers("logs")
-        self.micro = 0  # Batches so far of the step that is being accumulated.
-        known, most = self.progress.skipped_files, self.data.max_skipped_fraction
-        self.skips = SkipCounter(max_fraction=most, log=print, known=known)  # Every rank prints.
+        self.stopping, self.agreement = stopping, Agreement(accelerator.device)
+        with stopping.at_once():
+            self._begin(checkpoint)
         started = time.perf_counter()
-        with tqdm(
-            total=self.total_steps,
-            initial=self.progress.step,
-            desc="training",
-            disable=not accelerator.is_main_process,
-            dynamic_ncols=True,
-        ) as bar:
+        shown: dict[str, Any] = {"desc": "training", "disable": not accelerator.is_main_process, "dynamic_ncols": True}
+        with tqdm(total=self.total_steps, initial=self.progress.step, **shown) as bar:
             if self.gate.is_used and not self.fusion_start and not self.progress.step:
                 self._validate(keep=False)  # A teacher that has learned before teaches from the first step on.
+            if self.progress.validates_next:
+                self._validate()  # The run was stopped before it could.
             while self.progress.step < self.total_steps:
                 self._epoch(bar)
                 check_skips(self.skips, self.loader, accumulation=self.options.accumulation)
-        if self.progress.step > self.saved_step:
-            self._checkpoint()
-        self._validate()
-        if warning := self.gate.warning(self.progress):
-            self.log(warning)
-        return self._finish(time.perf_counter() - started)
+        if self.progress.step > self.saver.step:
+            self._checkpoint(needed=True)
+        with stopping.at_once():
+            self._validate()
+            if warning := self.gate.warning(self.progress):
+                self.log(warning)
+            return self._finish(time.perf_counter() - started)
+
+    def _begin(self, checkpoint: Path | None) -> None:
+        accelerator = self.accelerator
+        loaded = load_checkpoint(accelerator, checkpoint, scheduler=self.scheduler) if checkpoint else None
+        self.progress = loaded or Progress()
+        if self.progress.similarity_weight is not None:
+            self.model.config.similarity_weight = self.progress.similarity_weight
+        self.saver.step = self.progress.step
+        if accelerator.is_main_process:
+            store_config(self.folder, self.config, step=self.progress.step)
+        watch = Watch(self.bare_objective, total_steps=self.total_steps, log=self.log)
+        self.run_log = RunLog(accelerator, self.folder, self.progress, watch=watch, log=self.log)
+        if accelerator.log_with:
+            accelerator.init_trackers("logs")
+        known, most = self.progress.skipped_files, self.data.max_skipped_fraction
+        self.skips = SkipCounter(max_fraction=most, log=print, known=known)  # Every rank prints.
 
     def _epoch(self, bar: tqdm) -> None:
-        options, validation, progress = self.options, self.validation, self.progress
+        progress = self.progress
         self.objective.train()
-        logged: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
         batches = 0
         for batch in self.loader.epoch(progress.epoch, start=progress.batch):
             batches += 1
             self.skips.update(batch)
-            inputs = send_to_device(batch.inputs, self.accelerator.device, non_blocking=True)
-            self.micro += 1
-            last = self.micro == options.accumulation
-            output = self._backward(inputs, last=last)
+            output = self.stepper.backward(batch, self.gate.stage(self.progress))
             progress.batch += 1
-            for name, value in named_values(output).items():
-                logged[name].append(value.detach())
-            if not last:
+            self.run_log.add(output)
+            if not self.stepper.is_full:
                 continue
-            self.micro = 0
             self._step()
             bar.update()
-            if progress.step % options.log_every == 0 or progress.step == self.total_steps:
-                self._log(bar, {name: torch.stack(values).mean() for name, values in logged.items()})
-                logged.clear()
-            every = validation.every_steps
-            if every and progress.step % every == 0 and progress.step < self.total_steps:
-                self._validate()
-            if options.checkpoint_every and progress.step % options.checkpoint_every == 0:
-                self._checkpoint()
+            self._after_step(bar)
             if progress.step >= self.total_steps:
                 return
         if batches == 0 and progress.batch == 0:
@@ -208,93 +211,89 @@ class Trainer:
         progress.epoch, progress.batch = progress.epoch + 1, 0
         if self.loader.sampler is None:
             return  # Ranks end their streams at different batches, so nothing that they do together ends here.
-        self.micro = 0
-        self.optimizer.zero_grad()  # The last batches did not fill an accumulated step.
-        every = validation.every_epochs
-        if every and progress.epoch % every == 0 and progress.step < self.total_steps:
+        self.stepper.drop()
+        every = self.validation.every_epochs
+        progress.validates_next = bool(every) and progress.epoch % every == 0
+        self._checkpoint()
+        if progress.validates_next:
             self._validate()
 
-    def _backward(self, batch: dict[str, Any], *, last: bool) -> StepOutput:
-        options, accelerator = self.options, self.accelerator
-        stage: dict[str, Any] = {"with_pairs": self.progress.step >= self.fusion_start}
-        stage["distillation_scale"] = self.gate.next_scale(self.progress)
-        chunk_size = options.chunk_size
-        with nullcontext() if last and chunk_size is None else accelerator.no_sync(self.objective):
-            if chunk_size is None:
-                output = self.objective(**batch, **stage)  # Autocast is inside.
-                self._backward_from(output)
-            else:
-                output = cached_backward(
-                    self.bare_objective,
-                    batch,
-                    chunk_size=chunk_size,
-                    backward=self._backward_from,
-                    autocast=accelerator.autocast,
-                    **stage,
-                )
-        if last and chunk_size is not None:
-            average_gradients(self._parameters)
-        return output
-
-    def _backward_from(self, output: StepOutput) -> None:
-        check_finite_loss(output, step=self.progress.step + 1)
-        self.accelerator.backward(output.loss)  # This divides by the accumulation.
-
-    @property
-    def _parameters(self) -> list[torch.Tensor]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+    def _after_step(self, bar: tqdm) -> None:
+        """Log, save, validate and stop, as they are due; of the last step, the run's end does the rest."""
+        options, progress = self.options, self.progress
+        is_last = progress.step >= self.total_steps
+        if progress.step % options.log_every == 0 or is_last:
+            self._log(bar)
+        late = self.accelerator.is_main_process and self.saver.is_late()
+        stop, late = self.agreement.highest(self.stopping.signal, late)
+        self.stopping.signal = stop
+        every = self.validation.every_steps
+        progress.validates_next = bool(every) and progress.step % every == 0 and not is_last
+        if stop:
+            self._checkpoint(needed=True)
+            raise Stopped(stop)
+        if progress.validates_next:
+            self._validate()
+        ends_epoch = self.loader.sampler is not None and progress.batch == len(self.loader)  # which saves one itself
+        if (late or self.saver.is_due(progress.step)) and not ends_epoch and not is_last:
+            self._checkpoint()
 
     def _step(self) -> None:
-        self.accelerator.clip_grad_norm_(self._parameters, self.options.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.scheduler.step()
-        self.bare_objective.after_step()
+        self.stepper.step()
         self.progress.step += 1
         if self.accelerator.device.type == "cpu" and self.progress.step % TRIM_EVERY == 0:
             trim_memory()
 
-    def _log(self, bar: tqdm, means: dict[str, torch.Tensor]) -> None:
-        """Of all ranks: some terms are of a rank's own queries."""
-        averaged = self.accelerator.reduce(torch.stack([value.float() for value in means.values()]), "mean")
-        values = dict(zip(means, averaged.tolist(), strict=True))
-        values["train/lr"] = float(self.scheduler.get_last_lr()[-1])
-        values |= lost_so_far(self.progress, self.skips, self.accelerator)
+    def _log(self, bar: tqdm) -> None:
+        self.stepper.guard.settle(self.progress)
+        more = {"train/lr": float(self.scheduler.get_last_lr()[-1])}
+        more |= lost_so_far(self.progress, self.skips, self.accelerator)
+        if self.progress.bad_steps:
+            more["train/bad_steps"] = float(self.progress.bad_steps)
+        values = self.run_log.write(self.progress, more)
         bar.set_postfix({n.removeprefix("loss/"): f"{v:.3f}" for n, v in values.items() if n.startswith("loss/")})
-        self._record(values)
-
-    def _record(self, values: dict[str, float]) -> None:
-        if self.accelerator.is_main_process:
-            self.history.add(self.progress.step, values)
-        self.accelerator.log(values, step=self.progress.step)
 
     # Validation and saving
 
     def _validate(self, *, keep: bool = True) -> None:
-        scores = self.validator.validate(self.progress, keep=keep)
-        scores |= self.gate.update(self.progress, scores, self.validator.measure)
-        self._record({f"val/{name}": value for name, value in scores.items()})
+        before = dataclasses.replace(self.progress)
+        is_saved = self.saver.step == self.progress.step
+        try:
+            # Ranks that are told to stop leave a validation at different places; nothing they do together comes after.
+            with self.stopping.at_once(is_saved or self.accelerator.num_processes == 1):
+                scores = self.validator.validate(self.progress, keep=keep)
+                scores |= self.gate.update(self.progress, scores, self.validator.measure)
+        except Stopped:
+            self.progress = before
+            if not is_saved:
+                self._checkpoint(needed=True)
+            raise
+        self.progress.validates_next = False
+        self.run_log.record(self.progress.step, {f"val/{name}": value for name, value in scores.items()})
         self.accelerator.wait_for_everyone()
         self.objective.train()
 
-    def _checkpoint(self) -> None:
+    def _checkpoint(self, *, needed: bool = False) -> None:
         check_finite(self.model, step=self.progress.step)
+        self.stepper.guard.settle(self.progress)
         progress = dataclasses.replace(self.progress)
         progress.skipped, progress.truncated = lost_in_all(self.progress, self.skips)
         progress.skipped_files = files_in_all(self.progress, self.skips)
-        if self.accelerator.is_main_process:
-            progress.rows = len(self.history.rows)
-        folder, keep = self.folder / CHECKPOINTS, self.options.keep_checkpoints
-        save_checkpoint(self.accelerator, folder, progress, keep=keep, scheduler=self.scheduler)
-        self.saved_step = progress.step
+        self.saver.save(progress, needed=needed, first=partial(self.run_log.keep, progress))
+
+    def _stopped(self, stop: Stopped) -> Stopped:
+        """Says how the run goes on; the process is about to end."""
+        self.log(stop.line(self.saver.step, self.folder))
+        self.accelerator.end_training()
+        return stop
 
     def _finish(self, seconds: float) -> dict[str, Any]:
         """Evaluate the best model on the final split, all ranks together, and write the results."""
         lost = lost_in_all(self.progress, self.skips)
         result = self.validator.final(self.test, step=self.progress.step)
         metrics = run_metrics(self.test_split, result, self.progress, seconds, *lost)
-        if self.accelerator.is_main_process:
-            write_results(self.folder, metrics, result.table(), self.history.rows)
+        if self.run_log.history is not None:
+            write_results(self.folder, metrics, result, self.test, self.run_log.history.rows, self.model)
             self.log(f"\n{result.table()}\n\nsaved in {self.folder}, trained in {seconds:.0f} s")
         self.accelerator.wait_for_everyone()
         return metrics

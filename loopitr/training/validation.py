@@ -18,6 +18,7 @@ from loopitr.objective.loop_objective import LoopObjective
 from loopitr.training.caches import Caches
 from loopitr.training.checkpoints import Progress
 from loopitr.training.divergence import check_finite
+from loopitr.training.durable import write_files
 from loopitr.training.options import ValidationOptions
 
 
@@ -88,7 +89,9 @@ class Validator:
                     max_images=None if final else options.max_images,
                     max_skipped_fraction=self.data.max_skipped_fraction,
                     graded=final,
+                    dims=tuple(model.config.matryoshka_dims or ()) if final else (),
                     calibrate=calibrate,
+                    examples=options.gallery_queries if final else 0,
                 ),
                 tokens=tokens,
                 text_tokens=texts,
@@ -96,6 +99,7 @@ class Validator:
 
     def validate(self, progress: Progress, *, keep: bool = True) -> dict[str, float]:
         """Mean R@1 by score; the model is saved, and `progress` says so, if it is the best so far (and `keep` is true).
+        Of equally good ones the better dual is kept: an easy validation set has a reranking score of 100 early on.
 
         The weight of the similarity in the reranking score is fitted on the validation records, too.
         """
@@ -106,12 +110,21 @@ class Validator:
         scores = result.mean_r1()
         shown = ", ".join(f"{name} {value:.1f}" for name, value in scores.items())
         self.accelerator.print(f"step {progress.step}: mean R@1 {shown}")
-        score = scores.get(self.selected, -math.inf)  # The fusion head may not have started.
-        if keep and score > (-math.inf if progress.best is None else progress.best):
-            progress.best, progress.best_step = score, progress.step
+        score = scores.get(self.selected)  # None: the fusion head may not have started.
+        so_far = (-math.inf if best is None else best for best in (progress.best, progress.best_dual))
+        if keep and score is not None and (score, scores["dual"]) > tuple(so_far):
+            progress.best, progress.best_dual, progress.best_step = score, scores["dual"], progress.step
             if self.accelerator.is_main_process:
-                save_for_use(self.model, self.caches.processor, self.folder, keep_mlm_head=self.options.keep_mlm_head)
+                self._save()
         return scores
+
+    def _save(self) -> None:
+        """The best model is the earlier one until this one is whole."""
+
+        def write(folder: Path) -> None:
+            save_for_use(self.model, self.caches.processor, folder, keep_mlm_head=self.options.keep_mlm_head)
+
+        write_files(self.folder, write, seen=("README.md",))
 
     def measure(self, model: LoopITRModel) -> dict[str, float]:
         """Mean R@1 by score of another model, such as a teacher's own, on the validation records."""
@@ -129,7 +142,7 @@ class Validator:
             if calibration.similarity_weight is not None:
                 model.config.similarity_weight = calibration.similarity_weight
                 if self.accelerator.is_main_process:
-                    model.config.save_pretrained(self.folder)
+                    write_files(self.folder, model.config.save_pretrained)
             if records is self.records:
                 return calibration
         elif self.uses_pairs:

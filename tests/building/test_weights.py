@@ -99,7 +99,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
             return (Path.touch, (tmp_path / "ran",))
 
     torch.save({"weights": Evil()}, tmp_path / "evil.pth")
-    with pytest.raises(Exception, match="(?i)weights.only"):
+    with pytest.raises(Exception, match="could run code"):
         pretrained.vision_weights(LITE0, tmp_path / "evil.pth")
     assert not (tmp_path / "ran").exists()
 

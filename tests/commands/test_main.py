@@ -72,6 +72,13 @@ def test_the_installed_script_is_this_one():
         (["evaluate"], "required: model"),
         (["evaluate", "--nonsense"], "--nonsense"),
         (["evaluate", "--model", "{tmp}/none", "--data.scenes", "true"], "no model folder {tmp}/none"),
+        (["evaluate", "--model", "x", "--gallery", "{tmp}"], "{tmp} cannot be written: it is a folder"),
+        (["evaluate", "--model", "x", "--gallery", "a", "--output", "./a"], "output and gallery are the same file"),
+        (
+            ["evaluate", "--model", "x", "--gallery", "a", "--gallery_queries", "0"],
+            "gallery_queries must be at least 1",
+        ),
+        (["calibrate", "--model", "x", "--output", "a"], "--output"),
         (["calibrate", "--model", "{tmp}", "--rerank", "0"], "rerank must be at least 1, got 0"),
         (["export", "--model", "{tmp}/none", "--output", "{tmp}/out"], "no model folder {tmp}/none"),
         (["convert", "clip", "a", "b"], "clip"),
@@ -93,6 +100,15 @@ def test_evaluate_gives_the_recipes_figures(folder, tmp_path, monkeypatch, capsy
     for each in figures:
         del each["seconds"], each["pairs_per_second"]
     assert figures[0] == figures[1]
+
+
+def test_evaluate_writes_a_gallery(folder, tmp_path, capsys):
+    given = ["--model", folder / "run", *data(folder, *WHERE), "--gallery_queries", 3]
+    main(["evaluate", *map(str, given), "--gallery", str(tmp_path / "new" / "page.html")])
+    assert f"gallery in {tmp_path}/new/page.html" in capsys.readouterr().out
+    page = (tmp_path / "new" / "page.html").read_text()
+    assert page.count("<section") == 6 and "data:image/jpeg" in page and f"{folder}/run: test" in page
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["page.html"]
 
 
 def test_calibrate_keeps_the_weight(folder, tmp_path, capsys):

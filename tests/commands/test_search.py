@@ -81,7 +81,7 @@ def test_add_remove_and_info(made, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no command is given; known: index, query, add, remove, info"),
+        ([], "no command is given; known: index, query, serve, add, remove, info"),
         (["find"], "unknown command 'find'; known: index"),
         (["index"], "no source is given: loopitr search index SOURCE --model RUN --output INDEX"),
         (["index", "{made}/photos"], "no model is given"),

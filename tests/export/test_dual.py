@@ -57,7 +57,7 @@ def test_the_processor_goes_with_it(tmp_path):
     for key, value in tiny_processor()(**given).items():
         assert torch.equal(loaded(**given)[key], value), key
     card = (tmp_path / "dual" / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: loopitr\n") and "DualEncoder.from_pretrained" in card and "{" not in card
+    assert card.startswith("---\nlibrary_name: loopitr\n") and "Retriever.from_pretrained" in card and "{" not in card
 
 
 def test_a_model_in_memory(tmp_path):

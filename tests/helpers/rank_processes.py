@@ -1,4 +1,7 @@
-"""Two real processes (gloo) that a test file starts of itself: `python FILE RANK FOLDER` is to call `join`."""
+"""Real processes (gloo), two unless more are asked for, that a test file starts of itself.
+
+`python FILE RANK FOLDER` is to call `join`.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 RANKS = 2
+VARIABLE = "LOOPITR_TEST_RANKS"  # how many of them there are
 TIMEOUT = 150  # After so many seconds a hang is a failure.
 
 
@@ -22,7 +26,8 @@ def join(index: int, folder: Path) -> None:
     torch.set_num_threads(1)
     meeting = f"file://{folder / 'meeting'}"
     limit = timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=meeting, rank=index, world_size=RANKS, timeout=limit)
+    ranks = int(os.environ[VARIABLE])
+    dist.init_process_group("gloo", init_method=meeting, rank=index, world_size=ranks, timeout=limit)
 
 
 def leave(index: int, folder: Path, results: dict[str, Any]) -> None:
@@ -32,12 +37,12 @@ def leave(index: int, folder: Path, results: dict[str, Any]) -> None:
     dist.destroy_process_group()
 
 
-def start_ranks(file: str, folder: Path) -> list[dict[str, Any]]:
+def start_ranks(file: str, folder: Path, *, ranks: int = RANKS) -> list[dict[str, Any]]:
     """What each rank of `file` handed over."""
     search_path = os.pathsep.join(path for path in sys.path if path)
-    environment = {**os.environ, "PYTHONPATH": search_path, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": search_path, "OMP_NUM_THREADS": "1", VARIABLE: str(ranks)}
     processes = []
-    for index in range(RANKS):
+    for index in range(ranks):
         arguments = [sys.executable, file, str(index), str(folder)]
         with (folder / f"log{index}").open("w") as log:  # The process keeps a handle of its own.
             processes.append(subprocess.Popen(arguments, env=environment, stdout=log, stderr=log))
@@ -51,6 +56,6 @@ def start_ranks(file: str, folder: Path) -> list[dict[str, Any]]:
             process.kill()
             process.wait()
     if any(codes) or None in codes:
-        text = "\n".join((folder / f"log{index}").read_text()[-3000:] for index in range(RANKS))
+        text = "\n".join((folder / f"log{index}").read_text()[-3000:] for index in range(ranks))
         pytest.fail(f"exit codes {codes} (None: hung for {TIMEOUT} s)\n{text}")
-    return [torch.load(folder / f"rank{index}.pt", weights_only=True) for index in range(RANKS)]
+    return [torch.load(folder / f"rank{index}.pt", weights_only=True) for index in range(ranks)]

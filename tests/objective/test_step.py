@@ -20,6 +20,7 @@ from helpers.support import CNN, VIT, tiny_model
 
 from loopitr.objective.build import build_objective
 from loopitr.objective.loop_objective import LoopObjective
+from loopitr.objective.losses import kendall_tau
 from loopitr.objective.options import DistillationName, ObjectiveOptions
 from loopitr.objective.step import Step
 
@@ -225,9 +226,11 @@ def test_distillation_adds_nothing_to_the_fusion_heads_gradient(style):
 
 def test_itm_needs_no_distillation_and_itc_needs_neither():
     out = step(distillation=0)
-    assert set(out.terms) == {"itc", "itm"} and set(out.metrics) == {"temperature", "itm_accuracy", "rank_agreement"}
+    of_the_dual = {"temperature", "image_similarity", "text_similarity"}
+    of_the_pairs = {"itm_accuracy", "rank_agreement", "rank_agreement_hard", "rank_agreement_easy"}
+    assert set(out.terms) == {"itc", "itm"} and set(out.metrics) == of_the_dual | of_the_pairs
     out = step(distillation=0, itm=0)
-    assert set(out.terms) == {"itc"} and set(out.metrics) == {"temperature"}
+    assert set(out.terms) == {"itc"} and set(out.metrics) == of_the_dual
     out = step(itc=0, itm=0, distillation=0)
     assert out.terms == {} and out.loss == 0 and out.loss.requires_grad
 
@@ -253,4 +256,20 @@ def test_metrics():
     torch.testing.assert_close(out.metrics["temperature"], 1 / model.dual.scale.detach())
     torch.testing.assert_close(out.metrics["itm_accuracy"], torch.tensor(8 / (8 + 2 * 8 * 2)))
     assert out.metrics["rank_agreement"] == 0 and out.metrics["valid_length"] == 0  # The teacher ties all candidates.
+    assert "rank_agreement_hard" not in out.metrics  # Of two negatives one is hard, and has no order.
     assert not any(value.requires_grad for value in out.metrics.values())
+
+
+def test_the_agreement_on_hard_and_on_easy_negatives():
+    """Hard are those whose match score is above the mean of the query's negatives."""
+    model = tiny_model().train()
+    with torch.no_grad():
+        model.itm_head.weight.mul_(30)
+    batch = step_batch()
+    built = build_objective(model, ObjectiveOptions(num_negatives=4))
+    out, match = built(**batch), encoded_step(built, batch).match
+    student, teacher, valid = (x.flatten(0, 1)[:, 1:] for x in (match.student, match.scores, match.valid))
+    mean = (teacher * valid).sum(1, keepdim=True) / valid.sum(1, keepdim=True)
+    for name, part in (("hard", valid & (teacher > mean)), ("easy", valid & (teacher <= mean))):
+        expected = kendall_tau(student, teacher, part)
+        torch.testing.assert_close(out.metrics[f"rank_agreement_{name}"], expected)

@@ -22,6 +22,9 @@ SMALL = {
         *("--vision", "vit_tiny_patch16_224", "--image_size", "32", "--hidden_size", "64", "--text_layers", "1"),
         *("--fusion_layers", "1", "--batch_size", "6", "--chunk_size", "2", "--loop", "true"),
     ],
+    "onnx_speed.py": [
+        *("--vision", "resnet10t", "--image_size", "32", "--hidden_size", "64", "--text_layers", "1", "--rounds", "1"),
+    ],
     "input.py": [
         *("--vision", "vit_tiny_patch16_224", "--image_size", "32", "--batch_size", "2", "--batches", "1"),
         *("--num_workers", "1", "--rounds", "1"),
@@ -41,6 +44,7 @@ OWN = {  # How many figures there are, and what is counted in each.
     "step.py": (9, {"seconds", "flops", "ratio", "of_peak"}),
     "encode.py": (3, {"per_second", "bare_per_second", "throughput", "flops"}),
     "grad_cache.py": (2, {"seconds", "pairs", "peak_gib"}),
+    "onnx_speed.py": (8, {"milliseconds", "times_faster"}),
     "input.py": (7, {"seconds", "images_per_second"}),
     "search.py": (3, set()),
 }

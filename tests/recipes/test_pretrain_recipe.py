@@ -70,7 +70,15 @@ def first(tmp_path_factory):
 def test_one_process_leaves_a_run_folder(first):
     assert first.done.returncode == 0, first.done.stderr
     folder = first.folder / "run"
-    names = {"config.json", "model.safetensors", "config.yaml", "metrics.json", "results.md", "history.jsonl"}
+    names = {
+        "config.json",
+        "model.safetensors",
+        "config.yaml",
+        "metrics.json",
+        "results.md",
+        "gallery.html",
+        "history.jsonl",
+    }
     assert names <= {path.name for path in folder.iterdir()}
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     metrics = json.loads((folder / "metrics.json").read_text())

@@ -159,7 +159,7 @@ def test_what_is_no_text(texts, message):
 @pytest.mark.parametrize(
     ("pairs", "message"),
     [
-        ([(picture(0), "a dog")], r"pair 0 must be \(text, image\), got \['Image', 'str'\]"),
+        ([(picture(0), picture(1))], r"pair 0 must be \(text, image\), got \['Image', 'Image'\]"),
         ([("a dog", picture(0)), "a dog"], "pair 1 must be .*, got str"),
         ([("a dog", picture(0)), ("a dog",)], r"pair 1 must be .*, got \['str'\]"),
         ([("a dog", picture(0)), ("", picture(0))], "text 1 is empty"),

@@ -1,16 +1,22 @@
 """Checkpoints are complete or absent, and bring everything back."""
 
+import errno
 import json
+import os
 import shutil
 from dataclasses import asdict
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate import accelerator as accelerator_module
 from helpers.tiny_run import reset_accelerate
+from safetensors import SafetensorError
 from torch import nn
 
-from loopitr.training.checkpoints import STATE_FILE, Progress, load_checkpoint, save_checkpoint
+from loopitr.training import checkpoints, durable
+from loopitr.training.checkpoints import STATE_FILE, Progress, load_checkpoint, newest_checkpoint, save_checkpoint
+from loopitr.training.durable import MANIFEST
 from loopitr.training.optimization import warmup_cosine
 
 
@@ -51,7 +57,8 @@ class Work:
         return save_checkpoint(self.accelerator, folder, progress, keep=keep, scheduler=self.schedule)
 
     def load(self, folder):
-        return load_checkpoint(self.accelerator, folder, scheduler=self.schedule)
+        found = newest_checkpoint(folder)
+        return found and load_checkpoint(self.accelerator, found.path, scheduler=self.schedule)
 
     def state(self):
         return {name: value.clone() for name, value in self.model.state_dict().items()}
@@ -74,6 +81,7 @@ def test_progress_comes_back_whole(tmp_path):
         epoch=2,
         batch=1,
         best=12.5,
+        best_dual=10.5,
         best_step=2,
         rows=9,
         skipped={"truncated": 2},
@@ -84,6 +92,11 @@ def test_progress_comes_back_whole(tmp_path):
         teaching_since=2,
         has_taught=True,
         best_lead=3.0,
+        windows=[{"loss/total": [0.1, 0.25]}],
+        validates_next=True,
+        bad_steps=3,
+        bad_in_row=1,
+        watch={"itm": 20.0},
     )
     work = Work()
     work.save_progress(tmp_path, progress, keep=1)
@@ -96,6 +109,7 @@ def test_each_rank_gets_its_own_place_and_of_other_ranks_the_first(tmp_path):
     state = work.save(tmp_path, epoch=2, batch=1) / STATE_FILE
     for places, expected in (([[7, 5]], (7, 5)), ([[2, 1], [3, 0]], (2, 1)), ([], (2, 1))):
         state.write_text(json.dumps({**json.loads(state.read_text()), "places": places}))
+        (state.parent / MANIFEST).unlink(missing_ok=True)  # It would not be what was written.
         progress = work.load(tmp_path)
         assert (progress.epoch, progress.batch) == expected
 
@@ -143,3 +157,109 @@ def test_a_checkpoint_of_another_model_is_named_in_one_line(tmp_path):
     with pytest.raises(ValueError, match="step-00000001 does not fit this run's model") as raised:
         Work(width=6).load(tmp_path)
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 400
+
+
+def damage(path, how):
+    if how == "cut":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif how == "flipped":
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped", "missing"])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "random_states_0.pkl", "scheduler.json"])
+def test_a_damaged_newest_one_is_named_and_the_one_before_it_used(tmp_path, capsys, name, how):
+    work = Work()
+    work.steps(3).save(tmp_path)
+    state = work.state()
+    newest = work.steps(3).save(tmp_path)
+    damage(newest / name, how)
+    resumed = Work(seed=7)
+    progress = resumed.load(tmp_path)
+    assert progress is not None and progress.step == 3
+    assert all(torch.equal(resumed.state()[key], state[key]) for key in state)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"warning: the checkpoint {newest} is damaged ({name} ")
+    assert line.endswith("it is now step-00000006.damaged, step-00000003 is used")
+    work.steps(3).save(tmp_path, keep=1)  # What is set aside is no checkpoint.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000006.damaged", "step-00000009"]
+
+
+def test_checkpoints_that_are_all_damaged_are_not_taken_for_none(tmp_path):
+    work = Work()
+    for _ in range(2):
+        (work.steps(1).save(tmp_path) / MANIFEST).write_text("{")
+    with pytest.raises(ValueError, match="step-00000002: manifest.json cannot be read; step-00000001: manifest") as got:
+        work.load(tmp_path)
+    assert f"no checkpoint in {tmp_path} is whole" in str(got.value) and "\n" not in str(got.value)
+    assert len(list(tmp_path.glob("step-*[0-9]"))) == 2
+
+
+def full_disk(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def torch_on_a_full_disk(*_, **__):
+    """As torch's own writer has it: the file's error, and then one of its own when it closes the archive."""
+    try:
+        full_disk()
+    finally:
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+
+
+def safetensors_on_a_full_disk(*_, **__):
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "error"),
+    [
+        (checkpoints, "write_manifest", full_disk),
+        (durable.os, "fsync", full_disk),
+        (torch, "save", torch_on_a_full_disk),
+        (accelerator_module, "save_accelerator_state", safetensors_on_a_full_disk),
+    ],
+    ids=["manifest", "fsync", "torch", "safetensors"],
+)
+def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch, where, name, error):
+    work = Work()
+    work.steps(3).save(tmp_path)
+    expected = work.state()
+    monkeypatch.setattr(where, name, error)
+    with pytest.raises(OSError, match="No space left on device"):
+        work.steps(2).save(tmp_path, keep=1)
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+    assert work.load(tmp_path).step == 3 and all(torch.equal(work.state()[key], expected[key]) for key in expected)
+    work.steps(2).save(tmp_path, keep=1)
+
+
+def test_a_step_that_is_saved_again_is_never_away(tmp_path, monkeypatch):
+    """Killed between the two renames."""
+    work = Work().steps(2)
+    work.save(tmp_path)
+    work.steps(1).step = 2
+    state = work.state()
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)  # the first thing that happens after the old one is renamed
+    with pytest.raises(KeyboardInterrupt):
+        work.save(tmp_path)
+    monkeypatch.undo()
+    assert Work(seed=1).load(tmp_path).step == 2  # the one that was to be replaced
+    work.save(tmp_path)
+    resumed = Work(seed=1)
+    assert resumed.load(tmp_path).step == 2 and all(torch.equal(resumed.state()[key], state[key]) for key in state)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def test_a_checkpoint_without_a_manifest_is_of_an_older_version(tmp_path):
+    work = Work().steps(2)
+    (work.save(tmp_path) / MANIFEST).unlink()
+    assert work.load(tmp_path).step == 2

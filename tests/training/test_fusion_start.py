@@ -17,7 +17,7 @@ from loopitr.training.reporting import read_history
 def test_without_pairs_the_dual_trains_alone_and_every_parameter_has_a_gradient():
     model = tiny_model().train()
     alone = build_objective(model, ObjectiveOptions())(**step_batch(), with_pairs=False)
-    assert set(alone.terms) == {"itc"} and set(alone.metrics) == {"temperature"}
+    assert set(alone.terms) == {"itc"} and set(alone.metrics) == {"temperature", "image_similarity", "text_similarity"}
     torch.testing.assert_close(alone.loss, alone.terms["itc"])
     alone.loss.backward()
     for part in (model.fusion, model.itm_head):  # DDP would wait for it for ever

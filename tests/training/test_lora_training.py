@@ -12,7 +12,7 @@ from loopitr import DualEncoder, LoopITRModel
 from loopitr.building.options import LoraOptions
 from loopitr.export.dual import export_dual
 from loopitr.models.lora import is_adapter
-from loopitr.training import trainer as training
+from loopitr.training import saving
 from loopitr.training.optimization import parameter_groups, two_cycles
 from loopitr.training.options import TrainOptions
 
@@ -90,13 +90,13 @@ def test_an_interrupted_run_that_is_resumed_equals_one_that_was_not(tmp_path, mo
 
     options = {**LORA, "train__epochs": 1, "train__checkpoint_every": 3}
     run(tmp_path / "whole", **options)
-    save = training.save_checkpoint
+    save = saving.save_checkpoint
 
     def killed(*args, **kwargs):
         save(*args, **kwargs)
         raise Killed
 
-    monkeypatch.setattr(training, "save_checkpoint", killed)
+    monkeypatch.setattr(saving, "save_checkpoint", killed)
     with pytest.raises(Killed):
         run(tmp_path / "parts", **options)
     monkeypatch.undo()

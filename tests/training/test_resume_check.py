@@ -5,6 +5,7 @@ import yaml
 from helpers.tiny_run import OPTIONS, logged, run, weights, write_table
 
 from loopitr.data import trained_data
+from loopitr.training.durable import write_manifest
 from loopitr.training.resume_check import changed_options
 
 SHORT = {"train__max_steps": 2, "train__checkpoint_every": 1}
@@ -116,5 +117,6 @@ def test_another_number_of_processes_is_a_change(tmp_path):
     run(tmp_path, **SHORT)
     (state,) = (tmp_path / "run" / "checkpoints").glob("step-00000002/progress.json")
     state.write_text(state.read_text().replace('"places": [[0, 2]]', '"places": [[0, 2], [0, 2]]'))
+    write_manifest(state.parent)
     with pytest.raises(ValueError, match="processes: 2 -> 1"):
         run(tmp_path, **SHORT, resume=True)

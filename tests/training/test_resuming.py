@@ -8,6 +8,7 @@ import pytest
 from helpers.tiny_run import broken_table, equal, logged, run, weights
 from safetensors.torch import load_file
 
+from loopitr.training import saving
 from loopitr.training import trainer as training
 from loopitr.training.reporting import read_history
 
@@ -41,7 +42,7 @@ def test_an_interrupted_run_that_is_resumed_equals_one_that_was_not(tmp_path, mo
     elif "data__captions" not in changes:
         changes = {**changes, **broken_table(tmp_path), "train__batch_size": 3}  # 8 batches, and a broken image
     expected = run(tmp_path / "whole", **changes)
-    save, saved = training.save_checkpoint, []
+    save, saved = saving.save_checkpoint, []
 
     def killed_after_two(*args, **kwargs):
         saved.append(save(*args, **kwargs))
@@ -50,7 +51,7 @@ def test_an_interrupted_run_that_is_resumed_equals_one_that_was_not(tmp_path, mo
 
     if changes["train__checkpoint_every"] == 8:
         saved.append(Path())  # Only one checkpoint is written before the last step.
-    monkeypatch.setattr(training, "save_checkpoint", killed_after_two)
+    monkeypatch.setattr(saving, "save_checkpoint", killed_after_two)
     with pytest.raises(Killed):
         run(tmp_path / "parts", **changes)
     monkeypatch.undo()
@@ -118,7 +119,7 @@ def test_a_run_killed_before_its_first_checkpoint_is_kept_when_it_starts_again(t
     def killed(*_, **__):
         raise Killed
 
-    monkeypatch.setattr(training, "save_checkpoint", killed)
+    monkeypatch.setattr(saving, "save_checkpoint", killed)
     with pytest.raises(Killed):
         run(tmp_path, train__max_steps=2, validation__every_steps=1)
     monkeypatch.undo()

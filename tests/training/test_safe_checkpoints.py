@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.tiny_run import equal, run, weights
 
+from loopitr.training.durable import MANIFEST
 from loopitr.training.run_folder import check_run_folder
 
 SHORT = {"train__max_steps": 2, "train__checkpoint_every": 1}
@@ -35,7 +36,9 @@ def begun(tmp_path_factory):
 
 @pytest.fixture
 def folder(begun, tmp_path):
+    """Its newest checkpoint has no manifest, as an older version left it (and anybody can write one)."""
     shutil.copytree(begun, tmp_path / "x")
+    (newest(tmp_path / "x") / MANIFEST).unlink()
     return tmp_path / "x"
 
 
@@ -43,8 +46,9 @@ def newest(folder):
     return folder / "run" / "checkpoints" / "step-00000002"
 
 
-def test_every_file_of_a_checkpoint_is_of_a_known_safe_kind(folder):
-    assert sorted(path.name for path in newest(folder).iterdir()) == [
+def test_every_file_of_a_checkpoint_is_of_a_known_safe_kind(begun):
+    assert sorted(path.name for path in newest(begun).iterdir()) == [
+        "manifest.json",
         "model.safetensors",
         "optimizer.bin",  # this and the next: plain tensors and numbers, loaded as such alone
         "progress.json",
@@ -107,3 +111,14 @@ def test_a_config_that_constructs_objects_is_no_runs(tmp_path):
     with pytest.raises(ValueError, match="no config.yaml of a run"):
         check_run_folder(folder)
     assert not evidence.exists()
+
+
+def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(begun, tmp_path, capsys):
+    expected = weights(begun)
+    shutil.copytree(begun, tmp_path / "x")
+    (newest(tmp_path / "x") / "optimizer.bin").write_bytes(b"{")
+    run(tmp_path / "x", **SHORT, resume=True)
+    output = capsys.readouterr().out
+    assert "step-00000002 is damaged (optimizer.bin has 1 bytes of " in output
+    assert "resuming from step 1" in output
+    assert equal(weights(tmp_path / "x"), expected)

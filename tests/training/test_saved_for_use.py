@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
+from accelerate import Accelerator
+from helpers.support import tiny_model
 from helpers.tiny_run import run
 
-from loopitr import LoopITRModel
+from loopitr import Contrastive, LoopITRModel, LoopObjective, Matching
+from loopitr.building.options import ModelOptions
 from loopitr.evaluation.calibration import WEIGHTS
-from loopitr.training.options import PretrainOptions
+from loopitr.objective.options import ObjectiveOptions
+from loopitr.training.checkpoints import Progress
+from loopitr.training.options import PretrainOptions, ValidationOptions
+from loopitr.training.validation import Validator
 
 
 def saved_config(folder):
@@ -73,3 +80,35 @@ def test_word_prediction_is_on_where_a_fusion_head_starts_from_scratch():
     assert decided(objective__mlm=0.0, model__mlm_head=True) == (0.0, True)
     assert decided(model__freeze=["fusion"]) == (0.0, False)
     assert decided(objective__itm=0.0, objective__distillation=0.0) == (0.0, False)  # The dual head trains alone.
+
+
+def test_token_agreement_trains_where_the_model_has_it_and_starts_from_scratch():
+    def decided(agreement=True, weight=None, **model):
+        options = PretrainOptions(objective=ObjectiveOptions(agreement=weight), model=ModelOptions(**model))
+        options.model.fusion.agreement = agreement
+        return options.decided().objective.agreement
+
+    assert decided() == decided(agreement=16) == 1.0
+    assert (
+        decided(agreement=False) == decided(init="runs/x") == decided(weight=0.0) == decided(freeze=["fusion"]) == 0.0
+    )
+    assert decided(init="runs/x", weight=0.5) == 0.5
+
+
+def test_of_equally_good_validations_the_better_dual_is_kept(tmp_path, monkeypatch):
+    results = iter([(80.0, 100.0), (70.0, 100.0), (97.0, 100.0), (99.0, 99.9), (97.0, 100.0)])
+
+    def measured(self, model, records, *, step, **kinds):
+        dual, reranked = next(results)
+        return SimpleNamespace(similarity_weight=None, mean_r1=lambda: {"dual": dual, "reranked": reranked})
+
+    monkeypatch.setattr(Validator, "evaluate", measured)
+    saved: list[int] = []
+    monkeypatch.setattr("loopitr.training.validation.save_for_use", lambda *args, **kinds: saved.append(progress.step))
+    objective = LoopObjective(tiny_model(), [Contrastive(), Matching()])
+    caches = SimpleNamespace(accelerator=Accelerator(cpu=True), processor=None)
+    validator = Validator(objective, caches, ValidationOptions(), folder=tmp_path, records=[])
+    progress = Progress()
+    for progress.step in range(5):
+        validator.validate(progress)
+    assert saved == [0, 2] and (progress.best, progress.best_dual, progress.best_step) == (100.0, 97.0, 2)

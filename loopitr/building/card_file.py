@@ -1,0 +1,45 @@
+"""A model card as a file: whose it is, ours or one that somebody wrote or changed."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+CARD = "README.md"
+MARK = "<!-- written by loopitr ({}); a card that is changed by hand is kept -->"
+MARKED = re.compile(r"\n<!-- written by loopitr \(([0-9a-f]{16})\)[^\n]*-->\n?\Z")
+
+
+def save_card(path: Path, card: str) -> None:
+    """Write a card, complete or not at all, so that `is_own` knows it again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(_marked(card), encoding="utf-8")
+    partial.replace(path)
+
+
+def may_write(path: Path) -> bool:
+    """Whether there is no card, or the one that is there is as `save_card` left it."""
+    try:
+        return is_own(path.read_bytes().decode("utf-8"))
+    except FileNotFoundError:
+        return not path.is_symlink()
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def is_own(card: str) -> bool:
+    """Whether a card's text is as `save_card` wrote it."""
+    text = card.replace("\r\n", "\n")
+    mark = MARKED.search(text)
+    return mark is not None and mark[1] == _digest(text[: mark.start()])
+
+
+def _marked(card: str) -> str:
+    text = card.rstrip("\n") + "\n"
+    return f"{text}\n{MARK.format(_digest(text))}\n"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.strip().encode()).hexdigest()[:16]

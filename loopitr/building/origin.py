@@ -1,0 +1,164 @@
+"""What a saved model was made of, as far as the files of its run say so: for its card."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import yaml
+
+from loopitr.building.weights import TEXT_ALIASES
+
+CONFIG, METRICS = "config.yaml", "metrics.json"
+INSIDE_A_RUN = ("best", "model")
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+MAX_RUNS = 8  # A chain of runs, each of which started from the one before, is followed so far.
+UNKNOWN = "unknown"  # a licence of the hub's list
+FILES = ("karpathy", "table", "albef")
+BUILDERS = ("imagefolder", "parquet", "webdataset", "json", "csv", "arrow")  # data.hub names a format, not a data set
+RANKINGS, DIRECTIONS = ("dual", "match", "match_plus_similarity", "reranked"), ("i2t", "t2i")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What a model was trained on and started from, under which licence it is, and how good it was at the end.
+
+    Names only: hub ids, and of local files what they are called, without their folders.
+
+    Attributes:
+        recalls: ranking -> direction -> k -> percent, of the final table.
+        gallery: what it was measured on, in words.
+        gain: points of mean R@1 that reranking gains, and the margin of that.
+        similarity_weight: with which `reranked` was measured.
+    """
+
+    license: str = UNKNOWN
+    base_models: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
+    steps: int | None = None
+    evaluated_on: str = "held-out data"
+    split: str = ""
+    gallery: str = ""
+    candidates: int = 0
+    recalls: Mapping[str, Mapping[str, Mapping[int, float]]] = field(default_factory=dict)
+    gain: tuple[float, float] | None = None
+    similarity_weight: float | None = None
+
+    def starting_from(self, hub_id: str) -> Origin:
+        """The same, made of another model; a path of this machine is not named."""
+        return replace(self, base_models=(hub_id,)) if _is_hub_id(hub_id) else self
+
+
+def origin_of(source: str | Path) -> Origin:
+    """What the files of a run folder say; a hub id is what its copies started from. Damaged files say nothing."""
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        return Origin().starting_from(str(source))
+    if folder.name in INSIDE_A_RUN and not (folder / CONFIG).is_file():
+        folder = folder.parent
+    run = read_object(folder / CONFIG)
+    data, bases = _group(run, "data"), tuple(dict.fromkeys(_base_models(run, folder)))
+    datasets = tuple(dict.fromkeys(_datasets(data)))
+    licence = _group(run, "train").get("license")
+    if not isinstance(licence, str):
+        # A model of the built-in data, started from nothing, has no other rights in it than this package's.
+        own = datasets == ("scenes",) and not bases and not _group(run, "model").get("init")
+        licence = "apache-2.0" if own else UNKNOWN
+    origin = Origin(license=licence, base_models=bases, datasets=datasets)
+    return _with_metrics(origin, read_object(folder / METRICS))
+
+
+def _with_metrics(origin: Origin, metrics: Mapping[str, Any]) -> Origin:
+    try:
+        recalls = {ranking: _by_k(metrics[ranking]) for ranking in RANKINGS if metrics.get(ranking)}
+        if not recalls:
+            return origin
+        for dim, ranking in metrics.get("shortened", {}).items():
+            recalls[f"dual_first_{int(dim)}"] = _by_k(ranking)
+        gain, weight = metrics.get("reranking_gain"), metrics.get("similarity_weight")
+        return replace(
+            origin,
+            steps=metrics["training"]["steps"],
+            evaluated_on=origin.datasets[0] if origin.datasets else Origin.evaluated_on,
+            split=str(metrics["split"]),
+            gallery=f"{metrics['num_images']} images, {metrics['num_captions']} captions",
+            candidates=int(metrics["k"]),
+            recalls=recalls,
+            similarity_weight=None if weight is None else float(weight),
+            gain=(float(gain["points"]), float(gain["margin"])) if gain else None,
+        )
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return origin
+
+
+def _by_k(ranking: Mapping[str, Mapping[str, float]]) -> dict[str, dict[int, float]]:
+    return {
+        side: {int(name.removeprefix("r")): float(value) for name, value in ranking[side].items()}
+        for side in DIRECTIONS
+    }
+
+
+def read_object(path: Path) -> Mapping[str, Any]:
+    """A JSON or YAML file with an object; nothing where there is none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _group(run: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    group = run.get(name)
+    return group if isinstance(group, dict) else {}
+
+
+def _datasets(data: Mapping[str, Any]) -> list[str]:
+    hub = data.get("hub")
+    if isinstance(hub, str):
+        named = hub not in BUILDERS and not Path(hub).expanduser().exists() and _is_hub_id(hub)
+        return [hub] if named else [Path(hub).name]
+    names = []
+    for source in FILES:
+        given = data.get(source) or []
+        names += [Path(str(file)).stem for file in ([given] if isinstance(given, str) else given)]
+    return names or (["scenes"] if data.get("scenes") else [])
+
+
+def _base_models(run: Mapping[str, Any], folder: Path, depth: int = 0) -> list[str]:
+    """Hub ids of the weights that a run started from, through the runs before it."""
+    model = _group(run, "model")
+    start = model.get("init") or model.get("pair")
+    if start:
+        earlier = next((p for p in _places(str(start), folder) if p.is_dir()), None)
+        if earlier is not None:
+            before = read_object(earlier / CONFIG)
+            return _base_models(before, earlier, depth + 1) if depth < MAX_RUNS else []
+        return [str(start)] if _is_hub_id(str(start)) else []
+    vision, text, bases = _group(model, "vision"), _group(model, "text"), []
+    if vision.get("pretrained") and not vision.get("checkpoint"):
+        bases.append(_timm_id(str(vision.get("name"))))
+    if text.get("pretrained") and not Path(str(text.get("name"))).expanduser().is_dir():
+        name = str(text.get("name"))
+        bases.append(TEXT_ALIASES.get(name, name))
+    return [base for base in bases if _is_hub_id(base)]
+
+
+def _places(path: str, folder: Path) -> list[Path]:
+    """Where a relative path of a run may lie: here, or in a folder that the run folder lies in."""
+    return [start / Path(path).expanduser() for start in (Path(), *folder.resolve().parents)]
+
+
+def _timm_id(name: str) -> str:
+    config = timm.get_pretrained_cfg(name.removeprefix("hf-hub:"), allow_unregistered=True)
+    hub_id = getattr(config, "hf_hub_id", None) or name.removeprefix("hf-hub:")
+    return hub_id if not hub_id.endswith("/") else f"{hub_id}{name}"
+
+
+def _is_hub_id(name: str) -> bool:
+    return HUB_ID.fullmatch(name) is not None and not Path(name).expanduser().exists()

@@ -1,0 +1,94 @@
+"""A model to the hub, whole: weights, processor and card."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from huggingface_hub import HfApi
+
+from loopitr.building.card import write_card
+from loopitr.building.card_file import CARD, is_own, may_write
+from loopitr.building.folders import save_for_use
+from loopitr.models.loop_model import DualEncoder, LoopITRModel
+from loopitr.models.processing import LoopITRProcessor
+
+
+def push_to_hub(
+    model: LoopITRModel | DualEncoder,
+    processor: LoopITRProcessor,
+    repo_id: str,
+    *,
+    source: str | Path | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload model, processor and card",
+) -> str:
+    """Send a model with its processor and its card, and nothing else of its run, to a repository of the hub.
+
+    The card is the README.md in `source` if somebody wrote or changed that; otherwise it is written anew, and one that
+    somebody wrote on the hub stays.
+
+    Args:
+        repo_id: `NAME` or `OWNER/NAME`; made if it is not there.
+        source: the run folder or export that the model comes from; None: unknown.
+        private: of a repository that is made; None: the owner's default.
+        token: None: as logged in.
+        revision: a branch that is there; None: main.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ValueError: `repo_id` is no name of a repository.
+        OSError: the hub cannot be reached or refuses.
+    """
+    api = HfApi(token=token)
+    repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_with_card(model, processor, folder, source=source, name=repo)
+        if is_own((folder / CARD).read_text(encoding="utf-8")) and _somebody_wrote(api, repo, revision):
+            (folder / CARD).unlink()
+        info = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=commit_message, revision=revision)
+    return str(info.commit_url)
+
+
+def save_with_card(
+    model: LoopITRModel | DualEncoder,
+    processor: LoopITRProcessor,
+    folder: str | Path,
+    *,
+    source: str | Path | None = None,
+    name: str | None = None,
+) -> None:
+    """Save a model with its processor and its card, as `from_pretrained` reads it.
+
+    A README.md in `folder` that somebody wrote stays; one in `source` that somebody wrote goes along.
+
+    Args:
+        source: the run folder, export or hub id that the model comes from; None: unknown.
+        name: what the card's example loads; None: the folder's own name.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    folder = Path(folder).expanduser()
+    written = None if source is None else Path(source).expanduser() / CARD
+    if written is not None and written.is_file() and not may_write(written) and may_write(folder / CARD):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CARD).write_bytes(written.read_bytes())
+    if isinstance(model, LoopITRModel):
+        save_for_use(model, processor, folder)
+    else:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    write_card(folder, model, source=source, name=name)
+
+
+def _somebody_wrote(api: HfApi, repo: str, revision: str | None) -> bool:
+    """Whether the repository has a card that is not as `write_card` wrote it."""
+    if not api.file_exists(repo, CARD, revision=revision):
+        return False
+    return not is_own(Path(api.hf_hub_download(repo, CARD, revision=revision)).read_text(encoding="utf-8"))

@@ -1,0 +1,80 @@
+"""One tower of a saved model: the other one's weights are not read."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from loopitr.building.folders import CLASSES, model_source
+from loopitr.building.weights import hub_access
+from loopitr.models.processing import LoopITRProcessor
+from loopitr.models.towers import TOWERS, ImageTower, TextTower, tower_config, tower_prefixes
+
+DUAL = "dual."  # The names of a dual encoder's parameters begin so in a model with a fusion head.
+
+
+def load_tower(path: str | Path, tower: str) -> tuple[ImageTower | TextTower, LoopITRProcessor]:
+    """The image or the text tower, in eval mode and as saved, of a run folder, an exported dual encoder, or a hub id.
+
+    Args:
+        tower: `image` or `text`.
+
+    Raises:
+        OSError: nothing there, a file missing, or damaged weights; the hub cannot be reached or does not know the id.
+        ValueError: a model of another kind, or weights that do not fit its config.
+    """
+    source = model_source(path)
+    with nullcontext() if Path(source).is_dir() else hub_access(source):
+        saved_config, _ = PreTrainedConfig.get_config_dict(source)
+        kind = saved_config.get("model_type")
+        if kind not in CLASSES:
+            raise ValueError(f"{path} holds a {kind!r} model, wanted {' or '.join(map(repr, CLASSES))}")
+        config: Any = CLASSES[kind].config_class.from_pretrained(source)
+        processor = LoopITRProcessor.from_pretrained(source)
+        folder = Path(source) if Path(source).is_dir() else _downloaded(source)
+    try:
+        weights = _weights(folder, tower)
+    except SafetensorError as error:
+        raise OSError(f"{path}: its weights are damaged ({error})") from error
+    model = TOWERS[tower](tower_config(config, tower))  # type: ignore[arg-type]
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: config.json does not fit the weights of its {tower} tower ({error})") from error
+    model.to(next(iter(weights.values())).dtype)
+    return model.eval(), processor
+
+
+def _downloaded(source: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(source, allow_patterns=["*.safetensors"]))
+
+
+def _weights(folder: Path, tower: str) -> dict[str, Tensor]:
+    """A tower's tensors by their names in it, from all of a folder's safetensors files.
+
+    Raises:
+        OSError: there are none.
+    """
+    files, weights = sorted(folder.glob("model*.safetensors")), dict[str, Tensor]()
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (it is no dictionary)
+                own = name.removeprefix(DUAL)
+                if own.startswith(tower_prefixes(tower)):
+                    weights[own] = opened.get_tensor(name)
+    if not weights:
+        raise OSError(f"{folder} holds no weights of {'an image' if tower == 'image' else 'a text'} tower")
+    return {name: _own(tensor) for name, tensor in weights.items()}
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A copy that does not lie in the mapped file."""
+    return torch.empty_like(tensor).copy_(tensor)

@@ -1,0 +1,107 @@
+"""ONNX files: written by `torch.onnx.export`, and made smaller by onnxruntime's own tools."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+INSTALL = 'pip install "loopitr[onnx]"'
+OPSET = 20
+# Convolutions stay as they are: onnxruntime's dynamic ones are slower on a CPU, not faster.
+INT8_OPERATIONS = ["MatMul", "Gather"]
+
+
+def onnx_module(name: str) -> Any:
+    """A module of the extra `onnx`.
+
+    Raises:
+        ModuleNotFoundError: it is not installed; the error says how to.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"ONNX needs {error.name or name}: {INSTALL}", name=error.name) from error
+
+
+def check_installed() -> None:
+    """
+    Raises:
+        ModuleNotFoundError: a package that writes or runs ONNX is not installed.
+    """
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        onnx_module(name)
+
+
+def write_graph(
+    graph: nn.Module,
+    inputs: Mapping[str, Tensor],
+    outputs: Sequence[str],
+    axes: Mapping[str, Mapping[int, str]],
+    path: Path,
+) -> None:
+    """Write a module that takes and gives tensors.
+
+    Args:
+        inputs: examples by name, in the order of the module's arguments; each dynamic axis is of 2 or more.
+        outputs: names of what it gives.
+        axes: of each input, the names of the axes whose size may change.
+    """
+    with _quiet(), torch.no_grad():
+        program: Any = torch.onnx.export(
+            graph.eval(),
+            tuple(inputs.values()),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(inputs),
+            output_names=list(outputs),
+            dynamic_shapes=tuple(axes[name] for name in inputs),
+            verbose=False,
+        )
+        program.save(str(path))
+
+
+def write_fp16(source: Path, target: Path) -> None:
+    """The same graph with weights and arithmetic in float16; inputs and outputs stay float32."""
+    float16 = onnx_module("onnxruntime.transformers.float16")
+    onnx, ir = onnx_module("onnx"), onnx_module("onnx_ir")
+    with _quiet():
+        converted = ir.from_proto(float16.convert_float_to_float16(onnx.load(str(source)), keep_io_types=True))
+        converted.graph.sort()  # The conversion puts its casts at the end.
+        ir.save(converted, str(target))
+
+
+def write_int8(source: Path, target: Path) -> None:
+    """The same graph with int8 weights in its matrix products and word embeddings, one scale per output channel.
+
+    What they are multiplied with is quantized as it comes (dynamic quantization), so there is nothing to calibrate.
+    """
+    quantization = onnx_module("onnxruntime.quantization")
+    with _quiet():
+        quantization.quantize_dynamic(
+            str(source),
+            str(target),
+            op_types_to_quantize=INT8_OPERATIONS,
+            per_channel=True,
+            weight_type=quantization.QuantType.QInt8,
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporters' notes on their own insides."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

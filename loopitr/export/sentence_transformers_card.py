@@ -1,0 +1,44 @@
+"""README.md of a SentenceTransformer export."""
+
+from __future__ import annotations
+
+from .source import Source
+
+CARD = """\
+Exported from a `loopitr` model: {parts}, {embed_dim} dimensions, unit length. It loads with sentence-transformers 5.4
+or later, without this package and without `trust_remote_code`.
+
+```python
+{imports}from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("PATH")
+{use}
+```
+{notes}"""
+IMAGE = 'images = model.encode([Image.open("photo.jpg")])'
+TEXT = 'texts = model.encode(["a dog on a beach"])'
+PIL = "from PIL import Image\n"
+NOTES = """
+PIL images of 8 bits per channel give the vectors of the model itself, in every mode. Pictures that an EXIF tag turns
+are to be turned first (`PIL.ImageOps.exif_transpose`), 16-bit and float ones to be scaled to 8 bits.
+"""
+
+
+def sentence_transformers_card(source: Source) -> str:
+    """What the README.md says of it."""
+    config, use, parts = source.model.config, [], []
+    if source.has_images:
+        use.append(IMAGE)
+        parts.append(f"images ({config.vision['name']}, {config.vision['image_size']} px)")
+    if source.has_texts:
+        use.append(TEXT)
+        parts.append(f"texts ({config.text['model_type']})")
+    if len(use) == 2:
+        use.append("similarity = model.similarity(texts, images)")
+    return CARD.format(
+        parts=" and ".join(parts),
+        embed_dim=config.embed_dim,
+        imports=PIL if source.has_images else "",
+        use="\n".join(use),
+        notes=NOTES if source.has_images else "",
+    )

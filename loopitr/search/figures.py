@@ -1,0 +1,93 @@
+"""Hits as HTML: pictures within the page, all text escaped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from html import escape
+
+from loopitr.data import UnreadableImage
+from loopitr.evaluation.thumbnails import thumbnail
+
+from .looking import COLUMN, Placed
+from .searcher import Hit, Searcher
+
+SIDE = 256  # pixels of a picture
+KEPT = 2_000  # pictures, about 10 kB each
+CHARACTERS = 200  # of a caption
+TEMPLATE_SIGNS = {ord(sign): f"&#{ord(sign)};" for sign in "{}$`\\"}
+STYLE = """
+.loopitr { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); }
+.loopitr figure { margin: 0; }
+.loopitr img { aspect-ratio: 4 / 3; width: 100%; object-fit: contain; background: #8882; border-radius: .4rem; }
+.loopitr figcaption { font-size: .85rem; overflow-wrap: anywhere; }
+.loopitr .up { color: #1a7f37; font-weight: bold; }
+.loopitr .down { color: #c62828; font-weight: bold; }
+.loopitr small { opacity: .8; display: block; }
+.loopitr-upload a { pointer-events: none; }
+"""
+
+
+class Thumbnails:
+    """Small pictures of hits as data URIs, of which the last ones are kept. Only images of the index are opened."""
+
+    def __init__(self, searcher: Searcher) -> None:
+        self.searcher = searcher
+        self._kept: dict[str, str] = {}
+
+    def __call__(self, hit: Hit) -> str:
+        """
+        Raises:
+            UnreadableImage: its file is gone, or cannot be opened any more.
+        """
+        if hit.path not in self._kept:
+            small = thumbnail(self.searcher.picture(hit, shortest=SIDE), hit.path, side=SIDE)
+            if len(self._kept) >= KEPT:
+                del self._kept[next(iter(self._kept))]
+            self._kept[hit.path] = small
+        return self._kept[hit.path]
+
+
+def grid(placed: Sequence[Placed], picture: Callable[[Hit], str], *, moves: bool) -> str:
+    """A grid of pictures with place, scores, caption and name; with `moves`, by how many places each moved."""
+    if not placed:
+        return "<p>No image fits.</p>"
+    return '<div class="loopitr">' + "".join(_figure(each, picture, moves=moves) for each in placed) + "</div>"
+
+
+def caption_list(captions: Sequence[tuple[str, float]]) -> str:
+    """Captions with their scores, best first."""
+    if not captions:
+        return "<p>The index has no captions: a column of this name.</p>"
+    items = "".join(f"<li>{text_of(text)} <small>({score:.2f})</small></li>" for text, score in captions)
+    return f"<ol>{items}</ol>"
+
+
+def text_of(text: str, characters: int = CHARACTERS) -> str:
+    """Escaped, also for the templates that the page is made with; of bounded length."""
+    whole = text if len(text) <= characters else text[: characters - 1] + "\u2026"
+    return escape(whole.encode(errors="backslashreplace").decode()).translate(TEMPLATE_SIGNS)
+
+
+def _figure(placed: Placed, picture: Callable[[Hit], str], *, moves: bool) -> str:
+    hit = placed.hit
+    name, path = text_of(os.path.basename(hit.path) or hit.path), text_of(hit.path, 1_000)
+    caption = text_of(str(hit.columns.get(COLUMN) or "").partition("\n")[0])
+    try:
+        image = f'<img src="{picture(hit)}" alt="{caption or name}">'
+    except UnreadableImage as error:
+        image = f"<p>{text_of(error.reason)}</p>"
+    scores = f"similarity {hit.similarity:.3f}"
+    if hit.match is not None:
+        scores += f", match {hit.match:+.2f}"
+    move = _move(placed) if moves else ""
+    below = f'{placed.place}. {move} <span dir="auto">{caption or name}</span><small>{scores}</small>'
+    return f'<figure title="{path}">{image}<figcaption>{below}</figcaption></figure>'
+
+
+def _move(placed: Placed) -> str:
+    places = placed.dual_place - placed.place
+    if not places:
+        return "="
+    kind, sign = ("up", "&uarr;") if places > 0 else ("down", "&darr;")
+    return f'<span class="{kind}" title="the dual head has it at {placed.dual_place}">{sign}{abs(places)}</span>'

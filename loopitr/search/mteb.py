@@ -1,0 +1,265 @@
+"""A model in mteb's benchmarks: the dual encoder alone, and its best candidates reranked by both heads.
+
+import mteb
+
+from loopitr import Retriever
+from loopitr.search.mteb import MtebEncoder, MtebTwoStage
+
+retriever = Retriever.from_pretrained("runs/mine")
+tasks = mteb.get_tasks(["Flickr30kT2IRetrieval"])
+mteb.evaluate(MtebEncoder(retriever), tasks)
+mteb.evaluate(MtebTwoStage(retriever, rerank=100), tasks)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from loopitr.checks import check_at_least
+from loopitr.data import Record
+from loopitr.models.loop_model import LoopITRModel
+
+from .encoding import Portions, score_pairs
+from .inputs import GivenImages, given_texts
+
+if TYPE_CHECKING:
+    from .retriever import Retriever
+
+QUERY_BLOCK = 256  # queries whose similarities with the whole corpus are held at a time
+INSTALL = 'mteb is not installed: pip install "loopitr[mteb]"'
+
+
+class MtebEncoder:
+    """The dual encoder as mteb's `EncoderProtocol`: texts, images, or both, whose vectors are added.
+
+    Results are kept by mteb under the model's name and a hash of its weights, so that another model never gets them.
+    """
+
+    stage = ""
+
+    def __init__(self, retriever: Retriever, *, truncate_dim: int | None = None) -> None:
+        """
+        Args:
+            truncate_dim: the first so many dimensions of the vectors alone.
+
+        Raises:
+            ModuleNotFoundError: mteb is not installed.
+        """
+        if importlib.util.find_spec("mteb") is None:
+            raise ModuleNotFoundError(INSTALL)
+        check_at_least(1, truncate_dim=truncate_dim)
+        self.retriever, self.truncate_dim = retriever, truncate_dim
+
+    @cached_property
+    def mteb_model_meta(self) -> Any:
+        """What mteb writes beside the results."""
+        from mteb.models import ModelMeta
+
+        model, width = self.retriever.model, self.retriever.model.config.embed_dim
+        known = {
+            "name": f"{_hub_name(self.retriever.source)}{self.stage}",
+            "revision": _fingerprint(model),
+            "n_parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "max_tokens": float(self.retriever.processor.tokenizer.model_max_length),
+            "embed_dim": self.truncate_dim or width,
+            "similarity_fn_name": "cosine",
+            "framework": ["PyTorch"],
+            "modalities": ["image", "text"],
+            "use_instructions": False,
+        }
+        if self.truncate_dim is not None:
+            known["name"] += f"-{self.truncate_dim}-dimensions"
+        return ModelMeta.create_empty(known)
+
+    def encode(
+        self,
+        inputs: Iterable[Mapping[str, Any]],
+        *,
+        task_metadata: Any = None,
+        hf_split: str | None = None,
+        hf_subset: str | None = None,
+        prompt_type: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Unit vectors `[n, E]` (CPU, float32) of batches of `text`, `image` or both.
+
+        Raises:
+            ValueError: a blank text, an image that does not open, batches of something else, or `precision`.
+        """
+        if kwargs.get("precision") not in (None, "float32"):
+            raise ValueError(f"precision must be float32 in mteb's tasks, got {kwargs['precision']!r}")
+        width = self.retriever.model.config.embed_dim if self.truncate_dim is None else self.truncate_dim
+        return torch.cat([torch.empty(0, width), *(self._embeds(batch) for batch in inputs)])
+
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> Tensor:
+        """Dot products `[n, m]`."""
+        return self.retriever.similarity(embeddings1, embeddings2)
+
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Tensor:
+        """Dot products `[n]` of rows of equal number."""
+        return (torch.as_tensor(embeddings1).float() * torch.as_tensor(embeddings2).float()).sum(-1)
+
+    def _embeds(self, batch: Mapping[str, Any]) -> Tensor:
+        form: dict[str, Any] = {"show_progress": False, "convert_to_tensor": True, "truncate_dim": self.truncate_dim}
+        parts: list[Any] = []
+        if "text" in batch:
+            parts.append(self.retriever.encode_texts(list(batch["text"]), **form))
+        if "image" in batch:
+            parts.append(self.retriever.encode_images(list(batch["image"]), **form))
+        if not parts:
+            raise ValueError(f"mteb gave a batch without text and image, of {', '.join(batch)}")
+        return F.normalize(torch.stack(parts).sum(0), dim=-1) if len(parts) > 1 else torch.as_tensor(parts[0])
+
+
+class MtebTwoStage(MtebEncoder):
+    """The dual encoder, and its `rerank` best candidates ordered by the reranking score, as mteb's `SearchProtocol`.
+
+    Text queries over images and image queries over texts are reranked; other pairs have no match score and stay as the
+    dual encoder ranks them. In a reranking task (`task.convert_to_reranking`) the candidates are the task's. An image
+    is decoded and encoded once for all its pairs, which mteb's cross encoders, who are handed pair by pair, cannot do.
+    """
+
+    def __init__(self, retriever: Retriever, *, rerank: int = 100) -> None:
+        """
+        Raises:
+            ValueError: a dual encoder alone, or no candidates.
+            ModuleNotFoundError: mteb is not installed.
+        """
+        super().__init__(retriever)
+        if not isinstance(retriever.model, LoopITRModel):
+            raise ValueError(f"a {type(retriever.model).__name__} has no fusion head to rerank with: use MtebEncoder")
+        check_at_least(1, rerank=rerank)
+        self.rerank = rerank
+        self.stage = f"-reranked-{rerank}"
+        self.corpus: Any = None
+
+    def index(self, corpus: Any, **kwargs: Any) -> None:
+        """Keep the corpus; it is encoded when it is searched."""
+        self.corpus = corpus
+
+    def search(
+        self,
+        queries: Any,
+        *,
+        task_metadata: Any,
+        top_k: int,
+        encode_kwargs: Mapping[str, Any],
+        top_ranked: Mapping[str, Sequence[str]] | None = None,
+        num_proc: int | None = None,
+        **kwargs: Any,
+    ) -> dict[str, dict[str, float]]:
+        """Query id -> document id -> score, of the `top_k` best, or of all that `top_ranked` names."""
+        from mteb._create_dataloaders import create_dataloader
+        from mteb.types import PromptType
+
+        portions = {"batch_size": 32, **encode_kwargs}
+        asked, searched = (
+            create_dataloader(data, task_metadata=task_metadata, prompt_type=kind, num_proc=num_proc, **portions)
+            for data, kind in ((queries, PromptType.query), (self.corpus, PromptType.document))
+        )
+        query_ids, document_ids = list(queries["id"]), list(self.corpus["id"])
+        self.corpus = None
+        query_embeds, document_embeds = (self.encode(loader, **encode_kwargs) for loader in (asked, searched))
+        if top_ranked is None:
+            found = _nearest(query_embeds, document_embeds, max(top_k, self.rerank))
+            reranked, kept = self.rerank, top_k
+        else:
+            row = {name: number for number, name in enumerate(document_ids)}
+            chosen = [[row[name] for name in top_ranked.get(query, ())] for query in query_ids]
+            found = [_ordered(embeds @ document_embeds[rows].T, rows) for embeds, rows in zip(query_embeds, chosen)]
+            reranked = kept = max(map(len, chosen), default=0)
+        scores = self._rescored(found, asked.dataset, searched.dataset, reranked, portions["batch_size"])
+        results = {}
+        for query, candidates, values in zip(query_ids, found, scores, strict=True):
+            best = sorted(zip(values, candidates.rows, strict=True), key=lambda pair: -pair[0])[:kept]
+            results[query] = {document_ids[row]: value for value, row in best}
+        return results
+
+    def _rescored(
+        self, found: list[_Candidates], queries: Any, documents: Any, count: int, batch_size: int
+    ) -> list[list[float]]:
+        """Scores of all candidates: the first `count` by the reranking score, and below them the rest by similarity."""
+        kinds = [[kind for kind in ("text", "image") if kind in data.column_names] for data in (queries, documents)]
+        if sorted(kinds) != [["image"], ["text"]]:
+            return [candidates.similarity for candidates in found]
+        pairs = torch.tensor([(q, row) for q, candidates in enumerate(found) for row in candidates.rows[:count]])
+        if not len(pairs):
+            return [[] for _ in found]
+        if kinds[0] == ["text"]:
+            pairs = pairs.flip(1)  # (image, text)
+        used, places = pairs[:, 0].unique(return_inverse=True)
+        images = _Rows(queries if kinds[0] == ["image"] else documents, used.tolist())
+        texts, _ = given_texts(list((documents if kinds[0] == ["image"] else queries)["text"]))
+        model: Any = self.retriever.model
+        portions = Portions(batch_size=batch_size, progress=False)
+        pairs = torch.stack([places, pairs[:, 1]], 1)
+        scores = iter(score_pairs(model, self.retriever.processor, images, texts, pairs, portions).tolist())
+        result = []
+        for candidates in found:
+            first = [next(scores) for _ in candidates.rows[:count]]
+            rest = candidates.similarity[count:]
+            result.append(first + [min(first) - 1 - (rest[0] - similarity) for similarity in rest])
+        return result
+
+
+class _Candidates(NamedTuple):
+    """A query's candidates, best first: rows of the corpus, and their similarities."""
+
+    rows: list[int]
+    similarity: list[float]
+
+
+class _Rows(GivenImages):
+    """Images of a data set's rows, each decoded when it is read."""
+
+    def __init__(self, data: Any, rows: list[int]) -> None:
+        super().__init__([b""] * len(rows), rows)
+        self.data = data
+
+    def read(self, index: int) -> Record:
+        image = self.data[self.positions[index]]["image"]
+        return Record(image=image, captions=(), identity=index, name=self.name(index))
+
+    @property
+    def are_files(self) -> bool:
+        return False
+
+
+def _nearest(queries: Tensor, documents: Tensor, k: int) -> list[_Candidates]:
+    found = []
+    for start in range(0, len(queries), QUERY_BLOCK):
+        top = (queries[start : start + QUERY_BLOCK] @ documents.T).topk(min(k, len(documents)), dim=1)
+        found += [_Candidates(*rows) for rows in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
+    return found
+
+
+def _ordered(similarity: Tensor, rows: list[int]) -> _Candidates:
+    ordered = similarity.sort(descending=True, stable=True)
+    return _Candidates([rows[place] for place in ordered.indices.tolist()], ordered.values.tolist())
+
+
+def _hub_name(source: str | Path | None) -> str:
+    """`OWNER/NAME`, as mteb wants it; a folder is its name."""
+    if source is None:
+        return "loopitr/model"
+    folder = Path(source).expanduser()
+    return f"loopitr/{folder.resolve().name}" if folder.exists() else str(source)
+
+
+def _fingerprint(model: torch.nn.Module) -> str:
+    """12 hex digits of the weights and of what else a score depends on."""
+    digest = hashlib.sha256(repr(getattr(model.config, "similarity_weight", None)).encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        flat = value.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy())
+    return digest.hexdigest()[:12]

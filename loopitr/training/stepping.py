@@ -1,0 +1,99 @@
+"""One optimiser step: forward and backward passes of its batches, the gradient's norm, the step if all is finite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from torch.optim.lr_scheduler import LRScheduler
+
+from loopitr.data import Batch
+from loopitr.distributed import average_gradients
+from loopitr.objective.grad_cache import cached_backward
+from loopitr.objective.loop_objective import LoopObjective
+from loopitr.objective.parts import StepOutput
+from loopitr.training.divergence import StepGuard
+from loopitr.training.options import TrainOptions
+
+
+class Stepper:
+    """Accumulates the gradients of `options.accumulation` batches, then steps optimiser and schedule."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        prepared: Any,
+        bare: LoopObjective,
+        optimizer: Any,
+        scheduler: LRScheduler,
+        options: TrainOptions,
+        *,
+        folder: Path,
+        log: Callable[[str], None] = print,
+    ) -> None:
+        """
+        Args:
+            prepared, optimizer: accelerate's; `bare` is the objective in the former.
+            folder, log: where the steps are named that were left out, see `StepGuard`.
+        """
+        self.accelerator, self.prepared, self.bare = accelerator, prepared, bare
+        self.optimizer, self.scheduler, self.options = optimizer, scheduler, options
+        self.guard = StepGuard(
+            accelerator, bare.model, optimizer, folder=folder, most_in_row=options.max_bad_steps, log=log
+        )
+        self.micro = 0  # batches so far of the step that is being accumulated
+
+    def backward(self, batch: Batch, stage: dict[str, Any]) -> StepOutput:
+        """Add a batch's gradients. `stage`: what else the objective is called with at this step."""
+        accelerator, chunk_size = self.accelerator, self.options.chunk_size
+        self.guard.start_batch(batch)
+        inputs = send_to_device(batch.inputs, accelerator.device, non_blocking=True)
+        self.micro += 1
+        with nullcontext() if self.is_full and chunk_size is None else accelerator.no_sync(self.prepared):
+            if chunk_size is None:
+                output: StepOutput = self.prepared(**inputs, **stage)  # Autocast is inside.
+                self._backward_from(output)
+            else:
+                output = cached_backward(
+                    self.bare,
+                    inputs,
+                    chunk_size=chunk_size,
+                    backward=self._backward_from,
+                    autocast=accelerator.autocast,
+                    **stage,
+                )
+        if self.is_full and chunk_size is not None:
+            average_gradients(self._parameters)
+        return output
+
+    def _backward_from(self, output: StepOutput) -> None:
+        self.guard.note(output)
+        self.accelerator.backward(output.loss)  # This divides by the accumulation.
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the batches make a step."""
+        return self.micro == self.options.accumulation
+
+    @property
+    def _parameters(self) -> list[torch.Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def step(self) -> None:
+        """A step that the guard leaves out is one of the schedule all the same."""
+        self.micro = 0
+        self.guard.step(self.accelerator.clip_grad_norm_(self._parameters, self.options.clip))
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        self.bare.after_step()
+
+    def drop(self) -> None:
+        """Forget batches that did not fill a step."""
+        self.micro = 0
+        self.optimizer.zero_grad()
+        self.guard.drop()

@@ -1,0 +1,146 @@
+"""Training processes that soak.py forks, looks at and kills: what they are doing, and what they have trained on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import runpy
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+# Before the first fork: every training process has them without importing them again.
+from loopitr.building import build as _build  # noqa: F401
+from loopitr.cli import parse, run
+from loopitr.data.loader import EpochLoader
+from loopitr.objective import build as _objective  # noqa: F401
+from loopitr.training import saving, trainer, validation
+from loopitr.training.options import PretrainOptions
+
+RECIPE = Path(__file__).parents[1] / "pretrain.py"
+TINY = [
+    *("--model.vision.name=resnet10t", "--model.vision.image_size=32", "--model.vision.pretrained=false"),
+    "--model.vision.kwargs={channels: [8, 8, 16, 16], stem_width: 8, output_stride: 8}",
+    *("--model.text.name=scenes", "--model.text.pretrained=false", "--model.text.max_length=32"),
+    "--model.text.kwargs={hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 32}",
+    "--model.fusion={num_layers: 1, num_heads: 2, intermediate_size: 32, dropout: 0.1}",
+    *("--model.embed_dim=16", "--data.scenes=true", "--data.scenes_val=16", "--data.scenes_image_size=32"),
+    *("--data.randaugment=true", "--data.crop_scale_min=0.5", "--data.num_workers=0", "--objective.mining=sample"),
+    *("--train.batch_size=8", "--train.backbone_lr=1e-3", "--train.lr=1e-3", "--train.tracker=none"),
+    *("--train.checkpoint_every=7", "--train.log_every=3", "--validation.rerank=4", "--validation.final_rerank=8"),
+    "--validation.every_steps=10",
+]
+PHASES = ("starting", "step", "save", "validation", "final table", "cache")
+
+
+class Phase:
+    """What the training process is doing, in memory that this one shares."""
+
+    def __init__(self) -> None:
+        self.shared = mmap.mmap(-1, 1)
+
+    def read(self) -> str:
+        return PHASES[self.shared[0]]
+
+    @contextlib.contextmanager
+    def during(self, name: str) -> Iterator[None]:
+        before, self.shared[0] = self.shared[0], PHASES.index(name)
+        try:
+            yield
+        finally:
+            self.shared[0] = before
+
+    def wrap(self, owner: Any, name: str, phase: str) -> None:
+        """`owner.name` is called in that phase."""
+        original = getattr(owner, name)
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            with self.during(phase):
+                return original(*args, **kwargs)
+
+        setattr(owner, name, wrapped)
+
+
+def note_samples(path: Path) -> None:
+    """In the training process: each step's images go to a line of `path`; of a step made twice, the last one counts."""
+    names: list[str] = []
+    epoch, step = EpochLoader.epoch, trainer.Trainer._step
+
+    def noted_epoch(self: EpochLoader, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        for batch in epoch(self, *args, **kwargs):
+            names.extend(batch.names)
+            yield batch
+
+    def noted_step(self: trainer.Trainer) -> None:
+        step(self)
+        with path.open("a") as file:
+            file.write(json.dumps({"step": self.progress.step, "images": names}) + "\n")
+        names.clear()
+
+    EpochLoader.epoch, trainer.Trainer._step = noted_epoch, noted_step  # type: ignore[method-assign]
+
+
+def samples(path: Path) -> dict[int, list[str]]:
+    """The images of each step."""
+    steps = {}
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):  # A killed process did not come to the line's end.
+            row = json.loads(line)
+            steps[row["step"]] = row["images"]
+    return steps
+
+
+def train(folder: Path, words: list[str], *, phase: Phase, resume: bool) -> int:
+    """Fork a training process; returns its pid."""
+    folder.mkdir(parents=True, exist_ok=True)
+    words = [*TINY, *words, f"--train.output_dir={folder / 'run'}", *(["--resume=true"] if resume else [])]
+    phase.shared[0] = 0
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        with contextlib.suppress(OSError):  # It has done so itself.
+            os.setpgid(pid, pid)
+        return pid
+    status = 70
+    try:
+        log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.setpgrp()
+        note_samples(folder / "samples.jsonl")
+        phase.wrap(saving.Saver, "save", "save")
+        phase.wrap(validation.Validator, "validate", "validation")
+        phase.wrap(trainer.Trainer, "_finish", "final table")
+        phase.wrap(trainer.Trainer, "_epoch", "step")
+        phase.wrap(trainer.Caches, "images", "cache")
+        run(lambda: runpy.run_path(str(RECIPE))["make_trainer"](parse(PretrainOptions, words)).run())
+        status = 0
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+
+
+def ended(pid: int, *, until: float = float("inf"), look: Callable[[], None] = lambda: None) -> int | None:
+    """The exit status; None: it runs at the time `until` (`time.monotonic`)."""
+    while time.monotonic() < until:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        look()
+        time.sleep(0.002)
+    return None
+
+
+def last_words(folder: Path) -> str:
+    return " ".join((folder / "log").read_text()[-600:].split())

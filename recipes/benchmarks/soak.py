@@ -1,0 +1,242 @@
+"""python recipes/benchmarks/soak.py [--minutes 10] [--kills 100] [--output F.json]
+
+Trains tiny models on the built-in scenes for a set time while it kills the training at random moments (SIGKILL, every
+fifth time SIGTERM) and starts it again with --resume, in several settings by turns. What comes out is compared with a
+run of the same options that nobody disturbed: `history.jsonl` and `model.safetensors` byte by byte, and the images of
+every step. The undisturbed runs are also watched: growth of memory per 1,000 steps, open files. Linux and macOS, CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+from forked import Phase, ended, last_words, samples, train
+
+from loopitr.checks import check_at_least
+from loopitr.cli import check_output_file, parse, run
+from loopitr.evaluation.report import markdown_table
+from loopitr.training.reporting import write_json
+
+SETTINGS = {
+    "all at once": ["--objective.mlm=1"],
+    "momentum teacher, accumulation": [
+        *("--objective.teacher=momentum", "--objective.teacher_margin=-100", "--train.accumulation=2"),
+        "--train.batch_size=4",
+    ],
+    "worker, image cache": ["--data.num_workers=1", "--data.cache_images={cache}"],
+    "gate, fusion later": ["--objective.teacher=match_plus_similarity", "--train.fusion_start=0.3"],
+    "in chunks": ["--train.chunk_size=4", "--model.vision.pooling=mean", "--data.captions=all", "--train.max_steps=64"],
+}
+
+
+@dataclass
+class Options:
+    minutes: float = 10.0
+    """Starts no other run after so long."""
+    kills: int = 100
+    """Stops after so many."""
+    images: int = 256
+    """Training scenes."""
+    epochs: int = 2
+    memory_steps: int = 1000
+    """Steps of the run whose memory is watched; 0: none."""
+    seed: int = 0
+    """Of the moments."""
+    folder: str | None = None
+    """Where the runs are kept; unset: a temporary folder."""
+    output: str | None = None
+    """JSON file for the figures."""
+
+    def __post_init__(self) -> None:
+        check_at_least(1, kills=self.kills, images=self.images, epochs=self.epochs)
+        check_at_least(0, minutes=self.minutes, memory_steps=self.memory_steps)
+        if not hasattr(os, "fork"):
+            raise ValueError("soak.py forks its training processes, which this system cannot")
+        if self.output:
+            check_output_file(self.output)
+
+
+@dataclass
+class Tally:
+    """What happened in one setting."""
+
+    rounds: int = 0
+    kills: Counter[str] = field(default_factory=Counter)  # by phase
+    stopped: int = 0
+    equal: int = 0
+    lost: int = 0
+    doubled: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def undisturbed(folder: Path, words: list[str], phase: Phase) -> float:
+    """The run to compare with; returns its seconds."""
+    started = time.monotonic()
+    status = ended(train(folder, words, phase=phase, resume=False))
+    if status:
+        raise ValueError(f"the undisturbed run ended with status {status}: {last_words(folder)}")
+    return time.monotonic() - started
+
+
+def disturb(
+    folder: Path,
+    words: list[str],
+    whole: Path,
+    seconds: float,
+    phase: Phase,
+    tally: Tally,
+    end: float,
+    kills_left: Callable[[], int],
+    draw: random.Random,
+) -> None:
+    """One run, killed at random moments until it is through, and compared."""
+    shutil.rmtree(folder, ignore_errors=True)
+    tally.rounds += 1
+    resume, patience = False, 0.4 * seconds
+    while True:
+        pid = train(folder, words, phase=phase, resume=resume)
+        resume = True
+        may_kill = kills_left() > 0 and time.monotonic() < end
+        moment = time.monotonic() + draw.uniform(0, patience) if may_kill else float("inf")
+        status = ended(pid, until=moment)
+        if status is None:
+            number = signal.SIGTERM if sum(tally.kills.values()) % 5 == 4 else signal.SIGKILL
+            tally.kills[phase.read()] += 1
+            os.killpg(pid, number)
+            status = ended(pid, until=time.monotonic() + 60)
+            if status is None:
+                os.kill(pid, signal.SIGKILL)
+                tally.problems.append(f"it ignored signal {number} for a minute")
+            elif number == signal.SIGTERM and status == 128 + number:
+                tally.stopped += 1
+            elif status not in (-number, 0):
+                tally.problems.append(f"signal {number} ended it with status {status}: {last_words(folder)}")
+            patience *= 1.05  # The later a run is, the longer it needs to come further than its newest checkpoint.
+            if status != 0:
+                continue
+        if status:
+            tally.problems.append(f"resumed, it ended with status {status}: {last_words(folder)}")
+            return
+        break
+    if "Traceback" in (folder / "log").read_text():
+        tally.problems.append("a traceback in its log")
+    same = all(
+        (folder / "run" / name).read_bytes() == (whole / "run" / name).read_bytes()
+        for name in ("history.jsonl", "model.safetensors")
+    )
+    tally.equal += same
+    if not same:
+        tally.problems.append("its weights or its history differ")
+    wanted, had = (samples(path / "samples.jsonl") for path in (whole, folder))
+    for step in {**wanted, **had}:
+        a, b = Counter(wanted.get(step, [])), Counter(had.get(step, []))
+        tally.lost += (a - b).total()
+        tally.doubled += (b - a).total()
+
+
+def watch_memory(folder: Path, steps: int, phase: Phase) -> dict[str, float]:
+    """A longer run, looked at from outside: MiB per 1,000 steps (a line through the later three quarters), files."""
+    points: list[tuple[int, float]] = []
+    files: list[int] = []
+    words = [f"--train.max_steps={steps}", "--train.epochs=1000", "--data.scenes_train=256", "--train.log_every=10"]
+    words += ["--validation.every_steps=0", "--validation.every_epochs=0", "--train.checkpoint_every=100"]
+    pid = train(folder, words, phase=phase, resume=False)
+    process, last = psutil.Process(pid), [0.0]
+
+    def look() -> None:
+        if time.monotonic() - last[0] < 0.5:
+            return
+        last[0] = time.monotonic()
+        with contextlib.suppress(OSError, ValueError, IndexError, psutil.Error):
+            lines = (folder / "run" / "history.jsonl").read_text().splitlines()
+            points.append((json.loads(lines[-1])["step"], process.memory_info().rss / 2**20))
+            files.append(process.num_fds())
+
+    if ended(pid, look=look):
+        raise ValueError(f"the watched run failed: {last_words(folder)}")
+    later = [(step, mib) for step, mib in points if step > steps / 4]
+    slope = statistics.linear_regression(*zip(*later)).slope if len({step for step, _ in later}) > 1 else 0.0
+    half = len(files) // 2
+    return {
+        "mib_per_1000_steps": 1000 * slope,
+        "mib": max(mib for _, mib in points),
+        "files_first_half": max(files[:half] or [0]),
+        "files_second_half": max(files[half:] or [0]),
+    }
+
+
+def main() -> None:
+    options = parse(Options, description=__doc__)
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with contextlib.ExitStack() as stack:
+        root = Path(options.folder or stack.enter_context(tempfile.TemporaryDirectory()))
+        soak(options, root)
+
+
+def soak(options: Options, root: Path) -> None:
+    phase, draw = Phase(), random.Random(options.seed)
+    end = time.monotonic() + 60 * options.minutes
+    memory = watch_memory(root / "memory", options.memory_steps, phase) if options.memory_steps else {}
+    tallies = {name: Tally() for name in SETTINGS}
+    seconds: dict[str, float] = {}
+
+    def kills_left() -> int:
+        return options.kills - sum(sum(tally.kills.values()) for tally in tallies.values())
+
+    for number in range(10**6):
+        name = list(SETTINGS)[number % len(SETTINGS)]
+        if kills_left() <= 0 or time.monotonic() >= end:
+            break
+        place = root / name.replace(", ", "-").replace(" ", "_")
+        words = [word.format(cache=place / "cache") if "{cache}" in word else word for word in SETTINGS[name]]
+        words += [f"--data.scenes_train={options.images}", f"--train.epochs={options.epochs}"]
+        if name not in seconds:
+            seconds[name] = undisturbed(place / "whole", words, phase)
+        shutil.rmtree(place / "cache", ignore_errors=True)
+        disturb(place / "parts", words, place / "whole", seconds[name], phase, tallies[name], end, kills_left, draw)
+        print(
+            f"{name}: {sum(tallies[name].kills.values())} kills, {tallies[name].problems or 'no problem'}", flush=True
+        )
+    report(options, tallies, memory)
+
+
+def report(options: Options, tallies: dict[str, Tally], memory: dict[str, float]) -> None:
+    rows, total = [], Counter[str]()
+    for name, tally in tallies.items():
+        total += tally.kills
+        killed = sum(tally.kills.values())
+        cells = killed, tally.stopped, tally.rounds, tally.equal, tally.lost, tally.doubled, len(tally.problems)
+        rows.append([name, *map(str, cells)])
+    print(markdown_table(["setting", "kills", "SIGTERM", "runs", "equal", "lost", "doubled", "problems"], rows))
+    print(f"\n{total.total()} kills, during: " + ", ".join(f"{phase} {count}" for phase, count in total.most_common()))
+    if memory:
+        print(
+            f"memory over {options.memory_steps} steps: {memory['mib']:.0f} MiB at most, "
+            f"{memory['mib_per_1000_steps']:+.1f} MiB per 1,000 steps; open files at most "
+            f"{memory['files_first_half']:.0f} in its first half, {memory['files_second_half']:.0f} in its second"
+        )
+    problems = [f"{name}: {problem}" for name, tally in tallies.items() for problem in tally.problems]
+    if options.output:
+        figures = {name: {**vars(tally), "kills": dict(tally.kills)} for name, tally in tallies.items()}
+        write_json(Path(options.output), {"options": vars(options), "figures": figures, "memory": memory})
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+if __name__ == "__main__":
+    run(main)

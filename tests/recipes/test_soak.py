@@ -1,0 +1,32 @@
+"""The soak runs, kills, resumes and compares; how many kills a run survives is not tested here."""
+
+import json
+
+import pytest
+from helpers.recipe_process import call, error_lines, run_here
+
+
+@pytest.mark.slow
+def test_a_few_kills(monkeypatch, capsys, tmp_path):
+    words = ["--kills", 2, "--images", 32, "--epochs", 1, "--memory_steps", 0, "--folder", tmp_path]
+    done = run_here(monkeypatch, capsys, "benchmarks/soak.py", *words, "--output", tmp_path / "figures.json")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())["figures"]
+    assert sum(sum(tally["kills"].values()) for tally in figures.values()) == 2
+    done_runs = [tally for tally in figures.values() if tally["rounds"]]
+    assert done_runs and all(tally["equal"] == tally["rounds"] for tally in done_runs)
+    assert all(tally["lost"] == tally["doubled"] == 0 for tally in done_runs)
+    assert "| all at once " in done.stdout and "2 kills, during: " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--kills", 0, "kills must be at least 1, got 0"),
+        ("--minutes", -1, "minutes must be at least 0, got -1.0"),
+    ],
+)
+def test_bad_options_are_one_line(monkeypatch, capsys, option, value, said):
+    monkeypatch.delenv("LOOPITR_DEBUG", raising=False)
+    status, errors = call(monkeypatch, capsys, "benchmarks/soak.py", option, value)
+    assert status == 2 and said in error_lines(errors)[0]
