@@ -15,8 +15,8 @@ from .subcommands import Command, dispatch, positional
 
 # What the options do without is imported where it is used, so that --help does not wait for torch.
 if TYPE_CHECKING:
-    from loopitr.search.indexing import IndexReport
     from loopitr.search.searcher import Hit
+    from loopitr.search.writer import IndexReport
 
 ABOUT = """\
 Search images by text or by image: the dual head finds candidates, the fusion head orders them. An index is a folder.

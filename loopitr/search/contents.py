@@ -3,6 +3,8 @@ that are no files. A LanceDB table of its own, here or in object storage."""
 
 from __future__ import annotations
 
+import math
+import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lance import ALL, _delete, _line, _names, _put, connect
+from .lance import ALL, connect, delete_rows, line_of, put_rows, table_names, tidy
 from .manifest import TOKEN_TYPES, Manifest
+
+GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +30,8 @@ class Content:
 class Contents:
     """Tokens and encoded images by id."""
 
-    def __init__(self, table: Any, manifest: Manifest) -> None:
-        self.table = table
+    def __init__(self, table: Any, manifest: Manifest, place: str | Path) -> None:
+        self.table, self.place = table, place
         self.dtype = getattr(torch, TOKEN_TYPES[manifest.tokens]) if manifest.tokens else None
         self.shape = manifest.token_shape
 
@@ -43,11 +47,33 @@ class Contents:
         database = connect(place)
         columns = [("id", pa.int64()), ("tokens", pa.large_binary()), ("encoded", pa.large_binary())]
         try:
-            if create and "contents" not in _names(database):
+            if create and "contents" not in table_names(database):
                 database.create_table("contents", schema=pa.schema(columns))
-            return cls(database.open_table("contents"), manifest)
+            return cls(database.open_table("contents"), manifest, place)
         except (ValueError, RuntimeError, OSError) as error:
-            raise ValueError(f"the contents of an index cannot be opened in {place}: {_line(error)}") from error
+            raise ValueError(f"the contents of an index cannot be opened in {place}: {line_of(error)}") from error
+
+    @classmethod
+    def check_new(cls, manifest: Manifest) -> None:
+        """
+        Raises:
+            ValueError: another index's contents lie there already.
+        """
+        if manifest.contents is not None and "contents" in table_names(connect(manifest.contents)):
+            raise ValueError(f"{manifest.contents} holds the contents of an index already; choose another place")
+
+    def check_room(self, count: int) -> None:
+        """
+        Raises:
+            ValueError: the disk, if it is one, has less room than the tokens of so many images need.
+        """
+        place = Path(str(self.place))
+        if self.dtype is None or self.shape is None or not place.is_dir():
+            return
+        need, free = count * math.prod(self.shape) * self.dtype.itemsize, shutil.disk_usage(place).free
+        if need > free:
+            sizes = f"{need / GIB:.1f} GiB, {free / GIB:.1f} are free"
+            raise ValueError(f"{place}: keeping the tokens of {count} images needs {sizes}; index with tokens none")
 
     def ids(self) -> list[int]:
         return self.table.search(None).select(["id"]).limit(ALL).to_arrow()["id"].to_pylist()
@@ -68,7 +94,7 @@ class Contents:
             "tokens": pa.array(raw, pa.large_binary()),
             "encoded": pa.array(encoded, pa.large_binary()),
         }
-        _put(self.table, pa.table(columns), replace=bool(replaced))
+        put_rows(self.table, pa.table(columns), replace=bool(replaced))
 
     def get(self, ids: Sequence[int], *, encoded: bool = False) -> dict[int, Content]:
         """Of the images that there is something of.
@@ -88,12 +114,10 @@ class Contents:
         }
 
     def delete(self, ids: Sequence[int]) -> None:
-        _delete(self.table, ids)
+        delete_rows(self.table, ids)
 
     def finish(self) -> None:
-        from datetime import timedelta
-
-        self.table.optimize(cleanup_older_than=timedelta(hours=1))
+        tidy(self.table)
 
     def _content(self, buffer: Any, *, encoded: bool) -> Content:
         if encoded:

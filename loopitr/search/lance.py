@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 ALL = 2**32 - 1  # no limit
+KEPT = timedelta(hours=1)  # versions of a table that nobody needs any more, but for a search that goes on
 INDEXED_FROM = 20_000  # images: searching so many one by one takes longer than an index does
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 HIDDEN = ("id", "file", "embed")  # columns that are no one's business
@@ -56,7 +58,8 @@ def connect(folder: str | Path) -> Any:
         import lancedb
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError('searching needs LanceDB: pip install "loopitr[search]"') from error
-    return lancedb.connect(str(folder))
+    # Every read looks whether there is a newer version.
+    return lancedb.connect(str(folder), read_consistency_interval=timedelta(0))
 
 
 class LanceImages:
@@ -73,11 +76,13 @@ class LanceImages:
         """
         database = connect(folder)
         try:
-            if create and "images" not in _names(database):
+            if create and "images" not in table_names(database):
                 database.create_table("images", schema=_schema(embed_dim))
             return cls(database.open_table("images"), embed_dim)
         except (ValueError, RuntimeError, OSError) as error:
-            raise ValueError(f"{folder} is a damaged index: {_line(error)}; index again into another folder") from error
+            raise ValueError(
+                f"{folder} is a damaged index: {line_of(error)}; index again into another folder"
+            ) from error
 
     def __len__(self) -> int:
         return self.table.count_rows()
@@ -113,10 +118,10 @@ class LanceImages:
             **{name: [_cell(row.columns.get(name), schema.field(name)) for row in rows] for name in extra},
         }
         arrow = pa.table({name: columns[name] for name in schema.names}, schema=schema)
-        _put(self.table, arrow, replace=bool(replaced))
+        put_rows(self.table, arrow, replace=bool(replaced))
 
     def delete(self, ids: Sequence[int]) -> None:
-        _delete(self.table, ids)
+        delete_rows(self.table, ids)
 
     def search(self, vector: np.ndarray, limit: int, where: str | None = None, *, exact: bool = False) -> list[Found]:
         """The images nearest to `vector [E]`, best first.
@@ -138,12 +143,12 @@ class LanceImages:
         """Put many small writes together, and index the vectors where there are many."""
         from lancedb.index import IvfFlat
 
-        # A version that a search has open stays for an hour.
-        self.table.optimize(cleanup_older_than=timedelta(hours=1))
+        tidy(self.table)
         count = len(self)
         if count > INDEXED_FROM and self.vector_index() is None:
             config = IvfFlat(distance_type="dot", num_partitions=_partitions(count))
-            self.table.create_index("embed", config=config)
+            with writing_to(self.table):
+                self.table.create_index("embed", config=config)
 
     def columns(self) -> list[str]:
         """Those that searches can filter by."""
@@ -171,7 +176,7 @@ class LanceImages:
             self.table.add_columns([pa.field(name, kind) for name, kind in new.items()])
 
 
-def _names(database: Any) -> list[str]:
+def table_names(database: Any) -> list[str]:
     return list(database.list_tables().tables)
 
 
@@ -219,16 +224,37 @@ def _vectors(embeds: np.ndarray) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(flat, embeds.shape[1])
 
 
-def _put(table: Any, rows: pa.Table, *, replace: bool) -> None:
-    if replace:
-        table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(rows)
-    else:
-        table.add(rows)
+@contextmanager
+def writing_to(table: Any) -> Iterator[None]:
+    """Turns LanceDB's errors into one that names the table: a full disk is a RuntimeError of hers.
+
+    Raises:
+        OSError: what is written in the block cannot be.
+    """
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        raise OSError(f"table {table.name!r} of the index cannot be written to: {line_of(error)}") from error
 
 
-def _delete(table: Any, ids: Sequence[int]) -> None:
-    for start in range(0, len(ids), 10_000):
-        table.delete(f"id IN ({', '.join(map(str, ids[start : start + 10_000]))})")
+def tidy(table: Any) -> None:
+    """Many small writes become few files, which the vector index, if there is one, takes in."""
+    with writing_to(table):
+        table.optimize(cleanup_older_than=KEPT)
+
+
+def put_rows(table: Any, rows: pa.Table, *, replace: bool) -> None:
+    with writing_to(table):
+        if replace:
+            table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(rows)
+        else:
+            table.add(rows)
+
+
+def delete_rows(table: Any, ids: Sequence[int]) -> None:
+    with writing_to(table):
+        for start in range(0, len(ids), 10_000):
+            table.delete(f"id IN ({', '.join(map(str, ids[start : start + 10_000]))})")
 
 
 def _asked(query: Any, where: str | None, *, limit: int, names: list[str]) -> list[dict[str, Any]]:
@@ -236,8 +262,8 @@ def _asked(query: Any, where: str | None, *, limit: int, names: list[str]) -> li
         return query.select(names).limit(limit).to_arrow().to_pylist()
     except (ValueError, RuntimeError) as error:
         if where is None:
-            raise ValueError(f"the index cannot be read: {_line(error)}") from error
-        raise ValueError(f"where {where!r}: {_line(error)}") from error
+            raise ValueError(f"the index cannot be read: {line_of(error)}") from error
+        raise ValueError(f"where {where!r}: {line_of(error)}") from error
 
 
 def _whole(where: str) -> str:
@@ -245,7 +271,7 @@ def _whole(where: str) -> str:
     return f"({where})"
 
 
-def _line(error: Exception) -> str:
+def line_of(error: Exception) -> str:
     """LanceDB's message without the place in its own source."""
     text = " ".join(str(error).split())
     return text.removeprefix("Invalid input, ").partition(", /")[0]

@@ -46,7 +46,8 @@ class Searcher:
     """Searches an index that `build_index` or `loopitr search index` has made.
 
     The dual head finds candidates by their vectors; of a text, the fusion head scores them again. Kept image tokens
-    make that possible without opening an image. A searcher sees the index as it was when it was opened.
+    make that possible without opening an image. What is added or removed meanwhile is seen by the next
+    search.
 
     Example:
         >>> import tempfile

@@ -102,8 +102,14 @@ def indexing(options: Options, retriever: loopitr.Retriever, folder: Path) -> di
 
     def index() -> None:
         output = folder / f"index{next(number)}"
-        kept = {"batch_size": options.batch_size, "num_workers": options.num_workers, "show_progress": False}
-        build_index(source, retriever, output, **kept)
+        build_index(
+            source,
+            retriever,
+            output,
+            batch_size=options.batch_size,
+            num_workers=options.num_workers,
+            show_progress=False,
+        )
 
     calls = {"tower": partial(tower, retriever, pixels, count, options.batch_size), "index": index}
     timed = interleaved(calls, rounds=options.rounds, device=options.device)

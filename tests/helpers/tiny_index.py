@@ -10,7 +10,7 @@ from helpers.support import tiny_model
 from helpers.tiny_gallery import jpeg, picture, tiny_processor
 
 from loopitr import Retriever, build_index
-from loopitr.search.indexing import IndexReport
+from loopitr.search.writer import IndexReport
 
 
 def tiny_retriever(**changes: Any) -> Retriever:

@@ -16,7 +16,7 @@ from helpers.tiny_index import index, tiny_retriever, write_bad_photos, write_ph
 from PIL import Image
 
 from loopitr import Searcher
-from loopitr.search import indexing
+from loopitr.search import writer
 from loopitr.search.contents import Contents
 from loopitr.search.indexing import add_images
 from loopitr.search.lance import LanceImages
@@ -138,20 +138,20 @@ def test_changed_files_are_replaced_and_gone_ones_stay_until_they_are_removed(tm
 
 KILLED = """
 import sys
-from pathlib import Path
-from loopitr.search import indexing
-indexing.COMMIT_IMAGES = 4
-write = indexing._Writer._write
+from loopitr.search import indexing, writer
+writer.COMMIT_IMAGES = 4
+write = writer.Writer._write
 def and_tell(self, waiting):
     write(self, waiting)
     print("written", flush=True)
-indexing._Writer._write = and_tell
+writer.Writer._write = and_tell
 how = {"device": "cpu", "batch_size": 4, "num_workers": 1, "show_progress": False}
 indexing.build_index(sys.argv[1], sys.argv[2], sys.argv[3], **how)
 """
 
 
-def test_a_killed_process_loses_and_doubles_nothing(tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_a_killed_process_loses_and_doubles_nothing(tmp_path):
     photos, run = write_photos(tmp_path / "photos", 160), save_tiny(tmp_path / "run")
     words = [sys.executable, "-c", KILLED, photos, run, tmp_path / "index"]
     process = subprocess.Popen([str(word) for word in words], env=environment(), stdout=subprocess.PIPE, text=True)
@@ -172,7 +172,7 @@ def test_a_killed_process_loses_and_doubles_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("where", ["contents", "images"])
 def test_whatever_is_written_when_the_process_ends(where, tmp_path, monkeypatch):
     photos, retriever = write_photos(tmp_path / "photos", 12), tiny_retriever()
-    monkeypatch.setattr(indexing, "COMMIT_IMAGES", 4)
+    monkeypatch.setattr(writer, "COMMIT_IMAGES", 4)
     part = Contents if where == "contents" else LanceImages
     put, calls = part.put, []
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -208,17 +209,44 @@ def test_what_is_no_index(tmp_path, photos, retriever):
         Searcher.open(tmp_path / "index", model=retriever)
 
 
-def test_a_searcher_sees_the_index_as_it_was_opened(tmp_path, retriever):
+def test_a_searcher_sees_what_is_added_and_removed_meanwhile(tmp_path, retriever):
     photos = write_photos(tmp_path / "photos", 4)
     index(photos, retriever, tmp_path / "index")
     searcher = Searcher.open(tmp_path / "index", model=retriever)
+    assert sorted(names(searcher.search("a dog"))) == [f"{i:03}.jpg" for i in range(4)]
     write_photos(photos, 2, first=4)
     add_images(photos, tmp_path / "index", model=retriever, num_workers=0, show_progress=False)
     remove_images(tmp_path / "index", [photos / "000.jpg"])
-    assert sorted(names(searcher.search("a dog"))) == [f"{i:03}.jpg" for i in range(4)]
-    assert sorted(names(Searcher.open(tmp_path / "index", model=retriever).search("a dog"))) == [
-        f"{i:03}.jpg" for i in range(1, 6)
-    ]
+    hits = searcher.search("a dog")
+    assert sorted(names(hits)) == [f"{i:03}.jpg" for i in range(1, 6)] and all(hit.match is not None for hit in hits)
+
+
+def test_tokens_in_another_place(tmp_path, photos, retriever):
+    place = tmp_path / "place"
+    index(photos, retriever, tmp_path / "index", contents=str(place))
+    assert not (tmp_path / "index" / "contents.lance").exists() and (place / "contents.lance").is_dir()
+    hits = Searcher.open(tmp_path / "index", model=retriever).search("a dog")
+    assert all(hit.match is not None for hit in hits)
+    with pytest.raises(ValueError, match="place holds the contents of an index already"):
+        index(photos, retriever, tmp_path / "other", contents=str(place))
+
+
+def test_a_disk_that_is_full(tmp_path, photos, retriever, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+        with pytest.raises(ValueError, match="keeping the tokens of 12 images needs .* GiB, 0.0 are free; index with"):
+            index(photos, retriever, tmp_path / "index")
+        index(photos, retriever, tmp_path / "bare", tokens="none")
+
+    def full(*_, **__):
+        raise RuntimeError("lance error: LanceError(IO): No space left on device (os error 28), /root/x.rs:3")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("lancedb.table.LanceTable.add", full)
+        with pytest.raises(OSError, match="table 'contents' of the index cannot be written to: .*No space left"):
+            index(photos, retriever, tmp_path / "index")
+    assert index(photos, retriever, tmp_path / "index").added == COUNT
 
 
 def test_a_store_that_does_not_answer_and_one_that_is_taken(tmp_path, photos, retriever):
