@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from .collate import Batch, Collator, caption_id, count_truncated
     from .dataset import CaptionDataset, EpochSampler, StreamDataset
     from .decoded import DecodedImages
-    from .hub import HubRecords, HubStream, load_hub
+    from .hub import HubRecords, load_hub
+    from .hub_stream import HubStream
     from .image_cache import ImageCache
     from .images import UnreadableImage, decode_image
     from .karpathy import load_albef, load_karpathy
@@ -49,7 +50,7 @@ _MODULES = {
     "EpochSampler": ".dataset",
     "EvaluatedRecords": ".splits",
     "HubRecords": ".hub",
-    "HubStream": ".hub",
+    "HubStream": ".hub_stream",
     "ImageCache": ".image_cache",
     "LazyRecords": ".records",
     "LoadReport": ".records",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
-from .hub import HubStream
+from .hub_stream import HubStream
 from .image_cache import ImageCache
 from .images import UnreadableImage, decode_image
 from .records import DataError, Record, caption_count, captions_of, identity_of, name_of, stable_hash

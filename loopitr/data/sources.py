@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from .hub import HubRecords, HubStream, load_hub
+from .hub import HubRecords, load_hub
+from .hub_stream import HubStream
 from .karpathy import join_lists, load_albef, load_karpathy
 from .records import (
     DataError,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .hub import HubStream
+from .hub_stream import HubStream
 from .records import DataError, LoadReport, Record
 from .sources import SOURCES, DataOptions, has_splits, held_out_fraction, load_records, source_of
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from .hub import HubStream
+from .hub_stream import HubStream
 from .overlap import SharedImage, listed, shared_images
 from .records import DataError, Record
 from .scenes import SceneRecords

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -212,3 +213,29 @@ def _check_image(image: Any, name: str) -> None:
             raise ValueError(f"{name}: floating-point pixels must be from 0 to 1, got {low:.4g} to {high:.4g}")
     elif pixels.dtype not in (np.bool_, np.uint8, np.uint16):
         raise ValueError(f"{name} must have pixels of bool, uint8, uint16 or floats, got {pixels.dtype}")
+
+
+def floating_type(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype or the name of one.
+
+    Raises:
+        ValueError: no floating-point type.
+    """
+    known = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(known, torch.dtype) and known.is_floating_point):
+        raise ValueError(f"dtype must be a floating-point type such as float32, bfloat16 or float16, got {dtype}")
+    return known
+
+
+def vector_rows(vectors: Any) -> Tensor:
+    """`[n, E]` or `[E]`, a tensor or an array -> float32 `[n, E]` on the CPU.
+
+    Raises:
+        ValueError: vectors of integers, or of another shape.
+    """
+    rows = vectors.detach().cpu() if isinstance(vectors, Tensor) else torch.from_numpy(np.array(vectors))
+    if not rows.is_floating_point():
+        raise ValueError(f"similarity takes vectors of floats, got {rows.dtype}: quantized ones are for an index")
+    if rows.ndim not in (1, 2):
+        raise ValueError(f"vectors must be [n, E] or [E], got {list(rows.shape)}")
+    return torch.atleast_2d(rows).float()

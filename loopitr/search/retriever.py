@@ -17,7 +17,7 @@ from loopitr.models.processing import LoopITRProcessor
 
 from .cross_encoding import ReportedMetrics, shows_progress
 from .encoding import Portions, dual_of, encode_images, encode_texts, score_all, score_pairs
-from .inputs import given_images, given_pairs, given_texts, is_one, is_text, kind_of, listed
+from .inputs import floating_type, given_images, given_pairs, given_texts, is_one, is_text, kind_of, listed, vector_rows
 from .quantisation import VectorForm
 
 
@@ -83,7 +83,7 @@ class Retriever:
             ValueError: a model of another kind, or a device or type that cannot be used.
         """
         where = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
-        model, processor = load(path, device=where, dtype=_floating(dtype))
+        model, processor = load(path, device=where, dtype=floating_type(dtype))
         return cls(model, processor, source=path)
 
     @property
@@ -185,7 +185,7 @@ class Retriever:
         Raises:
             ValueError: quantized vectors, or two widths.
         """
-        first, second = _rows(a), _rows(b)
+        first, second = vector_rows(a), vector_rows(b)
         if first.shape[1] != second.shape[1]:
             raise ValueError(f"vectors must be equally wide, got {first.shape[1]} and {second.shape[1]} dimensions")
         return first @ second.T
@@ -294,22 +294,6 @@ class Retriever:
         return form
 
 
-def _floating(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    known = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype is not None and not (isinstance(known, torch.dtype) and known.is_floating_point):
-        raise ValueError(f"dtype must be a floating-point type such as float32, bfloat16 or float16, got {dtype}")
-    return known
-
-
 def _output(values: np.ndarray, *, alone: bool, convert_to_tensor: bool) -> Any:
     result = torch.from_numpy(values.copy()) if convert_to_tensor else values
     return result[0] if alone else result
-
-
-def _rows(vectors: Any) -> Tensor:
-    rows = vectors.detach().cpu() if isinstance(vectors, Tensor) else torch.from_numpy(np.array(vectors))
-    if not rows.is_floating_point():
-        raise ValueError(f"similarity takes vectors of floats, got {rows.dtype}: quantized ones are for an index")
-    if rows.ndim not in (1, 2):
-        raise ValueError(f"vectors must be [n, E] or [E], got {list(rows.shape)}")
-    return torch.atleast_2d(rows).float()
