@@ -98,14 +98,14 @@ def main() -> None:
     )
     figures, rows = {}, []
     for side, ways in calls.items():
-        reference = np.asarray(ways["torch"]())
+        reference = ways["torch"]().numpy()
         timed = interleaved(ways, rounds=options.rounds, device=options.device)
         for way, timing in timed.items():
             made = ways[way]()
             figures[f"{side}, {way}"] = f = {
                 "milliseconds": 1e3 * timing.median,
                 "times_faster": timed["torch"].ratio(timing),
-                "deviation": float(np.abs((made[0] if way != "torch" else made) - reference).max()),
+                "deviation": float(np.abs((made[0] if way != "torch" else made.numpy()) - reference).max()),
             }
             cells = [f"{f['milliseconds']:.2f}", f"{f['times_faster']:.2f}", f"{f['deviation']:.1e}"]
             rows.append([f"{side}, {way}", *cells])

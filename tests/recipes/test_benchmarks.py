@@ -64,7 +64,8 @@ def test_figures_by_name(name, monkeypatch, capsys, tmp_path):
     assert len(figures) == count and all(case[key] > 0 for case in figures.values() for key in counted)
     assert all(case in done.stdout for case in figures)
     assert all(case.get("difference", 0.0) < 1e-5 for case in figures.values())
-    assert name in ("grad_cache.py", "search.py") or any(case.get("of_peak", 0.0) > 0 for case in figures.values())
+    without = ("grad_cache.py", "search.py", "onnx_speed.py")
+    assert name in without or any(case.get("of_peak", 0.0) > 0 for case in figures.values())
 
 
 @pytest.mark.parametrize("name", ["pairs.py", "step.py", "encode.py", "evaluate.py", "grad_cache.py"])
