@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {"checks", "data", "lazy", *MODELS_UP},
     "convert": {"building", "cli", "models"},
     "export": {"building", "data", "evaluation", "models"},
-    "search": {"building", "checks", "data", "evaluation", "models", "rgb"},
+    "search": {"building", "checks", "data", "evaluation", "memory", "models", "rgb"},
     "training": {
         *("building", "checks", "data", "evaluation", "objective", "objective.losses", "objective.mining"),
         *MODELS_UP,

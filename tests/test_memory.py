@@ -1,10 +1,13 @@
 """What a fragmented heap holds goes back to the system."""
 
 import platform
+import subprocess
+import sys
 
 import psutil
 import pytest
 import torch
+from helpers.recipe_process import environment
 
 from loopitr import memory
 
@@ -29,3 +32,33 @@ def test_fragments_are_given_back():
 def test_another_c_library_is_left_alone(monkeypatch):
     monkeypatch.setattr(memory, "_malloc_trim", lambda: None)
     assert memory.trim_memory() is False
+
+
+KEPT = """
+import resource, sys, torch
+from loopitr.memory import keep_memory
+if sys.argv[1] == "keep":
+    assert keep_memory() and keep_memory()
+torch.ones(2**24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    torch.ones(2**24)  # 64 MiB
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to")
+def test_large_blocks_are_kept_for_the_next_ones():
+    words = [sys.executable, "-c", KEPT]
+    plain, kept = (
+        int(subprocess.run([*words, how], env=environment(), capture_output=True, text=True, check=True).stdout)
+        for how in ("plain", "keep")
+    )
+    assert kept < plain / 2  # page faults
+
+
+def test_no_block_is_kept_by_another_c_library(monkeypatch):
+    memory.keep_memory.cache_clear()
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: object())
+    assert not memory.keep_memory()
+    memory.keep_memory.cache_clear()

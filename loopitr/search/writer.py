@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from loopitr.evaluation.gallery import evaluation_transform
+from loopitr.memory import keep_memory
 from loopitr.models.packing import send
 
 from .contents import Contents
@@ -87,6 +88,8 @@ class Writer:
         self, source: Source, positions: list[int], batch_size: int, num_workers: int | None, progress: bool
     ) -> Iterator[tuple[str, str]]:
         """Index the images at these positions; yields (path, reason) of those that are unreadable."""
+        if self.retriever.device.type == "cpu":
+            keep_memory()
         transform = evaluation_transform(self.retriever.processor)
         batches = opened(source, positions, transform, batch_size=batch_size, num_workers=num_workers)
         waiting: list[tuple[list[Row], Tensor | None, list[bytes | None]]] = []
