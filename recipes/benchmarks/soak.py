@@ -39,7 +39,12 @@ SETTINGS = {
     ],
     "worker, image cache": ["--data.num_workers=1", "--data.cache_images={cache}"],
     "gate, fusion later": ["--objective.teacher=match_plus_similarity", "--train.fusion_start=0.3"],
-    "in chunks": ["--train.chunk_size=4", "--model.vision.pooling=mean", "--data.captions=all", "--train.max_steps=64"],
+    "in chunks": [
+        "--train.chunk_size=4",
+        "--model.hold_batch_statistics=true",
+        "--data.captions=all",
+        "--train.max_steps=64",
+    ],
 }
 
 
@@ -205,8 +210,11 @@ def soak(options: Options, root: Path) -> None:
         place = root / name.replace(", ", "-").replace(" ", "_")
         words = [word.format(cache=place / "cache") if "{cache}" in word else word for word in SETTINGS[name]]
         words += [f"--data.scenes_train={options.images}", f"--train.epochs={options.epochs}"]
-        if name not in seconds:
-            seconds[name] = undisturbed(place / "whole", words, phase)
+        try:
+            seconds[name] = seconds.get(name) or undisturbed(place / "whole", words, phase)
+        except ValueError as error:
+            tallies[name].problems.append(str(error))
+            break
         shutil.rmtree(place / "cache", ignore_errors=True)
         disturb(place / "parts", words, place / "whole", seconds[name], phase, tallies[name], end, kills_left, draw)
         print(
