@@ -55,7 +55,7 @@ OPTIONS: dict[str, Any] = {
         "randaugment": True,
     },
     # An untrained teacher is never ahead; which words are hidden is drawn at random.
-    "objective": {"teacher_margin": None, "mlm": 0.0},
+    "objective": {"distillation": 1.0, "agreement": 0.0, "teacher_margin": None, "mlm": 0.0},
     "train": {
         "epochs": 1,
         "batch_size": 8,

@@ -55,7 +55,6 @@ EXACT = {
     "train__checkpoint_every": STEPS,
     "train__warmup": 0.0,
     "train__distillation_warmup": 0.0,
-    "objective__distillation": 1.0,
     "validation__every_epochs": 0,
 }
 

@@ -81,6 +81,7 @@ class FixedResult:
     """Stands in for a validation's result."""
 
     similarity_weight = 0.5
+    examples: dict[str, object] = {}
 
     def __init__(self, scores):
         self.scores = scores
@@ -95,13 +96,13 @@ class FixedResult:
         return "| table |"
 
 
-@pytest.mark.parametrize(("select", "best"), [("auto", 3), ("dual", 2), ("match", 4)])
+@pytest.mark.parametrize(("select", "best"), [("auto", 4), ("dual", 2), ("match", 4)])
 def test_the_best_validated_model_is_the_one_that_is_kept(tmp_path, monkeypatch, select, best):
     results = {
         1: {"dual": 10.0, "match": 5.0, "reranked": 10.0},
         2: {"dual": 30.0, "match": 6.0, "reranked": 20.0},
         3: {"dual": 20.0, "match": 7.0, "reranked": 40.0},
-        4: {"dual": 30.0, "match": 8.0, "reranked": 40.0},  # At a tie the earlier model is kept.
+        4: {"dual": 30.0, "match": 8.0, "reranked": 40.0},  # At a tie the better dual is kept, then the earlier model.
     }
     states = {}
 
