@@ -1,6 +1,7 @@
 """Whole runs of seconds in this process: what they leave behind, keep, cache and refuse."""
 
 import json
+from typing import ClassVar
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ class FixedResult:
     """Stands in for a validation's result."""
 
     similarity_weight = 0.5
-    examples: dict[str, object] = {}
+    examples: ClassVar[dict[str, object]] = {}
 
     def __init__(self, scores):
         self.scores = scores
