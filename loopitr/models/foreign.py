@@ -30,13 +30,13 @@ def one_line_errors(source: str) -> Iterator[None]:
     """Around the reading of weights, configs and tokenizers, whose readers raise nearly anything.
 
     Raises:
-        ValueError: the first line of what went wrong; an OSError comes as it is.
+        ValueError: the first line of what went wrong; an OSError comes as it is, and what says which package is missing.
     """
     try:
         yield
     except SafetensorError as error:
         raise OSError(f"{source}: its weights are damaged ({error})") from error
-    except (OSError, ValueError, MemoryError):
+    except (OSError, ValueError, MemoryError, ImportError):
         raise
     except Exception as error:
         if re.search("unsupported (global|class)|not an allowed global", str(error), re.IGNORECASE):

@@ -142,7 +142,8 @@ def plan_runs(
 def progress_of(run: GridRun, parse: Parser) -> Progress:
     """How far the run has come, by what lies in its folder.
 
-    Options that were added to the package since then have their defaults in the recorded ones.
+    Options that were added to the package since then have their defaults in the recorded ones, and those that a run
+    decides by itself are compared as it decides them.
 
     Raises:
         ValueError: what lies there was trained with other options.
@@ -154,7 +155,7 @@ def progress_of(run: GridRun, parse: Parser) -> Progress:
         before = parse([f"--config={recorded}"])
     except ValueError as error:
         raise ValueError(f"row {run.row!r}: {recorded} cannot be compared with the row's options: {error}") from error
-    old, new = _flat(dataclasses.asdict(before)), _flat(dataclasses.asdict(run.options))
+    old, new = _flat(dataclasses.asdict(before.decided())), _flat(dataclasses.asdict(run.options.decided()))
     for own in ("train.output_dir", "resume"):
         del old[own], new[own]
     for name in sorted(old.keys() | new.keys()):

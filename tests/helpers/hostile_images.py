@@ -20,7 +20,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "JPEG": ("RGB", "L", "CMYK", "1"),
     "GIF": ("P", "L", "RGB"),
     "BMP": ("RGB", "L", "1", "P", "RGBA"),
-    "TIFF": ("RGB", "L", "1", "P", "LA", "RGBA", "CMYK", "YCbCr", "LAB", "I;16", "I", "F"),
+    "TIFF": ("RGB", "L", "1", "P", "LA", "RGBA", "CMYK", "LAB", "I;16", "I", "F"),
     "WEBP": ("RGB", "RGBA", "L"),
     "PPM": ("RGB", "L", "1", "I"),
     "TGA": ("RGB", "RGBA", "L", "P"),

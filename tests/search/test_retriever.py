@@ -2,6 +2,7 @@
 
 import re
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -276,13 +277,18 @@ def test_what_the_readme_shows_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "README.md").read_text()
     section = page[page.index("## Use a model") : page.index("## Export")]
-    first, second = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    first, second, search = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     names = {}
     exec(first, names)
     assert names["similarity"].shape == (1, 2) and names["scores"].shape == (1,)
     assert names["best"][0].keys() == {"corpus_id", "score"}
     exec(second, names)
     assert names["score"].shape == (1,)
+    (tmp_path / "photos").mkdir()
+    for i in range(2):
+        Image.new("RGB", (900 - 200 * i, 600), (i, 100, 200)).save(tmp_path / "photos" / f"{i}.jpg")
+    exec(search, names)
+    assert Path(names["hit"].path).name == "0.jpg" and len(names["searcher"]) == 2  # The other one is not wide enough.
 
 
 def test_a_model_on_a_gpu_gives_arrays_and_tensors_of_the_cpu(gpu):
