@@ -30,7 +30,7 @@ def one_line_errors(source: str) -> Iterator[None]:
     """Around the reading of weights, configs and tokenizers, whose readers raise nearly anything.
 
     Raises:
-        ValueError: the first line of what went wrong; an OSError comes as it is, and what says which package is missing.
+        ValueError: the first line of what went wrong; an OSError comes as it is, and so does a missing package.
     """
     try:
         yield
