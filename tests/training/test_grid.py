@@ -171,6 +171,16 @@ def test_options_that_are_newer_than_a_run_have_their_defaults_there(tmp_path):
     assert progress_of(run, parse_run) is Progress.FINISHED
 
 
+def test_what_a_run_decides_by_itself_is_no_change(tmp_path):
+    undecided = {"objective.mlm": None, "objective.agreement": None, "objective.distillation": None}
+    run = plan(tmp_path, rows=[{"name": "base", "overrides": {**undecided, "model.fusion.agreement": 8}}])[0]
+    finish(run)
+    decided = run.options.decided()
+    assert run.options.objective.agreement is None and decided.objective.agreement == 1.0
+    (run.folder / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(decided)))  # as a run writes
+    assert progress_of(run, parse_run) is Progress.FINISHED
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_changed_options_are_refused(tmp_path, finished):
     finish(plan(tmp_path)[1])
