@@ -17,7 +17,12 @@ HardRuleName = Literal["threshold", "mean", "top"]
 
 @dataclass
 class ObjectiveOptions:
-    """Weights and choices of the step. A term of weight 0 is not computed."""
+    """Weights and choices of the step. A term of weight 0 is not computed.
+
+    What the defaults rest on: `mlm`, `mlm_probability`, `num_negatives`, `train_on_sum`, `agreement`, `distillation`,
+    `distillation_loss`, `hard_rule` and `teacher_margin` have rows in recipes/results/distillation.md; `mining_pool`,
+    `balance_itm` and `lce` in recipes/results/scenes.md. The rest is as published, not studied here.
+    """
 
     itc: float = 1.0
     """Weight of the contrastive loss of the dual head."""
