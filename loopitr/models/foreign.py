@@ -36,7 +36,7 @@ def one_line_errors(source: str) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise OSError(f"{source}: its weights are damaged ({error})") from error
-    except (OSError, ValueError, MemoryError, ImportError):
+    except (OSError, ValueError, MemoryError, ModuleNotFoundError):
         raise
     except Exception as error:
         if re.search("unsupported (global|class)|not an allowed global", str(error), re.IGNORECASE):

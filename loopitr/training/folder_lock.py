@@ -41,8 +41,8 @@ class FolderLock:
             file.truncate()
             json.dump(_this_process(), file)
             file.flush()
-        self._held = True
-        _HELD.add(self.path.resolve())
+            self._held = True
+            _HELD.add(self.path.resolve())  # before the file is another thread's to read
 
     def release(self) -> None:
         """Delete the file; nothing happens where this lock was not acquired, or is another process's by now."""
