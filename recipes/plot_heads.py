@@ -131,7 +131,8 @@ def draw(heads: Heads, rows: list[dict[str, Any]], path: Path) -> None:
     weights.semilogx(tried.tolist(), (100 * first.double().mean((1, 2))).tolist())
     weights.set(title="reranking score, text to image", xlabel="weight of the similarity", ylabel="R@1, percent")
 
-    for name in ("rank_agreement_hard", "rank_agreement_easy"):
+    apart = any("train/rank_agreement_hard" in row for row in rows)  # as of more than two negatives
+    for name in ("rank_agreement_hard", "rank_agreement_easy") if apart else ("rank_agreement",):
         points = [(row["step"], row[f"train/{name}"]) for row in rows if f"train/{name}" in row]
         if points:
             agreement.plot(*zip(*points), label=name.removeprefix("rank_agreement_"))
