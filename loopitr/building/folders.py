@@ -70,14 +70,26 @@ def load_saved(path: str | Path, *, dtype: torch.dtype | None = None) -> Saved:
     """
     source = model_source(path)
     with nullcontext() if Path(source).is_dir() else hub_access(source):
-        saved_config, _ = PreTrainedConfig.get_config_dict(source)
-        kind = saved_config.get("model_type")
-        if kind not in CLASSES:
-            raise ValueError(f"{path} holds a {kind!r} model, wanted {' or '.join(map(repr, CLASSES))}")
-        model = CLASSES[kind].from_pretrained(source, dtype="auto" if dtype is None else dtype)
+        model = saved_class(source, path)[0].from_pretrained(source, dtype="auto" if dtype is None else dtype)
         processor = LoopITRProcessor.from_pretrained(source)
         check_sizes(model, processor, source)
         return Saved(model.eval(), processor, source)
+
+
+def saved_class(source: str, path: str | Path) -> tuple[type[Any], dict[str, Any]]:
+    """The class of the model that is saved in a folder or at a hub id, and its config as it stands there.
+
+    Args:
+        path: what an error calls it.
+
+    Raises:
+        ValueError: a model of another kind.
+    """
+    config, _ = PreTrainedConfig.get_config_dict(source)
+    kind = config.get("model_type")
+    if kind not in CLASSES:
+        raise ValueError(f"{path} holds a {kind!r} model, wanted {' or '.join(map(repr, CLASSES))}")
+    return CLASSES[kind], config
 
 
 def load(path: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Loaded:

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PreTrainedConfig
 
-from loopitr.building.folders import CLASSES, model_source
+from loopitr.building.folders import model_source, saved_class
 from loopitr.building.weights import hub_access
 from loopitr.models.foreign import check_no_kernel
 from loopitr.models.processing import LoopITRProcessor
@@ -32,12 +31,9 @@ def load_tower(path: str | Path, tower: str) -> tuple[ImageTower | TextTower, Lo
     """
     source = model_source(path)
     with nullcontext() if Path(source).is_dir() else hub_access(source):
-        saved_config, _ = PreTrainedConfig.get_config_dict(source)
-        kind = saved_config.get("model_type")
-        if kind not in CLASSES:
-            raise ValueError(f"{path} holds a {kind!r} model, wanted {' or '.join(map(repr, CLASSES))}")
+        kind, saved_config = saved_class(source, path)
         check_no_kernel(saved_config, source)
-        config: Any = CLASSES[kind].config_class.from_pretrained(source)
+        config: Any = kind.config_class.from_pretrained(source)
         processor = LoopITRProcessor.from_pretrained(source)
         folder = Path(source) if Path(source).is_dir() else _downloaded(source)
     try:

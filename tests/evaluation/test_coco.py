@@ -13,7 +13,7 @@ import torch
 from helpers.support import tiny_model
 from helpers.tiny_gallery import captions, jpeg, tiny_processor
 
-eccv_caption = pytest.importorskip("eccv_caption")
+eccv_caption = pytest.importorskip("eccv_caption", reason="its ground truth is of eccv-caption (extra `eccv`)")
 
 from loopitr.commands.evaluate import EvaluateOptions, evaluate  # noqa: E402
 from loopitr.data import DataError, DataOptions  # noqa: E402

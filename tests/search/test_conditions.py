@@ -4,7 +4,7 @@ import pytest
 
 from loopitr.search.conditions import parsed
 
-qdrant_client = pytest.importorskip("qdrant_client")
+qdrant_client = pytest.importorskip("qdrant_client", reason="conditions become those of Qdrant (extra `qdrant`)")
 ROWS = [
     {"year": 2020, "caption": "a red dog", "stars": 1.5, "public": True, "mtime": "2024-05-01T10:00:00+00:00"},
     {"year": 2021, "caption": "it's a card", "stars": -2.0, "public": False, "mtime": "2024-06-01T10:00:00+00:00"},

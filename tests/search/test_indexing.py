@@ -244,7 +244,8 @@ def test_a_table_with_captions_and_other_columns(tmp_path):
 
 
 def test_a_datasets_source(tmp_path):
-    datasets = pytest.importorskip("datasets")
+    import datasets  # slow, and of one test alone
+
     images = [picture(0), picture(1), None]
     data = datasets.Dataset.from_dict({"picture": images, "text": ["a dog", "a card", "none"], "id": [4, 5, 6]})
     data = data.cast_column("picture", datasets.Image())

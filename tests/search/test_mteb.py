@@ -14,7 +14,7 @@ from helpers.tiny_gallery import captions, picture, tiny_processor
 
 from loopitr import Retriever
 
-mteb = pytest.importorskip("mteb")
+mteb = pytest.importorskip("mteb", reason="tasks are those of mteb (extra `mteb`)")
 
 from datasets import Dataset  # noqa: E402
 from mteb.abstasks.retrieval import AbsTaskRetrieval  # noqa: E402

@@ -240,7 +240,7 @@ def test_a_disk_that_is_full(tmp_path, photos, retriever, monkeypatch):
         index(photos, retriever, tmp_path / "bare", tokens="none")
 
     def full(*_, **__):
-        raise RuntimeError("lance error: LanceError(IO): No space left on device (os error 28), /root/x.rs:3")
+        raise RuntimeError("lance error: LanceError(IO): No space left on device (os error 28), lance/src/x.rs:3")
 
     with monkeypatch.context() as patched:
         patched.setattr("lancedb.table.LanceTable.add", full)

@@ -83,7 +83,7 @@ def test_both_caches_in_one_folder(tmp_path, encoded):
 )
 def test_a_text_backbone_that_trains_is_refused(tmp_path, changes, message):
     if "model__lora" in changes:
-        pytest.importorskip("peft")
+        pytest.importorskip("peft", reason="LoRA adapters are made by peft (extra `lora`)")
     with pytest.raises(ValueError, match=message):
         run(tmp_path, **changes, data__cache_text_tokens=str(tmp_path / "cache"))
     assert not (tmp_path / "run").exists()
