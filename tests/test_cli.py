@@ -7,14 +7,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from helpers.tiny_run import OPTIONS, tiny_options, write_config
-from torch.utils.data import DataLoader
 
 from loopitr.cli import parse, run
 from loopitr.commands import main as commands
-from loopitr.data import DataError
 from loopitr.training.options import PretrainOptions, TrainOptions, ValidationOptions
 
 RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.py"))
@@ -253,64 +250,3 @@ class TrainOptionsOfOwn:
     model: str
     """What."""
     speed: Speed = field(default_factory=Speed)
-
-
-# run
-
-
-def fail(error):
-    def main():
-        raise error
-
-    return main
-
-
-@pytest.mark.parametrize(
-    "error",
-    [ValueError("wrong\n  value"), DataError("a.csv: no column 'x'"), FileNotFoundError(2, "No such file", "a")],
-)
-def test_what_a_user_can_mend_is_one_line(error, capsys, monkeypatch):
-    monkeypatch.delenv("LOOPITR_DEBUG", raising=False)
-    with pytest.raises(SystemExit) as raised:
-        run(fail(error))
-    assert raised.value.code == 2
-    assert capsys.readouterr().err == f"error: {' '.join(str(error).split())}\n"
-
-
-def test_an_error_without_words_is_named(capsys):
-    with pytest.raises(SystemExit):
-        run(fail(ValueError()))
-    assert capsys.readouterr().err == "error: ValueError\n"
-
-
-def test_debug_shows_the_traceback(monkeypatch):
-    monkeypatch.setenv("LOOPITR_DEBUG", "1")
-    with pytest.raises(ValueError, match="wrong"):
-        run(fail(ValueError("wrong")))
-
-
-def test_other_errors_keep_their_traceback(capsys):
-    with pytest.raises(KeyError):
-        run(fail(KeyError("a bug")))
-    assert capsys.readouterr().err == ""
-
-
-def test_success_is_silent(capsys):
-    run(lambda: None)
-    assert capsys.readouterr().err == ""
-
-
-class Broken(torch.utils.data.Dataset):
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, index):
-        raise DataError(f"{index}.jpg: no such file")
-
-
-def test_an_error_of_a_dataloader_worker_is_one_line_too(capsys, monkeypatch):
-    monkeypatch.delenv("LOOPITR_DEBUG", raising=False)
-    with pytest.raises(SystemExit) as raised:
-        run(lambda: next(iter(DataLoader(Broken(), num_workers=1))))
-    assert raised.value.code == 2
-    assert capsys.readouterr().err == "error: 0.jpg: no such file\n"

@@ -199,3 +199,8 @@ class EveryThirdWord:
         chosen = (input_ids % 3 == 0) & attention_mask.bool()
         chosen[:, 0] = False
         return torch.where(chosen, 4, input_ids), torch.where(chosen, input_ids, -100)
+
+
+def embeds_of(model: LoopITRModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    texts = model.encode_texts(batch["input_ids"], batch["attention_mask"])
+    return {"image": model.encode_images(batch["pixel_values"]).embeds, "text": texts.embeds}

@@ -10,6 +10,9 @@ from helpers.support import tiny_model
 from helpers.tiny_gallery import jpeg, picture, tiny_processor
 
 from loopitr import Retriever, build_index
+from loopitr.search.contents import Contents
+from loopitr.search.lance import LanceImages, Row
+from loopitr.search.manifest import read_manifest
 from loopitr.search.writer import IndexReport
 
 
@@ -53,3 +56,13 @@ def write_bad_photos(folder: Path) -> dict[str, str]:
 def index(source: Any, model: Any, output: Path, **options: Any) -> IndexReport:
     """`build_index` in this process, in small batches, without a bar."""
     return build_index(source, model, output, **{"batch_size": 4, "num_workers": 0, "show_progress": False, **options})
+
+
+def listed(folder: Path) -> dict[str, Row]:
+    """Rows of an index by the names of their files; each is there once, and has its tokens."""
+    manifest = read_manifest(folder)
+    rows = LanceImages.open(folder, manifest.embed_dim).listed()
+    kept = Contents.open(folder, manifest).ids()
+    assert len({row.path for row in rows}) == len({row.id for row in rows}) == len(rows)
+    assert sorted(kept) == sorted(row.id for row in rows) or manifest.tokens is None
+    return {os.path.basename(row.path): row for row in rows}

@@ -1,7 +1,6 @@
 """An index holds every readable image once, whatever happens while it is built."""
 
 import csv
-import json
 import os
 import signal
 import subprocess
@@ -11,8 +10,8 @@ import numpy as np
 import pytest
 from helpers.recipe_process import environment
 from helpers.tiny_building import save_tiny
-from helpers.tiny_gallery import jpeg, picture
-from helpers.tiny_index import index, tiny_retriever, write_bad_photos, write_photos
+from helpers.tiny_gallery import jpeg
+from helpers.tiny_index import index, listed, tiny_retriever, write_bad_photos, write_photos
 from PIL import Image
 
 from loopitr import Searcher
@@ -22,16 +21,6 @@ from loopitr.search.indexing import add_images
 from loopitr.search.lance import LanceImages
 from loopitr.search.manifest import read_manifest, writing
 from loopitr.search.removing import remove_images
-
-
-def listed(folder):
-    """Rows of an index by the names of their files; each is there once, and has its tokens."""
-    manifest = read_manifest(folder)
-    rows = LanceImages.open(folder, manifest.embed_dim).listed()
-    kept = Contents.open(folder, manifest).ids()
-    assert len({row.path for row in rows}) == len({row.id for row in rows}) == len(rows)
-    assert sorted(kept) == sorted(row.id for row in rows) or manifest.tokens is None
-    return {os.path.basename(row.path): row for row in rows}
 
 
 def embeds(folder):
@@ -189,84 +178,6 @@ def test_whatever_is_written_when_the_process_ends(where, tmp_path, monkeypatch)
     assert len(LanceImages.open(tmp_path / "index", 16)) < 12
     index(photos, retriever, tmp_path / "index")
     assert len(listed(tmp_path / "index")) == 12
-
-
-def test_a_table_with_captions_and_other_columns(tmp_path):
-    write_photos(tmp_path / "photos", 4)
-    lines = ["image,caption,year,stars,public,width", "000.jpg,a red circle,2020,1.5,true,x", "000.jpg,a dog,2020,,,x"]
-    lines += [
-        "001.jpg,a blue square,2021,2,FALSE,y",
-        "./001.jpg,a blue square,,,,y",
-        "nowhere.jpg,gone,2022,,,",
-        ",no path,,,,",
-    ]
-    (tmp_path / "photos" / "data.csv").write_text("\n".join(lines))
-    retriever = tiny_retriever()
-    report = index(tmp_path / "photos" / "data.csv", retriever, tmp_path / "index")
-    assert report.added == 2 and sorted(report.skipped.values()) == ["no image path", "no such file"]
-    rows = listed(tmp_path / "index")
-    assert rows["000.jpg"].columns["caption"] == "a red circle\na dog"
-    assert {
-        name: rows["001.jpg"].columns[name] for name in ("caption", "year", "stars", "public", "width", "width_")
-    } == {"caption": "a blue square", "year": 2021, "stars": 2.0, "public": False, "width": 40, "width_": "y"}
-    searcher = Searcher.open(tmp_path / "index", model=retriever)
-    for where, names in (
-        ("year > 2020", {"001.jpg"}),
-        ("caption LIKE '%dog%'", {"000.jpg"}),
-        ("public AND stars < 2", {"000.jpg"}),
-        ("width = 40", {"000.jpg", "001.jpg"}),
-        ("mtime < timestamp '2000-01-01 00:00:00'", set()),
-    ):
-        assert {os.path.basename(hit.path) for hit in searcher.search("a dog", where=where)} == names, where
-    assert (
-        add_images(tmp_path / "photos", tmp_path / "index", model=retriever, num_workers=0, show_progress=False).added
-        == 2
-    )
-    assert "year" not in listed(tmp_path / "index")["003.jpg"].columns
-    more = tmp_path / "more.jsonl"
-    write_photos(tmp_path / "more", 1, first=50)
-    more.write_text(json.dumps({"file": "050.jpg", "caption": ["one", "two"], "place": "Rome"}))
-    report = add_images(
-        more,
-        tmp_path / "index",
-        images=tmp_path / "more",
-        image_column="file",
-        model=retriever,
-        num_workers=0,
-        show_progress=False,
-    )
-    row = listed(tmp_path / "index")["050.jpg"]
-    write_photos(tmp_path / "more", 1, first=51)
-    more.write_text(json.dumps({"image": "51.jpg", "year": "late"}).replace("51", "more/051"))
-    with pytest.raises(ValueError, match="column 'year' of the index holds int64, and is now to hold 'late'"):
-        add_images(more, tmp_path / "index", model=retriever, num_workers=0, show_progress=False)
-    assert row.columns["caption"] == "one\ntwo" and row.columns["place"] == "Rome" and "year" not in row.columns
-
-
-def test_a_datasets_source(tmp_path):
-    import datasets  # slow, and of one test alone
-
-    images = [picture(0), picture(1), None]
-    data = datasets.Dataset.from_dict({"picture": images, "text": ["a dog", "a card", "none"], "id": [4, 5, 6]})
-    data = data.cast_column("picture", datasets.Image())
-    data.to_parquet(str(tmp_path / "data.parquet"))
-    from loopitr.search.hub_source import hub_source
-
-    source = hub_source("parquet", "train", "picture", str(tmp_path / "data.parquet"))
-    retriever = tiny_retriever()
-    report = index(source, retriever, tmp_path / "index", num_workers=1)
-    assert report.added == 2 and [*report.skipped.values()] == ["no image"]
-    searcher = Searcher.open(tmp_path / "index", model=retriever)
-    (hit,) = searcher.search(picture(1), top=1)
-    assert hit.path.endswith("[train] row 1") and hit.columns["text"] == "a card" and hit.columns["id_"] == 5
-    assert searcher.picture(hit).tobytes() == picture(1).tobytes()
-    assert index(source, retriever, tmp_path / "index").unchanged == 2
-    bare = tmp_path / "bare"
-    index(source, retriever, bare, tokens="none")
-    again = Searcher.open(bare, model=retriever).search("a red card", where="id_ < 6")
-    expected = searcher.search("a red card")
-    assert [hit.path for hit in again] == [hit.path for hit in expected]
-    assert [hit.match for hit in again] == pytest.approx([hit.match for hit in expected], abs=1e-2)
 
 
 def test_many_images_get_a_vector_index_once(tmp_path, monkeypatch):

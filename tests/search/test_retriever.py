@@ -1,13 +1,10 @@
 """`Retriever` against evaluation's scores, one pair at a time, and in whatever portions."""
 
-import re
 import weakref
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers.recipe_process import ROOT
 from helpers.support import CNN, plain_score, tiny_model
 from helpers.tiny_building import save_tiny
 from helpers.tiny_gallery import captions, evaluate, jpeg, picture, tiny_processor, tiny_records
@@ -268,27 +265,6 @@ def test_gradients_are_not_kept_and_a_training_model_is_set_to_use():
     retriever = Retriever(model, tiny_processor())
     assert not model.training
     assert not retriever.encode_images([jpeg(3)], convert_to_tensor=True).requires_grad
-
-
-def test_what_the_readme_shows_runs(tmp_path, monkeypatch):
-    save_tiny(tmp_path / "runs" / "scenes")
-    for i, name in enumerate(("beach.jpg", "forest.jpg", "photo.jpg")):
-        (tmp_path / name).write_bytes(jpeg(i))
-    monkeypatch.chdir(tmp_path)
-    page = (ROOT / "README.md").read_text()
-    section = page[page.index("## Use a model") : page.index("## Export")]
-    first, second, search = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    names = {}
-    exec(first, names)
-    assert names["similarity"].shape == (1, 2) and names["scores"].shape == (1,)
-    assert names["best"][0].keys() == {"corpus_id", "score"}
-    exec(second, names)
-    assert names["score"].shape == (1,)
-    (tmp_path / "photos").mkdir()
-    for i in range(2):
-        Image.new("RGB", (900 - 200 * i, 600), (i, 100, 200)).save(tmp_path / "photos" / f"{i}.jpg")
-    exec(search, names)
-    assert Path(names["hit"].path).name == "0.jpg" and len(names["searcher"]) == 2  # The other one is not wide enough.
 
 
 def test_a_model_on_a_gpu_gives_arrays_and_tensors_of_the_cpu(gpu):

@@ -275,18 +275,6 @@ def test_adr_mse_closed_form():
     assert adr_mse(10 * teacher, teacher, everything(teacher)).item() == pytest.approx(0, abs=1e-12)
 
 
-def test_hard_rules():
-    teacher = torch.tensor([[2.0, 0.0, -1.0, math.nan], [-1.0, -1.0, -1.0, math.nan]])
-    valid = ~teacher.isnan()
-    assert hard_above_threshold(teacher, valid).tolist() == [[True, False, False, False], [False] * 4]
-    assert torch.equal(hard_above_threshold(teacher, valid, probability=0.2), valid)
-    assert hard_above_mean(teacher, valid).tolist() == [[True, False, False, False], [False] * 4]
-    assert hard_top(teacher, valid, 2).tolist() == [[True, True, False, False], [True, True, False, False]]
-    assert torch.equal(hard_top(teacher, valid, 9), valid)
-    masked = torch.tensor([[False, True, True, False]] * 2)
-    assert hard_top(teacher, masked, 1).tolist() == [[False, True, False, False]] * 2
-
-
 @pytest.mark.parametrize(
     "call, message",
     [
