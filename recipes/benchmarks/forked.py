@@ -7,12 +7,15 @@ import json
 import mmap
 import os
 import runpy
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
 
 # Before the first fork: every training process has them without importing them again.
 from loopitr.building import build as _build  # noqa: F401
@@ -95,11 +98,9 @@ def samples(path: Path) -> dict[int, list[str]]:
     return steps
 
 
-def train(folder: Path, words: list[str], *, phase: Phase, resume: bool) -> int:
-    """Fork a training process; returns its pid."""
-    folder.mkdir(parents=True, exist_ok=True)
-    words = [*TINY, *words, f"--train.output_dir={folder / 'run'}", *(["--resume=true"] if resume else [])]
-    phase.shared[0] = 0
+def fork(work: Callable[[], None], log: Path) -> int:
+    """Start `work` as a recipe does, in a process of its own and the first of a group; returns its pid. What it prints
+    goes to `log`."""
     sys.stdout.flush()
     pid = os.fork()
     if pid:
@@ -108,17 +109,15 @@ def train(folder: Path, words: list[str], *, phase: Phase, resume: bool) -> int:
         return pid
     status = 70
     try:
-        log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
         os.setpgrp()
-        note_samples(folder / "samples.jsonl")
-        phase.wrap(saving.Saver, "save", "save")
-        phase.wrap(validation.Validator, "validate", "validation")
-        phase.wrap(trainer.Trainer, "_finish", "final table")
-        phase.wrap(trainer.Trainer, "_epoch", "step")
-        phase.wrap(trainer.Caches, "images", "cache")
-        run(lambda: runpy.run_path(str(RECIPE))["make_trainer"](parse(PretrainOptions, words)).run())
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        torch.set_num_threads(1)
+        run(work)
         status = 0
     except SystemExit as stop:
         status = int(stop.code or 0)
@@ -127,8 +126,25 @@ def train(folder: Path, words: list[str], *, phase: Phase, resume: bool) -> int:
     finally:
         with contextlib.suppress(Exception):
             sys.stdout.flush()
-            sys.stderr.flush()
         os._exit(status)
+
+
+def train(folder: Path, words: list[str], *, phase: Phase, resume: bool) -> int:
+    """Fork a training process; returns its pid."""
+    folder.mkdir(parents=True, exist_ok=True)
+    words = [*TINY, *words, f"--train.output_dir={folder / 'run'}", *(["--resume=true"] if resume else [])]
+    phase.shared[0] = 0
+
+    def work() -> None:
+        note_samples(folder / "samples.jsonl")
+        phase.wrap(saving.Saver, "save", "save")
+        phase.wrap(validation.Validator, "validate", "validation")
+        phase.wrap(trainer.Trainer, "_finish", "final table")
+        phase.wrap(trainer.Trainer, "_epoch", "step")
+        phase.wrap(trainer.Caches, "images", "cache")
+        runpy.run_path(str(RECIPE))["make_trainer"](parse(PretrainOptions, words)).run()
+
+    return fork(work, folder / "log")
 
 
 def ended(pid: int, *, until: float = float("inf"), look: Callable[[], None] = lambda: None) -> int | None:

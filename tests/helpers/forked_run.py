@@ -2,48 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
+from forked import fork
 from helpers.tiny_run import make_trainer, reset_accelerate, tiny_options
-
-from loopitr.cli import run as run_command
-
-
-def fork(work: Callable[[], object], log: Path) -> int:
-    """Start `work` in a process of its own, as a recipe does; returns its pid. What it prints goes to `log`."""
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 70
-    try:
-        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(handle, 1)
-        os.dup2(handle, 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
-        torch.set_num_threads(1)
-        run_command(lambda: work() and None)
-        status = 0
-    except SystemExit as stop:
-        status = int(stop.code or 0)
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    finally:
-        with contextlib.suppress(Exception):
-            sys.stdout.flush()
-        os._exit(status)
 
 
 def start(folder: Path, log: Path, *, prepare: Callable[[], object] = lambda: None, **changes: Any) -> int:
