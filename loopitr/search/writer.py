@@ -68,9 +68,8 @@ class Writer:
             skipped[path] = reason
         self.images.finish()
         self.contents.finish()
-        failed = {path for path, _ in skipped.items()}
-        done = [own for own, position in todo.items() if source.name(position) not in failed]
-        indexed = {source.name(position) for position in range(len(source))} - failed
+        done = [own for own, position in todo.items() if source.name(position) not in skipped]
+        indexed = {source.name(position) for position in range(len(source))} - skipped.keys()
         earlier = {path: why for path, why in read_skipped(self.folder).items() if path not in indexed}
         write_skipped(self.folder, {**earlier, **skipped})
         write_manifest(self.folder, replace(self.manifest, complete=True))

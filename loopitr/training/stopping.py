@@ -88,7 +88,7 @@ class Stopping:
             raise Stopped(self.signal)
 
 
-class Agreement:
+class AcrossRanks:
     """The ranks agree on small numbers between their CPUs, so that no step waits for a GPU."""
 
     def __init__(self, device: torch.device) -> None:

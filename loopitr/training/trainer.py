@@ -31,7 +31,7 @@ from loopitr.training.saving import Saver
 from loopitr.training.setup import Caches, check_sharding, count_parameters, make_loader, prepare_model, start
 from loopitr.training.skips import check_skips, files_in_all, lost_in_all, lost_so_far
 from loopitr.training.stepping import Stepper
-from loopitr.training.stopping import Agreement, Stopped, Stopping
+from loopitr.training.stopping import AcrossRanks, Stopped, Stopping
 from loopitr.training.validation import Validator
 from loopitr.training.watch import Watch
 
@@ -152,7 +152,7 @@ class Trainer:
 
     def _run(self, checkpoint: Path | None, stopping: Stopping) -> dict[str, Any]:
         accelerator = self.accelerator
-        self.stopping, self.agreement = stopping, Agreement(accelerator.device)
+        self.stopping, self.across_ranks = stopping, AcrossRanks(accelerator.device)
         with stopping.at_once():
             self._begin(checkpoint)
         started = time.perf_counter()
@@ -225,7 +225,7 @@ class Trainer:
         if progress.step % options.log_every == 0 or is_last:
             self._log(bar)
         late = self.accelerator.is_main_process and self.saver.is_late()
-        stop, late = self.agreement.highest(self.stopping.signal, late)
+        stop, late = self.across_ranks.highest(self.stopping.signal, late)
         self.stopping.signal = stop
         every = self.validation.every_steps
         progress.validates_next = bool(every) and progress.step % every == 0 and not is_last
