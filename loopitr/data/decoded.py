@@ -1,4 +1,4 @@
-"""A dataset of every image of a sequence of records, each once, decoded in DataLoader workers."""
+"""A dataset of the images of records, for decoding them in DataLoader workers."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ ToTensor = Callable[[Image.Image], Tensor]
 
 
 class DecodedImages(Dataset[tuple[int, Tensor | str]]):
-    """Item `i` is the pair of i and `transform` of record i's image, or of i and the reason why it is unreadable.
+    """Item `i` is `(i, transform(image of record i))`, or `(i, reason)` if the image is unreadable.
 
-    `shortest` is passed on to `decode_image`.
+    `shortest` is passed to `decode_image`.
     """
 
     def __init__(self, records: Sequence[Record], transform: ToTensor, *, shortest: int | None = None) -> None:

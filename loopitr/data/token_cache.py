@@ -1,4 +1,4 @@
-"""Image tokens of a frozen backbone, computed once and memory-mapped in half precision."""
+"""A cache of image tokens of a frozen backbone, computed once, and memory-mapped in half precision."""
 
 from __future__ import annotations
 
@@ -30,10 +30,14 @@ FP16_MAX = float(torch.finfo(torch.float16).max)
 
 
 class TokenCache:
-    """`cache[i]` is the float16 tokens [N, D] of record i. `unreadable` holds the indices of records without any."""
+    """`cache[i]` is the float16 tokens `[N, D]` of record i; `unreadable` has the indices of records without any."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Open a finished cache. Each process maps the array on first use, so DataLoader workers may hold it."""
+        """Open a finished cache. Each process maps the file on first use, so it can be passed to DataLoader workers.
+
+        Raises:
+            DataError: the folder is not a token cache, or is damaged.
+        """
         self.folder = Path(folder)
         with expect_intact(self.folder, "not a token cache"):
             meta = read_meta(self.folder)
@@ -63,9 +67,9 @@ class TokenCache:
     ) -> TokenCache:
         """Open `folder/<key[:16]>-<names digest[:8]>`, building it first if it is not there.
 
-        `key` is the caller's digest of everything that decides the tokens but the images: backbone weights, transform.
-        Images are told apart by name and path, not by pixels: delete the folder after editing images in place.
-        For killed and concurrent builds see `build_once`.
+        `key` is the caller's digest of everything but the images that decides the tokens: backbone weights, transform.
+        Images are identified by name and path, not by content: delete the folder after editing images in place.
+        `build_once` says what happens to interrupted and concurrent builds.
         """
         check_key(key)
         digest = names_digest(records)
@@ -85,7 +89,7 @@ class TokenCache:
         return self.shape[0]
 
     def __getitem__(self, index: int) -> Tensor:
-        return torch.from_numpy(np.array(self._tokens()[index]))  # [N, D]; it is a copy, since the map is read-only
+        return torch.from_numpy(np.array(self._tokens()[index]))  # [N, D], a copy, since the map is read-only
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_array": None}
@@ -107,7 +111,7 @@ def _build(
     device: str | torch.device,
     progress: bool,
 ) -> tuple[tuple[int, int, int], list[int]]:
-    """Write the tokens; returns their shape [R, N, D] and the indices of the unreadable records."""
+    """Write the tokens; returns their shape `[R, N, D]` and the indices of unreadable records."""
     loader = read_images(records, transform, batch_size=batch_size, num_workers=num_workers)
     array: np.ndarray | None = None
     unreadable = []
@@ -121,7 +125,7 @@ def _build(
             tokens = encode(torch.stack([pixels for _, pixels in good]).to(device)).float().cpu()  # [B, N, D]
         if tokens.ndim != 3 or len(tokens) != len(good):
             raise ValueError(f"encode must return [{len(good)}, N, D], got {list(tokens.shape)}")
-        fits = (tokens.abs() <= FP16_MAX).flatten(1).all(dim=1)  # [B]; a row with NaN does not fit either
+        fits = (tokens.abs() <= FP16_MAX).flatten(1).all(dim=1)  # [B], false also for NaN
         if not fits.all():
             name = name_of(records, indices[int((~fits).nonzero()[0])])
             raise DataError(f"{name}: its tokens hold NaN or values beyond float16; this backbone cannot be cached")
@@ -136,6 +140,6 @@ def _build(
 
 
 def _allocate(folder: Path, shape: tuple[int, int, int]) -> np.ndarray:
-    # Without this check a full disk would kill the process without a word, at a write into the map.
+    # Without this check, a write to the map would kill the process silently when the disk is full.
     check_space(folder, 2 * int(np.prod(shape)), "caching tokens")
     return np.lib.format.open_memmap(folder / "tokens.npy", mode="w+", dtype=np.float16, shape=shape)
