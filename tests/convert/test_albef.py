@@ -250,7 +250,7 @@ def test_a_file_that_is_no_checkpoint_is_named_in_one_line(tmp_path):
     for name, kind, complaint in (
         ("none.pth", OSError, "no checkpoint file"),
         (".", OSError, "is a folder"),
-        ("objects.pth", ValueError, "Python objects beside its tensors"),
+        ("objects.pth", ValueError, "Python objects besides tensors"),
         ("cut.pth", ValueError, "not a whole one"),
         ("text.pth", ValueError, "is not a checkpoint"),
         ("empty.bin", ValueError, "is not a checkpoint"),
