@@ -44,7 +44,7 @@ class ObjectiveOptions:
     """Weight of localized contrastive estimation, which ranks each positive above its own negatives by match score."""
     distillation: float | None = None
     """Weight of the distillation of the teacher's scores into the dual head. Unset: 1, but 0 in a run whose fusion head
-    starts from scratch and teaches with its own match scores, since an untrained teacher costs points."""
+    starts from scratch and teaches with its own match scores, since an untrained teacher lowers the recall."""
     cmd: float = 0.0
     """Weight of CMD: similarities within one modality learn from those within the other (arXiv 2405.03355)."""
     cmc: float = 0.0

@@ -1,4 +1,4 @@
-"""What a run computes once and keeps on disk: decoded images, tokens of frozen backbones."""
+"""The caches of a run on disk: decoded images, and tokens of frozen backbones."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from loopitr.models.processing import LoopITRProcessor
 
 
 def check_caches(model: LoopITRModel, data: DataOptions) -> None:
-    """
+    """Check that the caches that `data` asks for are possible.
+
     Raises:
-        ValueError: a cache of what changes, or of data without an end, or one that is of no use beside another.
+        ValueError: a cache needs a frozen backbone or data of known length, or is of no use together with another.
     """
-    for option, part, what in (("cache_tokens", "vision", "image"), ("cache_text_tokens", "text", "text")):
+    for option, part, kind in (("cache_tokens", "vision", "image"), ("cache_text_tokens", "text", "text")):
         if getattr(data, option) is None:
             continue
         if part in (model.config.lora or ()):
-            raise ValueError(f"data.{option} needs tokens that stay the same; the {what} backbone has LoRA adapters")
+            raise ValueError(f"data.{option} needs tokens that do not change; the {kind} backbone has LoRA adapters")
         if part not in model.frozen:
-            raise ValueError(f"data.{option} needs a frozen {what} backbone: model.freeze must name {part}")
+            raise ValueError(f"data.{option} needs a frozen {kind} backbone: model.freeze must name {part}")
     for option in ("cache_images", "cache_text_tokens"):
         if getattr(data, option) and data.streaming:
             raise ValueError(f"data.{option} needs data of known length: it cannot be used with data.streaming")
@@ -37,14 +38,14 @@ def check_caches(model: LoopITRModel, data: DataOptions) -> None:
 
 
 class Caches:
-    """Tokens of frozen backbones, and decoded images: each computed once, by the main process."""
+    """Opens the caches of a run; the main process builds those that do not exist."""
 
     def __init__(
         self, model: LoopITRModel, processor: LoopITRProcessor, data: DataOptions, accelerator: Accelerator
     ) -> None:
         """
         Raises:
-            DataError: a folder that cannot be made.
+            DataError: a folder cannot be made.
         """
         self.model, self.processor, self.data, self.accelerator = model, processor, data, accelerator
         self._tokens: dict[int, TokenCache] = {}
@@ -53,7 +54,7 @@ class Caches:
             make_folder(folder)
 
     def tokens(self, records: Sequence[Record]) -> TokenCache | None:
-        """Image tokens of `records`; None without `data.cache_tokens`."""
+        """The image tokens of `records`; None without `data.cache_tokens`."""
         folder = self.data.cache_tokens
         if folder is None:
             return None
@@ -73,7 +74,7 @@ class Caches:
         return self._tokens[id(records)]
 
     def texts(self, records: Sequence[Record]) -> TextTokenCache | None:
-        """Tokens of all captions of `records`; None without `data.cache_text_tokens`."""
+        """The tokens of all captions of `records`; None without `data.cache_text_tokens`."""
         folder = self.data.cache_text_tokens
         if folder is None:
             return None
@@ -90,7 +91,7 @@ class Caches:
         return self._texts[id(records)]
 
     def images(self, records: Sequence[Record], shortest: int) -> ImageCache | None:
-        """Training images, decoded and shrunk; None without `data.cache_images`."""
+        """The training images, decoded and shrunk; None without `data.cache_images`."""
         if self.data.cache_images is None:
             return None
         with self.accelerator.main_process_first():
@@ -106,7 +107,7 @@ class Caches:
 def open_text_cache(
     model: LoopITRModel, processor: LoopITRProcessor, folder: str, records: Sequence[Record], *, progress: bool
 ) -> TextTokenCache:
-    """Caption tokens of `records` in `folder`, computed by the model's text backbone where it lies if need be."""
+    """The cache of caption tokens of `records` in `folder`, built with the model's text backbone if missing."""
 
     def encode(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         features = model.text_features(input_ids, attention_mask)
