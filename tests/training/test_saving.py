@@ -91,7 +91,7 @@ def test_the_last_checkpoint_has_to_be_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoints, "write_manifest", once)
     changes = {"train__max_steps": 4, "train__checkpoint_every": 2, "validation__every_epochs": 0}
-    with pytest.raises(OSError, match="step 4: no checkpoint .* the one of step 2 is kept; free space and continue with"):
+    with pytest.raises(OSError, match="step 4: no checkpoint .* the one of step 2 is kept; free space and"):
         run(tmp_path / "parts", **changes)
     monkeypatch.undo()
     assert run(tmp_path / "parts", **changes, resume=True)["dual"] == expected["dual"]
