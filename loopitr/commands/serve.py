@@ -35,23 +35,23 @@ def serve(options: ServeOptions) -> None:
     Raises:
         ValueError, OSError, ModuleNotFoundError: an index, a model or a port that cannot be used, or no gradio.
     """
-    from loopitr.search.looking import Looking
+    from loopitr.search.cached_searcher import CachedSearcher
     from loopitr.search.page import import_gradio
     from loopitr.search.searcher import Searcher
     from loopitr.search.serving import bound_socket, is_loopback, page_server
 
     import_gradio()
     with bound_socket(options.host, options.port) as own:  # before a model is loaded
-        looking = Looking(
+        cached = CachedSearcher(
             Searcher.open(options.index, device=options.device, model=options.model), rerank=options.rerank
         )
         host, port = own.getsockname()[:2]
-        with page_server(looking, own, options.host) as server:
+        with page_server(cached, own, options.host) as server:
             if not is_loopback(host):
                 print(f"warning: whoever reaches {host} may search and see the images", file=sys.stderr)
             shown = f"[{host}]" if ":" in host else host
             print(
-                f"{options.index}: {len(looking.searcher)} images at http://{shown}:{port} (Ctrl-C ends it)", flush=True
+                f"{options.index}: {len(cached.searcher)} images at http://{shown}:{port} (Ctrl-C ends it)", flush=True
             )
             # uvicorn raises it again after it has closed down.
             with contextlib.suppress(KeyboardInterrupt):

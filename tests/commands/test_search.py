@@ -89,7 +89,7 @@ def test_add_remove_and_info(made, capsys, tmp_path):
         (["index", "{made}/none", "--model", "{made}/run", "--output", "{tmp}/out"], "{made}/none: no such folder"),
         (["index", "{made}/photos", "--model", "{made}/none", "--output", "{tmp}/out"], "no model folder {made}/none"),
         (["index", "{made}/photos", "--model", "{made}/run", "--output", "{made}/photos"], "no search index"),
-        (["query", "{tmp}", "a dog"], "{tmp} is no search index"),
+        (["query", "{tmp}", "a dog"], "{tmp} is not a search index"),
         (["query", "{made}/index", "a", "dog"], "one too many: 'dog'; wanted are INDEX QUERY, and quotes"),
         (["query", "{made}/index"], "the query is empty"),
         (["query", "{made}/index", "nowhere.jpg"], "nowhere.jpg: unreadable image (no such file)"),
@@ -97,9 +97,9 @@ def test_add_remove_and_info(made, capsys, tmp_path):
         (["query", "{made}/index", "a dog", "--where", "widht > 3"], "where 'widht > 3': Schema error: No field"),
         (["query", "{made}/index", "a dog", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
         (["add", "{made}/index", "{tmp}/none.csv"], "none.csv: No such file"),
-        (["remove", "{made}/index"], "nothing is named that could be removed"),
+        (["remove", "{made}/index"], "nothing is named to remove"),
         (["remove", "{made}/index", "{tmp}/x.jpg"], "holds no image {tmp}/x.jpg"),
-        (["info", "{tmp}/none"], "{tmp}/none is no search index: no such folder"),
+        (["info", "{tmp}/none"], "{tmp}/none is not a search index: no such folder"),
         (
             [
                 "index",
