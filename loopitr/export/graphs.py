@@ -1,7 +1,7 @@
-"""The three parts of a model as plain modules, tensors in and tensors out, which `torch.export` can follow.
+"""The three parts of a model as plain modules that `torch.export` can trace.
 
-The fusion encoder that trains and searches packs its texts (`models/packing.py`), which depends on the data. Here the
-same layers run on padded texts, all images with all texts; padding is masked, so the scores are the same.
+The fusion encoder packs its texts (`models/packing.py`), which depends on the data and so cannot be traced. Here the
+same layers run on padded texts, for all images with all texts; padding is masked, so the scores are the same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from loopitr.models.towers import ImageTower, TextTower
 
 
 class ImageGraph(nn.Module):
-    """Pixels -> embeds, and image tokens where there is a fusion head to read them."""
+    """Pixels -> embeds and, if the model has a fusion head, image tokens."""
 
     def __init__(self, model: LoopITRModel | DualEncoder | ImageTower) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class ImageGraph(nn.Module):
 
 
 class TextGraph(nn.Module):
-    """Token ids -> embeds, and the text tokens that fusion starts from where there is a fusion head."""
+    """Token ids -> embeds and, if the model has a fusion head, the text tokens that it starts from."""
 
     def __init__(self, model: LoopITRModel | DualEncoder | TextTower) -> None:
         super().__init__()
@@ -68,10 +68,10 @@ class FusionGraph(nn.Module):
         layers = self._layers()
         hidden = text_tokens
         for index, (parts, cross) in enumerate(layers):
-            # Only the first token's row of the last layer is scored.
+            # The last layer only needs the row of the first token.
             query_rows = hidden[:, :1] if index == len(layers) - 1 else hidden
             hidden = _self_attention(parts, query_rows, hidden, every_mask if index else mask)  # [T or I T, L or 1, D]
-            if index == 0:  # The first self-attention has not seen an image: it runs once per text.
+            if index == 0:  # The first self-attention does not depend on the image, so it runs once per text.
                 hidden = hidden.unsqueeze(0).expand(images, -1, -1, -1)  # [I, T, L or 1, D]
             hidden = _cross_attention(cross, hidden.reshape(images, -1, hidden.shape[-1]), placed)  # [I, T L, D]
             inner = parts.activation(parts.feed_forward_in(hidden))

@@ -55,7 +55,7 @@ def test_index_and_query(made, capsys, tmp_path):
     (hit,) = json.loads(run(capsys, "query", made / "index", made / "photos" / "002.jpg", "--top", 1, "--json"))
     assert hit["path"] == f"{made}/photos/002.jpg" and hit["match"] is None and hit["columns"]["width"] == 40
     assert hit["similarity"] == pytest.approx(1, abs=1e-5)
-    assert run(capsys, "query", made / "index", "a dog", "--where", "width > 4000") == "no image fits\n"
+    assert run(capsys, "query", made / "index", "a dog", "--where", "width > 4000") == "no image found\n"
 
 
 def test_a_page_of_results(made, capsys, tmp_path, monkeypatch):
@@ -85,12 +85,12 @@ def test_add_remove_and_info(made, capsys, tmp_path):
         (["find"], "unknown command 'find'; known: index"),
         (["index"], "no source is given: loopitr search index SOURCE --model RUN --output INDEX"),
         (["index", "{made}/photos"], "no model is given"),
-        (["index", "{made}/photos", "more"], "one too many: 'more'"),
+        (["index", "{made}/photos", "more"], "unexpected argument 'more'"),
         (["index", "{made}/none", "--model", "{made}/run", "--output", "{tmp}/out"], "{made}/none: no such folder"),
         (["index", "{made}/photos", "--model", "{made}/none", "--output", "{tmp}/out"], "no model folder {made}/none"),
         (["index", "{made}/photos", "--model", "{made}/run", "--output", "{made}/photos"], "no search index"),
         (["query", "{tmp}", "a dog"], "{tmp} is not a search index"),
-        (["query", "{made}/index", "a", "dog"], "one too many: 'dog'; wanted are INDEX QUERY, and quotes"),
+        (["query", "{made}/index", "a", "dog"], "unexpected argument 'dog'; wanted INDEX QUERY, with quotes"),
         (["query", "{made}/index"], "the query is empty"),
         (["query", "{made}/index", "nowhere.jpg"], "nowhere.jpg: unreadable image (no such file)"),
         (["query", "{made}/index", "a dog", "--top", "0"], "top must be at least 1, got 0"),

@@ -71,7 +71,7 @@ def test_the_columns_of_a_condition():
         ("year IN 3", "expected (, got '3'"),
         ("year IN (3", "expected , or ), got the end"),
         ("year NOT 3", "expected IN or BETWEEN or LIKE or HAS, got '3'"),
-        ("caption LIKE '%dog%'", "caption HAS 'dog beach' in the place of LIKE"),
+        ("caption LIKE '%dog%'", "caption HAS 'dog beach' instead of LIKE"),
         ("caption < 'dog'", "'dog' has no order on a Qdrant server"),
         ("caption HAS 3", "expected words in single quotes, got 3"),
         ("mtime > timestamp 'yesterday'", "'yesterday' is not a date and time"),
