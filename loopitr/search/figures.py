@@ -52,7 +52,7 @@ class Thumbnails:
 def grid(placed: Sequence[Placed], picture: Callable[[Hit], str], *, moves: bool) -> str:
     """A grid of pictures with place, scores, caption and name; `moves`: also the number of places that each moved."""
     if not placed:
-        return "<p>No image fits.</p>"
+        return "<p>No image found.</p>"
     return '<div class="loopitr">' + "".join(_figure(each, picture, moves=moves) for each in placed) + "</div>"
 
 

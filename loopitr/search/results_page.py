@@ -51,7 +51,7 @@ def write_page(searcher: Searcher, query: str, hits: Sequence[Hit], output: str 
         OSError: the file cannot be written.
     """
     figures = "\n".join(_figure(searcher, rank, hit) for rank, hit in enumerate(hits, start=1))
-    page = PAGE.format(title=html.escape(query), figures=figures or "<p>no image fits</p>")
+    page = PAGE.format(title=html.escape(query), figures=figures or "<p>no image found</p>")
     if output is None:
         words = re.sub(r"\W+", "-", query)[:40].strip("-")
         with tempfile.NamedTemporaryFile(prefix=f"loopitr-{words}-", suffix=".html", delete=False) as file:

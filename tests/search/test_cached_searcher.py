@@ -143,7 +143,7 @@ def test_figures_have_pictures_moves_and_texts_that_are_no_markup(searcher):
         assert all(f"{sign}{places}" in page.text for places in moved if places > 0)
     assert "\u2191" not in Tags(grid(placed, Thumbnails(searcher), moves=False)).text
     assert EVIL in Tags(caption_list([(EVIL, 1.0)])).text
-    assert "No image fits" in grid([], Thumbnails(searcher), moves=True)
+    assert "No image found" in grid([], Thumbnails(searcher), moves=True)
 
 
 def test_thumbnails_are_kept_and_a_file_that_is_gone_is_said(tmp_path, monkeypatch):
