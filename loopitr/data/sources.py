@@ -101,6 +101,8 @@ class DataOptions:
     height x 3 bytes, at 224 px and the default crops 0.5 MB."""
     cache_tokens: str | None = None
     """Folder for the image tokens of a frozen image backbone, computed once."""
+    cached_views: int = 1
+    """Views of each training image in `cache_tokens`, of which a visit draws one: as evaluated, and random crops."""
     cache_text_tokens: str | None = None
     """Folder for the caption tokens of a frozen text backbone, computed once; it can be the same."""
     limit: int | None = None

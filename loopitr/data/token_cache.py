@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,19 +60,25 @@ class TokenCache:
         num_workers: int = 0,
         device: str | torch.device = "cpu",
         progress: bool = True,
+        seed: int | None = None,
+        shortest: int | None = None,
     ) -> TokenCache:
         """Open `folder/<key[:16]>-<names digest[:8]>`, building it first if it is not there.
 
         `key` is the caller's digest of everything that decides the tokens but the images: backbone weights, transform.
         Images are told apart by name and path, not by pixels: delete the folder after editing images in place.
-        For killed and concurrent builds see `build_once`.
+        For killed and concurrent builds see `build_once`. A random `transform` needs a `seed`; `shortest` is passed on
+        to `decode_image`.
         """
         check_key(key)
         digest = names_digest(records)
         target = Path(folder) / f"{key[:16]}-{digest[:8]}"
 
         def build(temporary: Path) -> dict[str, Any]:
-            shape, unreadable = _build(temporary, records, transform, encode, batch_size, num_workers, device, progress)
+            images = read_images(
+                records, transform, batch_size=batch_size, num_workers=num_workers, shortest=shortest, seed=seed
+            )
+            shape, unreadable = _build(temporary, records, images, encode, device, progress)
             return {"key": key, "names_digest": digest, "shape": shape, "unreadable": unreadable}
 
         build_once(target, build)
@@ -100,18 +106,15 @@ class TokenCache:
 def _build(
     folder: Path,
     records: Sequence[Record],
-    transform: Callable[[Image.Image], Tensor],
+    images: Iterable[list[tuple[int, Tensor | str]]],
     encode: Encode,
-    batch_size: int,
-    num_workers: int,
     device: str | torch.device,
     progress: bool,
 ) -> tuple[tuple[int, int, int], list[int]]:
     """Write the tokens; returns their shape [R, N, D] and the indices of the unreadable records."""
-    loader = read_images(records, transform, batch_size=batch_size, num_workers=num_workers)
     array: np.ndarray | None = None
     unreadable = []
-    for batch in tqdm(loader, desc="image tokens", disable=not progress):
+    for batch in tqdm(images, desc="image tokens", disable=not progress):
         good = [(index, pixels) for index, pixels in batch if isinstance(pixels, Tensor)]
         unreadable += [index for index, pixels in batch if not isinstance(pixels, Tensor)]
         if not good:
