@@ -232,7 +232,7 @@ def make_loader(records: Sequence[Record] | HubStream, train: TrainOptions, cach
             transform=transform,
             captions=data.captions,
             seed=train.seed,
-            tokens=caches.tokens(records),
+            tokens=caches.views(records, transform, shortest),
             images=caches.images(records, transform.shortest),
             shortest=shortest,
         )
