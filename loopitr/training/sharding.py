@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, is_torch_version, parse_flag_from_env
 from torch import Tensor, nn
 
@@ -56,15 +56,31 @@ def settle(accelerator: Accelerator) -> None:
     if accelerator.num_processes == 1:
         raise ValueError("FSDP shards over processes, and this is the only one: launch with --num_processes or without it")
     if state.distributed_type == DistributedType.MULTI_CPU:  # for a rehearsal without GPUs
-        state.fsdp_plugin, state.distributed_type = FullyShardedDataParallelPlugin(), DistributedType.FSDP
+        state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        # The later of the two is made of the earlier one again and again.
+        PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
     if state.fsdp_plugin.activation_checkpointing:
         raise ValueError("FSDP's activation checkpointing is not supported: use train.gradient_checkpointing")
     # Autocast halves what may be halved; the policy would halve temperature and losses too.
     state.fsdp_plugin.mixed_precision_policy = None
 
 
-def shard_ready(objective: LoopObjective) -> None:
-    """Every rank gets rank 0's weights, as under DDP, and scalars become vectors of one, which can be sharded."""
+def check_sharding(objective: LoopObjective, accelerator: Accelerator) -> None:
+    """
+    Raises:
+        ValueError: a teacher with a model of its own where weights are sharded.
+    """
+    kind = accelerator.distributed_type
+    if objective.own_teacher is not None and kind in SHARDED:
+        name = objective.own_teacher.name
+        raise ValueError(f"objective.teacher {name!r} works with DDP, not with {kind.value}")
+
+
+def shard_ready(objective: LoopObjective, accelerator: Accelerator) -> None:
+    """Where FSDP is to shard the objective: every rank gets rank 0's weights, as under DDP, and scalars become vectors
+    of one."""
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return
     for tensor in (*objective.parameters(), *objective.buffers()):
         dist.broadcast(tensor.data, src=0)
     for module in objective.modules():
@@ -76,8 +92,14 @@ def shard_ready(objective: LoopObjective) -> None:
 class WholeModel:
     """The model in one piece, for validation and saving: itself, or where it is sharded a copy that waits on the CPU."""
 
-    def __init__(self, model: LoopITRModel, accelerator: Accelerator) -> None:
-        """Call this before accelerate has the model. The copy shares its config."""
+    def __init__(self, objective: LoopObjective, accelerator: Accelerator) -> None:
+        """Call this before accelerate has the objective. The copy shares its model's config.
+
+        Raises:
+            ValueError: a teacher with a model of its own where weights are sharded.
+        """
+        check_sharding(objective, accelerator)
+        model = objective.model
         self.source, self.model, self.device = model, model, accelerator.device
         self.is_copy = accelerator.distributed_type == DistributedType.FSDP
         if self.is_copy:
@@ -101,6 +123,11 @@ class WholeModel:
         own = self.model.state_dict()
         for name, tensor in self.source.state_dict().items():
             own[name].copy_(whole(tensor).reshape(own[name].shape))
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's shard, or all of a tensor that is not sharded."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
