@@ -1,7 +1,7 @@
 """A run under FSDP 2: weights, gradients and optimiser state in shards, one on each rank.
 
-`accelerate launch --use_fsdp --fsdp_version 2` asks for it. accelerate shards the objective; what it leaves to do is here:
-torch cannot shard a scalar, a validation needs the model in one piece, and batch statistics go their own way on each rank.
+`accelerate launch --use_fsdp --fsdp_version 2` asks for it, and accelerate shards the objective. What is left to do is
+here: torch cannot shard a scalar, a validation needs the model in one piece, and batch statistics differ between ranks.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, is_torch_version, parse_flag_from_env
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from loopitr.models.loop_model import LoopITRModel
@@ -54,7 +55,9 @@ def settle(accelerator: Accelerator) -> None:
         return
     state: Any = accelerator.state
     if accelerator.num_processes == 1:
-        raise ValueError("FSDP shards over processes, and this is the only one: launch with --num_processes or without it")
+        raise ValueError(
+            "FSDP shards over processes, and this is the only one: launch with --num_processes or without it"
+        )
     if state.distributed_type == DistributedType.MULTI_CPU:  # for a rehearsal without GPUs
         state.fsdp_plugin = FullyShardedDataParallelPlugin()
         # The later of the two is made of the earlier one again and again.
@@ -76,9 +79,14 @@ def check_sharding(objective: LoopObjective, accelerator: Accelerator) -> None:
         raise ValueError(f"objective.teacher {name!r} works with DDP, not with {kind.value}")
 
 
-def shard_ready(objective: LoopObjective, accelerator: Accelerator) -> None:
-    """Where FSDP is to shard the objective: every rank gets rank 0's weights, as under DDP, and scalars become vectors
-    of one."""
+def ready_for_ranks(objective: LoopObjective, accelerator: Accelerator) -> None:
+    """Call this before accelerate has the objective: what one process does without.
+
+    On GPUs, batch statistics become those of all ranks. Where FSDP is to shard it, every rank gets rank 0's weights, as
+    under DDP, and scalars become vectors of one.
+    """
+    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+        convert_sync_batchnorm(objective.model)  # torch's own would drop timm's fused activations
     if accelerator.distributed_type != DistributedType.FSDP:
         return
     for tensor in (*objective.parameters(), *objective.buffers()):
@@ -90,7 +98,7 @@ def shard_ready(objective: LoopObjective, accelerator: Accelerator) -> None:
 
 
 class WholeModel:
-    """The model in one piece, for validation and saving: itself, or where it is sharded a copy that waits on the CPU."""
+    """The model in one piece, to validate and save: itself, or of a sharded one a copy that waits on the CPU."""
 
     def __init__(self, objective: LoopObjective, accelerator: Accelerator) -> None:
         """Call this before accelerate has the objective. The copy shares its model's config.

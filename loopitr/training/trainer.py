@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from timm.layers import convert_sync_batchnorm
 from tqdm.auto import tqdm
 
 from loopitr.data import HubStream, Record
@@ -29,7 +28,7 @@ from loopitr.training.run_folder import run_folder, store_config
 from loopitr.training.run_log import RunLog
 from loopitr.training.saving import Saver
 from loopitr.training.setup import Caches, count_parameters, make_loader, prepare_model, start
-from loopitr.training.sharding import WholeModel, shard_ready
+from loopitr.training.sharding import WholeModel, ready_for_ranks
 from loopitr.training.skips import check_skips, files_in_all, lost_in_all, lost_so_far
 from loopitr.training.stepping import Stepper
 from loopitr.training.stopping import AcrossRanks, Stopped, Stopping
@@ -110,17 +109,14 @@ class Trainer:
         self.saver = Saver(self.accelerator, self.folder, self.options, scheduler=self.scheduler, log=self.log)
         parts = self.accelerator, self.objective, objective, self.optimizer, self.scheduler, self.options
         self.stepper = Stepper(*parts, folder=self.folder, total_steps=self.total_steps, log=self.log)
-        measured = self.whole, self.caches, self.validation
-        self.validator = Validator(objective, *measured, folder=self.folder, records=val, fusion_start=self.fusion_start)
+        rest = {"folder": self.folder, "records": val, "fusion_start": self.fusion_start}
+        self.validator = Validator(objective, self.whole, self.caches, self.validation, **rest)
 
     def _prepare(self) -> None:
         options, accelerator = self.options, self.accelerator
         self.total_steps = options.max_steps or options.epochs * (len(self.loader) // options.accumulation)
         self.fusion_start = int(options.fusion_start * self.total_steps)
-        if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-            # Batch statistics are those of all ranks. torch's own conversion would drop timm's fused activations.
-            convert_sync_batchnorm(self.model)
-        shard_ready(self.bare_objective, accelerator)
+        ready_for_ranks(self.bare_objective, accelerator)
         optimizer = make_optimizer(self.model, options)
         self.objective, self.optimizer = accelerator.prepare(self.bare_objective, optimizer)
         # The scheduler is not prepared: accelerate would step it once per process.
