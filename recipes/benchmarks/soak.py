@@ -3,9 +3,9 @@
 Trains tiny models on the built-in scenes for a set time while it kills the training at random moments (SIGKILL, every
 fifth time SIGTERM) and starts it again with --resume, in several settings by turns. What comes out is compared with a
 run of the same options that nobody disturbed: `history.jsonl` and `model.safetensors` byte by byte, and the images of
-every step. Of several ranks one, by turns, or all are killed; those that are left have to end within a minute. `--source
-tars` streams WebDataset tars. An undisturbed run is also watched: growth of memory per 1,000 steps, open files. Linux and
-macOS, CPU.
+every step. Of several ranks one, by turns, or all are killed; those that are left have to end within a minute. With
+`--source tars` they stream WebDataset tars. An undisturbed run is also watched: growth of memory per 1,000 steps, open
+files. Linux and macOS, CPU.
 """
 
 from __future__ import annotations
