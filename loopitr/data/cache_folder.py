@@ -128,10 +128,11 @@ def read_images(
     num_workers: int,
     collate: Callable[[list[tuple[int, Tensor | str]]], Any] = list,
     shortest: int | None = None,
+    seed: int | None = None,
 ) -> DataLoader[Any]:
     """A loader of the items of `DecodedImages`, in order."""
     return DataLoader(
-        DecodedImages(records, transform, shortest=shortest),
+        DecodedImages(records, transform, shortest=shortest, seed=seed),
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=collate,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +16,7 @@ from .image_cache import ImageCache
 from .images import UnreadableImage, decode_image
 from .records import DataError, Record, caption_count, captions_of, identity_of, name_of, stable_hash
 from .token_cache import TokenCache
+from .transforms import seeded
 
 Transform = Callable[[Any], Tensor]  # The argument is a PIL image, or with an ImageCache uint8 pixels [3, H, W].
 Captions = Literal["one", "all"]
@@ -33,7 +33,9 @@ class CaptionDataset(Dataset[dict[str, Any]]):
         transform: makes `pixel_values`. Its randomness should come from torch's generator, which is seeded for each
             example.
         captions: "one" makes one example per image, with a caption drawn at each visit; "all" makes one per caption.
-        tokens, images: caches to read image tokens or decoded images from, instead of decoding files.
+        tokens: caches to read image tokens from instead of decoding files, one per view of the images; each example
+            draws its view.
+        images: a cache to read decoded images from.
         shortest: passed to `decode_image`.
 
     Raises:
@@ -48,19 +50,19 @@ class CaptionDataset(Dataset[dict[str, Any]]):
         transform: Transform | None,
         captions: Captions = "one",
         seed: int = 0,
-        tokens: TokenCache | None = None,
+        tokens: Sequence[TokenCache] = (),
         images: ImageCache | None = None,
         shortest: int | None = None,
     ) -> None:
         _check_captions(captions)
         if not len(records):
             raise DataError("a dataset needs at least one record, got none")
-        for what, cache in (("token", tokens), ("image", images)):
+        for what, cache in (*(("token", view) for view in tokens), ("image", images)):
             if cache is not None and len(cache) != len(records):
                 raise ValueError(f"the {what} cache has {len(cache)} images, the records are {len(records)}")
-        if tokens is not None and images is not None:
+        if tokens and images is not None:
             raise ValueError("either tokens or images can come from a cache, got both")
-        if tokens is None and transform is None:
+        if not tokens and transform is None:
             raise ValueError("a transform is needed where images are not read from a token cache, got None")
         self.records, self.transform, self.captions, self.seed = records, transform, captions, seed
         self.tokens, self.images, self.shortest = tokens, images, shortest
@@ -109,10 +111,11 @@ class CaptionDataset(Dataset[dict[str, Any]]):
         return record, index - (int(self._ends[record - 1]) if record else 0)
 
     def _image(self, index: int, seed: int) -> dict[str, Tensor]:
-        if self.tokens is not None:
-            if index in self.tokens.unreadable:
+        if self.tokens:
+            if index in self.tokens[0].unreadable:
                 raise UnreadableImage(name_of(self.records, index), "no cached tokens")
-            return {"image_tokens": self.tokens[index]}  # [N, D]
+            view = stable_hash(f"{seed}/view") % len(self.tokens)
+            return {"image_tokens": self.tokens[view][index]}  # [N, D]
         assert self.transform is not None
         image: Any
         if self.images is not None:
@@ -232,16 +235,5 @@ def _check_captions(captions: str) -> None:
 
 
 def _transformed(transform: Transform, image: Any, seed: int) -> Tensor:
-    with _seeded(seed):
+    with seeded(seed):
         return transform(image)  # [3, H, W]
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seeds torch's CPU generator, only within the block.
-
-    `torch.manual_seed` would reseed every GPU too, and so change dropout.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield

@@ -101,6 +101,8 @@ class DataOptions:
     x height x 3 bytes: 0.5 MB at 224 px and the default crops."""
     cache_tokens: str | None = None
     """Folder for the image tokens of a frozen image backbone, computed once."""
+    cached_views: int = 1
+    """Views of each training image in `cache_tokens`, of which a visit draws one: as evaluated, and random crops."""
     cache_text_tokens: str | None = None
     """Folder for the caption tokens of a frozen text backbone, computed once; it can be that of `cache_tokens`."""
     limit: int | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,19 +64,25 @@ class TokenCache:
         num_workers: int = 0,
         device: str | torch.device = "cpu",
         progress: bool = True,
+        seed: int | None = None,
+        shortest: int | None = None,
     ) -> TokenCache:
         """Open `folder/<key[:16]>-<names digest[:8]>`, building it first if it is not there.
 
         `key` is the caller's digest of everything but the images that decides the tokens: backbone weights, transform.
         Images are identified by name and path, not by content: delete the folder after editing images in place.
-        `build_once` says what happens to interrupted and concurrent builds.
+        `build_once` says what happens to interrupted and concurrent builds. A random `transform` needs a `seed`;
+        `shortest` is passed to `decode_image`.
         """
         check_key(key)
         digest = names_digest(records)
         target = Path(folder) / f"{key[:16]}-{digest[:8]}"
 
         def build(temporary: Path) -> dict[str, Any]:
-            shape, unreadable = _build(temporary, records, transform, encode, batch_size, num_workers, device, progress)
+            images = read_images(
+                records, transform, batch_size=batch_size, num_workers=num_workers, shortest=shortest, seed=seed
+            )
+            shape, unreadable = _build(temporary, records, images, encode, device, progress)
             return {"key": key, "names_digest": digest, "shape": shape, "unreadable": unreadable}
 
         build_once(target, build)
@@ -104,18 +110,15 @@ class TokenCache:
 def _build(
     folder: Path,
     records: Sequence[Record],
-    transform: Callable[[Image.Image], Tensor],
+    images: Iterable[list[tuple[int, Tensor | str]]],
     encode: Encode,
-    batch_size: int,
-    num_workers: int,
     device: str | torch.device,
     progress: bool,
 ) -> tuple[tuple[int, int, int], list[int]]:
     """Write the tokens; returns their shape `[R, N, D]` and the indices of unreadable records."""
-    loader = read_images(records, transform, batch_size=batch_size, num_workers=num_workers)
     array: np.ndarray | None = None
     unreadable = []
-    for batch in tqdm(loader, desc="image tokens", disable=not progress):
+    for batch in tqdm(images, desc="image tokens", disable=not progress):
         good = [(index, pixels) for index, pixels in batch if isinstance(pixels, Tensor)]
         unreadable += [index for index, pixels in batch if not isinstance(pixels, Tensor)]
         if not good:

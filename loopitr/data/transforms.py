@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from PIL import Image
@@ -11,6 +12,17 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 LEAST_RATIO = 3 / 4  # the smallest ratio of the sides of a random crop
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seeds torch's CPU generator for the block only.
+
+    `torch.manual_seed` would reseed every GPU too, and with it dropout.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 class TrainTransform:

@@ -140,7 +140,7 @@ def _text_modules(backbone: TextBackbone, projection: nn.Module, source: Source,
 
 
 def _load_arguments(backbone: TextBackbone) -> dict[str, bool]:
-    """The arguments that keep transformers from adding a pooler with random weights, and warning of it, at load."""
+    """The arguments that keep transformers from adding a randomly initialised pooler on loading, and from warning."""
     parameters = inspect.signature(type(backbone.model).__init__).parameters
     has_no_pooler = "add_pooling_layer" in parameters and getattr(backbone.model, "pooler", None) is None
     return {"add_pooling_layer": False} if has_no_pooler else {}

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+import hashlib
+import json
+from collections.abc import Callable, Sequence
 
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor
 
 from loopitr.building.build import text_cache_key, token_cache_key
 from loopitr.data import ImageCache, Record, TextTokenCache, TokenCache
 from loopitr.data.cache_folder import make_folder
 from loopitr.data.sources import DataOptions
+from loopitr.data.transforms import TrainTransform
 from loopitr.evaluation.retrieval import evaluation_transform
 from loopitr.models.loop_model import LoopITRModel
 from loopitr.models.processing import LoopITRProcessor
@@ -33,6 +36,10 @@ def check_caches(model: LoopITRModel, data: DataOptions) -> None:
     for option in ("cache_images", "cache_text_tokens"):
         if getattr(data, option) and data.streaming:
             raise ValueError(f"data.{option} needs data of known length: it cannot be used with data.streaming")
+    if data.cached_views < 1:
+        raise ValueError(f"data.cached_views must be at least 1, got {data.cached_views}")
+    if data.cached_views > 1 and not data.cache_tokens:
+        raise ValueError("data.cached_views are views kept in data.cache_tokens, which is unset")
     if data.cache_images and data.cache_tokens:
         raise ValueError("data.cache_images is of no use with data.cache_tokens, which reads no image in training")
 
@@ -55,23 +62,50 @@ class Caches:
 
     def tokens(self, records: Sequence[Record]) -> TokenCache | None:
         """The image tokens of `records`; None without `data.cache_tokens`."""
-        folder = self.data.cache_tokens
-        if folder is None:
+        if self.data.cache_tokens is None:
             return None
         if id(records) not in self._tokens:
-            with self.accelerator.main_process_first():
-                vision = self.model.dual.vision.to(self.accelerator.device).eval()
-                self._tokens[id(records)] = TokenCache.open_or_build(
-                    Path(folder),
-                    key=token_cache_key(self.model, self.processor),
-                    records=records,
-                    transform=evaluation_transform(self.processor),
-                    encode=vision,
-                    num_workers=self.data.num_workers,
-                    device=self.accelerator.device,
-                    progress=self.accelerator.is_main_process,
-                )
+            key = token_cache_key(self.model, self.processor)
+            self._tokens[id(records)] = self._tokens_of(records, key, evaluation_transform(self.processor))
         return self._tokens[id(records)]
+
+    def views(self, records: Sequence[Record], transform: TrainTransform, shortest: int | None) -> list[TokenCache]:
+        """Image tokens of each of `data.cached_views` views of the training images; none without `data.cache_tokens`.
+
+        The first view is the image as in evaluation, the others are what `transform` makes of it.
+        """
+        first = self.tokens(records)
+        if first is None:
+            return []
+        views, data = [first], self.data
+        for number in range(1, data.cached_views):
+            described = [first.key, data.crop_scale_min, data.flip, data.randaugment, shortest, number]
+            key = hashlib.blake2b(json.dumps(described).encode(), digest_size=16).hexdigest()
+            views.append(self._tokens_of(records, key, transform, seed=number, shortest=shortest))
+        return views
+
+    def _tokens_of(
+        self,
+        records: Sequence[Record],
+        key: str,
+        transform: Callable[[Image.Image], Tensor],
+        *,
+        seed: int | None = None,
+        shortest: int | None = None,
+    ) -> TokenCache:
+        with self.accelerator.main_process_first():
+            return TokenCache.open_or_build(
+                str(self.data.cache_tokens),
+                key=key,
+                records=records,
+                transform=transform,
+                encode=self.model.dual.vision.to(self.accelerator.device).eval(),
+                num_workers=self.data.num_workers,
+                device=self.accelerator.device,
+                progress=self.accelerator.is_main_process,
+                seed=seed,
+                shortest=shortest,
+            )
 
     def texts(self, records: Sequence[Record]) -> TextTokenCache | None:
         """The tokens of all captions of `records`; None without `data.cache_text_tokens`."""

@@ -6,13 +6,11 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from accelerate.utils import DistributedType
 from helpers.tiny_run import equal, logged, run, weights
 
 from loopitr.objective.teachers import Match, MatchPlusSimilarity
 from loopitr.training.checkpoints import Progress
 from loopitr.training.gate import Gate
-from loopitr.training.setup import check_sharding
 
 
 def gate(teacher=None, margin=1.0, *, fusion_start=0, warmup=0.0, log=None):
@@ -140,23 +138,6 @@ def test_a_frozen_teacher_of_a_folder(tmp_path, capsys):
     assert len(logged(tmp_path / "student", "loss/distillation")) == 2
     with pytest.raises(OSError, match="no model folder"):
         run(tmp_path / "nothing", **{**options, "objective__teacher_model": "runs/nothing/here"})
-
-
-def test_a_teacher_with_a_model_of_its_own_does_not_go_with_sharded_weights():
-    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP)
-    check_sharding(SimpleNamespace(own_teacher=None), accelerator)
-    with pytest.raises(ValueError, match="FSDP 2 cannot shard a scalar parameter, and the temperature is one"):
-        check_sharding(SimpleNamespace(own_teacher=None), SimpleNamespace(**vars(accelerator), is_fsdp2=True))
-    with pytest.raises(ValueError, match="objective.teacher 'momentum' works with DDP, not with FSDP"):
-        check_sharding(SimpleNamespace(own_teacher=SimpleNamespace(name="momentum")), accelerator)
-
-
-def test_fsdp_on_cpus_is_not_left_out_without_a_word(tmp_path, monkeypatch):
-    """Where accelerate itself goes on with DDP."""
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="FSDP, which it leaves out on CPUs"):
-        run(tmp_path)
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_frozen_teacher_with_another_image_backbone_does_not_go_with_cached_tokens(tmp_path):

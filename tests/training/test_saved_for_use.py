@@ -16,6 +16,7 @@ from loopitr.evaluation.calibration import WEIGHTS
 from loopitr.objective.options import ObjectiveOptions
 from loopitr.training.checkpoints import Progress
 from loopitr.training.options import PretrainOptions, ValidationOptions
+from loopitr.training.sharding import WholeModel
 from loopitr.training.validation import Validator
 
 
@@ -117,7 +118,8 @@ def test_of_equally_good_validations_the_better_dual_is_kept(tmp_path, monkeypat
     monkeypatch.setattr("loopitr.training.validation.save_for_use", lambda *args, **kinds: saved.append(progress.step))
     objective = LoopObjective(tiny_model(), [Contrastive(), Matching()])
     caches = SimpleNamespace(accelerator=Accelerator(cpu=True), processor=None)
-    validator = Validator(objective, caches, ValidationOptions(), folder=tmp_path, records=[])
+    whole = WholeModel(objective, caches.accelerator)
+    validator = Validator(objective, whole, caches, ValidationOptions(), folder=tmp_path, records=[])
     progress = Progress()
     for progress.step in range(5):
         validator.validate(progress)
