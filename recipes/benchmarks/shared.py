@@ -67,7 +67,7 @@ class _NoModules(ModuleTracker):
 
 
 def interleaved(calls: Mapping[str, Callable[[], Any]], *, rounds: int, device: str) -> dict[str, Timing]:
-    """Time every call once per round, in turn, so that load on the machine affects all; counting FLOPs is the warm-up."""
+    """Time every call once per round, in turn, so that other load affects all of them; counting FLOPs warms up."""
     flops = {}
     for name, call in calls.items():
         counter = FlopCounterMode(display=False)
