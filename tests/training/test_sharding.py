@@ -68,11 +68,14 @@ SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
 def train(folder: Path, *, sharded: bool, **changes: Any) -> None:
+    """accelerate takes the ranks as they are, and parts them when the run ends."""
     for name in [name for name in os.environ if name.startswith("FSDP_") or name == "ACCELERATE_USE_FSDP"]:
         del os.environ[name]
     if sharded:
         os.environ.update(SHARDED | (LAYERS if "layer by layer" in folder.name else {}))
-    folder.mkdir(parents=True, exist_ok=True)
+    meeting = folder / ("resumed" if changes.get("resume") else "begun")
+    meeting.mkdir(parents=True, exist_ok=True)
+    join(int(os.environ["RANK"]), meeting)
     reset_accelerate()
     make_trainer(tiny_options(folder, **{**SMALL, **changes})).run()
 
@@ -89,7 +92,7 @@ def train_in_two_goes(folder: Path) -> None:
     try:
         train(folder, sharded=True, **LONG)
     except KeyboardInterrupt:
-        pass
+        torch.distributed.destroy_process_group()
     finally:
         Trainer._step = step  # type: ignore[method-assign]
     train(folder, sharded=True, **LONG, resume=True)
@@ -98,12 +101,12 @@ def train_in_two_goes(folder: Path) -> None:
 def worker(index: int, folder: Path) -> None:
     ranks = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
     os.environ.update({"ACCELERATE_USE_CPU": "true", **{name: str(value) for name, value in ranks.items()}})
-    join(index, folder)
     for name, changes in CASES.items():
         train(folder / "fsdp" / name, sharded=True, **changes)
         train(folder / "ddp" / name, sharded=False, **changes)
     train(folder / "whole", sharded=True, **LONG)
     train_in_two_goes(folder / "parts")
+    join(index, folder)
     leave(index, folder, {})
 
 
