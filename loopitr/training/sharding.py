@@ -33,12 +33,14 @@ def prepare_environment() -> None:
     Every rank builds or loads the whole model. Checkpoints hold whole tensors, which torch reads without unpickling.
 
     Raises:
-        ValueError: FSDP 1, or a torch that is too old.
+        ValueError: FSDP 1, weights that wait on the CPU, or a torch that is too old.
     """
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise ValueError("FSDP 1 is not supported: launch with --fsdp_version 2 (fsdp_config.fsdp_version: 2), or DDP")
+    if parse_flag_from_env("FSDP_OFFLOAD_PARAMS"):
+        raise ValueError("FSDP's offload of weights to the CPU is not supported: launch without it")
     if not is_torch_version(">=", NEWEST_TRIED):
         raise ValueError(f"FSDP needs torch {NEWEST_TRIED} or newer, this is {torch.__version__}: launch with DDP")
     os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"

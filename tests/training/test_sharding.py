@@ -164,19 +164,20 @@ def test_scalars_become_vectors_of_one_that_are_trained_as_before(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("variables", "changes", "said"),
+    ("variables", "said"),
     [
-        ({"FSDP_VERSION": "1"}, {}, "FSDP 1 is not supported: launch with --fsdp_version 2"),
-        ({}, {}, "FSDP shards over processes, and this is the only one"),
+        ({"FSDP_VERSION": "1"}, "FSDP 1 is not supported: launch with --fsdp_version 2"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "FSDP's offload of weights to the CPU is not supported"),
+        ({}, "FSDP shards over processes, and this is the only one"),
     ],
 )
-def test_what_fsdp_cannot_do_is_one_line(tmp_path, monkeypatch, variables, changes, said):
+def test_what_fsdp_cannot_do_is_one_line(tmp_path, monkeypatch, variables, said):
     for name, value in {**SHARDED, **variables}.items():
         monkeypatch.setenv(name, value)
     for name in ("FSDP_STATE_DICT_TYPE", "FSDP_CPU_RAM_EFFICIENT_LOADING"):
         monkeypatch.setenv(name, "")  # so that it is as before when the test is over
     with pytest.raises(ValueError, match=said):
-        run(tmp_path, **changes)
+        run(tmp_path)
     assert not (tmp_path / "run").exists()
 
 
