@@ -20,6 +20,7 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from loopitr.models.loop_model import LoopITRModel
+from loopitr.models.text_backbone import bert_layers
 from loopitr.objective.loop_objective import LoopObjective
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -33,7 +34,7 @@ def prepare_environment() -> None:
     Every rank builds or loads the whole model. Checkpoints hold whole tensors, which torch reads without unpickling.
 
     Raises:
-        ValueError: FSDP 1, weights that wait on the CPU, or a torch that is too old.
+        ValueError: FSDP 1, weights that wait on the CPU, parts chosen by size, or a torch that is too old.
     """
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return
@@ -41,6 +42,11 @@ def prepare_environment() -> None:
         raise ValueError("FSDP 1 is not supported: launch with --fsdp_version 2 (fsdp_config.fsdp_version: 2), or DDP")
     if parse_flag_from_env("FSDP_OFFLOAD_PARAMS"):
         raise ValueError("FSDP's offload of weights to the CPU is not supported: launch without it")
+    if os.environ.get("FSDP_AUTO_WRAP_POLICY", "").upper() == "SIZE_BASED_WRAP":
+        raise ValueError(
+            "FSDP can gather layers one by one, not parts of a size: --fsdp_auto_wrap_policy NO_WRAP or "
+            "TRANSFORMER_BASED_WRAP"
+        )
     if not is_torch_version(">=", NEWEST_TRIED):
         raise ValueError(f"FSDP needs torch {NEWEST_TRIED} or newer, this is {torch.__version__}: launch with DDP")
     os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"
@@ -85,7 +91,10 @@ def ready_for_ranks(objective: LoopObjective, accelerator: Accelerator) -> None:
     """Call this before accelerate has the objective: what one process does without.
 
     On GPUs, batch statistics become those of all ranks. Where FSDP is to shard it, every rank gets rank 0's weights, as
-    under DDP, and scalars become vectors of one.
+    under DDP.
+
+    Raises:
+        ValueError: FSDP was told to gather layers one by one that are not used as wholes.
     """
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         convert_sync_batchnorm(objective.model)  # torch's own would drop timm's fused activations
@@ -93,10 +102,28 @@ def ready_for_ranks(objective: LoopObjective, accelerator: Accelerator) -> None:
         return
     for tensor in (*objective.parameters(), *objective.buffers()):
         dist.broadcast(tensor.data, src=0)
-    for module in objective.modules():
-        for name, parameter in list(module._parameters.items()):
+    vectors_for_scalars(objective)
+    layers = whole_layers(objective.model)
+    objective._no_split_modules = layers  # type: ignore[assignment]  # where accelerate looks
+    for name in accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap or ():
+        if name not in layers:
+            raise ValueError(f"FSDP can gather layers of {' and '.join(layers) or 'no class'} one by one, not {name!r}")
+
+
+def vectors_for_scalars(module: nn.Module) -> None:
+    """Make each scalar parameter a vector of one, which can be sharded."""
+    for part in module.modules():
+        for name, parameter in list(part._parameters.items()):
             if parameter is not None and parameter.ndim == 0:
-                setattr(module, name, nn.Parameter(parameter.detach().reshape(1), parameter.requires_grad))
+                setattr(part, name, nn.Parameter(parameter.detach().reshape(1), parameter.requires_grad))
+
+
+def whole_layers(model: LoopITRModel) -> list[str]:
+    """The classes of the layers that run as wholes: shared fusion uses the parts of the text backbone's, too."""
+    layers = [*getattr(model.dual.vision.model, "blocks", ())]
+    if model.config.fusion["style"] != "shared":
+        layers += bert_layers(model.dual.text.model) or []
+    return sorted({type(layer).__name__ for layer in layers})
 
 
 class WholeModel:

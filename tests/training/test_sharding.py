@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from helpers.rank_processes import RANKS, join, leave, start_ranks
+from helpers.support import tiny_model
 from helpers.tiny_run import (
     NO_AUGMENTATION,
     NO_DROPOUT,
@@ -27,7 +28,7 @@ from helpers.tiny_run import (
 from torch import nn
 
 from loopitr import LoopITRModel
-from loopitr.training.sharding import check_sharding, ready_for_ranks
+from loopitr.training.sharding import check_sharding, vectors_for_scalars, whole_layers
 from loopitr.training.trainer import Trainer
 
 SMALL: dict[str, Any] = {
@@ -59,7 +60,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "layer by layer": {**ALL_TERMS, "train__gradient_checkpointing": True},
 }
-LAYERS = {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "Block,BertLayer"}
+LAYERS = {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
 LONG = {**ALL_TERMS, "train__max_steps": 5, "train__epochs": 3, "train__checkpoint_every": 3}
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
@@ -150,23 +151,25 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_scalars_become_vectors_of_one_that_are_trained_as_before(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src: None)
-    objective = nn.Module()
-    objective.scale, objective.still = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.tensor(3.0), False)
-    objective.matrix = matrix = nn.Parameter(torch.eye(2))
-    cpus = {"num_processes": 2, "device": torch.device("cpu")}
-    ready_for_ranks(objective, SimpleNamespace(distributed_type=DistributedType.MULTI_CPU, **cpus))
-    assert objective.scale.shape == ()
-    ready_for_ranks(objective, SimpleNamespace(distributed_type=DistributedType.FSDP, **cpus))
-    assert objective.scale.tolist() == [2.0] and objective.still.tolist() == [3.0] and objective.matrix is matrix
-    assert [p.requires_grad for p in (objective.scale, objective.still)] == [True, False]
+def test_scalars_become_vectors_of_one_that_are_trained_as_before():
+    module = nn.Module()
+    module.scale, module.still = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.tensor(3.0), False)
+    module.matrix = matrix = nn.Parameter(torch.eye(2))
+    vectors_for_scalars(module)
+    assert module.scale.tolist() == [2.0] and module.still.tolist() == [3.0] and module.matrix is matrix
+    assert [parameter.requires_grad for parameter in (module.scale, module.still)] == [True, False]
+
+
+@pytest.mark.parametrize(("style", "classes"), [("late", ["BertLayer", "Block"]), ("shared", ["Block"])])
+def test_layers_whose_parts_are_used_alone_are_not_gathered_one_by_one(style, classes):
+    assert whole_layers(tiny_model(style)) == classes
 
 
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
         ({"FSDP_VERSION": "1"}, "FSDP 1 is not supported: launch with --fsdp_version 2"),
+        ({"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "FSDP can gather layers one by one, not parts of a size"),
         ({"FSDP_OFFLOAD_PARAMS": "true"}, "FSDP's offload of weights to the CPU is not supported"),
         ({}, "FSDP shards over processes, and this is the only one"),
     ],
