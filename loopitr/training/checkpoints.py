@@ -18,6 +18,7 @@ from accelerate.utils.other import load
 
 from loopitr.distributed import each_rank, first_rank
 from loopitr.training.durable import PARTIAL, as_os_error, fault, sync, write_file, write_manifest
+from loopitr.training.sharding import parts_of_state
 
 STATE_FILE, SCHEDULER_FILE = "progress.json", "scheduler.json"
 REPLACED, DELETED = ".replaced", ".deleted"
@@ -91,7 +92,8 @@ def save_checkpoint(
         _remove_remains(folder)
     accelerator.wait_for_everyone()
     try:
-        each_rank(partial(_save_state, accelerator, partial_folder))
+        for part in parts_of_state(accelerator, partial_folder):
+            each_rank(partial(_save, part, partial_folder))
         progress = replace(progress, places=gather_object([[progress.epoch, progress.batch]]))
         progress.windows = gather_object([progress.windows[0] if progress.windows else {}])
         first_rank(partial(_complete, partial_folder, final, progress, scheduler))
@@ -106,9 +108,9 @@ def save_checkpoint(
     return final
 
 
-def _save_state(accelerator: Accelerator, folder: Path) -> None:
+def _save(part: Callable[[], object], folder: Path) -> None:
     with as_os_error():
-        accelerator.save_state(str(folder))
+        part()
         for path in sorted(folder.rglob("*")):
             sync(path)
 

@@ -8,14 +8,24 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, is_torch_version, parse_flag_from_env
+from accelerate.checkpointing import save_accelerator_state
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    is_torch_version,
+    parse_flag_from_env,
+    save_fsdp_model,
+    save_fsdp_optimizer,
+)
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
@@ -124,6 +134,24 @@ def whole_layers(model: LoopITRModel) -> list[str]:
     if model.config.fusion["style"] != "shared":
         layers += bert_layers(model.dual.text.model) or []
     return sorted({type(layer).__name__ for layer in layers})
+
+
+def parts_of_state(accelerator: Accelerator, folder: Path) -> list[Callable[[], object]]:
+    """What writes the state of all that accelerate has prepared to `folder`, to be called one after the other.
+
+    Ranks can tell each other after every part whether it was written: accelerate would go on to gather the optimiser's
+    shards of a rank that could not write the weights, and wait for it.
+    """
+    if not getattr(accelerator, "is_fsdp2", False):
+        return [partial(accelerator.save_state, str(folder))]
+    plugin, path = accelerator.state.fsdp_plugin, str(folder)
+    model, optimizer = accelerator._models[0], accelerator._optimizers[0]
+    rest = [accelerator.process_index, accelerator.step, accelerator.scaler]
+    return [
+        partial(save_fsdp_model, plugin, accelerator, model, path),
+        partial(save_fsdp_optimizer, plugin, accelerator, optimizer, model, path),
+        partial(save_accelerator_state, path, [], [], [], [], *rest),
+    ]
 
 
 class WholeModel:
