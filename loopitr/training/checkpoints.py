@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from accelerate.utils.constants import RNG_STATE_NAME
+from accelerate.utils.constants import FSDP_MODEL_NAME, RNG_STATE_NAME
 from accelerate.utils.other import load
 
 from loopitr.distributed import each_rank, first_rank
@@ -166,8 +166,12 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, *, scheduler: Ha
     Every rank gets its own place in the data; if their number is another than before, all get rank 0's.
 
     Raises:
-        ValueError: it is of another model or optimiser, damaged, or holds something else than tensors and numbers.
+        ValueError: it is of another model, optimiser or kind of run (under FSDP or not), damaged, or holds something else than tensors and numbers.
     """
+    if bool(getattr(accelerator, "is_fsdp2", False)) != (checkpoint / f"{FSDP_MODEL_NAME}.bin").is_file():
+        raise ValueError(
+            f"{checkpoint} is of a run {'without' if accelerator.is_fsdp2 else 'under'} FSDP: launch it so"
+        )
     try:
         if scheduler is not None:
             first_rank(partial(_convert_older, checkpoint))

@@ -196,5 +196,8 @@ def _is_run(folder: Path) -> bool:
         config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return False
-    # Other programs have a file of this name too; what a run writes beside it is its history.
-    return isinstance(config, dict) and ("train" in config or (folder / HISTORY).is_file())
+    # Other programs have a file of this name too, with a part `train` at that; a run's has its folder in it.
+    if not isinstance(config, dict):
+        return False
+    train = config.get("train")
+    return (isinstance(train, dict) and "output_dir" in train) or (folder / HISTORY).is_file()
