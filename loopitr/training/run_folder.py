@@ -203,5 +203,9 @@ def _is_run(folder: Path) -> bool:
         config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return False
-    # Other programs have a config.yaml too; that of a run has options of training, or a history next to it.
-    return isinstance(config, dict) and ("train" in config or (folder / HISTORY).is_file())
+    # Other programs have a config.yaml too, even one with a part `train`; that of a run names its folder, or has a
+    # history next to it.
+    if not isinstance(config, dict):
+        return False
+    train = config.get("train")
+    return (isinstance(train, dict) and "output_dir" in train) or (folder / HISTORY).is_file()

@@ -8,18 +8,29 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, is_torch_version, parse_flag_from_env
+from accelerate.checkpointing import save_accelerator_state
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    is_torch_version,
+    parse_flag_from_env,
+    save_fsdp_model,
+    save_fsdp_optimizer,
+)
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from loopitr.models.loop_model import LoopITRModel
+from loopitr.models.text_backbone import bert_layers
 from loopitr.objective.loop_objective import LoopObjective
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -34,12 +45,18 @@ def prepare_environment() -> None:
     unpickling.
 
     Raises:
-        ValueError: FSDP 1, or a version of torch that is too old.
+        ValueError: FSDP 1, offloading to the CPU, wrapping by size, or a version of torch that is too old.
     """
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise ValueError("FSDP 1 is not supported: launch with --fsdp_version 2 (fsdp_config.fsdp_version: 2), or DDP")
+    if parse_flag_from_env("FSDP_OFFLOAD_PARAMS"):
+        raise ValueError("FSDP's offloading of weights to the CPU is not supported: launch without it")
+    if os.environ.get("FSDP_AUTO_WRAP_POLICY", "").upper() == "SIZE_BASED_WRAP":
+        raise ValueError(
+            "FSDP can wrap layers, not parts of a size: --fsdp_auto_wrap_policy NO_WRAP or TRANSFORMER_BASED_WRAP"
+        )
     if not is_torch_version(">=", MIN_TORCH):
         raise ValueError(f"FSDP needs torch {MIN_TORCH} or newer, this is {torch.__version__}: launch with DDP")
     os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"
@@ -85,6 +102,9 @@ def ready_for_ranks(objective: LoopObjective, accelerator: Accelerator) -> None:
 
     On GPUs, batch statistics become those of all ranks. For FSDP, every rank gets rank 0's weights, as under DDP, and
     scalar parameters become vectors of length 1.
+
+    Raises:
+        ValueError: FSDP is to wrap layers that do not run as a whole.
     """
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         convert_sync_batchnorm(objective.model)  # torch's own would drop timm's fused activations
@@ -92,10 +112,46 @@ def ready_for_ranks(objective: LoopObjective, accelerator: Accelerator) -> None:
         return
     for tensor in (*objective.parameters(), *objective.buffers()):
         dist.broadcast(tensor.data, src=0)
-    for module in objective.modules():
-        for name, parameter in list(module._parameters.items()):
+    vectors_for_scalars(objective)
+    layers = whole_layers(objective.model)
+    objective._no_split_modules = layers  # type: ignore[assignment]  # where accelerate looks
+    for name in accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap or ():
+        if name not in layers:
+            raise ValueError(f"FSDP can wrap layers of {' and '.join(layers) or 'no class'}, not {name!r}")
+
+
+def vectors_for_scalars(module: nn.Module) -> None:
+    """Make each scalar parameter a vector of one, which can be sharded."""
+    for part in module.modules():
+        for name, parameter in list(part._parameters.items()):
             if parameter is not None and parameter.ndim == 0:
-                setattr(module, name, nn.Parameter(parameter.detach().reshape(1), parameter.requires_grad))
+                setattr(part, name, nn.Parameter(parameter.detach().reshape(1), parameter.requires_grad))
+
+
+def whole_layers(model: LoopITRModel) -> list[str]:
+    """The classes of the layers that run as wholes: shared fusion uses the parts of the text backbone's, too."""
+    layers = [*getattr(model.dual.vision.model, "blocks", ())]
+    if model.config.fusion["style"] != "shared":
+        layers += bert_layers(model.dual.text.model) or []
+    return sorted({type(layer).__name__ for layer in layers})
+
+
+def parts_of_state(accelerator: Accelerator, folder: Path) -> list[Callable[[], object]]:
+    """What writes the state of all that accelerate has prepared to `folder`, to be called one after the other.
+
+    Ranks can tell each other after every part whether it was written: accelerate would go on to gather the optimiser's
+    shards of a rank that could not write the weights, and wait for it.
+    """
+    if not getattr(accelerator, "is_fsdp2", False):
+        return [partial(accelerator.save_state, str(folder))]
+    plugin, path = accelerator.state.fsdp_plugin, str(folder)
+    model, optimizer = accelerator._models[0], accelerator._optimizers[0]
+    rest = [accelerator.process_index, accelerator.step, accelerator.scaler]
+    return [
+        partial(save_fsdp_model, plugin, accelerator, model, path),
+        partial(save_fsdp_optimizer, plugin, accelerator, optimizer, model, path),
+        partial(save_accelerator_state, path, [], [], [], [], *rest),
+    ]
 
 
 class WholeModel:
