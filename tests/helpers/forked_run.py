@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from forked import fork
-from helpers.tiny_run import make_trainer, reset_accelerate, tiny_options
+from helpers.tiny_run import make_trainer, reset_accelerate, tiny_options, without_curves
 
 
 def start(folder: Path, log: Path, *, prepare: Callable[[], object] = lambda: None, **changes: Any) -> int:
@@ -22,7 +22,8 @@ def start(folder: Path, log: Path, *, prepare: Callable[[], object] = lambda: No
     def work() -> None:
         reset_accelerate()
         prepare()
-        make_trainer(options).run()
+        with without_curves():
+            make_trainer(options).run()
 
     return fork(work, log)
 
