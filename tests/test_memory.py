@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 from forked import fork
-from helpers.forked_run import wait
+from helpers.waiting import wait
 
 from loopitr import memory
 

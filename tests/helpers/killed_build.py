@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from forked import fork
-from helpers.forked_run import wait, wait_until
+from helpers.waiting import wait, wait_until
 
 
 def killed_in_the_third(build: Callable[[Callable[[], None]], object], log: Path) -> None:

@@ -19,8 +19,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from forked import fork
-from helpers.forked_run import wait
 from helpers.tiny_run import reset_accelerate
+from helpers.waiting import wait
 
 RANKS = 2
 VARIABLE = "LOOPITR_TEST_RANKS"  # how many of them there are

@@ -9,9 +9,10 @@ import threading
 
 import psutil
 import pytest
-from helpers.forked_run import start, wait
+from helpers.forked_run import start
 from helpers.recipe_process import error_lines
 from helpers.tiny_run import logged, reset_accelerate, run, trainer
+from helpers.waiting import wait
 
 from loopitr.training import trainer as training
 from loopitr.training.folder_lock import LOCK, FolderLock
