@@ -52,11 +52,11 @@ OWN = {  # How many figures there are, and what is counted in each.
 }
 
 
-# It starts a process for each of its figures, for the memory that this one peaks at.
-SLOW = pytest.param("grad_cache.py", marks=pytest.mark.slow)
+# One starts a process for each of its figures, for the memory that this one peaks at; the other exports graphs.
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("grad_cache.py", "onnx_speed.py")]
 
 
-@pytest.mark.parametrize("name", [SLOW if name == "grad_cache.py" else name for name in SMALL])
+@pytest.mark.parametrize("name", [*(name for name in SMALL if name not in ("grad_cache.py", "onnx_speed.py")), *SLOW])
 def test_figures_by_name(name, monkeypatch, capsys, tmp_path):
     file = tmp_path / "figures.json"
     done = run_here(monkeypatch, capsys, f"benchmarks/{name}", *SMALL[name], "--output", file)
