@@ -121,7 +121,11 @@ def build_terms(
         Matching(options.itm, balanced=options.balance_itm, negatives=options.itm_negatives),
         Ranking(options.lce, negatives=options.itm_negatives),
         Distillation(
-            distillation_loss(options), options.distillation_weight, teacher=teacher, margin=options.teacher_margin
+            distillation_loss(options),
+            options.distillation_weight,
+            teacher=teacher,
+            backbones=options.distillation_trains == "all",
+            margin=options.teacher_margin,
         ),
         StructureTransfer(options.cmd, source=options.structure_source),
         FrozenContrast(options.cmc, source=options.structure_source),

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from loopitr.models.outputs import TextFeatures, TextState
+from loopitr.models.outputs import TextFeatures
 from loopitr.objective.contrastive_terms import Contrastive, SimilarityTerm
 from loopitr.objective.metrics import step_metrics
 from loopitr.objective.mining import Miner, TopK
-from loopitr.objective.parts import Encoded, MaskedTexts, StepOutput
+from loopitr.objective.parts import Embeds, Encoded, MaskedTexts, StepOutput
 from loopitr.objective.step import Step
 from loopitr.objective.teachers import OwnModel, Teacher
 from loopitr.objective.terms import Distillation, Matching, Term, TermOutput
@@ -112,6 +112,11 @@ class LoopObjective(nn.Module):
         return any(term.masking is not None for term in self.terms)
 
     @property
+    def trains_projections_apart(self) -> bool:
+        """Whether the gradient of the distillation is kept from the backbones."""
+        return any(isinstance(term, Distillation) and not term.backbones for term in self.terms)
+
+    @property
     def matryoshka_dims(self) -> tuple[int, ...] | None:
         """The lengths to which embeds may be cut, since these prefixes are trained too, in ascending order.
 
@@ -194,26 +199,37 @@ class LoopObjective(nn.Module):
             images = self.model.image_state(image_tokens)
         else:
             raise ValueError("a batch needs pixel_values or image_tokens")
-        texts = None
+        features = None
         if text_tokens is not None and text_pooled is not None:
-            texts = self.model.text_state(TextFeatures(pooled=text_pooled, tokens=text_tokens), attention_mask)
+            features = TextFeatures(pooled=text_pooled, tokens=text_tokens)
         masking = next((term.masking for term in self.terms if term.masking is not None), None)
         teacher = None
         if self.own_teacher is not None and with_teacher:
             teacher = self.own_teacher.encode(
                 input_ids, attention_mask, pixel_values=pixel_values, image_tokens=image_tokens
             )
-        if masking is None:
-            return Encoded(images, texts or self.model.encode_texts(input_ids, attention_mask), teacher=teacher)
-        masked_ids, labels = masking(input_ids, attention_mask)
-        if texts is not None:
-            masked = self.model.encode_texts(masked_ids, attention_mask)
-        else:
-            both = self.model.encode_texts(torch.cat([input_ids, masked_ids]), attention_mask.repeat(2, 1))
-            size = len(input_ids)
-            texts = TextState(both.embeds[:size], both.tokens[:size], both.mask[:size])
-            masked = TextState(both.embeds[size:], both.tokens[size:], both.mask[size:])
-        return Encoded(images, texts, MaskedTexts(masked, labels), teacher)
+        labels = of_masked = None
+        if masking is not None:
+            masked_ids, labels = masking(input_ids, attention_mask)
+            if features is None:  # One run of the backbone reads both.
+                both = self.model.text_features(torch.cat([input_ids, masked_ids]), attention_mask.repeat(2, 1))
+                features, of_masked = (
+                    TextFeatures(pooled=pooled, tokens=tokens)
+                    for pooled, tokens in zip(both.pooled.chunk(2), both.tokens.chunk(2), strict=True)
+                )
+            else:
+                of_masked = self.model.text_features(masked_ids, attention_mask)
+        elif features is None:
+            features = self.model.text_features(input_ids, attention_mask)
+        texts = self.model.text_state(features, attention_mask)
+        masked = None
+        if of_masked is not None:
+            masked = MaskedTexts(self.model.text_state(of_masked, attention_mask), labels)
+        student = None
+        if self.trains_projections_apart:
+            dual, pooled = self.model.dual, features.pooled.detach().to(texts.embeds.dtype)
+            student = Embeds(dual.embed_image_tokens(images.tokens.detach()), dual.embed_pooled_texts(pooled))
+        return Encoded(images, texts, masked, teacher, student)
 
     def compare(
         self,

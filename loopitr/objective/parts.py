@@ -23,12 +23,19 @@ class StepOutput:
 
 @dataclass(frozen=True)
 class Encoded:
-    """An encoded batch: all that the losses need of it. `teacher` is the same batch, encoded by a teacher's model."""
+    """An encoded batch: all that the losses need of it.
+
+    Attributes:
+        teacher: the same batch, encoded by a teacher's model.
+        student: the embeds of the same batch for a distillation that trains the dual head's projections alone: their
+            gradient does not reach the backbones. None: the distillation trains the backbones too.
+    """
 
     images: ImageState
     texts: TextState
     masked: MaskedTexts | None = None
     teacher: EncodedPairs | None = None
+    student: Embeds | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ class Gathered:
 
 @dataclass(frozen=True)
 class Embeds:
-    """Unit vectors of all ranks, in rank order, with gradient: `images [G, E]` and `texts [G, E]`; row i is a pair."""
+    """Unit vectors with gradient, of one rank or of all in rank order: `images` and `texts [B, E]`; row i is a pair."""
 
     images: Tensor
     texts: Tensor

@@ -17,7 +17,6 @@ process on the concatenated batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -74,19 +73,28 @@ class Step:
     @cached_property
     def similarities(self) -> Similarities:
         """This rank's queries against the candidates of all ranks, divided by the temperature."""
-        return self._compare(lambda embeds: embeds)
+        return self._compare(self._own_embeds, self.embeds)
 
     def similarities_at(self, dim: int) -> Similarities:
         """Like `similarities`, from the first `dim` dimensions of the embeds, normalised again."""
-        return self._compare(lambda embeds: F.normalize(embeds[:, :dim], dim=-1))
+        return self._compare(self._own_embeds, self.embeds, dim)
 
-    def _compare(self, transform: Callable[[Tensor], Tensor]) -> Similarities:
-        images, texts = self.encoded.images.embeds, self.encoded.texts.embeds
-        with torch.autocast(images.device.type, enabled=False):  # In bfloat16, close candidates would tie.
+    @cached_property
+    def student(self) -> Similarities:
+        """`similarities` as the distillation trains them: perhaps without a gradient to the backbones."""
+        own = self.encoded.student
+        return self.similarities if own is None else self._compare(own, self._gathered(own))
+
+    def _compare(self, own: Embeds, candidates: Embeds, dim: int | None = None) -> Similarities:
+        def vectors(x: Tensor) -> Tensor:
+            x = at_least_float32(x)
+            return x if dim is None else F.normalize(x[:, :dim], dim=-1)
+
+        with torch.autocast(own.images.device.type, enabled=False):  # In bfloat16, close candidates would tie.
             scale = at_least_float32(self.model.dual.scale)
             return Similarities(
-                per_image=scale * transform(at_least_float32(images)) @ transform(self.embeds.texts).T,  # [B, G]
-                per_text=scale * transform(at_least_float32(texts)) @ transform(self.embeds.images).T,  # [B, G]
+                per_image=scale * vectors(own.images) @ vectors(candidates.texts).T,  # [B, G]
+                per_text=scale * vectors(own.texts) @ vectors(candidates.images).T,  # [B, G]
             )
 
     @cached_property
@@ -116,12 +124,14 @@ class Step:
             self.positives.per_image[:, columns],
             own,
             self.gathered.caption_ids[columns],
+            self.student.per_image[:, columns],
         )
         to_images, valid_images, image_student = self._mine(
             self.similarities.per_text[:, columns],
             self.positives.per_text[:, columns],
             own,
             self.gathered.identities[columns],
+            self.student.per_text[:, columns],
         )
         queries = own[:, None].expand_as(to_texts)
         pairs = [torch.stack([queries, to_texts], -1), torch.stack([to_images, queries], -1)]  # [B, 1 + K, 2] each
@@ -133,14 +143,16 @@ class Step:
             student=torch.stack([text_student, image_student]),
         )
 
-    def _mine(self, similarity: Tensor, positives: Tensor, own: Tensor, groups: Tensor) -> tuple[Tensor, ...]:
+    def _mine(
+        self, similarity: Tensor, positives: Tensor, own: Tensor, groups: Tensor, student: Tensor
+    ) -> tuple[Tensor, ...]:
         """Index, validity and similarity of one direction's candidates, `[B, 1 + K]` each."""
         mined = self.objective.miner(similarity.detach(), positives, groups)
         # A masked slot repeats the positive pair, which costs nothing: repeated pairs are scored once.
         negatives = torch.where(mined.valid, mined.indices, own[:, None])
         indices = torch.cat([own[:, None], negatives], 1)  # [B, 1 + K]
         valid = torch.cat([torch.ones_like(mined.valid[:, :1]), mined.valid], 1)  # [B, 1 + K]
-        return indices, valid, similarity.gather(1, indices)
+        return indices, valid, student.gather(1, indices)
 
     @cached_property
     def queries(self) -> Queries:
@@ -270,8 +282,14 @@ class Step:
     @cached_property
     def embeds(self) -> Embeds:
         """The embeds of all ranks, with gradient."""
-        images, texts = self.encoded.images.embeds, self.encoded.texts.embeds
-        return Embeds(self.gather(at_least_float32(images)), self.gather(at_least_float32(texts)))
+        return self._gathered(self._own_embeds)
+
+    @property
+    def _own_embeds(self) -> Embeds:
+        return Embeds(self.encoded.images.embeds, self.encoded.texts.embeds)
+
+    def _gathered(self, own: Embeds) -> Embeds:
+        return Embeds(self.gather(at_least_float32(own.images)), self.gather(at_least_float32(own.texts)))
 
     @cached_property
     def _all_texts(self) -> TextState:

@@ -158,6 +158,7 @@ class Distillation(Term):
         loss: a function `(student, teacher, valid) -> scalar` on `[Q, 1 + K]`, the positive first, or a
             `DistillationLoss` such as `PartialRanking()` (CPRD, arXiv 2407.07479).
         teacher: scores the candidates (`teachers.py`); None: the detached match scores (LoopITR, arXiv 2203.05465).
+        backbones: whether it trains the backbones too, not only the dual head's projections.
         margin: the lead over the dual head, in points of held-out R@1, that the teacher must have for the distillation
             to be on (`training/gate.py`); None: it is always on.
 
@@ -176,12 +177,13 @@ class Distillation(Term):
         weight: float = 1.0,
         *,
         teacher: Teacher | None = None,
+        backbones: bool = True,
         margin: float | None = None,
     ) -> None:
         self.loss = loss if isinstance(loss, DistillationLoss) else WholeList(loss)
         self.weight = weight
         self.teacher: Teacher = teacher or Match()
-        self.margin = margin
+        self.backbones, self.margin = backbones, margin
 
     def __call__(self, step: Step) -> TermOutput:
         student, valid, teacher = step.queries.student, step.queries.valid, self.teacher(step)  # [2, G, 1 + K] each
