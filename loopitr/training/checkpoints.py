@@ -181,10 +181,10 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, *, scheduler: Ha
         ValueError: it is damaged, of another model, optimiser or kind of run (with or without FSDP), or holds anything
             but tensors and numbers.
     """
-    if bool(getattr(accelerator, "is_fsdp2", False)) != (checkpoint / f"{FSDP_MODEL_NAME}.bin").is_file():
-        raise ValueError(
-            f"{checkpoint} is of a run {'without' if accelerator.is_fsdp2 else 'under'} FSDP: launch it so"
-        )
+    was_sharded = (checkpoint / f"{FSDP_MODEL_NAME}.bin").is_file()
+    if was_sharded != bool(getattr(accelerator, "is_fsdp2", False)):
+        kind = "with" if was_sharded else "without"
+        raise ValueError(f"{checkpoint} is of a run {kind} FSDP: launch {kind} FSDP to resume it")
     try:
         if scheduler is not None:
             first_rank(partial(_convert_older, checkpoint))
