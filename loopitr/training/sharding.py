@@ -187,7 +187,7 @@ class WholeModel:
         try:
             yield self.model.to(self.device)
         finally:
-            self.model.to("cpu")
+            self.model.to("cpu")  # type: ignore[arg-type]
 
     @torch.no_grad()
     def _gather(self) -> None:

@@ -44,7 +44,7 @@ def parts_of(options: Options) -> dict[str, Callable[[], Any]]:
 
     chosen = parse(PretrainOptions, ["--config", options.run_config]).decided()
     model, processor = build_model(chosen.model, vocabulary=scene_vocabulary())
-    model.to(options.device).train()
+    model.to(torch.device(options.device)).train()  # type: ignore[arg-type]
     size, pixels = options.batch_size or chosen.train.batch_size, model.config.vision["image_size"]
     batch = random_batch(size, image_size=pixels, device=options.device)
     words = len(processor.tokenizer)
