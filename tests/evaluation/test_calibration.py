@@ -149,7 +149,7 @@ def test_the_gain_is_the_difference_of_the_recalls_with_the_bootstraps_interval(
     assert reranking_gain(after, before, rows).line().startswith("reranking does not pay: -25.0 +- ")
     same = reranking_gain(after, after, rows)
     assert (same.points, same.margin) == (0.0, 0.0)
-    assert same.line().startswith("reranking makes no difference")
+    assert same.line().startswith("reranking makes no significant difference")
 
 
 def test_few_queries_have_a_wide_interval():

@@ -95,7 +95,7 @@ CONFIGS = {
     "\t": "parsing",
     "a: &a [*a]": "aliases are circular",
     "model: {vision: {kwargs: &a {x: *a}}}": "aliases are circular",
-    LAUGHS: "stand for more than 100000 values",
+    LAUGHS: "expand to more than 100000 values",
     "[" * 5000: "nesting",
     "1: 2": "string",
     "train: !!python/object/apply:os.system ['touch /tmp/evil']": "tag",

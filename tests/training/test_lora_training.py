@@ -101,7 +101,7 @@ def test_an_interrupted_run_that_is_resumed_equals_one_that_was_not(tmp_path, mo
         run(tmp_path / "parts", **options)
     monkeypatch.undo()
     other = {**options, "model__lora": {"vision_rank": 2, "text_rank": 3}}
-    with pytest.raises(ValueError, match="begun with other options .*model.lora.text_rank: 2 -> 3"):
+    with pytest.raises(ValueError, match="started with other options .*model.lora.text_rank: 2 -> 3"):
         run(tmp_path / "parts", **other, resume=True)
     with pytest.raises(ValueError, match="does not fit this run's model"):
         run(tmp_path / "parts", **other, resume_with_changes=True)
@@ -149,7 +149,7 @@ def test_options_become_adapters():
     ("changes", "message"),
     [
         ({"model__freeze": ["vision"]}, "vision is frozen, so it cannot learn adapters"),
-        ({"data__cache_tokens": "cache"}, "data.cache_tokens needs tokens that stay the same"),
+        ({"data__cache_tokens": "cache"}, "data.cache_tokens needs tokens that do not change"),
     ],
 )
 def test_adapters_that_do_not_fit_the_run(tmp_path, changes, message):

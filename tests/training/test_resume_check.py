@@ -33,7 +33,7 @@ def config(folder):
 )
 def test_an_option_that_changes_the_run_is_named_and_nothing_is_written(begun, change, named):
     before = {path: path.read_bytes() for path in begun.rglob("*") if path.is_file() and path.name != "tiny.yaml"}
-    with pytest.raises(ValueError, match=f"begun with other options .*{named}.*--resume_with_changes") as raised:
+    with pytest.raises(ValueError, match=f"started with other options .*{named}.*--resume_with_changes") as raised:
         run(begun, **{**SHORT, **change}, resume=True)
     assert "\n" not in str(raised.value)
     after = {path: path.read_bytes() for path in begun.rglob("*") if path.is_file() and path.name != "tiny.yaml"}
