@@ -166,12 +166,12 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, *, scheduler: Ha
     Every rank gets its own place in the data; if their number is another than before, all get rank 0's.
 
     Raises:
-        ValueError: it is of another model, optimiser or kind of run (under FSDP or not), damaged, or holds something else than tensors and numbers.
+        ValueError: it is of another model, optimiser or kind of run (under FSDP or not), damaged, or holds something
+            else than tensors and numbers.
     """
-    if bool(getattr(accelerator, "is_fsdp2", False)) != (checkpoint / f"{FSDP_MODEL_NAME}.bin").is_file():
-        raise ValueError(
-            f"{checkpoint} is of a run {'without' if accelerator.is_fsdp2 else 'under'} FSDP: launch it so"
-        )
+    is_sharded = (checkpoint / f"{FSDP_MODEL_NAME}.bin").is_file()
+    if is_sharded != accelerator.is_fsdp2:
+        raise ValueError(f"{checkpoint} is of a run {'under' if is_sharded else 'without'} FSDP: launch it so")
     try:
         if scheduler is not None:
             first_rank(partial(_convert_older, checkpoint))
