@@ -29,6 +29,7 @@ from accelerate.utils import (
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
+from loopitr.distributed import world_size
 from loopitr.models.loop_model import LoopITRModel
 from loopitr.models.text_backbone import bert_layers
 from loopitr.objective.loop_objective import LoopObjective
@@ -173,8 +174,10 @@ class WholeModel:
 
     @contextmanager
     def at_hand(self) -> Iterator[LoopITRModel]:
-        """The model as it is now, on the device; all ranks together."""
+        """The model as it is now, on the device; all ranks together. Batch statistics are rank 0's, which are saved."""
         if not self.is_copy:
+            for buffer in self.model.buffers() if world_size() > 1 else ():
+                dist.broadcast(buffer, src=0)
             yield self.model
             return
         self._gather()
