@@ -14,7 +14,6 @@ from loopitr.rgb import to_rgb
 
 from .records import DataError, printable
 
-
 HEAD = 4096  # bytes at the beginning of a file
 PPM_HEADER = re.compile(rb"P[1-7](?:[\s\d]|#[^\r\n]*)*")
 COMMENT = re.compile(rb"#[^\r\n]*")
