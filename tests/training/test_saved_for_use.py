@@ -37,7 +37,7 @@ def test_a_table_about_the_data_of_the_fit_says_so(tmp_path):
     metrics = run(tmp_path, train__max_steps=2, validation__final_split="val")
     assert metrics["calibrated"] is True
     assert metrics["reranked"]["mean_r1"] >= max(metrics[head]["mean_r1"] for head in ("dual", "match"))
-    assert "fitted on these very queries" in (tmp_path / "run" / "results.md").read_text()
+    assert "fitted on these same queries" in (tmp_path / "run" / "results.md").read_text()
 
 
 def test_without_candidates_the_weight_stays_and_that_is_said_once(tmp_path, capsys):

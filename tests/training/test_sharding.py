@@ -169,8 +169,8 @@ def test_layers_whose_parts_are_used_alone_are_not_gathered_one_by_one(style, cl
     ("variables", "said"),
     [
         ({"FSDP_VERSION": "1"}, "FSDP 1 is not supported: launch with --fsdp_version 2"),
-        ({"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "FSDP can gather layers one by one, not parts of a size"),
-        ({"FSDP_OFFLOAD_PARAMS": "true"}, "FSDP's offload of weights to the CPU is not supported"),
+        ({"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "FSDP can wrap layers, not parts of a size"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "FSDP's offloading of weights to the CPU is not supported"),
         ({}, "FSDP shards over processes, and this is the only one"),
     ],
 )
