@@ -111,6 +111,7 @@ def ready_for_ranks(objective: LoopObjective, accelerator: Accelerator) -> None:
         convert_sync_batchnorm(objective.model)  # torch's own would drop timm's fused activations
     if accelerator.distributed_type != DistributedType.FSDP:
         return
+    objective.to(accelerator.device)  # NCCL takes nothing from a CPU
     for tensor in (*objective.parameters(), *objective.buffers()):
         dist.broadcast(tensor.data, src=0)
     vectors_for_scalars(objective)
