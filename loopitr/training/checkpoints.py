@@ -21,6 +21,7 @@ from loopitr.training.durable import PARTIAL, as_os_error, fault, sync, write_fi
 from loopitr.training.sharding import parts_of_state
 
 STATE_FILE, SCHEDULER_FILE = "progress.json", "scheduler.json"
+COUNTS = ("step", "epoch", "batch", "rows", "truncated", "bad_steps", "bad_in_row")  # of `Progress`
 REPLACED, DELETED = ".replaced", ".deleted"
 
 
@@ -216,7 +217,11 @@ def _convert_older(checkpoint: Path) -> None:
 
 def _progress(checkpoint: Path) -> Progress:
     state: dict[str, Any] = json.loads((checkpoint / STATE_FILE).read_text())
-    return Progress(**state)
+    progress = Progress(**state)
+    for name in COUNTS:
+        if type(getattr(progress, name)) is not int:
+            raise ValueError(f"{name} is {getattr(progress, name)!r}")
+    return progress
 
 
 def _all(folder: Path) -> list[Path]:

@@ -201,7 +201,7 @@ def _content(folder: Path) -> list[str]:
 def _is_run(folder: Path) -> bool:
     try:
         config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return False
     # Other programs have a config.yaml too, even one with a part `train`; that of a run names its folder, or has a
     # history next to it.

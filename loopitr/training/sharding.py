@@ -29,6 +29,7 @@ from accelerate.utils import (
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
+from loopitr.distributed import world_size
 from loopitr.models.loop_model import LoopITRModel
 from loopitr.models.text_backbone import bert_layers
 from loopitr.objective.loop_objective import LoopObjective
@@ -110,6 +111,7 @@ def ready_for_ranks(objective: LoopObjective, accelerator: Accelerator) -> None:
         convert_sync_batchnorm(objective.model)  # torch's own would drop timm's fused activations
     if accelerator.distributed_type != DistributedType.FSDP:
         return
+    objective.to(accelerator.device)  # NCCL takes nothing from a CPU
     for tensor in (*objective.parameters(), *objective.buffers()):
         dist.broadcast(tensor.data, src=0)
     vectors_for_scalars(objective)
@@ -179,8 +181,10 @@ class WholeModel:
 
     @contextmanager
     def at_hand(self) -> Iterator[LoopITRModel]:
-        """The model with its current weights, on the device. All ranks call this together."""
+        """The model with its current weights and rank 0's batch statistics, on the device. All ranks call this."""
         if not self.is_copy:
+            for buffer in self.model.buffers() if world_size() > 1 else ():
+                dist.broadcast(buffer, src=0)
             yield self.model
             return
         self._gather()

@@ -162,7 +162,7 @@ def test_scalars_become_vectors_of_one_that_are_trained_as_before():
 
 @pytest.mark.parametrize(("style", "classes"), [("late", ["BertLayer", "Block"]), ("shared", ["Block"])])
 def test_layers_whose_parts_are_used_alone_are_not_gathered_one_by_one(style, classes):
-    assert whole_layers(tiny_model(style)) == classes
+    assert whole_layers(tiny_model(style=style)) == classes
 
 
 @pytest.mark.parametrize(
