@@ -51,6 +51,7 @@ def test_an_accumulated_step_has_the_mean_of_its_batches_own_gradients(tmp_path,
     assert max(float((a - b).abs().max()) for a, b in zip(*own, strict=True) if a is not None) > 1e-2
 
 
+@pytest.mark.slow
 def test_gradients_are_clipped_to_a_norm(tmp_path, stepped):
     norms = []
     for clip in (1e9, 1e-3):
@@ -76,6 +77,7 @@ def test_linear_layers_compute_in_the_precision_asked_for(tmp_path, monkeypatch,
     assert trained == evaluated == {dtype}  # The evaluations are those of the validation and of the final table.
 
 
+@pytest.mark.slow
 def test_tokens_are_cached_in_float32_whatever_the_precision(tmp_path):
     frozen = {**EXACT, "model__freeze": ["vision"], "train__epochs": 0}
     for precision in ("fp32", "bf16"):
