@@ -13,7 +13,7 @@ from loopitr.objective.build import build_objective
 from loopitr.objective.grad_cache import cached_backward
 from loopitr.objective.options import ObjectiveOptions
 
-pytestmark = pytest.mark.slow  # It compiles.
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)

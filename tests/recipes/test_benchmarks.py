@@ -68,7 +68,7 @@ def test_figures_by_name(name, monkeypatch, capsys, tmp_path):
     assert name in without or any(case.get("of_peak", 0.0) > 0 for case in figures.values())
 
 
-ON_GPU = ("pairs.py", "step.py", "encode.py", "evaluate.py", "grad_cache.py")
+ON_GPU = ("encode.py", "pairs.py", "step.py", "evaluate.py", "grad_cache.py")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in ON_GPU])

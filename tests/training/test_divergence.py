@@ -53,6 +53,7 @@ def states(monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_bad_step_changes_nothing_and_is_named(tmp_path, monkeypatch, capsys, what):
     poison(monkeypatch, {4, 5}, what)

@@ -13,6 +13,8 @@ from loopitr.objective.options import ObjectiveOptions
 from loopitr.training.options import TrainOptions
 from loopitr.training.reporting import read_history
 
+pytestmark = pytest.mark.slow
+
 
 def test_without_pairs_the_dual_trains_alone_and_every_parameter_has_a_gradient():
     model = tiny_model().train()
@@ -36,7 +38,6 @@ def test_a_run_starts_with_the_dual_alone(tmp_path):
     assert "val/match" not in first and "val/match" in last
 
 
-@pytest.mark.slow
 def test_no_model_is_kept_by_the_score_of_a_head_that_has_not_started(tmp_path):
     metrics = run(tmp_path, train__epochs=2, train__fusion_start=0.75, validation__every_steps=4)
     early = [row for row in read_history(tmp_path / "run") if "val/dual" in row and row["step"] <= 12]

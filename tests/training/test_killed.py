@@ -17,6 +17,8 @@ from helpers.waiting import wait, wait_until
 from loopitr.evaluation import retrieval
 from loopitr.training import checkpoints
 
+pytestmark = pytest.mark.slow
+
 # Dropout, augmentation, a window of log lines that no checkpoint ends, a validation in mid-epoch.
 RUN = {
     "train__epochs": 2,
@@ -97,7 +99,6 @@ def test_a_killed_run_that_is_resumed_equals_one_that_was_not(tmp_path, whole, m
     assert not list((tmp_path / "run" / "checkpoints").glob("*.partial"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_told_to_stop_saves_and_says_how_to_go_on(tmp_path, whole, number):
     """SIGTERM as a batch system sends it: to the workers too."""
@@ -115,7 +116,6 @@ def test_a_run_that_is_told_to_stop_saves_and_says_how_to_go_on(tmp_path, whole,
     assert resumed(tmp_path) == files(whole)
 
 
-@pytest.mark.slow
 def test_a_run_stopped_in_its_last_validation_has_saved_its_last_step(tmp_path, whole):
     shutil.copytree(whole / "run", tmp_path / "run")
     (tmp_path / "run" / "metrics.json").unlink()

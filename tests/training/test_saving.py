@@ -11,6 +11,8 @@ from loopitr.training import trainer as training
 from loopitr.training.durable import write_file, write_files
 from loopitr.training.reporting import History, read_history
 
+pytestmark = pytest.mark.slow
+
 NO_SPACE = errno.ENOSPC
 
 
@@ -45,7 +47,6 @@ def test_there_is_one_every_so_many_steps_and_every_epoch(tmp_path, monkeypatch,
     assert steps == expected
 
 
-@pytest.mark.slow
 def test_there_is_one_every_so_many_minutes(tmp_path, monkeypatch):
     """A clock by which a step takes a minute."""
     steps, clock = saved_steps(monkeypatch), [0.0]
@@ -82,7 +83,6 @@ def test_a_full_disk_is_said_and_the_run_goes_on_until_it_has_space(tmp_path, mo
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000008"]
 
 
-@pytest.mark.slow
 def test_the_last_checkpoint_has_to_be_written(tmp_path, monkeypatch):
     expected = run(tmp_path / "whole", train__max_steps=4, train__checkpoint_every=2, validation__every_epochs=0)
     manifest, tries = checkpoints.write_manifest, []
@@ -100,7 +100,6 @@ def test_the_last_checkpoint_has_to_be_written(tmp_path, monkeypatch):
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
 
-@pytest.mark.slow
 def test_a_best_model_that_does_not_fit_leaves_the_earlier_one(tmp_path, monkeypatch):
     changes = {"train__max_steps": 4, "train__epochs": 2, "validation__every_steps": 2}
     kept = run(tmp_path / "a", **{**changes, "train__max_steps": 2})

@@ -130,6 +130,7 @@ def test_an_accumulated_step_is_one_step_of_the_schedule(tmp_path):
     assert max(rates) == pytest.approx(1e-2) and rates[-1] == pytest.approx(0.0)
 
 
+@pytest.mark.slow
 def test_distillation_warms_up(tmp_path, monkeypatch):
     scales = []
     forward = LoopObjective.forward
@@ -221,6 +222,7 @@ def test_views_without_a_cache_are_refused(tmp_path, options, message):
 # What is refused
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_too_many_broken_images_stop_a_run_on_few(tmp_path, accumulation):
     table = write_table(tmp_path / "table", {"train": range(12), "val": range(12, 16)}, broken=tuple(range(6)))
