@@ -53,7 +53,7 @@ def parse(
     if any(word in (*HELP, *HELP_ALL) for word in given):
         print(_help(_parser.__wrapped__(options, program, description), given), end="")
         sys.exit(0)
-    parser = _parser(options, program, description)
+    parser = _parser(options, program, description)  # type: ignore[arg-type]  # A class is hashable.
     try:
         namespace = parser.parse_args(_flags(given))
     except ArgumentError as error:
