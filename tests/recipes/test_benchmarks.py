@@ -73,7 +73,9 @@ def test_figures_by_name(name, monkeypatch, capsys, tmp_path):
 ON_GPU = ("encode.py", "pairs.py", "step.py", "evaluate.py", "grad_cache.py")
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in ON_GPU])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in (*SLOW, "pairs.py") else n for n in ON_GPU]
+)
 def test_on_a_gpu_no_operation_mixes_devices(gpu, monkeypatch, capsys, tmp_path, name):
     """Pretended; a matrix product of a GPU's size is too much for a CPU."""
     monkeypatch.setattr(shared, "matmul_speed", lambda *_: 1e12)

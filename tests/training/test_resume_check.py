@@ -15,6 +15,7 @@ def config(folder):
     return yaml.safe_load((folder / "run" / "config.yaml").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "named"),
     [

@@ -199,6 +199,7 @@ def test_large_jpegs_are_decoded_small_in_training_unless_an_option_forbids_it(t
         asked.clear()
 
 
+@pytest.mark.slow
 def test_fine_tuning_goes_on_from_the_saved_model_with_other_options(tmp_path):
     table = broken_table(tmp_path)
     run(tmp_path / "first", train__max_steps=2)
