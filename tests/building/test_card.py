@@ -199,6 +199,7 @@ def test_what_a_run_started_from_is_followed_through_the_runs_before_it(tmp_path
     assert origin_of("me/some-model").base_models == ("me/some-model",)
 
 
+@pytest.mark.slow
 def test_a_training_run_leaves_a_card(tmp_path):
     table = write_table(tmp_path / "data", {"train": range(16), "val": range(16, 24)})
     metrics = train(tmp_path, data__table=str(table), data__images=str(table.parent / "images"), train__license="mit")

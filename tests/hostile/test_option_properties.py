@@ -65,7 +65,7 @@ def test_a_number_that_makes_no_sense_is_refused_by_name(data, kind):
         assert not taken or taken == ["clip"], options  # An infinite clip is no clip.
 
 
-@few
+@settings(few, max_examples=40)
 @given(st.data())
 def test_any_command_line_is_options_or_one_line(data):
     arguments = []

@@ -111,6 +111,7 @@ def test_an_image_that_does_not_open_and_other_files_are_refused(client, tmp_pat
         client.predict(None, 5, api_name="/similar")
 
 
+@pytest.mark.slow
 def test_a_path_or_an_address_is_no_upload(folder, page):
     """Requests that name a file instead of one that was uploaded, as any of the inputs."""
     (page.uploads.parent / "loopitr-outside.jpg").write_bytes(jpeg(7))

@@ -154,6 +154,7 @@ def test_another_models_lead_is_measured_once():
     assert measured == [teacher.model] and lines == []
 
 
+@pytest.mark.slow
 def test_a_run_provokes_them_all(tmp_path, monkeypatch, capsys):
     """Heads that are spoiled after each step: they give the same for all."""
     monkeypatch.setattr(watching, "LEAST", 3)
