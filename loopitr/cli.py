@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
 Options = TypeVar("Options")
 USAGE_ERROR, INTERRUPTED = 2, 130
@@ -38,7 +38,8 @@ def parse(
     names the options of groups such as `data` alone; `--help data` and `--help_all` say what they mean.
 
     Args:
-        description: what `--help` says first.
+        description: what `--help` says first; where it has several paragraphs, the first one is how the program is
+            called.
         program: what `--help` calls the program; None: the file that is run.
 
     Raises:
@@ -48,7 +49,12 @@ def parse(
     for path in _configs(given):
         _check_config(path)
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=program, description=description, exit_on_error=False)  # Its usage would be 30 lines.
+    parser = ArgumentParser(
+        prog=program,
+        description=description,
+        formatter_class=_Paragraphs,
+        exit_on_error=False,  # Its usage would be 30 lines.
+    )
     parser.add_argument("--config", action="config", help="YAML file of options")
     parser.add_class_arguments(options, as_group=False)
     if any(word in (*HELP, *HELP_ALL) for word in given):
@@ -110,6 +116,12 @@ def _help(parser: ArgumentParser, words: Sequence[str]) -> str:
     """
     required = [f"--{action.dest} {action.dest.upper()}" for action in parser._actions if action.required]
     parser.usage = " ".join(["%(prog)s", *required, "[--config FILE] [--OPTION VALUE ...]"])
+    usage, _, about = (parser.description or "").partition("\n\n")
+    if about:
+        parser.usage, parser.description = usage.replace("%", "%%"), about
+    for action in parser._actions:
+        if action.dest == "print_config":
+            action.help = "Print all options as YAML, as they are with the other arguments, and exit."
     groups = {action.dest: group for group in parser._action_groups for action in group._group_actions[:1]}
     groups = {name: group for name, group in groups.items() if name != "help"}  # The other options are in none.
     asked = [following for word, following in zip(words, [*words[1:], "-"]) if word in HELP and following[:1] != "-"]
@@ -131,6 +143,14 @@ def _help(parser: ArgumentParser, words: Sequence[str]) -> str:
         shown = textwrap.fill(f"--{name}.{{{', '.join(names)}}}", 98, initial_indent=" " * 4, subsequent_indent=" " * 8)
         lines.append(shown + "\n")
     return "".join(lines)
+
+
+class _Paragraphs(DefaultHelpFormatter):
+    """Paragraphs of a description stay apart."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        fill = super()._fill_text
+        return "\n\n".join(fill(paragraph, width, indent) for paragraph in text.split("\n\n"))
 
 
 def _hide(parser: ArgumentParser, hidden: Callable[[str], bool]) -> None:

@@ -24,16 +24,20 @@ options:
 """
 
 EVALUATE = """\
+loopitr evaluate RUN [--data.table FILE --data.images FOLDER] [--rerank 64] [--OPTION VALUE ...]
+
 Recall@1/5/10 in both directions, by the dual head alone and with its best candidates reranked. RUN is a run folder, an
 exported dual encoder (with `--rerank 0`) or a hub id. Without a data source: the built-in scenes' test split.
 Several processes give the same figures sooner: `accelerate launch recipes/evaluate.py` with the same options.
 """
 CALIBRATE = """\
+loopitr calibrate RUN [--data.table FILE --data.images FOLDER] [--rerank 64] [--OPTION VALUE ...]
+
 Fits the weight w of the reranking score, match score + w x similarity / temperature, on held-out data, and keeps it in
 RUN's config.json.
 """
 EXPORT = """\
-loopitr export RUN OUT [--to transformers|onnx|sentence-transformers] [--tower image|text]
+loopitr export RUN OUT [--to transformers|onnx|sentence-transformers] [--tower image|text] [--OPTION VALUE ...]
 
 Writes a trained model in a form that others load: its dual encoder, or one tower of it, for `from_pretrained`; towers
 and fusion head as ONNX graphs; a SentenceTransformer folder of stock modules.
@@ -61,13 +65,15 @@ def _search(arguments: Sequence[str]) -> None:
 def _evaluate(arguments: Sequence[str]) -> None:
     from loopitr.commands.evaluate import EvaluateOptions, evaluate
 
-    evaluate(parse(EvaluateOptions, arguments, description=EVALUATE, program="loopitr evaluate"))
+    given = _named(arguments, ("model",))
+    evaluate(parse(EvaluateOptions, given, description=EVALUATE, program="loopitr evaluate"))
 
 
 def _calibrate(arguments: Sequence[str]) -> None:
     from loopitr.commands.calibrate import CalibrateOptions, calibrate
 
-    calibrate(parse(CalibrateOptions, arguments, description=CALIBRATE, program="loopitr calibrate"))
+    given = _named(arguments, ("model",))
+    calibrate(parse(CalibrateOptions, given, description=CALIBRATE, program="loopitr calibrate"))
 
 
 def _export(arguments: Sequence[str]) -> None:

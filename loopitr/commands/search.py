@@ -27,30 +27,30 @@ Search images by text or by image: the dual head finds candidates, the fusion he
 """
 FOOT = "`loopitr search COMMAND --help` shows the options of a command.\n"
 INDEX = """\
-loopitr search index SOURCE --model RUN --output INDEX
+loopitr search index SOURCE --model RUN --output INDEX [--OPTION VALUE ...]
 
 Indexes the images of SOURCE: a folder, which is walked through, a CSV, TSV or JSON-lines file, or with --split a
 `datasets` source. Called again, it goes on where it was interrupted, and takes in what is new or changed.
 """
 QUERY = """\
-loopitr search query INDEX QUERY
+loopitr search query INDEX QUERY [--top 10] [--rerank 100] [--where CONDITION] [--OPTION VALUE ...]
 
 Prints the best images for a text, or for an image that is given by its path. Of a text the best candidates of the dual
 head are scored by the fusion head: similarity, match score, reranking score and path, best first.
 """
 ADD = """\
-loopitr search add INDEX SOURCE
+loopitr search add INDEX SOURCE [--OPTION VALUE ...]
 
 Indexes the images of another source into an index, with its model.
 """
 REMOVE = """\
-loopitr search remove INDEX [PATH ...]
+loopitr search remove INDEX PATH ... | --where CONDITION | --missing
 
 Removes images from an index, by their paths or those of folders, by a condition, or where their files are gone. The
 files stay.
 """
 INFO = """\
-loopitr search info INDEX
+loopitr search info INDEX [--json]
 
 What an index holds.
 """
@@ -142,6 +142,8 @@ def _say(report: "IndexReport", index: str) -> None:
 
 def _query(arguments: Sequence[str]) -> None:
     options = _options(QueryOptions, positional(arguments, "index", "query"), QUERY, "index")
+    if not options.query.strip():  # before a model is loaded
+        raise ValueError("the query is empty: give a text, or the path of an image")
     from loopitr.search.searcher import Searcher
 
     _quiet()

@@ -25,7 +25,7 @@ class Reading:
 
 
 @dataclass
-class IndexOptions(Reading):
+class _Indexed:
     """What is indexed, by which model."""
 
     source: str = ""
@@ -45,7 +45,12 @@ class IndexOptions(Reading):
 
 
 @dataclass
-class AddOptions(Reading):
+class IndexOptions(Reading, _Indexed):
+    """What is indexed, by which model, and how it is read."""
+
+
+@dataclass
+class _Added:
     """What is added to which index."""
 
     index: str = ""
@@ -54,6 +59,11 @@ class AddOptions(Reading):
     """Folder, table or `datasets` source."""
     model: str | None = None
     """The index's model, where it has moved."""
+
+
+@dataclass
+class AddOptions(Reading, _Added):
+    """What is added to which index, and how it is read."""
 
 
 @dataclass
@@ -86,7 +96,7 @@ class QueryOptions:
 
 @dataclass
 class RemoveOptions:
-    """What is removed from which index; one of the three."""
+    """What is removed from which index: images for which all that is given holds."""
 
     index: str = ""
     """Folder of the index."""

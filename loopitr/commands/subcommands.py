@@ -46,7 +46,9 @@ def positional(arguments: Sequence[str], *names: str, rest: str | None = None) -
     given, options = words[:count], words[count:]
     if len(given) > len(names) and rest is None:
         wanted = " ".join(name.upper() for name in names)
-        raise ValueError(f"one too many: {given[len(names)]!r}; wanted are {wanted}, and quotes around several words")
+        raise ValueError(
+            f"one argument too many: {given[len(names)]!r}; wanted: {wanted} (quotes around several words)"
+        )
     flags = [f"--{name}={word}" for name, word in zip(names, given)]
     if given[len(names) :]:
         flags.append(f"--{rest}={json.dumps(given[len(names) :])}")

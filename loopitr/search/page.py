@@ -13,7 +13,7 @@ from loopitr.data import decode_image
 from loopitr.evaluation.report import weight_text
 from loopitr.models.scoring import DUAL_ALONE
 
-from .figures import Thumbnails, caption_list, grid
+from .figures import Thumbnails, caption_list, grid, preview
 from .looking import Looking
 
 TOP = 24  # images
@@ -55,6 +55,7 @@ def build_page(looking: Looking, uploads: Path) -> Any:
     gradio = import_gradio()
     picture = Thumbnails(looking.searcher)
     own_share = share_of(looking.own_weight)
+    nothing = ("", "", "")
 
     def search(text: str, reranked: bool, share: float, top: float, where: str) -> tuple[str, str]:
         """Find images by text: the grid as HTML, and what it was ordered by."""
@@ -65,13 +66,14 @@ def build_page(looking: Looking, uploads: Path) -> Any:
         order = f"reranked, {weight_text(weight)}" if reranks else "by the dual head's similarity"
         return grid(found, picture, moves=reranks), f"{len(found)} of {len(looking.searcher)} images, {order}"
 
-    def similar(image: str | None, top: float) -> tuple[str, str]:
-        """Find similar images and captions for an image: the grid, and the captions, as HTML."""
+    def similar(image: str | None, top: float) -> tuple[str, str, str]:
+        """Find similar images and captions for an image: the grid, the captions, and the image itself, as HTML."""
         if image is None:
             raise ValueError("no image is given")
         opened = decode_image(Path(_uploaded(image, uploads)), "the image")
         found = looking.by_image(opened, top=_count(top))
-        return grid(found, picture, moves=False), caption_list(looking.captions(opened, top=CAPTIONS))
+        captions = caption_list(looking.captions(opened, top=CAPTIONS))
+        return grid(found, picture, moves=False), captions, preview(opened)
 
     search, similar = (_with_short_errors(function, gradio.Error) for function in (search, similar))
     with gradio.Blocks(title="loopitr", analytics_enabled=False, fill_width=True, delete_cache=(600, 600)) as page:
@@ -125,6 +127,7 @@ def build_page(looking: Looking, uploads: Path) -> Any:
                     height=160,
                     elem_classes="loopitr-upload",
                 )
+                own = gradio.HTML()  # gradio's own preview would ask for a file by its path.
                 count = gradio.Slider(1, MOST, TOP, step=1, label="Images")
             with gradio.Row():
                 with gradio.Column(scale=3):
@@ -133,9 +136,10 @@ def build_page(looking: Looking, uploads: Path) -> Any:
                 with gradio.Column(scale=1):
                     gradio.Markdown("#### Captions of the index that fit best")
                     captions = gradio.HTML()
-            outputs = [neighbours, captions]
+            outputs = [neighbours, captions, own]
             image.upload(similar, [image, count], outputs, api_name="similar", **ONE_AT_A_TIME)
-            count.release(lambda *given: similar(*given) if given[0] else ("", ""), [image, count], outputs, **again)
+            count.release(lambda *given: similar(*given) if given[0] else nothing, [image, count], outputs, **again)
+            image.clear(lambda: nothing, None, outputs, api_visibility="private")
     for block in page.blocks.values():
         block.async_move_resource_to_block_cache = partial(_checked_upload, uploads=uploads)
     return page

@@ -192,11 +192,24 @@ def open_source(source: str | Path, images: str | Path | None = None, image_colu
     """A folder, or a table by its ending.
 
     Raises:
-        DataError: neither, or one that cannot be read.
+        DataError: neither, one that cannot be read, or one without images.
     """
-    if Path(source).suffix.lower() in TABLES and not Path(source).is_dir():
-        return table_source(source, images, image_column)
-    return folder_source(source)
+    is_table = Path(source).suffix.lower() in TABLES and not Path(source).is_dir()
+    found = table_source(source, images, image_column) if is_table else folder_source(source)
+    check_images(found, shown(str(source)))
+    return found
+
+
+def check_images(source: Source, name: str) -> None:
+    """
+    Raises:
+        DataError: there is none.
+    """
+    if len(source):
+        return
+    skipped = [": ".join(each) for each in source.skipped[:1]]
+    first = f"; the first of {len(source.skipped)} skipped is {skipped[0]}" if skipped else ""
+    raise DataError(f"{name}: there is no image to index{first}")
 
 
 def free_name(column: str) -> str:
