@@ -14,6 +14,8 @@ from loopitr.data.coco_ids import coco_images
 from loopitr.training.durable import write_file
 from loopitr.training.reporting import write_json
 
+from .subcommands import quiet
+
 # What the options do without is imported where it is used, so that --help does not wait for it. Annotations with it are
 # quoted one by one: were all of them postponed, jsonargparse would import what stands here.
 if TYPE_CHECKING:
@@ -141,6 +143,7 @@ def measure(
     from loopitr.building.folders import load_saved
     from loopitr.evaluation.retrieval import evaluate_retrieval
 
+    quiet()
     state = _state(options.device)
     if options.data.split == "train" and state.is_main_process:
         print("warning: these are figures on the training split; they say nothing about new data", file=sys.stderr)

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from loopitr.cli import parse
 
 from .search_options import AddOptions, IndexOptions, InfoOptions, QueryOptions, RemoveOptions
 from .serve import SERVE, ServeOptions, serve
-from .subcommands import Command, dispatch, positional
+from .subcommands import Command, dispatch, positional, quiet
 
 # What the options do without is imported where it is used, so that --help does not wait for torch.
 if TYPE_CHECKING:
@@ -77,20 +76,12 @@ def _options(options: type[Any], arguments: Sequence[str], description: str, *re
     return given
 
 
-def _quiet() -> None:
-    """Neither bars of loading weights, nor warnings with a line of Python."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-
-
 def _index(arguments: Sequence[str]) -> None:
     words = positional(arguments, "source")
     options = _options(IndexOptions, words, INDEX, "source", "model", "output")
     from loopitr.search.indexing import build_index
 
-    _quiet()
+    quiet()
     report = build_index(
         _source(options),
         options.model,
@@ -110,7 +101,7 @@ def _add(arguments: Sequence[str]) -> None:
     options = _options(AddOptions, positional(arguments, "index", "source"), ADD, "index", "source")
     from loopitr.search.indexing import add_images
 
-    _quiet()
+    quiet()
     report = add_images(
         _source(options),
         options.index,
@@ -146,7 +137,7 @@ def _query(arguments: Sequence[str]) -> None:
         raise ValueError("the query is empty: give a text, or the path of an image")
     from loopitr.search.searcher import Searcher
 
-    _quiet()
+    quiet()
     searcher = Searcher.open(options.index, device=options.device, model=options.model)
     hits = searcher.search(
         options.query,
@@ -187,7 +178,7 @@ def _remove(arguments: Sequence[str]) -> None:
 
 def _serve(arguments: Sequence[str]) -> None:
     options = _options(ServeOptions, positional(arguments, "index"), SERVE, "index")
-    _quiet()
+    quiet()
     serve(options)
 
 

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, parse_flag_from_env, set_seed
 from torch import nn
+from transformers.utils.logging import disable_progress_bar
 
 from loopitr.data import (
     CaptionDataset,
@@ -48,6 +49,7 @@ def start(train: TrainOptions) -> Accelerator:
             that holds something else than a run.
     """
     check_run_folder(Path(train.output_dir))
+    disable_progress_bar()  # transformers' bars of weights break into the run's own.
     accelerator = Accelerator(
         mixed_precision={"fp32": "no", None: None}.get(train.precision, train.precision),
         gradient_accumulation_steps=train.accumulation,
