@@ -2,6 +2,7 @@
 
 import json
 import sys
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -125,7 +126,7 @@ def _source(options: Any) -> Any:
 
 def _say(report: "IndexReport", index: str) -> None:
     for path, reason in [*report.skipped.items()][:SHOWN]:
-        print(f"skipped {path}: {reason}")
+        print(f"skipped {_one_line(path)}: {reason}")
     if len(report.skipped) > SHOWN:
         print(f"and {len(report.skipped) - SHOWN} more, see {index}/skipped.csv")
     print(f"{index}: {report.summary()}")
@@ -164,8 +165,13 @@ def _table(hits: "Sequence[Hit]") -> str:
     lines = ["similarity    match    score  path"]
     for hit in hits:
         match = "-" if hit.match is None else f"{hit.match:.3f}"
-        lines.append(f"{hit.similarity:10.4f} {match:>8} {hit.score:8.3f}  {hit.path}")
+        lines.append(f"{hit.similarity:10.4f} {match:>8} {hit.score:8.3f}  {_one_line(hit.path)}")
     return "\n".join(lines)
+
+
+def _one_line(path: str) -> str:
+    """A path with what would break the line, or steer the terminal, as \\n, \\x1b, ..."""
+    return "".join(repr(sign)[1:-1] if unicodedata.category(sign) == "Cc" else sign for sign in path)
 
 
 def _remove(arguments: Sequence[str]) -> None:

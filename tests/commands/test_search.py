@@ -10,8 +10,9 @@ from helpers.tiny_gallery import jpeg
 from helpers.tiny_index import write_photos
 
 from loopitr.commands.main import main
-from loopitr.commands.search import COMMANDS
+from loopitr.commands.search import COMMANDS, _table
 from loopitr.commands.subcommands import positional
+from loopitr.search.searcher import Hit
 
 
 def run(capsys, *arguments):
@@ -56,6 +57,11 @@ def test_index_and_query(made, capsys, tmp_path):
     assert hit["path"] == f"{made}/photos/002.jpg" and hit["match"] is None and hit["columns"]["width"] == 40
     assert hit["similarity"] == pytest.approx(1, abs=1e-5)
     assert run(capsys, "query", made / "index", "a dog", "--where", "width > 4000") == "no image fits\n"
+
+
+def test_a_path_neither_breaks_the_line_nor_steers_the_terminal():
+    hit = Hit(path="/photos/a\n\x1b[31m caf\xe9.jpg", similarity=0.5, match=None, score=0.5, columns={})
+    assert _table([hit]).splitlines()[1:] == ["    0.5000        -    0.500  /photos/a\\n\\x1b[31m caf\xe9.jpg"]
 
 
 def test_a_page_of_results(made, capsys, tmp_path, monkeypatch):
