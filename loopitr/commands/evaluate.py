@@ -140,10 +140,11 @@ def measure(
     """
     import torch
 
-    from loopitr.building.folders import load_saved
+    from loopitr.building.folders import load_saved, model_source
     from loopitr.evaluation.retrieval import evaluate_retrieval
 
     quiet()
+    model_source(options.model)  # A wrong name is said before the data are read.
     state = _state(options.device)
     if options.data.split == "train" and state.is_main_process:
         print("warning: these are figures on the training split; they say nothing about new data", file=sys.stderr)
