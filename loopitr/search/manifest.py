@@ -91,7 +91,8 @@ def read_manifest(folder: str | Path) -> Manifest:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         found = int(content["format"])
         if found != FORMAT:
-            raise ValueError(f"it has format {found}, this version of loopitr reads format {FORMAT}; index it again")
+            known_format = f"this version of loopitr reads format {FORMAT}"
+            raise ValueError(f"it has format {found}, {known_format}; index again into another folder")
         known = {field.name for field in fields(Manifest)}
         manifest = Manifest(**{name: value for name, value in content.items() if name in known})
         shape = manifest.token_shape
