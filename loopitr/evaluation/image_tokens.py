@@ -1,4 +1,4 @@
-"""Image tokens of a gallery as a stream of blocks: computed once and kept, or computed again."""
+"""The image tokens of a gallery, in blocks: stored when first computed, or computed again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .storage import TokenStorage, TokenStore
 
 @dataclass(frozen=True)
 class _Read:
-    """Decoded images, or tokens from a cache, of `positions`; `failed` holds (position, reason)."""
+    """Decoded images, or tokens from a cache, of `positions`; `failed` has (position, reason) of unreadable images."""
 
     positions: list[int]
     inputs: Tensor | None
@@ -38,7 +38,7 @@ def _stack(items: list[tuple[int, Any]]) -> _Read:
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """`embeds [n, E]` (CPU, float32) of the images at `positions`; `failed` holds (position, reason)."""
+    """`embeds [n, E]` (CPU, float32) of the images at `positions`; `failed` has (position, reason) of the others."""
 
     positions: list[int]
     embeds: Tensor
@@ -46,7 +46,7 @@ class EncodedImages:
 
 
 class ImageTokens:
-    """Tokens `[b, N, D]` of images in blocks, from a cache or from the backbone, decoded in DataLoader workers."""
+    """Reads images in DataLoader workers, or tokens from a cache, and gives tokens `[b, N, D]` in blocks."""
 
     def __init__(
         self,
@@ -59,23 +59,31 @@ class ImageTokens:
         num_workers: int,
         all_readable: bool = False,
     ) -> None:
-        """`all_readable`: an unreadable image is an `UnreadableImage` error at once, instead of one that failed."""
+        """`all_readable`: raise an `UnreadableImage` for the first unreadable image, instead of reporting it.
+
+        Raises:
+            ValueError: the cache has fewer images than there are records.
+        """
         if cache is not None and len(cache) < len(records):
             raise ValueError(f"the token cache has {len(cache)} images, the records are {len(records)}")
         self.model, self.records, self.transform, self.cache = model, records, transform, cache
         self.batch_size, self.num_workers, self.all_readable = batch_size, num_workers, all_readable
         self.parameter = next(model.parameters())
         self.store: TokenStore | None = None
-        self.rows: dict[int, int] = {}  # of the store, by position
+        self.rows: dict[int, int] = {}  # position -> row of the store
 
     def encode(self, positions: list[int], *, storage: TokenStorage | None, progress: bool = False) -> EncodedImages:
-        """The first pass; tokens that `storage` takes are kept for `blocks`, None: they will not be asked for."""
+        """The first pass: encode images, and store their tokens for `blocks`.
+
+        Args:
+            storage: where to store tokens; None: `blocks` will not be called.
+        """
         if storage is not None:
             vision, device = self.model.vision, self.parameter.device
             shape = (len(positions), vision.num_tokens, vision.width)
             self.store = storage.open(*shape, device=device, name=self._name, may_map=self.cache is None)
             self.rows = {position: row for row, position in enumerate(positions)}
-        done, failed = list[int](), list[tuple[int, str]]()
+        encoded, failed = list[int](), list[tuple[int, str]]()
         embeds = [torch.empty(0, self.model.config.embed_dim)]
         with tqdm(total=len(positions), desc="encode images", unit="image", disable=not progress, leave=False) as bar:
             for read in self._read(list(_chunks(positions, self.batch_size))):
@@ -84,20 +92,20 @@ class ImageTokens:
                     tokens = self._tokens(read.inputs)
                     if self.store is not None:
                         self.store.write(self._rows(read.positions), tokens)
-                    done += read.positions
+                    encoded += read.positions
                     embeds.append(self.model.embed_image_tokens(tokens).float().cpu())
                 bar.update(len(read.positions) + len(read.failed))
-        return EncodedImages(done, torch.cat(embeds), failed)
+        return EncodedImages(encoded, torch.cat(embeds), failed)
 
     def blocks(self, positions: list[int], size: int) -> Iterator[Tensor]:
-        """Tokens of at most `size` images at a time, in order: the second pass.
+        """The second pass: the tokens of at most `size` images at a time, in order.
 
         Raises:
-            DataError: an image that was readable in the first pass no longer is.
+            DataError: an image that was readable in the first pass is not any more.
         """
         blocks = list(_chunks(positions, size))
         if self.store is not None:
-            yield from _kept(self.store, [self._rows(block) for block in blocks], self.parameter.device)
+            yield from _stored(self.store, [self._rows(block) for block in blocks], self.parameter.device)
             return
         parts = [list(_chunks(block, self.batch_size)) for block in blocks]
         reads = self._read([part for block in parts for part in block])
@@ -125,7 +133,7 @@ class ImageTokens:
     def _read(self, batches: list[list[int]]) -> Iterator[_Read]:
         if self.cache is not None:
             missing, cache = self.cache.unreadable, self.cache
-            for batch in batches:  # float(): autocast on the CPU cannot stack float16
+            for batch in batches:  # Tokens become float32, since float16 cannot be stacked under autocast on the CPU.
                 yield _stack([(p, "no cached tokens" if p in missing else cache[p].float()) for p in batch])
             return
         loader = DataLoader(
@@ -133,7 +141,7 @@ class ImageTokens:
             batch_sampler=batches,
             num_workers=min(self.num_workers, len(batches)),
             collate_fn=_stack,
-            generator=torch.Generator(),  # validating must not move the generator that dropout uses
+            generator=torch.Generator(),  # A validation must not advance the global generator, which dropout uses.
             worker_init_fn=leave_signals_to_the_run,
         )
         for read in loader:
@@ -143,21 +151,21 @@ class ImageTokens:
             yield read
 
 
-def _kept(store: TokenStore, blocks: list[Tensor], device: torch.device) -> Iterator[Tensor]:
-    """`store.read` of each block; of a file, the next block is read while the caller works on this one."""
+def _stored(store: TokenStore, blocks: list[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """The stored tokens of each block; from disk, the next block is read while the caller works on the current one."""
     if not store.on_disk:
         yield from (store.read(rows) for rows in blocks)
         return
 
     def read(rows: Tensor) -> Tensor:
         tokens = store.read(rows)
-        return tokens.pin_memory() if device.type == "cuda" else tokens  # to be copied beside the GPU's work
+        return tokens.pin_memory() if device.type == "cuda" else tokens  # Pinned memory is copied while the GPU works.
 
     with ThreadPoolExecutor(1) as reader:
-        coming = [reader.submit(read, rows) for rows in blocks[:1]]
+        pending = [reader.submit(read, rows) for rows in blocks[:1]]
         for number in range(len(blocks)):
-            tokens = coming.pop().result()
-            coming += [reader.submit(read, rows) for rows in blocks[number + 1 : number + 2]]
+            tokens = pending.pop().result()
+            pending += [reader.submit(read, rows) for rows in blocks[number + 1 : number + 2]]
             yield tokens.to(device, non_blocking=True)
 
 

@@ -1,4 +1,4 @@
-"""Images of a source opened by all cores, batch by batch, in their order."""
+"""Opens the images of a source in worker processes, in batches and in order."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from .sources import Source
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """Of the images at `positions`, `pixels [b, 3, S, S]` and upright `sizes` (width, height); `failed`:
-    (position, why)."""
+    """A batch of images: their `positions`, `pixels [b, 3, S, S]` and upright `sizes` (width, height).
+
+    `failed` has (position, reason) of images that cannot be opened.
+    """
 
     positions: list[int]
     pixels: Tensor
@@ -55,7 +57,7 @@ def _together(items: list[tuple[int, Tensor, tuple[int, int]] | tuple[int, str]]
 def opened(
     source: Source, positions: Sequence[int], transform: Transform, *, batch_size: int, num_workers: int | None
 ) -> Iterator[Opened]:
-    """`num_workers`: processes that open images; 0: this one does, None: one for each core."""
+    """Open the images at `positions`, in `num_workers` processes; 0: only in this one, None: one per core."""
     batches = [list(positions[start : start + batch_size]) for start in range(0, len(positions), batch_size)]
     workers = cores() if num_workers is None else num_workers
     loader = DataLoader(
@@ -63,15 +65,15 @@ def opened(
         batch_sampler=batches,
         num_workers=min(workers, len(batches)),
         collate_fn=_together,
-        generator=torch.Generator(),  # The global generator stays where it is.
+        generator=torch.Generator(),  # The global generator is not advanced.
     )
     with warnings.catch_warnings():
-        # The workers do nothing with LanceDB, which does nothing while they start.
+        # The warning does not apply: the workers do not use LanceDB, and it is not in use while they start.
         warnings.filterwarnings("ignore", message="lancedb fork support")
         batches_of_workers = iter(loader)
     yield from batches_of_workers
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""The one who writes to an index: images are encoded in batches and written in larger portions."""
+"""Writes to an index: images are encoded in batches and written in larger blocks."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ from .retriever import Retriever
 from .sources import Source
 from .stores import open_images
 
-COMMIT_IMAGES, COMMIT_BYTES = 1024, 2**26  # written at a time: what a killed process has to do again
+COMMIT_IMAGES, COMMIT_BYTES = 1024, 2**26  # The size of a block; a killed process loses at most one or two.
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexReport:
-    """Images `added`, `updated` since their files had changed, `unchanged`, and `skipped`: path -> reason."""
+    """The number of images `added`, `updated` (because they had changed) and `unchanged`, and the `skipped`: path ->
+    reason."""
 
     added: int
     updated: int
@@ -39,6 +40,7 @@ class IndexReport:
     seconds: float
 
     def summary(self) -> str:
+        """The report in one line."""
         done = self.added + self.updated
         rate = f", {done / self.seconds:.1f} images/s" if done else ""
         parts = f"{self.added} added, {self.updated} updated, {self.unchanged} unchanged, {len(self.skipped)} skipped"
@@ -46,18 +48,18 @@ class IndexReport:
 
 
 class Writer:
-    """The one who writes to an index."""
+    """Encodes images and writes them to an index; only one may do so at a time (`manifest.writing`)."""
 
     def __init__(self, folder: Path, manifest: Manifest, retriever: Retriever) -> None:
         self.folder, self.manifest, self.retriever = folder, manifest, retriever
         self.images = open_images(folder, manifest, create=True)
         self.contents = Contents.open(folder, manifest, create=True)
         self.known = self.images.stamps()
-        self.contents.delete([*{*self.contents.ids()} - self.known.keys()])  # of a process that was killed
+        self.contents.delete([*{*self.contents.ids()} - self.known.keys()])  # A killed process may have left some.
 
     def index(self, source: Source, batch_size: int, num_workers: int | None, progress: bool) -> IndexReport:
         started = time.perf_counter()
-        todo: dict[int, int] = {}  # position by id: an image that is named twice is one
+        todo: dict[int, int] = {}  # id -> position, so that an image that occurs twice is indexed once
         ids = [source.id(position) for position in range(len(source))]
         for position, own in enumerate(ids):
             if self.known.get(own) != source.stamp(position):
@@ -107,7 +109,7 @@ class Writer:
                 bar.update(len(batch.positions) + len(batch.failed))
                 if size > COMMIT_BYTES or sum(len(rows) for rows, _, _ in waiting) >= COMMIT_IMAGES:
                     if writer is not None:
-                        writer.result()  # One is written while the next one is computed.
+                        writer.result()  # A block is written while the next one is computed.
                     writer, waiting, size = pool.submit(self._write, waiting), [], 0
             if writer is not None:
                 writer.result()
@@ -137,7 +139,7 @@ class Writer:
         return rows, self._kept(tokens, rows), encoded
 
     def _kept(self, tokens: Tensor, rows: Sequence[Row]) -> Tensor | None:
-        """Tokens in the type that they are kept in, on the CPU."""
+        """The tokens in the type in which they are stored, on the CPU; None: they are not stored."""
         if self.contents.dtype is None:
             return None
         kept = tokens.to(self.contents.dtype)
@@ -148,7 +150,7 @@ class Writer:
         return kept.cpu()
 
     def _write(self, waiting: list[tuple[list[Row], Tensor | None, list[bytes | None]]]) -> None:
-        """Contents first: an image that is found has its own."""
+        """Write contents first, so that every image that a search finds has its contents."""
         if not waiting:
             return
         rows = [row for own, _, _ in waiting for row in own]

@@ -1,4 +1,7 @@
-"""Training processes that soak.py forks, looks at and kills: what they are doing, and what they have trained on."""
+"""Training processes that soak.py forks, observes and kills: what they are doing, and what they have trained on.
+
+A run of several ranks has one process per rank, connected by gloo on this machine.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,13 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.other import get_free_port
 
 # Before the first fork: every training process has them without importing them again.
 from loopitr.building import build as _build  # noqa: F401
@@ -42,7 +47,7 @@ PHASES = ("starting", "step", "save", "validation", "final table", "cache")
 
 
 class Phase:
-    """What the training process is doing, in memory that this one shares."""
+    """What the training process is doing, in memory shared with this process."""
 
     def __init__(self) -> None:
         self.shared = mmap.mmap(-1, 1)
@@ -59,7 +64,7 @@ class Phase:
             self.shared[0] = before
 
     def wrap(self, owner: Any, name: str, phase: str) -> None:
-        """`owner.name` is called in that phase."""
+        """Make calls of `owner.name` set that phase."""
         original = getattr(owner, name)
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -70,7 +75,10 @@ class Phase:
 
 
 def note_samples(path: Path) -> None:
-    """In the training process: each step's images go to a line of `path`; of a step made twice, the last one counts."""
+    """Make this training process write the images of each step to a line of `path`.
+
+    If a step is repeated after a resumption, its last line counts.
+    """
     names: list[str] = []
     epoch, step = EpochLoader.epoch, trainer.Trainer._step
 
@@ -88,23 +96,29 @@ def note_samples(path: Path) -> None:
     EpochLoader.epoch, trainer.Trainer._step = noted_epoch, noted_step  # type: ignore[method-assign]
 
 
-def samples(path: Path) -> dict[int, list[str]]:
-    """The images of each step."""
-    steps = {}
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(ValueError):  # A killed process did not come to the line's end.
-            row = json.loads(line)
-            steps[row["step"]] = row["images"]
+def samples(folder: Path) -> dict[int, list[str]]:
+    """The names of the images of each step, over all ranks."""
+    steps: dict[int, list[str]] = {}
+    for path in sorted(folder.glob("samples-*.jsonl")):
+        own = {}
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(ValueError):  # A killed process may leave an incomplete line.
+                row = json.loads(line)
+                own[row["step"]] = row["images"]
+        for step, images in own.items():
+            steps.setdefault(step, []).extend(images)
     return steps
 
 
 def fork(work: Callable[[], None], log: Path) -> int:
-    """Start `work` as a recipe does, in a process of its own and the first of a group; returns its pid. What it prints
-    goes to `log`."""
+    """Run `work` as a recipe would, in a new process that leads its own process group; returns its pid.
+
+    Its output goes to `log`.
+    """
     sys.stdout.flush()
     pid = os.fork()
     if pid:
-        with contextlib.suppress(OSError):  # It has done so itself.
+        with contextlib.suppress(OSError):  # The child may have done so itself.
             os.setpgid(pid, pid)
         return pid
     status = 70
@@ -129,33 +143,51 @@ def fork(work: Callable[[], None], log: Path) -> int:
         os._exit(status)
 
 
-def train(folder: Path, words: list[str], *, phase: Phase, resume: bool) -> int:
-    """Fork a training process; returns its pid."""
-    folder.mkdir(parents=True, exist_ok=True)
-    words = [*TINY, *words, f"--train.output_dir={folder / 'run'}", *(["--resume=true"] if resume else [])]
-    phase.shared[0] = 0
+class Launch:
+    """A running training: its processes, one per rank."""
 
-    def work() -> None:
-        note_samples(folder / "samples.jsonl")
-        phase.wrap(saving.Saver, "save", "save")
-        phase.wrap(validation.Validator, "validate", "validation")
-        phase.wrap(trainer.Trainer, "_finish", "final table")
-        phase.wrap(trainer.Trainer, "_epoch", "step")
-        phase.wrap(trainer.Caches, "images", "cache")
-        runpy.run_path(str(RECIPE))["make_trainer"](parse(PretrainOptions, words)).run()
+    def __init__(self, folder: Path, words: list[str], *, phase: Phase, resume: bool, ranks: int = 1) -> None:
+        """Fork them; `phase` is rank 0's."""
+        folder.mkdir(parents=True, exist_ok=True)
+        words = [*TINY, *words, f"--train.output_dir={folder / 'run'}", *(["--resume=true"] if resume else [])]
+        phase.shared[0] = 0
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port())}
 
-    return fork(work, folder / "log")
+        def work(rank: int) -> None:
+            if ranks > 1:
+                own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+                os.environ.update(meeting | {name: str(value) for name, value in own.items()})
+            note_samples(folder / f"samples-{rank}.jsonl")
+            if rank == 0:
+                phase.wrap(saving.Saver, "save", "save")
+                phase.wrap(validation.Validator, "validate", "validation")
+                phase.wrap(trainer.Trainer, "_finish", "final table")
+                phase.wrap(trainer.Trainer, "_epoch", "step")
+                phase.wrap(trainer.Caches, "images", "cache")
+            runpy.run_path(str(RECIPE))["make_trainer"](parse(PretrainOptions, words)).run()
 
+        self.pids = [fork(partial(work, rank), folder / "log") for rank in range(ranks)]
+        self.statuses: dict[int, int] = {}
 
-def ended(pid: int, *, until: float = float("inf"), look: Callable[[], None] = lambda: None) -> int | None:
-    """The exit status; None: it runs at the time `until` (`time.monotonic`)."""
-    while time.monotonic() < until:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        look()
-        time.sleep(0.002)
-    return None
+    def ended(self, *, until: float = float("inf"), look: Callable[[], None] = lambda: None) -> list[int] | None:
+        """The exit statuses of all ranks; None: one of them runs at the time `until` (`time.monotonic`)."""
+        while time.monotonic() < until:
+            for pid in set(self.pids) - set(self.statuses):
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    self.statuses[pid] = os.waitstatus_to_exitcode(status)
+            if len(self.statuses) == len(self.pids):
+                return [self.statuses[pid] for pid in self.pids]
+            look()
+            time.sleep(0.002)
+        return None
+
+    def kill(self, number: int, ranks: Iterable[int]) -> None:
+        """Signal these ranks' processes and those that they have started."""
+        for rank in ranks:
+            if self.pids[rank] not in self.statuses:
+                with contextlib.suppress(ProcessLookupError):  # It has ended by now.
+                    os.killpg(self.pids[rank], number)
 
 
 def last_words(folder: Path) -> str:

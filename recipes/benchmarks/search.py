@@ -1,11 +1,14 @@
 """python recipes/benchmarks/search.py [--images FOLDER] [--model RUN] [--vectors 100000] [--rounds 5] [--output F.json]
 
-What a search costs. Indexing: images per second from files to the finished index, with tokens kept, against the image
-tower alone on batches in memory, interleaved. The dual stage: a text's nearest among many vectors, by the index and one
-by one, and how much of the exact top 100 the index finds; the vectors are clustered, and queries lie apart from all of
-them, as texts do. Reranking: one text with candidates whose tokens are kept, reading included.
+Measures the three parts of a search.
 
-Without --images pictures of noise; without --model random weights, which are as fast as trained ones.
+- Indexing: images per second from files to the finished index, with tokens stored, against the image tower alone on
+  batches in memory, interleaved.
+- The dual stage: the nearest vectors of a text, found with the index and by exact search, and the part of the exact top
+  100 that the index finds. The vectors are clustered, and queries lie apart from all of them, as those of texts do.
+- Reranking: one text with candidates whose tokens are stored, including reading them.
+
+Without --images the images are noise; without --model weights are random, which is as fast.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ class Options:
     model: str | None = None
     """Run folder."""
     count: int = 256
-    """Images of it that are indexed."""
+    """Number of images that are indexed."""
     vectors: int = 100_000
     candidates: int = 100
     batch_size: int = 8
@@ -126,7 +129,7 @@ def clustered(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndar
     coarse = rng.standard_normal((40, EMBED_DIM))
     fine = coarse[rng.integers(40, size=2000)] + rng.standard_normal((2000, EMBED_DIM))
     vectors = fine[rng.integers(2000, size=count)] + rng.standard_normal((count, EMBED_DIM))
-    gap = 2 * rng.standard_normal(EMBED_DIM)  # texts lie elsewhere than images
+    gap = 2 * rng.standard_normal(EMBED_DIM)  # between texts and images
     queries = vectors[rng.integers(count, size=QUERIES)] + rng.standard_normal((QUERIES, EMBED_DIM)) + gap
     return tuple((x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32) for x in (vectors, queries))  # type: ignore[return-value]
 

@@ -47,6 +47,7 @@ def test_sentence_transformers(run, tmp_path, capsys):
     assert SentenceTransformer(str(tmp_path / "st"), device="cpu").encode(["a red circle"]).shape == (1, 16)
 
 
+@pytest.mark.slow
 def test_onnx_with_the_recall_of_each_precision(run, tmp_path, monkeypatch, capsys):
     given = [
         "--model",
@@ -76,8 +77,8 @@ def test_onnx_with_the_recall_of_each_precision(run, tmp_path, monkeypatch, caps
         (["{run}", "{tmp}/out", "again"], "again"),
         (["{run}", "{tmp}/out", "--to", "coreml"], "coreml"),
         (["{run}", "{tmp}/out", "--tower", "audio"], "audio"),
-        (["{run}", "{tmp}/out", "--recall", "true"], "recall is of --to onnx, got --to transformers"),
-        (["{run}", "{tmp}/out", "--precisions", "[int8]"], "precisions is of --to onnx"),
+        (["{run}", "{tmp}/out", "--recall", "true"], "recall needs --to onnx, got --to transformers"),
+        (["{run}", "{tmp}/out", "--precisions", "[int8]"], "precisions needs --to onnx"),
         (["{run}", "{tmp}/out", "--to", "onnx", "--precisions", "[int4]"], "int4"),
         (["{run}", "{tmp}/out", "--to", "onnx", "--recall", "true", "--tower", "text"], "recall needs both towers"),
         (["{run}", "{tmp}/out", "--to", "onnx", "--rerank", "-1"], "rerank must be at least 0, got -1"),

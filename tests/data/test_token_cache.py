@@ -3,29 +3,16 @@
 import json
 import os
 import pickle
-import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 import torch
+from helpers.killed_build import killed_in_the_third
+from helpers.tiny_tokens import KEY, encode, to_tensor
 from torch.utils.data import DataLoader
 
 from loopitr.data import CaptionDataset, DataError, Record, SceneRecords, TokenCache, decode_image, names_digest
-
-KEY = "0123456789abcdef0123"
-
-
-def to_tensor(image):
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-
-
-def encode(pixels):
-    """Patch means: [B, 3, 64, 64] -> [B, 16, 3]."""
-    return torch.nn.functional.avg_pool2d(pixels, 16).flatten(2).transpose(1, 2)
 
 
 def build(folder, records, key=KEY, encode=encode, **options):
@@ -73,14 +60,14 @@ def test_training_on_cached_tokens_skips_unreadable(tmp_path):
     records = broken(SceneRecords("val", 6), 2)
     cache = build(tmp_path, records, batch_size=1)
     assert cache.unreadable == {2} and build(tmp_path, records, encode=never).unreadable == {2}
-    dataset = CaptionDataset(records, transform=None, tokens=cache)
+    dataset = CaptionDataset(records, transform=None, tokens=[cache])
     item = dataset[2]
     assert item["identity"] == records[3].identity and torch.equal(item["image_tokens"], cache[3])
     assert item["skipped"] == [(records[2].name, "unreadable image: no cached tokens")]
     loaded = list(DataLoader(dataset, batch_size=None, num_workers=2))
     assert all(torch.equal(loaded[i]["image_tokens"], cache[i]) for i in range(6) if i != 2)
     with pytest.raises(ValueError, match="6 images, the records are 5"):
-        CaptionDataset(records[:5], transform=None, tokens=cache)
+        CaptionDataset(records[:5], transform=None, tokens=[cache])
 
 
 def test_pickling_drops_the_map(tmp_path):
@@ -118,31 +105,15 @@ def test_refuses(tmp_path):
         build(tmp_path, SceneRecords("val", 2))
 
 
-SLOW_BUILD = """
-import sys, time
-sys.path.insert(0, sys.argv[2])
-from test_token_cache import build, encode
-from loopitr.data import SceneRecords
-def slow(pixels):
-    print("batch", flush=True)
-    time.sleep(0.2)
-    return encode(pixels)
-build(sys.argv[1], SceneRecords("val", 40), encode=slow, batch_size=1)
-"""
+def test_killed_build_leaves_no_cache(tmp_path_factory, tmp_path):
+    def slow_build(step):
+        def slow(pixels):
+            step()
+            return encode(pixels)
 
+        build(tmp_path, SceneRecords("val", 40), encode=slow, batch_size=1)
 
-def test_killed_build_leaves_no_cache(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_BUILD, str(tmp_path), os.path.dirname(__file__)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    for _ in range(3):  # It dies in the middle of its third batch, so two are written.
-        assert process.stdout.readline() == "batch\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+    killed_in_the_third(slow_build, tmp_path_factory.mktemp("log") / "log")  # Two batches are written.
     left = os.listdir(tmp_path)
     assert len(left) == 1 and left[0].startswith(".") and (tmp_path / left[0] / "tokens.npy").exists()
     records = SceneRecords("val", 40)

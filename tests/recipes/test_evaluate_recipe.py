@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers.recipe_process import TWO_ON_CPU, call, error_lines, launch
+from helpers.recipe_process import TWO_ON_CPU, call, error_lines, forked, launch
 from helpers.small_karpathy import CAPTIONS, IMAGES, data, write_small_karpathy
 
 
@@ -15,7 +15,7 @@ def folder(tmp_path_factory):
 def test_the_command_of_the_readme(folder, tmp_path):
     output = tmp_path / "new" / "metrics.json"
     given = data(folder, "--data.split", "test", "--data.max_skipped_fraction", 0.2, "--rerank", 4, "--output", output)
-    done = launch("evaluate.py", "--model", folder / "run", *given)
+    done = forked("evaluate.py", "--model", folder / "run", *given)
     assert done.returncode == 0, done.stderr
     figures = json.loads(output.read_text())
     assert (figures["num_images"], figures["num_captions"], figures["k"]) == (IMAGES, IMAGES * CAPTIONS, 4)
@@ -63,7 +63,7 @@ def test_export_then_evaluate_gives_the_duals_figures(folder, tmp_path, monkeypa
 def test_the_training_split_is_warned_about(folder, monkeypatch, capsys):
     given = data(folder, "--data.split", "train", "--data.num_workers", 0, "--rerank", 0)
     status, errors = call(monkeypatch, capsys, "evaluate.py", "--model", folder / "run", *given)
-    assert status == 0 and "warning: these are figures on the training split" in errors
+    assert status == 0 and "warning: this is the training split" in errors
 
 
 def test_cached_tokens_and_bf16(folder, tmp_path, monkeypatch, capsys):
@@ -109,6 +109,7 @@ def test_a_wrong_option_is_one_line(folder, monkeypatch, capsys, change, named):
     assert named in line
 
 
+@pytest.mark.slow
 def test_no_traceback_from_a_real_process(folder):
     done = launch("export_dual.py", "--model", folder / "run", "--output", folder / "run")
     assert done.returncode == 2 and "Traceback" not in done.stderr
