@@ -25,7 +25,7 @@ class Reading:
 
 
 @dataclass
-class IndexOptions(Reading):
+class _Indexing:
     """The source, the model, and the index."""
 
     source: str = ""
@@ -45,7 +45,12 @@ class IndexOptions(Reading):
 
 
 @dataclass
-class AddOptions(Reading):
+class IndexOptions(Reading, _Indexing):
+    """The source, the model and the index, and the options for reading images."""
+
+
+@dataclass
+class _Adding:
     """The index, and the source to add."""
 
     index: str = ""
@@ -54,6 +59,11 @@ class AddOptions(Reading):
     """Folder, table or `datasets` source."""
     model: str | None = None
     """The model of the index, if it has been moved."""
+
+
+@dataclass
+class AddOptions(Reading, _Adding):
+    """The index and the source to add, and the options for reading images."""
 
 
 @dataclass

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lance import ALL, connect, delete_rows, line_of, put_rows, table_names, tidy
+from .lance import ALL, connect, delete_rows, put_rows, table_names, tidy
+from .lance_errors import line_of, reading
 from .manifest import TOKEN_TYPES, Manifest
 
 GIB = 2**30
@@ -82,7 +83,8 @@ class Contents:
 
     def ids(self) -> list[int]:
         """The ids of all images with contents."""
-        return self.table.search(None).select(["id"]).limit(ALL).to_arrow()["id"].to_pylist()
+        with reading(self.place):
+            return self.table.search(None).select(["id"]).limit(ALL).to_arrow()["id"].to_pylist()
 
     def put(
         self, ids: Sequence[int], tokens: Tensor | None, encoded: Sequence[bytes | None], replaced: Collection[int]
@@ -112,7 +114,8 @@ class Contents:
             return {}
         column = "encoded" if encoded else "tokens"
         query = self.table.search(None).where(f"id IN ({', '.join(map(str, ids))})")
-        rows = query.select(["id", column]).limit(len(ids)).to_arrow()
+        with reading(self.place):
+            rows = query.select(["id", column]).limit(len(ids)).to_arrow()
         return {
             number.as_py(): self._content(cell.as_buffer(), encoded=encoded)
             for number, cell in zip(rows["id"], rows[column])

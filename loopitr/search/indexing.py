@@ -8,12 +8,11 @@ from pathlib import Path
 import torch
 
 from loopitr.checks import check_at_least, check_known
-from loopitr.data import DataError
 
 from .contents import Contents
 from .manifest import LOCK, MANIFEST, TOKEN_TYPES, check_model, manifest_of, read_manifest, write_manifest, writing
 from .retriever import Retriever
-from .sources import Source, open_source
+from .sources import Source, check_images, open_source
 from .stores import check_new
 from .writer import IndexReport, Writer
 
@@ -76,7 +75,7 @@ def build_index(
     _check_output(folder)
     if not isinstance(source, Source):
         source = open_source(source, images, image_column)
-    _check_source(source)
+    check_images(source, "the source")
     name = str(model)
     if isinstance(model, Retriever):
         name = str(model.model.name_or_path)
@@ -136,10 +135,3 @@ def _check_output(folder: Path) -> None:
     foreign = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     if MANIFEST not in foreign and (other := [name for name in foreign if not name.startswith((MANIFEST, LOCK))]):
         raise ValueError(f"{folder} holds {other[0]} and no search index; choose an empty or a new folder")
-
-
-def _check_source(source: Source) -> None:
-    if len(source):
-        return
-    first = f"; the first of {len(source.skipped)} skipped is {': '.join(source.skipped[0])}" if source.skipped else ""
-    raise DataError(f"there is no image to index{first}")

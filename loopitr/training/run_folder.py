@@ -116,7 +116,9 @@ def _enter(folder: Path, config: dict[str, Any], locks: list[FolderLock], reques
         if aside is not None:
             _lock(folder, locks)
             (aside / LOCK).unlink(missing_ok=True)
-            lines.append(f"moved the earlier run in {folder} to {aside}")
+            cut_short = not request.resume and _finished(aside) is None and any((aside / CHECKPOINTS).glob("*"))
+            hint = f"; to go on with it: --train.output_dir {aside} --resume" if cut_short else ""
+            lines.append(f"moved the earlier run in {folder} to {aside}{hint}")
     return Entered(checkpoint=newest.path if newest else None, lines=tuple(lines))
 
 

@@ -158,6 +158,7 @@ def test_few_queries_have_a_wide_interval():
     gain = reranking_gain(before, after, torch.arange(3))
     assert gain.points == pytest.approx(100 / 3) and gain.margin > gain.points
     assert "no significant difference" in gain.line() and "3 images" in gain.line()
+    assert "evaluate on more images" in gain.line()
 
 
 @pytest.mark.parametrize("weight", [-0.1, math.inf, math.nan])

@@ -79,7 +79,8 @@ def test_a_condition_filters(client):
 
 def test_an_image_gives_similar_images_and_captions(folder, client, tmp_path):
     (tmp_path / "mine.jpg").write_bytes(jpeg(7))
-    similar, captions = client.predict(handle_file(tmp_path / "mine.jpg"), 5, api_name="/similar")
+    similar, captions, own = client.predict(handle_file(tmp_path / "mine.jpg"), 5, api_name="/similar")
+    assert own.startswith('<img class="loopitr-own" src="data:image/jpeg;base64,')
     assert titles(similar)[0] == "7.jpg" and len(titles(similar)) == 5
     assert captions.count("<li>") == 10
 

@@ -85,6 +85,8 @@ def test_a_gate_that_never_opens_is_warned_of_once_with_advice():
     warning = own.warning(progress)
     assert "at most -4.5 points from the dual head, wanted +1.0" in warning
     assert "objective.teacher_margin to null" in warning
+    validate(own, progress, 30, dual=9.0, match=12.0)  # It opens when the run ends.
+    assert "the last validation was the first that found the teacher" in own.warning(progress)
 
 
 GATED = {

@@ -156,5 +156,9 @@ def test_an_earlier_run_is_moved_aside_but_not_by_a_mistake(tmp_path, capsys):
         assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == first
     run(tmp_path, train__max_steps=2)
     assert json.loads((tmp_path / "run.1" / "metrics.json").read_text()) == first
-    assert "moved the earlier run" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "moved the earlier run" in output and "to go on with it" not in output
     assert logged(tmp_path, "loss/total") != []
+    (tmp_path / "run" / "metrics.json").unlink()  # As if it had been killed after a checkpoint.
+    run(tmp_path, train__max_steps=1)
+    assert f"to go on with it: --train.output_dir {tmp_path}/run.2 --resume\n" in capsys.readouterr().out
