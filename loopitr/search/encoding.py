@@ -156,6 +156,7 @@ def _stream(
         batch_size=portions.batch_size,
         num_workers=portions.num_workers if images.are_files else 0,
         all_readable=True,
+        open_in_threads=images.are_files,
     )
 
 

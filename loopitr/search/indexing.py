@@ -52,8 +52,10 @@ def build_index(
             variable QDRANT_API_KEY.
         collection: its name there; None: that of the folder of the index.
         contents: where tokens are kept, a folder or an address such as `s3://bucket/folder`; None: in the index.
-        batch_size: images encoded at a time; None: 64 on a GPU, and on a CPU 8, since memory for more is slow to get.
-        num_workers: processes that open images; 0: this one does, None: one for each core.
+        batch_size: images encoded at a time; None: 64 on a GPU, and 4 for each core of a CPU, since larger ones take
+            more memory and no less time there.
+        num_workers: processes that open images; 0: this one does, None: on a GPU one for each core, on a CPU none,
+            since the threads that encode there open images too.
 
     Raises:
         ValueError: no image in the source, an index of another model or version, options out of range, a store that
@@ -93,7 +95,7 @@ def build_index(
             Contents.check_new(manifest)
         manifest = replace(manifest, complete=False)
         write_manifest(folder, manifest)
-        size = batch_size or (8 if model.device.type == "cpu" else 64)
+        size = batch_size or (4 * torch.get_num_threads() if model.device.type == "cpu" else 64)
         return Writer(folder, manifest, model).index(source, size, num_workers, show_progress)
 
 

@@ -1,20 +1,24 @@
-"""Images of a source opened by all cores, batch by batch, in their order."""
+"""Images of a source opened and encoded by all cores, batch by batch, in their order."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from loopitr.data import DataError, UnreadableImage, decode_image
 from loopitr.evaluation.gallery import Transform
+from loopitr.evaluation.side_by_side import Shares, side_by_side
 
-from .sources import Source
+from .sources import FileSource, Source
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,24 +56,39 @@ def _together(items: list[tuple[int, Tensor, tuple[int, int]] | tuple[int, str]]
     )
 
 
-def opened(
-    source: Source, positions: Sequence[int], transform: Transform, *, batch_size: int, num_workers: int | None
-) -> Iterator[Opened]:
-    """`num_workers`: processes that open images; 0: this one does, None: one for each core."""
-    batches = [list(positions[start : start + batch_size]) for start in range(0, len(positions), batch_size)]
-    workers = cores() if num_workers is None else num_workers
-    loader = DataLoader(
-        _Images(source, transform),
-        batch_sampler=batches,
-        num_workers=min(workers, len(batches)),
-        collate_fn=_together,
-        generator=torch.Generator(),  # The global generator stays where it is.
-    )
+def opened_and_encoded(
+    source: Source,
+    positions: Sequence[int],
+    transform: Transform,
+    encode: Callable[[Opened], Made],
+    *,
+    batch_size: int,
+    num_workers: int | None,
+    device: torch.device,
+) -> Iterator[Made]:
+    """`encode` of the images at these positions, a batch at a time.
+
+    Args:
+        encode: may be called by several threads at once.
+        num_workers: processes that open images; 0: this one does, None: on a GPU one for each core, on a CPU none,
+            since the threads that encode there open images too.
+    """
+    shares = Shares.of(len(positions), batch_size, device)
+    batches = [list(positions[start : start + shares.size]) for start in range(0, len(positions), shares.size)]
+    if num_workers is None:
+        num_workers = 0 if device.type == "cpu" else cores()
     with warnings.catch_warnings():
         # The workers do nothing with LanceDB, which does nothing while they start.
         warnings.filterwarnings("ignore", message="lancedb fork support")
-        batches_of_workers = iter(loader)
-    yield from batches_of_workers
+        return side_by_side(
+            _Images(source, transform),
+            batches,
+            _together,
+            encode,
+            shares=shares,
+            num_workers=num_workers,
+            open_in_threads=isinstance(source, FileSource),
+        )
 
 
 def cores() -> int:
