@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from loopitr.data import DataError, DecodedImages, Record, TokenCache, UnreadableImage, name_of
+from loopitr.models.folding import folded
 from loopitr.models.loop_model import DualEncoder
 from loopitr.models.packing import send
 
@@ -129,13 +130,14 @@ class ImageTokens:
         """The images of the blocks in order, a few at a time, none of which are of two blocks."""
         count = sum(map(len, blocks))
         shares = Shares.of(count, self.batch_size, self.parameter.device)
+        vision = self.model.vision if self.cache is not None else folded(self.model.vision, count)
 
         def encode(read: _Read) -> _Encoded:
             if read.inputs is None:
                 return _Encoded(read.positions, read.failed)
             (inputs,) = send([read.inputs], self.parameter.device)
             inputs = inputs.to(self.parameter.dtype)
-            found = inputs if self.cache is not None else self.model.vision(inputs)  # [b, N, D]
+            found = inputs if self.cache is not None else vision(inputs)  # [b, N, D]
             embedded = self.model.embed_image_tokens(found).float().cpu() if embeds else None  # [b, E]
             return _Encoded(read.positions, read.failed, found if tokens else None, embedded)
 

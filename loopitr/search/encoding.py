@@ -18,6 +18,8 @@ from loopitr.evaluation.image_tokens import ImageTokens
 from loopitr.evaluation.reranking import score_candidates
 from loopitr.evaluation.storage import TokenStorage
 from loopitr.evaluation.text_tokens import TextTokens
+from loopitr.memory import keep_memory
+from loopitr.models.folding import WORTHWHILE
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.processing import LoopITRProcessor
 
@@ -148,8 +150,11 @@ def score_all(
 def _stream(
     model: LoopITRModel | DualEncoder, processor: LoopITRProcessor, images: GivenImages, portions: Portions
 ) -> ImageTokens:
+    dual = dual_of(model)
+    if len(images) >= WORTHWHILE and next(dual.parameters()).device.type == "cpu":
+        keep_memory()
     return ImageTokens(
-        dual_of(model),
+        dual,
         images,
         evaluation_transform(processor),
         cache=None,

@@ -15,6 +15,8 @@ from tqdm.auto import tqdm
 
 from loopitr.evaluation.gallery import evaluation_transform
 from loopitr.memory import keep_memory
+from loopitr.models.folding import folded
+from loopitr.models.image_backbone import VisionBackbone
 from loopitr.models.packing import send
 
 from .contents import Contents
@@ -105,8 +107,9 @@ class Writer:
         if self.retriever.device.type == "cpu":
             keep_memory()
         transform = evaluation_transform(self.retriever.processor)
+        vision = folded(dual_of(self.retriever.model).vision, len(positions))
         encoded = opened_and_encoded(
-            *(source, positions, transform, partial(self._encoded, source)),
+            *(source, positions, transform, partial(self._encoded, source, vision)),
             batch_size=batch_size,
             num_workers=num_workers,
             device=self.retriever.device,
@@ -132,14 +135,14 @@ class Writer:
                 writer.result()
             self._write(waiting)
 
-    def _encoded(self, source: Source, opened: Opened) -> tuple[Opened, Tensor, Tensor | None]:
+    def _encoded(self, source: Source, vision: VisionBackbone, opened: Opened) -> tuple[Opened, Tensor, Tensor | None]:
         """What was opened, without its pixels; its embeds `[b, E]`, and its tokens `[b, N, D]` as they are kept."""
         described = replace(opened, pixels=torch.empty(0))
         if not opened.positions:
             return described, torch.empty(0), None
         dual = dual_of(self.retriever.model)
         (pixels,) = send([opened.pixels], self.retriever.device)
-        tokens = dual.vision(pixels.to(next(dual.parameters()).dtype))  # [b, N, D]
+        tokens = vision(pixels.to(next(dual.parameters()).dtype))  # [b, N, D]
         embeds = dual.embed_image_tokens(tokens).float().cpu()  # [b, E]
         if not embeds.isfinite().all():
             raise ValueError("the model gives NaN or infinite values: it cannot be used")
