@@ -42,9 +42,11 @@ def check_options(options: Any) -> None:
 
 @dataclass(frozen=True)
 class Timing:
-    """`seconds` of each round and the `flops` of one call."""
+    """`seconds` and `cpu_seconds` of each round, the latter of all threads and ended child processes, and the `flops`
+    of one call that are of its own thread."""
 
     seconds: list[float]
+    cpu_seconds: list[float]
     flops: int
 
     @property
@@ -54,6 +56,10 @@ class Timing:
     def ratio(self, other: Timing) -> float:
         """How many times the other's seconds these are: the median over rounds."""
         return statistics.median(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
+
+    def cpu_ratio(self, other: Timing) -> float:
+        """`ratio` of CPU seconds: what is left of it where other programs run on the same cores."""
+        return statistics.median(a / b for a, b in zip(self.cpu_seconds, other.cpu_seconds, strict=True))
 
 
 class _NoModules(ModuleTracker):
@@ -76,12 +82,15 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], *, rounds: int, device: 
             call()
         flops[name] = counter.get_total_flops()
     seconds: dict[str, list[float]] = {name: [] for name in calls}
+    cpu: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
     for _ in range(rounds):
         for name in order:
+            before = _cpu_seconds()
             seconds[name].append(seconds_of(calls[name], device))
+            cpu[name].append(_cpu_seconds() - before)
         order.reverse()  # who comes after whom must not matter
-    return {name: Timing(seconds[name], flops[name]) for name in calls}
+    return {name: Timing(seconds[name], cpu[name], flops[name]) for name in calls}
 
 
 def seconds_of(call: Callable[[], Any], device: str) -> float:
@@ -91,6 +100,11 @@ def seconds_of(call: Callable[[], Any], device: str) -> float:
     call()
     synchronize(device)
     return time.perf_counter() - started
+
+
+def _cpu_seconds() -> float:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def synchronize(device: str) -> None:
