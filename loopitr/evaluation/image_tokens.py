@@ -129,7 +129,7 @@ class ImageTokens:
     def _encoded(self, blocks: list[list[int]], *, tokens: bool, embeds: bool = False) -> Iterator[_Encoded]:
         """The images of the blocks in order, a few at a time, none of which are of two blocks."""
         count = sum(map(len, blocks))
-        shares = Shares.of(count, self.batch_size, self.parameter.device)
+        shares = Shares.of(count, self.batch_size, self.model.vision.image_size, self.parameter.device)
         vision = self.model.vision if self.cache is not None else folded(self.model.vision, count)
 
         def encode(read: _Read) -> _Encoded:

@@ -21,6 +21,8 @@ from loopitr.data.workers import leave_signals_to_the_run
 
 Item, Read, Made = TypeVar("Item"), TypeVar("Read"), TypeVar("Made")
 
+PIXELS = 8 * 224**2  # More at a time are no faster on a core, and take more memory.
+
 _STARTING = threading.Lock()
 
 
@@ -33,12 +35,15 @@ class Shares:
     cores: int
 
     @classmethod
-    def of(cls, count: int, batch_size: int, device: torch.device) -> Shares:
+    def of(cls, count: int, batch_size: int, image_size: int, device: torch.device) -> Shares:
         """The shares of `count` images, of which at most `batch_size` are encoded at a time by all threads together."""
-        cores = torch.get_num_threads() if device.type == "cpu" else 1
         at_a_time = max(1, min(count, batch_size))
+        if device.type != "cpu":
+            return cls(encoders=1, size=at_a_time, cores=1)
+        cores = torch.get_num_threads()
         encoders = min(cores, at_a_time)
-        return cls(encoders=encoders, size=-(-at_a_time // encoders), cores=cores // encoders)
+        size = min(-(-at_a_time // encoders), max(1, PIXELS // image_size**2))
+        return cls(encoders=encoders, size=size, cores=cores // encoders)
 
 
 def side_by_side(

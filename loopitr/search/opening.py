@@ -62,21 +62,19 @@ def opened_and_encoded(
     transform: Transform,
     encode: Callable[[Opened], Made],
     *,
-    batch_size: int,
+    shares: Shares,
     num_workers: int | None,
-    device: torch.device,
 ) -> Iterator[Made]:
-    """`encode` of the images at these positions, a batch at a time.
+    """`encode` of the images at these positions, a few at a time.
 
     Args:
         encode: may be called by several threads at once.
-        num_workers: processes that open images; 0: this one does, None: on a GPU one for each core, on a CPU none,
-            since the threads that encode there open images too.
+        num_workers: processes that open images; 0: this one does, None: one for each core, but none where several
+            threads encode, which open images too.
     """
-    shares = Shares.of(len(positions), batch_size, device)
     batches = [list(positions[start : start + shares.size]) for start in range(0, len(positions), shares.size)]
     if num_workers is None:
-        num_workers = 0 if device.type == "cpu" else cores()
+        num_workers = 0 if shares.encoders > 1 else cores()
     with warnings.catch_warnings():
         # The workers do nothing with LanceDB, which does nothing while they start.
         warnings.filterwarnings("ignore", message="lancedb fork support")

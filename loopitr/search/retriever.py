@@ -136,7 +136,7 @@ class Retriever:
             images: a list, or one image.
             batch_size: images whose pixels and tokens are held at a time.
             show_progress: a bar, where there is more than one batch.
-            num_workers: processes that open images, given as paths or bytes; 0: this one does.
+            num_workers: processes that open images, given as paths or bytes; 0: this one does, on a CPU with all cores.
             convert_to_tensor: a tensor on the CPU in the place of an array.
             truncate_dim: the first so many dimensions, of unit length again (`objective.matryoshka_dims` trains them).
             precision: float32; int8, 256 steps between the least and the greatest value of each dimension; binary, one

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from loopitr.evaluation.gallery import evaluation_transform
+from loopitr.evaluation.side_by_side import Shares
 from loopitr.memory import keep_memory
 from loopitr.models.folding import folded
 from loopitr.models.image_backbone import VisionBackbone
@@ -108,12 +109,9 @@ class Writer:
             keep_memory()
         transform = evaluation_transform(self.retriever.processor)
         vision = folded(dual_of(self.retriever.model).vision, len(positions))
-        encoded = opened_and_encoded(
-            *(source, positions, transform, partial(self._encoded, source, vision)),
-            batch_size=batch_size,
-            num_workers=num_workers,
-            device=self.retriever.device,
-        )
+        encode = partial(self._encoded, source, vision)
+        shares = Shares.of(len(positions), batch_size, vision.image_size, self.retriever.device)
+        encoded = opened_and_encoded(source, positions, transform, encode, shares=shares, num_workers=num_workers)
         waiting: list[_Written] = []
         size = 0
         writer: Future[None] | None = None

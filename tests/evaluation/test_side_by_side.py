@@ -27,19 +27,20 @@ class Numbers(torch.utils.data.Dataset):
 def three_cores():
     own = torch.get_num_threads()
     torch.set_num_threads(3)
-    yield Shares.of(20, 6, torch.device("cpu"))
+    yield Shares.of(20, 6, 32, torch.device("cpu"))
     torch.set_num_threads(own)
 
 
 def test_a_batch_is_shared_out_to_the_cores(three_cores):
-    def of(count, batch_size, device="cpu"):
-        shares = Shares.of(count, batch_size, torch.device(device))
+    def of(count, batch_size, image_size=32, device="cpu"):
+        shares = Shares.of(count, batch_size, image_size, torch.device(device))
         return shares.encoders, shares.size, shares.cores
 
     assert three_cores == Shares(encoders=3, size=2, cores=1)
     assert of(100, 64) == (3, 22, 1) and of(4, 64) == (3, 2, 1)
+    assert of(100, 64, 224) == (3, 8, 1) and of(100, 64, 2000) == (3, 1, 1)
     assert of(100, 1) == of(1, 64) == of(0, 64) == (1, 1, 3)
-    assert of(100, 64, "cuda") == (1, 64, 1)
+    assert of(100, 64, 224, "cuda") == (1, 64, 1)
 
 
 @pytest.mark.parametrize("how", [{"open_in_threads": True}, {}, {"num_workers": 1}], ids=["threads", "here", "workers"])
