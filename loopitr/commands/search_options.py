@@ -19,7 +19,7 @@ class Reading:
     batch_size: int | None = None
     """Images encoded at a time; unset: 4 for each core of a CPU, 64 on a GPU."""
     num_workers: int | None = None
-    """Processes that open images; unset: one for each core beside a GPU, none on a CPU, whose threads encode and open them."""
+    """Processes that open images; unset: one for each core beside a GPU, none on a CPU, whose threads open them."""
     device: str | None = None
     """cpu, cuda, ...; unset: a GPU if there is one."""
 
