@@ -1,7 +1,7 @@
 """loopitr: a dual encoder and a cross encoder in one network, trained in a loop.
 
-The public names are imported when they are first used. `import loopitr` itself takes no time and makes `AutoConfig`,
-`AutoModel` and `AutoProcessor` of transformers know the models of this package.
+Public names are imported when they are first used, so that `import loopitr` is fast. It also registers the models of
+this package with `AutoConfig`, `AutoModel` and `AutoProcessor` of transformers.
 
 Example:
     >>> import loopitr

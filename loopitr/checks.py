@@ -1,4 +1,4 @@
-"""Checks of the values that a user gives as options: a ValueError in one line that names the option and its value."""
+"""Checks of option values: a one-line ValueError names the option and its value."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ if TYPE_CHECKING:
 
 
 def check_at_least(least: float, group: str = "", *, wanted: str | None = None, **values: float | None) -> None:
-    """Each of `values`, an option's name and its value, is at least `least` or None, which stands for an unset option.
+    """Check that each of `values` is at least `least`, or None for an unset option.
 
     Args:
-        group: what the options belong to, as the command line names it (`train`); empty: to nothing.
-        wanted: the words for what a value must be; None: "at least" and the number.
+        group: the group of the options on the command line, such as `train`; empty: none.
+        wanted: what the message says that values must be; None: "at least" and the number.
+        values: the options by name.
 
     Raises:
-        ValueError: a smaller value, NaN or infinity.
+        ValueError: a value is smaller, NaN or infinite.
     """
     for name, value in values.items():
         if value is not None and not least <= value < float("inf"):
@@ -26,10 +27,10 @@ def check_at_least(least: float, group: str = "", *, wanted: str | None = None, 
 
 
 def check_known(known: Sequence[str], **values: str) -> None:
-    """Each of `values`, an option's name and its value, is one of `known`.
+    """Check that each of `values`, the options by name, is one of `known`.
 
     Raises:
-        ValueError: another value; the line lists those that are known.
+        ValueError: a value is not; the message lists `known`.
     """
     for name, value in values.items():
         if value not in known:
@@ -42,12 +43,12 @@ def usable_device(name: str | torch.device) -> torch.device:
     Raises:
         ValueError: torch does not know it, or this machine does not have it.
     """
-    import torch  # It is imported on use, since --help does without it.
+    import torch  # This import is not at the top, since --help does not need it.
 
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        # torch raises the second kind where it was built without such devices.
+        # torch raises an AssertionError if it was built without support for the device.
         raise ValueError(f"device {str(name)!r} cannot be used: {str(error).splitlines()[0]}") from error
     return device

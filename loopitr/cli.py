@@ -1,4 +1,4 @@
-"""Command lines of recipes and of `loopitr`: options from dataclasses, shared checks, user errors in one line."""
+"""The command lines of recipes and `loopitr`: options from dataclasses, common checks, one-line errors."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 Options = TypeVar("Options")
 USAGE_ERROR, INTERRUPTED = 2, 130
-MAX_VALUES = 100_000  # in a file of options
+MAX_VALUES = 100_000  # the most values in a file of options
 HELP, HELP_ALL = ("-h", "--help"), ("--help_all", "--help-all")
-TWO_SCREENS = 100  # lines; a longer --help only names the options of its groups
+TWO_SCREENS = 100  # the number of lines above which --help only names the options of groups
 SWITCHES = ("--recall", "--resume", "--resume_with_changes", "--table_only", "--json", "--open", "--missing")
 
 
@@ -32,17 +32,19 @@ def parse(
     description: str | None = None,
     program: str | None = None,
 ) -> Options:
-    """Dotted options (`--train.lr 1e-4`) over YAML files (`--config`) over the dataclass's defaults.
+    """Parse a command line to an instance of the dataclass `options`.
 
-    `--print_config` shows the tree, `--help` the meaning of the options. Where that takes more than two screens, it
-    names the options of groups such as `data` alone; `--help data` and `--help_all` say what they mean.
+    Dotted options (`--train.lr 1e-4`) override YAML files (`--config`), which override the defaults. `--print_config`
+    prints all values, `--help` explains the options. If that takes more than two screens, it only names the options of
+    groups such as `data`, which `--help data` and `--help_all` explain.
 
     Args:
-        description: what `--help` says first.
-        program: what `--help` calls the program; None: the file that is run.
+        arguments: None: those of this process.
+        description: the text at the top of `--help`.
+        program: the name of the program in `--help`; None: the file that is run.
 
     Raises:
-        ValueError: an unknown option, a value of the wrong type, a required option that is missing.
+        ValueError: an option is unknown, has a value of the wrong type, or is required and missing.
     """
     given = sys.argv[1:] if arguments is None else arguments
     for path in _configs(given):
@@ -67,10 +69,10 @@ def parse(
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a recipe: what its user can mend is one line on stderr and exit status 2, Ctrl-C one line and 130, anything
-    else a traceback.
+    """Run a recipe.
 
-    LOOPITR_DEBUG=1 shows the traceback of every error.
+    Errors that the user can correct print one line to stderr and exit with status 2, Ctrl-C prints one line and exits
+    with 130; other errors print a traceback. LOOPITR_DEBUG=1 prints the traceback of every error.
     """
     try:
         main()
@@ -78,7 +80,7 @@ def run(main: Callable[[], None]) -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        # A module is not found where an extra is not installed.
+        # A ModuleNotFoundError means that an extra is not installed.
         if os.environ.get("LOOPITR_DEBUG"):
             raise
         print(f"error: {_one_line(error)}", file=sys.stderr)
@@ -86,10 +88,10 @@ def run(main: Callable[[], None]) -> None:
 
 
 def check_output_file(output: str | Path) -> None:
-    """Before the work that fills it; makes the file's folder.
+    """Check that a file can be written, before the work that produces it, and make its folder.
 
     Raises:
-        ValueError: a folder, or a file in a folder that cannot be made or written to.
+        ValueError: it is a folder, or its folder cannot be made or written to.
     """
     path = Path(output)
     try:
@@ -103,7 +105,7 @@ def check_output_file(output: str | Path) -> None:
 
 
 def _help(parser: ArgumentParser, words: Sequence[str]) -> str:
-    """What `--help`, `--help GROUP` or `--help_all` says.
+    """The text of `--help`, `--help GROUP` or `--help_all`.
 
     Raises:
         ValueError: there is no such group.
@@ -111,7 +113,7 @@ def _help(parser: ArgumentParser, words: Sequence[str]) -> str:
     required = [f"--{action.dest} {action.dest.upper()}" for action in parser._actions if action.required]
     parser.usage = " ".join(["%(prog)s", *required, "[--config FILE] [--OPTION VALUE ...]"])
     groups = {action.dest: group for group in parser._action_groups for action in group._group_actions[:1]}
-    groups = {name: group for name, group in groups.items() if name != "help"}  # The other options are in none.
+    groups = {name: group for name, group in groups.items() if name != "help"}
     asked = [following for word, following in zip(words, [*words[1:], "-"]) if word in HELP and following[:1] != "-"]
     chosen = [name for name in groups for wanted in asked if f"{name}.".startswith(f"{wanted}.")]
     if asked and not chosen:
@@ -124,7 +126,7 @@ def _help(parser: ArgumentParser, words: Sequence[str]) -> str:
     if any(word in HELP_ALL for word in words) or whole.count("\n") <= TWO_SCREENS:
         return whole
     _hide(parser, lambda dest: any(f"{dest}.".startswith(f"{name}.") for name in groups))
-    lines = [parser.format_help(), "\ngroups of options (--help GROUP says what they mean, --help_all of all):\n"]
+    lines = [parser.format_help(), "\ngroups of options (--help GROUP explains one of them, --help_all all):\n"]
     for name, group in groups.items():
         names = [action.dest.removeprefix(f"{name}.") for action in group._group_actions if action.dest != name]
         lines.append(textwrap.fill(str(group.title), 98, initial_indent="  ", subsequent_indent="  ") + "\n")
@@ -141,7 +143,7 @@ def _hide(parser: ArgumentParser, hidden: Callable[[str], bool]) -> None:
 
 
 def _flags(arguments: Sequence[str]) -> list[str]:
-    """A switch alone, such as `--resume`, means true."""
+    """Add `=true` to switches without a value, such as `--resume`."""
     following = [*arguments[1:], ""]
     return [a + "=true" if a in SWITCHES and b not in ("true", "false") else a for a, b in zip(arguments, following)]
 
@@ -153,11 +155,11 @@ def _configs(arguments: Sequence[str]) -> list[Path]:
 
 
 def _check_config(path: Path) -> None:
-    """What would keep the parser waiting, or never end, is refused; it finds the other mistakes itself.
+    """Refuse files on which the parser would hang, or ignore a mistake; it reports other mistakes itself.
 
     Raises:
-        ValueError: a pipe or a device, a file that is not text, a name that stands twice, aliases that go in circles or
-            stand for too much.
+        ValueError: the file is a pipe or a device, is not text, has a name twice, or has aliases that are circular or
+            expand to too many values.
     """
     if not path.is_file():
         if path.exists() and not path.is_dir():
@@ -168,25 +170,25 @@ def _check_config(path: Path) -> None:
         size = 0 if tree is None else _size(tree, {})
     except UnicodeDecodeError as error:
         raise ValueError(f"--config {path} is not a text file: {error}") from error
-    except _Twin as error:
+    except _DuplicateName as error:
         raise ValueError(f"--config {path}: {error}") from error
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return
     if size > MAX_VALUES:
-        raise ValueError(f"--config {path}: aliases go in circles or stand for more than {MAX_VALUES} values")
+        raise ValueError(f"--config {path}: aliases are circular or expand to more than {MAX_VALUES} values")
 
 
-class _Twin(Exception):
-    """A name that stands twice in one mapping, of which YAML keeps the last."""
+class _DuplicateName(Exception):
+    """A name that occurs twice in one mapping, of which YAML would silently keep the last."""
 
 
 def _size(node: yaml.Node, sizes: dict[int, float]) -> float:
-    """How many values there are with each alias written out, infinitely many in a circle. `sizes` are those known."""
+    """The number of values of a node with aliases expanded, infinite if they are circular; `sizes` caches results."""
     if isinstance(node, yaml.MappingNode):
         names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
         for name, count in names.items():
             if count > 1 and name != "<<":
-                raise _Twin(f"{name} stands twice in one group")
+                raise _DuplicateName(f"{name} occurs twice in one group")
         inner = [part for pair in node.value for part in pair]
     elif isinstance(node, yaml.SequenceNode):
         inner = node.value
@@ -199,22 +201,23 @@ def _size(node: yaml.Node, sizes: dict[int, float]) -> float:
 
 
 def _check_groups(options: Any, namespace: Any, group: str = "") -> None:
-    """
+    """Check that groups of options are not given as single values.
+
     Raises:
-        ValueError: one value where a group of options is wanted.
+        ValueError: one is.
     """
     for field in dataclasses.fields(options):
         kind, value = field.default_factory, namespace.get(field.name)
         if not dataclasses.is_dataclass(kind) or dataclasses.is_dataclass(value):
             continue
         if not isinstance(value, Namespace):
-            raise ValueError(f"{group}{field.name} is a group of options and no value, got {value!r}")
+            raise ValueError(f"{group}{field.name} is a group of options, not a value, got {value!r}")
         _check_groups(kind, value, f"{group}{field.name}.")
 
 
 def _one_line(error: Exception) -> str:
     text = str(error).strip()
     if text.startswith("Caught ") and "DataLoader worker" in text:
-        # torch puts the worker's traceback into the text.
+        # The text has the worker's traceback; its last line is the error.
         text = text.splitlines()[-1].partition(": ")[2] or text
     return " ".join(text.split()) or type(error).__name__

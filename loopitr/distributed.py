@@ -1,8 +1,8 @@
-"""Ranks and gathers; everything is the identity when not distributed.
+"""Communication between ranks; without torch.distributed every function is the identity.
 
-The objective computes every loss on gathered scores, the same number on every rank. The gather's backward sums the
-ranks' gradients, and DDP then averages them, so the result is the gradient of one process on the concatenated batch:
-no loss is to be multiplied by the world size. Ranks may bring batches of different sizes.
+The objective computes every loss from gathered scores, so that it is the same on every rank. The backward pass of a
+gather sums the gradients of all ranks, and DDP then averages them. The result is the gradient of one process on the
+concatenated batch, so no loss has to be multiplied by the world size. Ranks may have batches of different sizes.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ T = TypeVar("T")
 
 
 def world_size() -> int:
-    """Number of ranks, 1 when not distributed."""
+    """The number of ranks; 1 when not distributed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's rank, 0 when not distributed."""
+    """The rank of this process; 0 when not distributed."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
@@ -36,22 +36,22 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        gradient = gradient.clone(memory_format=torch.contiguous_format)  # Autograd may hand the same tensor to others.
-        dist.all_reduce(gradient)  # Every rank's loss depends on this rank's rows.
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # Autograd may share this tensor with others.
+        dist.all_reduce(gradient)  # The losses of all ranks depend on this rank's rows.
         return gradient[ctx.start : ctx.start + ctx.count], None
 
 
 def _gather(x: Tensor, rows: Sequence[int] | None) -> Tensor:
     rows = [len(x)] * world_size() if rows is None else rows
-    filling = x.new_zeros(max(rows) - len(x), *x.shape[1:])  # Collectives take equal shapes alone.
-    x = torch.cat([x, filling]) if len(filling) else x.contiguous()
+    padding = x.new_zeros(max(rows) - len(x), *x.shape[1:])  # The collective needs equal shapes.
+    x = torch.cat([x, padding]) if len(padding) else x.contiguous()
     parts = [torch.empty_like(x) for _ in range(world_size())]
     dist.all_gather(parts, x)
     return torch.cat([part[:count] for part, count in zip(parts, rows, strict=True)])
 
 
 def rows_of_ranks(x: Tensor) -> list[int]:
-    """How many rows `x` has on each rank, in rank order."""
+    """The number of rows of `x` on each rank, in rank order."""
     if world_size() == 1:
         return [len(x)]
     count = torch.tensor([len(x)], device=x.device)
@@ -59,11 +59,11 @@ def rows_of_ranks(x: Tensor) -> list[int]:
 
 
 def all_gather(x: Tensor, *, gradient: bool = False, rows: Sequence[int] | None = None) -> Tensor:
-    """`[B, ...]` of each rank -> `[G, ...]`, the rows of all ranks in rank order; all but B must be equal.
+    """`[B, ...]` of each rank -> `[G, ...]`, the rows of all ranks in rank order; other dimensions must be equal.
 
     Args:
-        gradient: let gradients flow back to the rank each row came from, summed over ranks.
-        rows: B of each rank (`rows_of_ranks`); None: all bring as many.
+        gradient: propagate gradients back to the rank of each row, summed over ranks.
+        rows: B of each rank (`rows_of_ranks`); None: they are equal.
     """
     if world_size() == 1:
         return x
@@ -73,7 +73,7 @@ def all_gather(x: Tensor, *, gradient: bool = False, rows: Sequence[int] | None 
 
 
 def all_gather_padded(x: Tensor, *, gradient: bool = False, rows: Sequence[int] | None = None) -> Tensor:
-    """Like `all_gather` for `[B, L, ...]` whose `L` differs between ranks: zero-padded to the longest."""
+    """Like `all_gather`, for `[B, L, ...]` whose `L` differs between ranks; it is zero-padded to the longest."""
     if world_size() == 1:
         return x
     longest = torch.tensor(x.shape[1], device=x.device)
@@ -83,7 +83,7 @@ def all_gather_padded(x: Tensor, *, gradient: bool = False, rows: Sequence[int] 
 
 
 def all_sum(x: Tensor) -> Tensor:
-    """Sum of a tensor over ranks, without gradient."""
+    """The sum of a tensor over ranks, without gradient."""
     if world_size() == 1:
         return x.detach()
     x = x.detach().clone()
@@ -92,20 +92,20 @@ def all_sum(x: Tensor) -> Tensor:
 
 
 def each_rank(work: Callable[[], T]) -> list[T]:
-    """What `work()` returned on each rank, in rank order: values that can be pickled, tensors on the CPU.
+    """The results of `work()` on all ranks, in rank order; they must be picklable, with tensors on the CPU.
 
-    An error on any rank is raised on all of them; else the others would wait for ever for the one that failed.
+    An error on one rank is raised on all ranks, since the others would otherwise wait for it forever.
     """
     if world_size() == 1:
         return [work()]
     mine, parts = _attempt(work), list[Any]([None]) * world_size()
     dist.all_gather_object(parts, mine)
-    parts[rank()] = mine  # The error itself, unlike its copy, has its traceback.
+    parts[rank()] = mine  # Unlike its pickled copy, the error itself has a traceback.
     return [_result(part) for part in parts]
 
 
 def first_rank(work: Callable[[], T]) -> T:
-    """What `work()` returned on rank 0, which alone does it, for all ranks; else as `each_rank`."""
+    """The result on all ranks of `work()`, which only rank 0 runs; otherwise like `each_rank`."""
     if world_size() == 1:
         return work()
     box = [_attempt(work) if rank() == 0 else None]
@@ -118,7 +118,7 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return work(), None
     except (ValueError, OSError) as error:
         return None, error
-    except Exception as error:  # Its class may not come out of a pickle.
+    except Exception as error:  # Errors of other classes may not be picklable.
         general = RuntimeError(f"rank {rank()}: {type(error).__name__}: {error}")
         general.__cause__ = error
         return None, general
@@ -132,7 +132,7 @@ def _result(part: Any) -> Any:
 
 
 def average_gradients(parameters: Iterable[Tensor]) -> None:
-    """Average `.grad` over ranks, as DDP does in a backward pass of its own; all ranks must have the same ones."""
+    """Average `.grad` over ranks, as DDP does in its backward pass; the same parameters must have one on all ranks."""
     if world_size() == 1:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]

@@ -1,4 +1,4 @@
-"""Resident memory of runs on the CPU."""
+"""Settings of the C library's heap, for runs on the CPU."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ LARGE = 2**30  # bytes
 
 
 def trim_memory() -> bool:
-    """Give memory that is free but still resident back to the system; whether there was any.
+    """Return free memory of the heap to the system; returns whether there was any.
 
-    Batches of ragged captions ask for blocks of ever other sizes, which fragment glibc's heap: a run's resident memory
-    grows to several times what it uses. Does nothing with another C library.
+    Batches with captions of different lengths need blocks of many sizes, which fragment glibc's heap, so that the
+    resident memory of a run grows to several times what it uses. With other C libraries this does nothing.
     """
     trim = _malloc_trim()
     return trim is not None and bool(trim(0))
@@ -22,11 +22,11 @@ def trim_memory() -> bool:
 
 @functools.lru_cache(maxsize=1)
 def keep_memory() -> bool:
-    """Have large blocks, once freed, kept for the next ones; whether the C library can do that.
+    """Make the heap keep large freed blocks, for the rest of the process; returns whether the C library can do that.
 
-    glibc gets every block of more than 32 MB from the system and gives it back, whose pages are then filled with zeros
-    again and again: a third to a half of the CPU time of a convolutional image tower. Threads that start later share
-    one heap, since what they would have of their own holds no large blocks. For the rest of the process.
+    By default, glibc gets every block of more than 32 MB from the system and returns it when it is freed. Filling its
+    pages with zeros each time takes a third to a half of the CPU time of a convolutional image tower. Threads that
+    start later share one heap, since a heap of their own would hold no large blocks.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -1,22 +1,23 @@
-"""A picture of any kind as an upright RGB one: the same for training, evaluation, search and a saved processor."""
+"""Converts any PIL image to an upright RGB image, the same way in training, evaluation, search and processors."""
 
 from __future__ import annotations
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-MAX_RATIO = 200  # of the sides: to make the shorter one as long as a model wants would make the longer one endless
+MAX_RATIO = 200  # the largest ratio of the sides; resizing the shorter side would make the longer one huge
 
 
 def to_rgb(image: Image.Image, *, shortest: int | None = None) -> Image.Image:
-    """The image with 8 bits per channel, EXIF orientation applied, transparency put on white.
+    """The image in RGB with 8 bits per channel, with EXIF orientation applied and transparency on white.
 
-    With `shortest`, a JPEG file that was not read yet may come at a half, a quarter or an eighth of its size, as long
-    as its shorter side keeps so many pixels.
+    Args:
+        shortest: a JPEG file that has not been read yet may be decoded at a half, a quarter or an eighth of its size,
+            if its shorter side keeps at least this many pixels.
 
     Raises:
-        ValueError: no pixels, more than `PIL.Image.MAX_IMAGE_PIXELS`, one side more than 200 times the other, or an
-            EPS file, which Pillow would run as a program; a decoder's own errors come as they are.
+        ValueError: the image has no pixels, more than `PIL.Image.MAX_IMAGE_PIXELS`, or one side more than 200 times the
+            other; or it is an EPS file, which Pillow would run as a program. Errors of decoders are not changed.
 
     Example:
         >>> from PIL import Image
@@ -32,15 +33,15 @@ def to_rgb(image: Image.Image, *, shortest: int | None = None) -> Image.Image:
     if max(width, height) > MAX_RATIO * min(width, height):
         raise ValueError(f"one side is more than {MAX_RATIO} times the other")
     if image.format == "EPS":
-        raise ValueError("EPS, which is a program and no picture")
+        raise ValueError("EPS, which is a program and not a picture")
     if shortest is not None:
-        # Both sides stay at least so long, and colours stay as they are, since no mode is asked for.
+        # Both sides keep at least this length, and without a mode the colours do not change.
         image.draft(None, (shortest, shortest))
     image.load()
     try:
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
             image = ImageOps.exif_transpose(image)
-    except Exception:  # A broken EXIF block says nothing about the pixels, which did load.
+    except Exception:  # A damaged EXIF block is ignored, since the pixels have been read.
         pass
     if image.mode == "RGB" and "transparency" not in image.info:
         return image if type(image) is Image.Image else image.copy()
@@ -54,7 +55,7 @@ def to_rgb(image: Image.Image, *, shortest: int | None = None) -> Image.Image:
 
 
 def _scale_to_8_bit(image: Image.Image) -> Image.Image:
-    """16-bit integers and floats as 8-bit ones. Pillow's own conversion clips at 255 and turns most of them white."""
+    """Scale 16-bit integers and floats to 8 bits; Pillow's conversion clips at 255, which makes most of them white."""
     values = np.asarray(image, dtype=np.float32)
     values = np.where(np.isnan(values), np.float32(0), values)
     largest = values.max(where=np.isfinite(values), initial=0.0)

@@ -1,1 +1,1 @@
-"""Options or a folder -> a model and its processor."""
+"""Builds or loads a model and its processor, from options or from a folder."""

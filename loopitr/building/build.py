@@ -1,4 +1,4 @@
-"""Options -> a model with its processor: from a saved one, from pretrained backbones, or from scratch."""
+"""Builds a model with its processor from options: from a saved model, from pretrained backbones, or from scratch."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def build_model(options: ModelOptions, *, vocabulary: list[str] | None = None) -
     """The model and processor that the options describe.
 
     Args:
-        vocabulary: words of the tokenizer for `text.name: scenes`.
+        vocabulary: the words of the tokenizer for `text.name: scenes`.
 
     Raises:
-        ValueError, OSError: an unknown name or option, or weights that cannot be found; one line says which.
+        ValueError, OSError: a name or option is unknown, or weights cannot be found; one line says which.
 
     Example:
         >>> from loopitr import build_model
@@ -57,7 +57,7 @@ def build_model(options: ModelOptions, *, vocabulary: list[str] | None = None) -
         'late'
     """
     if options.init is not None and options.pair is not None:
-        raise ValueError(f"model.init {options.init} and model.pair {options.pair} are two starts; give one")
+        raise ValueError(f"model.init {options.init} and model.pair {options.pair} exclude each other; give only one")
     if options.init is None and options.pair is None:
         model, processor = _from_backbones(options, vocabulary)
     else:
@@ -70,44 +70,44 @@ def build_model(options: ModelOptions, *, vocabulary: list[str] | None = None) -
     if options.mlm_head:
         _prepare_word_prediction(model, processor)
     if options.init is None and model.agreement is not None:
-        # Token agreement learns first: until a new ITM head has learned too, it is not to add chance to it.
+        # Token agreement learns faster than a new ITM head, whose random logits would only add noise to it.
         nn.init.zeros_(model.itm_head.weight)
         nn.init.zeros_(model.itm_head.bias)
     hold = options.hold_batch_statistics
     if hold is None:
         vision = options.vision
         hold = bool(options.init or options.pair or vision.pretrained or vision.checkpoint)
-    model.dual.vision.hold_statistics |= hold  # With LoRA adapters it holds them already.
-    model.freeze(options.freeze)  # This sets the mode of every module anew.
+    model.dual.vision.hold_statistics |= hold  # It is already set with LoRA adapters.
+    model.freeze(options.freeze)  # This also applies `hold_statistics`, since it sets the mode of every module.
     if options.lora.vision_rank or options.lora.text_rank:
         add_lora(model, **asdict(options.lora))
     return model, processor
 
 
 def token_cache_key(model: LoopITRModel, processor: LoopITRProcessor) -> str:
-    """Digest of all that image tokens depend on: the image backbone's weights and the transform."""
+    """A digest of everything that image tokens depend on: the image backbone's weights and the transform."""
     return _digest([model.config.vision, processor.image_processor.to_dict()], model.dual.vision)
 
 
 def text_cache_key(model: LoopITRModel, processor: LoopITRProcessor) -> str:
-    """Digest of all that caption tokens depend on: the text backbone's weights, where fusion starts, the tokenizer."""
+    """A digest of everything that caption tokens depend on: the text backbone's weights and layers, the tokenizer."""
     config, tokenizer = model.config, processor.tokenizer
-    described = [
+    parts = [
         config.text,
         config.text_pooling,
         {name: config.fusion[name] for name in ("style", "num_layers", "first_token_id")},
         *_tokenizer_rules(tokenizer),
     ]
-    return _digest(described, model.dual.text)
+    return _digest(parts, model.dual.text)
 
 
 def dual_key(dual: DualEncoder, processor: LoopITRProcessor) -> str:
-    """Digest of all that embeds depend on: the dual encoder's weights and settings, the transform and the tokenizer.
+    """A digest of everything that embeds depend on: the dual encoder's weights and config, transform and tokenizer.
 
-    A model and the dual encoder that is exported from it have the same one.
+    A model and the dual encoder exported from it have the same digest.
     """
     config = dual.config
-    described = [
+    parts = [
         config.vision,
         config.text,
         config.vision_pooling,
@@ -115,21 +115,21 @@ def dual_key(dual: DualEncoder, processor: LoopITRProcessor) -> str:
         processor.image_processor.to_dict(),
         *_tokenizer_rules(processor.tokenizer),
     ]
-    return _digest(described, dual)
+    return _digest(parts, dual)
 
 
 def _tokenizer_rules(tokenizer: Any) -> list[Any]:
     fast = getattr(tokenizer, "backend_tokenizer", None)
     rules = tokenizer.get_vocab() if fast is None else json.loads(fast.to_str())
-    if fast is not None:  # what the latest call asked for, which every call asks for anew
+    if fast is not None:  # These are the arguments of the latest call, not properties of the tokenizer.
         del rules["truncation"], rules["padding"]
     return [type(tokenizer).__name__, tokenizer.model_max_length, rules]
 
 
-def _digest(described: Any, backbone: nn.Module) -> str:
-    """Of a description and of a backbone's weights."""
+def _digest(parts: Any, backbone: nn.Module) -> str:
+    """A digest of `parts`, which can be written as JSON, and of a backbone's weights."""
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps(described, sort_keys=True).encode())
+    digest.update(json.dumps(parts, sort_keys=True).encode())
     for name, tensor in sorted(backbone.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
@@ -144,7 +144,7 @@ def _from_saved(path: str) -> tuple[LoopITRModel, LoopITRProcessor]:
 
 
 def _prepare_word_prediction(model: LoopITRModel, processor: LoopITRProcessor) -> None:
-    """A mask token for a tokenizer that has none (CLIP's), a head for a model that was saved for use."""
+    """Add a mask token to a tokenizer without one (CLIP's), and a prediction head to a model without one."""
     text, tokenizer = model.dual.text.model, processor.tokenizer
     if tokenizer.mask_token_id is None:
         tokenizer.add_special_tokens({"mask_token": "[MASK]"})
@@ -153,7 +153,7 @@ def _prepare_word_prediction(model: LoopITRModel, processor: LoopITRProcessor) -
             text.resize_token_embeddings(wanted)
             for config in (model.config, model.dual.config):
                 config.text["vocab_size"] = wanted
-            model.mlm_head = None  # Its biases are as many as there are words.
+            model.mlm_head = None  # Its bias has the size of the old vocabulary.
     if model.mlm_head is None:
         head = MLMHead(text.get_input_embeddings(), text.config)
         nn.init.normal_(head.dense.weight, std=model.config.initializer_range)
@@ -167,9 +167,9 @@ def _from_pair(options: ModelOptions) -> tuple[LoopITRModel, LoopITRProcessor]:
     fusion = {**asdict(options.fusion), "agreement": options.fusion.agreement_width}
     if fusion.pop("init") != "random":
         raise ValueError(f"fusion.init 'text_upper_layers' needs BERT-type layers; {options.pair} has none")
-    initializer_range = pair.described["text"].get("initializer_range", 0.02)
+    initializer_range = pair.config_values["text"].get("initializer_range", 0.02)
     config = LoopITRConfig(
-        **pair.described, fusion=fusion, mlm_head=options.mlm_head, initializer_range=initializer_range
+        **pair.config_values, fusion=fusion, mlm_head=options.mlm_head, initializer_range=initializer_range
     )
     model = LoopITRModel(config)
     load_exactly(model.dual, pair.weights, f"model.pair {options.pair}")
@@ -181,10 +181,10 @@ def _from_backbones(options: ModelOptions, vocabulary: list[str] | None) -> tupl
     vision, text = options.vision, options.text
     text_config, tokenizer, source = _text_parts(text, vocabulary)
     depth = text_config["num_hidden_layers"]
-    kept = depth if text.num_layers is None else text.num_layers
-    if not 1 <= kept <= depth:
-        raise ValueError(f"model.text.num_layers is {kept}, but {text.name} has {depth} layers")
-    text_config["num_hidden_layers"] = kept
+    num_layers = depth if text.num_layers is None else text.num_layers
+    if not 1 <= num_layers <= depth:
+        raise ValueError(f"model.text.num_layers is {num_layers}, but {text.name} has {depth} layers")
+    text_config["num_hidden_layers"] = num_layers
     fusion = {**asdict(options.fusion), "agreement": options.fusion.agreement_width}
     init = fusion.pop("init")
     if init == "text_upper_layers":
@@ -206,7 +206,7 @@ def _from_backbones(options: ModelOptions, vocabulary: list[str] | None) -> tupl
         initial_logit_bias=options.logit_bias,
         fusion=fusion,
         mlm_head=options.mlm_head,
-        # New layers are initialised as the text backbone's own were.
+        # New layers are initialised like those of the text backbone.
         initializer_range=text_config.get("initializer_range", 0.02),
     )
     try:
@@ -219,14 +219,14 @@ def _from_backbones(options: ModelOptions, vocabulary: list[str] | None) -> tupl
     if vision.pretrained or vision.checkpoint:
         _load_vision(model, vision)
     if text.pretrained:
-        _load_text(model, source, kept, depth, init)
+        _load_text(model, source, num_layers, depth, init)
     data = vision_data(vision.name)
     images = image_processor(vision.image_size, mean=data.mean, std=data.std, interpolation=data.interpolation)
     return model, LoopITRProcessor(images, tokenizer)
 
 
 def _text_parts(text: TextOptions, vocabulary: list[str] | None) -> tuple[dict[str, Any], PreTrainedTokenizerBase, str]:
-    """The text config as a dict, the tokenizer, and where the weights come from."""
+    """The text config as a dict, the tokenizer, and the folder or hub id of the weights."""
     if text.name == "scenes":
         if vocabulary is None or text.pretrained:
             raise ValueError("model.text.name 'scenes' goes with the built-in data and model.text.pretrained false")
@@ -239,7 +239,7 @@ def _text_parts(text: TextOptions, vocabulary: list[str] | None) -> tuple[dict[s
             config = load_text_config(source, **text.kwargs)
             tokenizer = load_tokenizer(source)
     unknown = [name for name in text.kwargs if not hasattr(type(config)(), name)]
-    if unknown:  # transformers would keep it and go on.
+    if unknown:  # transformers would silently ignore it.
         raise ValueError(f"model.text.kwargs: a {config.model_type} config has no {unknown[0]!r}")
     return describe_text(config, tokenizer), tokenizer, source
 
@@ -247,12 +247,12 @@ def _text_parts(text: TextOptions, vocabulary: list[str] | None) -> tuple[dict[s
 def _load_vision(model: LoopITRModel, vision: VisionOptions) -> None:
     backbone = model.dual.vision.model
     weights = vision_weights(vision.name, vision.checkpoint)
-    if weights is None:  # timm fetches them and fits them to the image size.
+    if weights is None:  # timm downloads them and resamples them to the image size.
         try:
             with hub_access(vision.name):
                 weights = create_timm(vision.name, vision.image_size, vision.kwargs, pretrained=True).state_dict()
         except RuntimeError as error:
-            # Nobody has trained this model, or the kwargs change the shapes of its weights.
+            # timm has no weights for this model, or the kwargs change their shapes.
             raise ValueError(f"no pretrained weights for {vision.name} as described: {error}") from error
     else:
         weights = fit_weights(backbone, weights)
@@ -273,11 +273,11 @@ def _load(module: nn.Module, weights: Mapping[str, Tensor], source: str, *, extr
     load_weights(module, weights, extra_allowed=extra_allowed, error=error)
 
 
-def _load_text(model: LoopITRModel, source: str, kept: int, depth: int, init: str) -> None:
+def _load_text(model: LoopITRModel, source: str, num_layers: int, depth: int, init: str) -> None:
     with hub_access(source):
         text = load_text(source)
     weights = {name: value for name, value in text.model.state_dict().items() if name not in text.random_names}
-    _load(model.dual.text.model, weights, source, extra_allowed=True)  # It also holds the layers that are cut off.
+    _load(model.dual.text.model, weights, source, extra_allowed=True)  # Layers that are cut off are extra.
     if init != "text_upper_layers":
         return
     assert model.fusion.text is not None
@@ -286,11 +286,11 @@ def _load_text(model: LoopITRModel, source: str, kept: int, depth: int, init: st
         kind = type(text.model).__name__
         raise ValueError(f"fusion.init 'text_upper_layers' needs BERT-type layers; {kind} has none")
     count = len(model.fusion.text)
-    # The layers that were cut off are the start, or else the last ones.
-    first = min(kept, depth - count)
+    # The copied layers begin with the first that was cut off, or earlier if too few were cut off.
+    first = min(num_layers, depth - count)
     for layer, upper in zip(model.fusion.text, layers[first : first + count], strict=True):
-        theirs = BertParts.of(upper)
+        upper_parts = BertParts.of(upper)
         for name in BertParts.__dataclass_fields__:
             part = getattr(layer, name)
             if name != "num_heads" and list(part.parameters()):
-                part.load_state_dict(getattr(theirs, name).state_dict())
+                part.load_state_dict(getattr(upper_parts, name).state_dict())

@@ -1,4 +1,4 @@
-"""The model card of a saved model: a README.md with the hub's metadata, its results, and five lines of use."""
+"""The model card of a saved model: a README.md with the hub's metadata, an example of use, and results."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from loopitr.building.origin import Origin, origin_of, read_object
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.scoring import DUAL_ALONE
 
-# What `metrics.json` calls a ranking, and its name here.
+# The names of rankings in `metrics.json`, and in the card.
 RANKINGS = {
     "dual": "dual encoder",
     "match": "match score",
     "match_plus_similarity": "match score + similarity",
     "reranked": "reranked",
 }
-DUAL, FUSED = ("dual",), ("dual", "match", "reranked")  # what the names of an export's rankings begin with
-SHORTENED = "dual_first_"  # dimensions
+DUAL, FUSED = ("dual",), ("dual", "match", "reranked")  # prefixes of the names of rankings that a card shows
+SHORTENED = "dual_first_"  # prefix of a ranking by shortened embeds, before the number of dimensions
 DIRECTIONS = {"i2t": "image to text", "t2i": "text to image"}
 Recalls = Mapping[str, Mapping[str, Mapping[int, float]]]  # ranking -> direction -> k -> percent
 USE = """\
@@ -42,13 +42,16 @@ def write_card(
     name: str | None = None,
     base_model: str | None = None,
 ) -> bool:
-    """Write `README.md` into `folder`, unless one is there that somebody wrote or changed; whether it was written.
+    """Write `README.md` into `folder`, unless it has one that a user wrote or changed.
 
     Args:
-        source: where the model comes from: its run folder, whose `config.yaml` and `metrics.json` say what it was
-            trained on and how good it is, or a hub id; None: `folder` itself.
-        name: what the example of use loads; None: the folder's own name.
-        base_model: a hub id that the model was made from, where `source` does not say so.
+        source: the run folder that the model comes from, whose `config.yaml` and `metrics.json` have its training data
+            and results, or a hub id; None: `folder` itself.
+        name: the name that the example of use loads; None: the folder's own name.
+        base_model: a hub id that the model was made from, if `source` does not say so.
+
+    Returns:
+        Whether it was written.
 
     Raises:
         OSError: the folder cannot be written to.
@@ -77,15 +80,15 @@ def write_export_card(
     library: str = "loopitr",
     pipeline: str = "feature-extraction",
 ) -> bool:
-    """The card of an export: its own `body`, with the licence, origin and figures of the model that it was made from.
+    """Write the card of an export: its own `body`, with the licence, origin and results of the exported model.
 
     Args:
         title: the model's name, and the heading.
-        source: the run folder or hub id of that model; anything else: unknown.
-        rankings: whose figures are the export's too, of `DUAL` or `FUSED`.
+        source: the run folder or hub id of the exported model; for anything else, its origin is unknown.
+        rankings: the rankings whose results hold for the export too: `DUAL`, `FUSED` or none.
 
     Returns:
-        Whether it was written: not where there is a README.md that somebody wrote or changed.
+        Whether it was written; a README.md that a user wrote or changed stays.
 
     Raises:
         OSError: the folder cannot be written to.
@@ -108,7 +111,7 @@ def _card(
     library: str = "loopitr",
     pipeline: str = "feature-extraction",
 ) -> str:
-    """The text of a card; of `OWNER/NAME` the heading is NAME."""
+    """The text of a card; the heading for `OWNER/NAME` is NAME."""
     title = name.rpartition("/")[2]
     recalls = {ranking: values for ranking, values in origin.recalls.items() if ranking.startswith(rankings)}
     results = _eval_results(recalls, origin)
@@ -134,7 +137,7 @@ def _card(
 
 
 def _eval_results(recalls: Recalls, origin: Origin) -> list[EvalResult]:
-    """Recalls of the dual encoder and reranked, in percent, in the form of the hub's `model-index`."""
+    """The recalls of the dual encoder and of reranking, in percent, for the hub's `model-index`."""
     return [
         EvalResult(
             task_type="image-text-retrieval",
@@ -162,7 +165,7 @@ def _label(ranking: str, origin: Origin) -> str:
 
 
 def _weight(folder: Path, model: LoopITRModel | DualEncoder) -> float:
-    """The similarity weight as it is saved: the model in memory may be of another step of the run."""
+    """The similarity weight as saved, since the model in memory may be of another step of the run."""
     saved = read_object(folder / "config.json").get("similarity_weight")
     return float(saved if isinstance(saved, (int, float)) else getattr(model.config, "similarity_weight", 0.0))
 
@@ -177,8 +180,8 @@ def _what_it_is(model: LoopITRModel | DualEncoder, weight: float) -> str:
     )
     if not isinstance(model, LoopITRModel):
         return (
-            f"The dual encoder of a `loopitr` model, {count:.1f}M parameters: {towers}. The fusion head that it was "
-            "trained with is not in here."
+            f"The dual encoder of a `loopitr` model, {count:.1f}M parameters: {towers}. It does not include the fusion "
+            "head that it was trained with."
         )
     score = "match score + w x similarity / temperature"
     calibrated = (

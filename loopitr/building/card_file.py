@@ -1,4 +1,4 @@
-"""A model card as a file: whose it is, ours or one that somebody wrote or changed."""
+"""The file of a model card, with a mark that tells a generated card from one that a user wrote or changed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MARKED = re.compile(r"\n<!-- written by loopitr \(([0-9a-f]{16})\)[^\n]*-->\n?\Z
 
 
 def save_card(path: Path, card: str) -> None:
-    """Write a card, complete or not at all, so that `is_own` knows it again."""
+    """Write a generated card atomically, with the mark by which `is_own` recognises it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(_marked(card), encoding="utf-8")
@@ -20,7 +20,7 @@ def save_card(path: Path, card: str) -> None:
 
 
 def may_write(path: Path) -> bool:
-    """Whether there is no card, or the one that is there is as `save_card` left it."""
+    """Whether there is no card at `path`, or one that `save_card` wrote and nobody has changed."""
     try:
         return is_own(path.read_bytes().decode("utf-8"))
     except FileNotFoundError:
@@ -30,7 +30,7 @@ def may_write(path: Path) -> bool:
 
 
 def is_own(card: str) -> bool:
-    """Whether a card's text is as `save_card` wrote it."""
+    """Whether `save_card` wrote this text and nobody has changed it."""
     text = card.replace("\r\n", "\n")
     mark = MARKED.search(text)
     return mark is not None and mark[1] == _digest(text[: mark.start()])

@@ -1,7 +1,7 @@
-"""A matched CLIP or SigLIP checkpoint of transformers: both towers and the dual head, for `DualEncoder`.
+"""Reads a CLIP or SigLIP checkpoint of transformers as a `DualEncoder`: both towers and the dual head.
 
-The image tower becomes a timm ViT, the text tower stays transformers', and the projections, temperature and bias are
-the dual head's, so that an untrained model's similarities are the zero-shot ones.
+The image tower becomes a timm ViT, the text tower stays the model of transformers, and projections, temperature and
+bias become the dual head's. So the similarities before training are the checkpoint's own.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from loopitr.building.weights import first_keys, hub_access, local_or_hub
 from loopitr.models.foreign import check_no_kernel, one_line_errors
 from loopitr.models.image_backbone import ACTIVATIONS, mlp_ratio
 
-# timm's names of ViTs of these kinds; arguments make them any size.
+# timm's ViTs of these model types; arguments change their size.
 TIMM_NAMES = {"clip": "vit_base_patch16_clip_224", "siglip": "vit_base_patch16_siglip_224"}
-# The image tower's activation must be one of these.
+# The activations of image towers that can be converted.
 KNOWN_ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh", "gelu_new")
-# Patterns of names in transformers' image towers, and what they are in timm's.
+# Patterns of parameter names in transformers' image towers, and the replacements for timm's names.
 RENAMED = (
     (r"^embeddings\.class_embedding$", "cls_token"),
     (r"^embeddings\.position_embedding\.weight$", "pos_embed"),
@@ -43,9 +43,9 @@ RENAMED = (
 
 @dataclass(frozen=True)
 class Pair:
-    """`described`: values of `DualEncoderConfig`. `weights`: the state dict of the `DualEncoder` of that config."""
+    """A pair of towers: the arguments of its `DualEncoderConfig`, and the state dict of that `DualEncoder`."""
 
-    described: dict[str, Any]
+    config_values: dict[str, Any]
     weights: dict[str, Tensor]
     image_processor: Any
     tokenizer: PreTrainedTokenizerBase
@@ -55,15 +55,15 @@ def load_pair(name: str) -> Pair:
     """Read a folder or hub id.
 
     Raises:
-        ValueError: a model of another kind, weights missing, or an image tower that timm's ViT cannot be.
-        OSError: nothing there, or no processor beside the model.
+        ValueError: the model is of another kind, weights are missing, or timm's ViT cannot represent its image tower.
+        OSError: there is no such folder or hub id, or a file is missing.
     """
     source = local_or_hub(name, "the pair")
     with hub_access(name), one_line_errors(f"model.pair {name}"):
         check_no_kernel(PreTrainedConfig.get_config_dict(source)[0], source)
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if config.model_type not in TIMM_NAMES:
-            hint = "; of SigLIP 2 take one of fixed size, not NaFlex" if config.model_type == "siglip2" else ""
+            hint = "; use a SigLIP 2 of fixed size, not NaFlex" if config.model_type == "siglip2" else ""
             raise ValueError(f"model.pair {name} holds a {config.model_type!r} model, wanted 'clip' or 'siglip'{hint}")
         tokenizer = load_tokenizer(source)
         images = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
@@ -79,7 +79,7 @@ def load_pair(name: str) -> Pair:
 def describe_pair(
     config: PreTrainedConfig, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
-    """A `CLIPConfig` or `SiglipConfig` and the model's weights -> values of `DualEncoderConfig`."""
+    """The arguments of `DualEncoderConfig` for a `CLIPConfig` or `SiglipConfig` and the model's weights."""
     clip = config.model_type == "clip"
     scale = float(state["logit_scale"].exp())
     bias = state.get("logit_bias")
@@ -92,7 +92,7 @@ def describe_pair(
         "projection": "linear" if clip else "none",
         "initial_temperature": 1 / scale,
         "initial_logit_bias": None if bias is None else float(bias),
-        "max_logit_scale": max(100.0 if clip else 1000.0, float(math.ceil(scale))),  # SigLIP's goes beyond 100.
+        "max_logit_scale": max(100.0 if clip else 1000.0, float(math.ceil(scale))),  # SigLIP's scale is above 100.
     }
 
 
@@ -116,7 +116,7 @@ def _describe_vision(config: PreTrainedConfig, name: str) -> dict[str, Any]:
 
 
 def convert_pair(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of a `CLIPModel` or `SiglipModel` -> of the `DualEncoder` that `describe_pair` describes."""
+    """Convert the state dict of a `CLIPModel` or `SiglipModel` to that of the `DualEncoder` of `describe_pair`."""
     towers: dict[str, dict[str, Tensor]] = {"text_model": {}, "vision_model": {}}
     weights = {}
     for name, value in state.items():
@@ -150,6 +150,6 @@ def _in_timm_names(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
             query, *keys_values = value.chunk(3)
             ours[f"attn_pool.q.{kind}"] = query
             ours[f"attn_pool.kv.{kind}"] = torch.cat(keys_values)  # [2 D, D] or [2 D]
-        elif ".self_attn." not in name:  # Keys and values went with their query.
+        elif ".self_attn." not in name:  # Keys and values were joined to their query above.
             ours[name] = value
     return ours

@@ -1,4 +1,4 @@
-"""Saved models: which folder, which class, with its processor."""
+"""Finds, loads and saves models with their processors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CLASSES: dict[str, type[LoopITRModel] | type[DualEncoder]] = {
 
 @dataclass(frozen=True)
 class Saved:
-    """A model in eval mode and its processor; `source` is the folder or hub id they came from."""
+    """A model in eval mode and its processor; `source` is the folder or hub id they were loaded from."""
 
     model: LoopITRModel | DualEncoder
     processor: LoopITRProcessor
@@ -42,10 +42,10 @@ class Loaded(NamedTuple):
 
 
 def model_source(path: str | Path) -> str:
-    """The folder that holds the model of a run folder (itself, `best/` or `model/`); a hub id stays as it is.
+    """The model folder of a run folder (itself, its `best/` or its `model/`); a hub id is returned as it is.
 
     Raises:
-        OSError: no such folder, or no model in it.
+        OSError: there is no such folder, or no model in it.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -62,11 +62,11 @@ def load_saved(path: str | Path, *, dtype: torch.dtype | None = None) -> Saved:
     """Load a run, an exported dual encoder, or a hub id.
 
     Args:
-        dtype: of the weights; None: as saved.
+        dtype: the type of the weights; None: as saved.
 
     Raises:
-        OSError: nothing there, a file missing, or damaged weights; the hub cannot be reached or does not know the id.
-        ValueError: a model of another kind, or parts that do not fit each other.
+        OSError: there is no model, a file is missing or damaged, or the hub cannot be reached or does not know the id.
+        ValueError: the model is of another kind, or model and processor do not fit each other.
     """
     source = model_source(path)
     with nullcontext() if Path(source).is_dir() else hub_access(source):
@@ -77,13 +77,13 @@ def load_saved(path: str | Path, *, dtype: torch.dtype | None = None) -> Saved:
 
 
 def saved_class(source: str, path: str | Path) -> tuple[type[Any], dict[str, Any]]:
-    """The class of the model that is saved in a folder or at a hub id, and its config as it stands there.
+    """The class of the model that is saved in a folder or at a hub id, and the content of its config.json.
 
     Args:
-        path: what an error calls it.
+        path: the name of the model in errors.
 
     Raises:
-        ValueError: a model of another kind.
+        ValueError: the model is of another kind.
     """
     config, _ = PreTrainedConfig.get_config_dict(source)
     kind = config.get("model_type")
@@ -96,15 +96,15 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: t
     """Load the model and the processor of a run folder, an exported dual encoder, or a hub id.
 
     Args:
-        device: where the model goes; None: the CPU.
-        dtype: of the weights; None: as saved.
+        device: the device of the model; None: the CPU.
+        dtype: the type of the weights; None: as saved.
 
     Returns:
-        The model, in eval mode, and the processor; `model, processor = load(...)`.
+        The model, in eval mode, and the processor: `model, processor = load(...)`.
 
     Raises:
-        OSError: nothing there, or damaged weights; the hub cannot be reached or does not know the id.
-        ValueError: a model of another kind, or a device that torch does not know or this machine does not have.
+        OSError: there is no model, a file is missing or damaged, or the hub cannot be reached or does not know the id.
+        ValueError: the model is of another kind, or the device cannot be used.
 
     Example:
         >>> import tempfile
@@ -114,28 +114,28 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: t
         ...     vision=VisionOptions("test_vit", image_size=32, pretrained=False),
         ...     text=TextOptions("scenes", pretrained=False, kwargs={"hidden_size": 48, "num_hidden_layers": 2}),
         ... )
-        >>> with tempfile.TemporaryDirectory() as folder:  # in the place of a run
+        >>> with tempfile.TemporaryDirectory() as folder:  # This takes the place of a run folder.
         ...     for part in build_model(options, vocabulary=["a", "dog"]):
         ...         _ = part.save_pretrained(folder)
         ...     model, processor = load(folder)
         >>> model.get_text_features(**processor(text=["a dog"])).shape
         torch.Size([1, 256])
     """
-    where = None if device is None else usable_device(device)  # A bad device is named before weights are read.
+    checked_device = None if device is None else usable_device(device)  # It is checked before weights are read.
     saved = load_saved(path, dtype=dtype)
     model: Any = saved.model
-    return Loaded(model if where is None else model.to(where), saved.processor)
+    return Loaded(model if checked_device is None else model.to(checked_device), saved.processor)
 
 
 def check_output(output: str | Path, kind: str) -> Path:
-    """The folder to write to; a model of another kind, a run above all, is not written over.
+    """The folder to write an export to, after checking that it would not overwrite another model, such as a run.
 
     Args:
-        kind: `model_type` of what is to be written; an earlier one of that kind may be written over.
+        kind: the `model_type` of the export; it may overwrite an earlier model of this type.
 
     Raises:
-        OSError: a file.
-        ValueError: a folder with a model of another kind.
+        OSError: `output` is a file.
+        ValueError: the folder holds a model of another type.
     """
     folder = Path(output).expanduser()
     if folder.exists() and not folder.is_dir():
@@ -154,8 +154,8 @@ def load_model(path: str) -> LoopITRModel:
     """A saved model with its fusion head, in float32.
 
     Raises:
-        OSError: no such folder or hub id.
-        ValueError: it holds a dual encoder alone.
+        OSError: there is no such folder or hub id.
+        ValueError: it holds only a dual encoder.
     """
     saved = load_saved(path, dtype=torch.float32)
     if not isinstance(saved.model, LoopITRModel):
@@ -166,10 +166,10 @@ def load_model(path: str) -> LoopITRModel:
 def save_for_use(
     model: LoopITRModel, processor: LoopITRProcessor, folder: str | Path, *, keep_mlm_head: bool = False
 ) -> None:
-    """Save a model with its processor and its card, without the head that only training needs (unless asked for)."""
-    head, kept = model.mlm_head, keep_mlm_head or model.mlm_head is None
+    """Save a model with its processor and its card; `keep_mlm_head`: with the MLM head, which only training needs."""
+    head = model.mlm_head
     try:
-        if not kept:
+        if not keep_mlm_head:
             model.mlm_head, model.config.mlm_head = None, False
         model.save_pretrained(folder)
     finally:

@@ -1,4 +1,4 @@
-"""What `build_model` builds: the `model` part of a run's options."""
+"""The options of `build_model`, which are the `model` part of a run's options."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class VisionOptions:
     image_size: int = 224
     """Pixels per side."""
     pretrained: bool = True
-    """Start from pretrained weights (a package of the extra `backbones`, else timm's hub)."""
+    """Start from pretrained weights, from a package of the extra `backbones` or else from timm's hub."""
     checkpoint: str | None = None
-    """Local weights in timm's names (.safetensors or .pth) instead."""
+    """Start from a local file instead (.safetensors or .pth, with timm's names)."""
     pooling: Literal["first", "mean", "backbone"] = "backbone"
-    """What the dual head embeds."""
+    """What the dual head projects: the first token, the mean of the tokens, or the backbone's own pooled vector."""
     kwargs: dict[str, Any] = field(default_factory=dict)
-    """More arguments of timm.create_model."""
+    """Further arguments of timm.create_model."""
 
 
 @dataclass
@@ -45,16 +45,16 @@ class TextOptions:
     """
 
     name: str = "sentence-transformers/all-MiniLM-L6-v2"
-    """Any transformers encoder: a hub id, a local folder, or a name that a package of the extra `backbones` carries;
-    `scenes`: a tokenizer of the built-in vocabulary (with `pretrained: false`)."""
+    """Any transformers encoder: a hub id, a local folder, or a model in a package of the extra `backbones`. `scenes`:
+    a BERT with a tokenizer for the built-in vocabulary; it needs `pretrained: false`."""
     pretrained: bool = True
     """Start from its weights; otherwise only its architecture and tokenizer are used."""
     num_layers: int | None = None
-    """Keep only so many of its lower layers."""
+    """Number of its layers to use, from the lowest; unset: all."""
     pooling: Literal["first", "mean", "backbone"] = "mean"
-    """What the dual head embeds."""
+    """What the dual head projects: the first token, the mean of the tokens, or the backbone's own pooled vector."""
     max_length: int = 64
-    """Captions are cut to so many tokens (cut ones are counted)."""
+    """Number of tokens to which captions are cut; the log counts those that were longer."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Changes to its transformers config."""
 
@@ -70,23 +70,24 @@ class FusionOptions:
     """
 
     style: Literal["late", "shared"] = "late"
-    """Own layers on top of the text backbone (ALBEF), or its own layers run again with cross-attention (BLIP)."""
+    """New layers on top of the text backbone (late; ALBEF), or the text backbone's own layers run again with
+    cross-attention (shared; BLIP)."""
     num_layers: int = 3
     """Number of fusion layers."""
     num_heads: int | None = None
-    """Attention heads; unset: width / 64, or the text backbone's where its layers are copied or shared."""
+    """Attention heads; unset: width / 64, or those of the text backbone if its layers are copied or shared."""
     intermediate_size: int | None = None
     """Feed-forward width; unset: 4 x width."""
     dropout: float = 0.1
     """Dropout after attention and feed-forward."""
     agreement: bool | int = False
-    """Token agreement: words attend to image tokens in a space of their own, cheap enough for all pairs of a batch, and
-    what comes of it is added to the match score. A number is the width of that space; true: 256."""
+    """Token agreement, added to the match score: words attend to image tokens in a space of their own, which is cheap
+    enough for all pairs of a batch. A number is the width of that space; true: 256."""
     agreement_dropout: float = 0.0
-    """Dropout on the tokens that it compares; frozen backbones and few data want 0.5."""
+    """Dropout on the tokens that token agreement compares; use 0.5 with frozen backbones and few data."""
     init: Literal["random", "text_upper_layers"] = "random"
-    """`late`: start the fusion layers from the upper layers of the text backbone (those `text.num_layers` cuts off
-    first)."""
+    """`late`: initialise fusion layers at random, or from upper layers of the text backbone, beginning with those that
+    `text.num_layers` cuts off."""
 
     def __post_init__(self) -> None:
         check_at_least(
@@ -105,24 +106,24 @@ class FusionOptions:
 
     @property
     def agreement_width(self) -> int | None:
-        """Width of the token agreement; None: there is none."""
+        """The width of token agreement; None: there is none."""
         return (AGREEMENT_WIDTH if self.agreement else None) if isinstance(self.agreement, bool) else self.agreement
 
 
 @dataclass
 class LoraOptions:
-    """LoRA adapters on the backbones (the extra `lora`); the dual and the fusion head train as always."""
+    """LoRA adapters on the backbones, which need the extra `lora`; the dual and the fusion head train as usual."""
 
     vision_rank: int = 0
-    """Rank of the image backbone's adapters; 0: none. With them its own weights stay as they are."""
+    """Rank of the image backbone's adapters; 0: none. With adapters, its own weights are frozen."""
     text_rank: int = 0
-    """The same of the text backbone."""
+    """Rank of the text backbone's adapters; 0: none. With adapters, its own weights are frozen."""
     alpha: float | None = None
     """Updates are scaled by alpha / rank; unset: twice the rank."""
     dropout: float = 0.0
-    """On what an adapter reads."""
+    """Dropout on the inputs of the adapters."""
     targets: list[str] | None = None
-    """Layers by name or what their names end in (attn.qkv, query, conv_pw); unset: every linear layer."""
+    """Names of the layers to adapt, or the ends of their names (attn.qkv, query, conv_pw); unset: all linear layers."""
 
     def __post_init__(self) -> None:
         check_at_least(0, "model.lora", vision_rank=self.vision_rank, text_rank=self.text_rank)
@@ -136,7 +137,7 @@ class LoraOptions:
 
 @dataclass
 class ModelOptions:
-    """What is trained.
+    """The model to train.
 
     Example:
         >>> from loopitr import ModelOptions, TextOptions
@@ -145,32 +146,35 @@ class ModelOptions:
     """
 
     init: str | None = None
-    """Continue from a saved model (folder or hub id); the options below are then ignored but for `lora`, `freeze`,
-    `hold_batch_statistics`, `image_size`, and `mlm_head`, which gives a model without one a new one."""
+    """Continue from a saved model (folder or hub id). Of the options below only `lora`, `freeze`, `image_size`,
+    `hold_batch_statistics` and `mlm_head` are then used; the latter adds a head to a model without one."""
     pair: str | None = None
-    """Start from a CLIP or SigLIP checkpoint of transformers (folder or hub id): both towers, the dual head and the
-    processor are its own, and only `fusion`, `mlm_head`, `lora`, `freeze` and `image_size` are still read."""
+    """Start from a CLIP or SigLIP checkpoint of transformers (folder or hub id), with both towers, dual head and
+    processor. Of the options below only `fusion`, `mlm_head`, `lora`, `freeze`, `image_size` and
+    `hold_batch_statistics` are then used."""
     image_size: int | None = None
-    """With `init` or `pair`: take images of another size (positional embeddings are interpolated)."""
+    """With `init` or `pair`: another image size in pixels; positional embeddings are interpolated."""
     vision: VisionOptions = field(default_factory=VisionOptions)
     text: TextOptions = field(default_factory=TextOptions)
     fusion: FusionOptions = field(default_factory=FusionOptions)
     embed_dim: int = 256
     """E, width of the embeds."""
     projection: Literal["affine", "mlp"] = "affine"
-    """From a backbone's pooled vector to the embed: one layer, or two beside a linear map (frozen backbones)."""
+    """Map from a backbone's pooled vector to the embed: one layer (affine), or two layers plus a linear map (mlp), made
+    for frozen backbones."""
     projection_dropout: float = 0.0
-    """`projection: mlp`: dropout on the pooled vector and between the layers; 0.5 where data are few."""
+    """`projection: mlp`: dropout on the pooled vector and between the layers; use 0.5 with few data."""
     temperature: float = 0.07
     """Initial temperature of the dual head (0.1 for the sigmoid loss)."""
     logit_bias: float | None = None
-    """Give the dual head the learned bias that `objective.itc_loss: sigmoid` needs, with this start (SigLIP: -10)."""
+    """Initial value of the dual head's learned bias, which `objective.itc_loss: sigmoid` needs (SigLIP: -10); unset: no
+    bias."""
     mlm_head: bool = False
-    """Carry a masked-language-model head, which `objective.mlm` trains (and asks for). A tokenizer without a mask token
-    is given one."""
+    """Add a masked-language-model head, which `objective.mlm` needs and trains, and a mask token to a tokenizer without
+    one."""
     lora: LoraOptions = field(default_factory=LoraOptions)
     hold_batch_statistics: bool | None = None
-    """Batch norm of the image backbone goes by the statistics it comes with, not by those of the batch; unset: only
-    where it comes with weights (`init`, `pair`, `pretrained`, `checkpoint`)."""
+    """Batch norm of the image backbone keeps its statistics instead of using those of the batch. Unset: true if it
+    starts from weights (`init`, `pair`, `pretrained`, `checkpoint`)."""
     freeze: list[str] = field(default_factory=list)
     """Parts that are not trained: vision, text, dual_head, fusion."""

@@ -1,4 +1,4 @@
-"""What a saved model was made of, as far as the files of its run say so: for its card."""
+"""The origin of a saved model, for its card: licence, data, base models and results, from the files of its run."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from loopitr.building.weights import TEXT_ALIASES
 CONFIG, METRICS = "config.yaml", "metrics.json"
 INSIDE_A_RUN = ("best", "model")
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-MAX_RUNS = 8  # A chain of runs, each of which started from the one before, is followed so far.
-UNKNOWN = "unknown"  # a licence of the hub's list
+MAX_RUNS = 8  # the length to which a chain of runs that started from each other is followed
+UNKNOWN = "unknown"  # in the hub's list of licences
 FILES = ("karpathy", "table", "albef")
-BUILDERS = ("imagefolder", "parquet", "webdataset", "json", "csv", "arrow")  # data.hub names a format, not a data set
+BUILDERS = ("imagefolder", "parquet", "webdataset", "json", "csv", "arrow")  # values of data.hub that are formats
 RANKINGS, DIRECTIONS = ("dual", "match", "match_plus_similarity", "reranked"), ("i2t", "t2i")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What a model was trained on and started from, under which licence it is, and how good it was at the end.
+    """A model's licence, data, base models and final results.
 
-    Names only: hub ids, and of local files what they are called, without their folders.
+    Data and models are hub ids, or names of local files without their folders.
 
     Attributes:
-        recalls: ranking -> direction -> k -> percent, of the final table.
-        gallery: what it was measured on, in words.
-        gain: points of mean R@1 that reranking gains, and the margin of that.
-        similarity_weight: with which `reranked` was measured.
+        recalls: ranking -> direction -> k -> percent, at the end of the run.
+        gallery: the size of the evaluated gallery, as text.
+        gain: the gain of reranking in points of mean R@1, and its margin.
+        similarity_weight: the weight with which `reranked` was measured.
     """
 
     license: str = UNKNOWN
@@ -50,12 +50,12 @@ class Origin:
     similarity_weight: float | None = None
 
     def starting_from(self, hub_id: str) -> Origin:
-        """The same, made of another model; a path of this machine is not named."""
+        """A copy with `hub_id` as base model; a local path is not named."""
         return replace(self, base_models=(hub_id,)) if _is_hub_id(hub_id) else self
 
 
 def origin_of(source: str | Path) -> Origin:
-    """What the files of a run folder say; a hub id is what its copies started from. Damaged files say nothing."""
+    """The origin of the model of a run folder, as far as its files say; for a hub id, that id is the base model."""
     folder = Path(source).expanduser()
     if not folder.is_dir():
         return Origin().starting_from(str(source))
@@ -66,9 +66,9 @@ def origin_of(source: str | Path) -> Origin:
     datasets = tuple(dict.fromkeys(_datasets(data)))
     licence = _group(run, "train").get("license")
     if not isinstance(licence, str):
-        # A model of the built-in data, started from nothing, has no other rights in it than this package's.
-        own = datasets == ("scenes",) and not bases and not _group(run, "model").get("init")
-        licence = "apache-2.0" if own else UNKNOWN
+        # A model trained from scratch on the built-in data has the licence of this package.
+        from_scratch = datasets == ("scenes",) and not bases and not _group(run, "model").get("init")
+        licence = "apache-2.0" if from_scratch else UNKNOWN
     origin = Origin(license=licence, base_models=bases, datasets=datasets)
     return _with_metrics(origin, read_object(folder / METRICS))
 
@@ -104,7 +104,7 @@ def _by_k(ranking: Mapping[str, Mapping[str, float]]) -> dict[str, dict[int, flo
 
 
 def read_object(path: Path) -> Mapping[str, Any]:
-    """A JSON or YAML file with an object; nothing where there is none."""
+    """The object in a JSON or YAML file; empty if the file is missing or damaged."""
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
@@ -131,7 +131,7 @@ def _datasets(data: Mapping[str, Any]) -> list[str]:
 
 
 def _base_models(run: Mapping[str, Any], folder: Path, depth: int = 0) -> list[str]:
-    """Hub ids of the weights that a run started from, through the runs before it."""
+    """The hub ids of the weights that a run started from, directly or through earlier runs."""
     model = _group(run, "model")
     start = model.get("init") or model.get("pair")
     if start:
@@ -150,7 +150,7 @@ def _base_models(run: Mapping[str, Any], folder: Path, depth: int = 0) -> list[s
 
 
 def _places(path: str, folder: Path) -> list[Path]:
-    """Where a relative path of a run may lie: here, or in a folder that the run folder lies in."""
+    """The places to look for a relative path of a run: the current folder, and the parents of the run folder."""
     return [start / Path(path).expanduser() for start in (Path(), *folder.resolve().parents)]
 
 

@@ -1,4 +1,4 @@
-"""A model to the hub, whole: weights, processor and card."""
+"""Saves a model with its processor and card, or uploads them to the hub."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ def push_to_hub(
     revision: str | None = None,
     commit_message: str = "Upload model, processor and card",
 ) -> str:
-    """Send a model with its processor and its card, and nothing else of its run, to a repository of the hub.
+    """Upload a model with its processor and card to a repository of the hub.
 
-    The card is the README.md in `source` if somebody wrote or changed that; otherwise it is written anew, and one that
-    somebody wrote on the hub stays.
+    The card is the README.md in `source` if a user wrote or changed it. Otherwise a new one is generated, unless the
+    repository has a card that a user wrote or changed.
 
     Args:
-        repo_id: `NAME` or `OWNER/NAME`; made if it is not there.
+        repo_id: `NAME` or `OWNER/NAME`; created if it does not exist.
         source: the run folder or export that the model comes from; None: unknown.
-        private: of a repository that is made; None: the owner's default.
-        token: None: as logged in.
-        revision: a branch that is there; None: main.
+        private: whether a new repository is private; None: the owner's default.
+        token: None: that of the logged-in user.
+        revision: an existing branch; None: main.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
 
     Raises:
-        ValueError: `repo_id` is no name of a repository.
-        OSError: the hub cannot be reached or refuses.
+        ValueError: `repo_id` is not the name of a repository.
+        OSError: the hub cannot be reached, or refuses.
     """
     api = HfApi(token=token)
     repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_with_card(model, processor, folder, source=source, name=repo)
-        if is_own((folder / CARD).read_text(encoding="utf-8")) and _somebody_wrote(api, repo, revision):
+        if is_own((folder / CARD).read_text(encoding="utf-8")) and _has_user_card(api, repo, revision):
             (folder / CARD).unlink()
         info = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=commit_message, revision=revision)
     return str(info.commit_url)
@@ -63,22 +63,22 @@ def save_with_card(
     source: str | Path | None = None,
     name: str | None = None,
 ) -> None:
-    """Save a model with its processor and its card, as `from_pretrained` reads it.
+    """Save a model with its processor and card, for `from_pretrained`.
 
-    A README.md in `folder` that somebody wrote stays; one in `source` that somebody wrote goes along.
+    A README.md in `folder` that a user wrote or changed stays; otherwise one in `source` is copied.
 
     Args:
         source: the run folder, export or hub id that the model comes from; None: unknown.
-        name: what the card's example loads; None: the folder's own name.
+        name: the name that the card's example loads; None: the folder's own name.
 
     Raises:
         OSError: the folder cannot be written to.
     """
     folder = Path(folder).expanduser()
-    written = None if source is None else Path(source).expanduser() / CARD
-    if written is not None and written.is_file() and not may_write(written) and may_write(folder / CARD):
+    source_card = None if source is None else Path(source).expanduser() / CARD
+    if source_card is not None and source_card.is_file() and not may_write(source_card) and may_write(folder / CARD):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CARD).write_bytes(written.read_bytes())
+        (folder / CARD).write_bytes(source_card.read_bytes())
     if isinstance(model, LoopITRModel):
         save_for_use(model, processor, folder)
     else:
@@ -87,8 +87,8 @@ def save_with_card(
     write_card(folder, model, source=source, name=name)
 
 
-def _somebody_wrote(api: HfApi, repo: str, revision: str | None) -> bool:
-    """Whether the repository has a card that is not as `write_card` wrote it."""
+def _has_user_card(api: HfApi, repo: str, revision: str | None) -> bool:
+    """Whether the repository has a card that a user wrote or changed."""
     if not api.file_exists(repo, CARD, revision=revision):
         return False
     return not is_own(Path(api.hf_hub_download(repo, CARD, revision=revision)).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Whether a processor fits its model: as many words, as long texts, pictures of that size."""
+"""Checks that a processor fits its model: vocabulary, length of texts, image size."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.processing import UNLIMITED, LoopITRProcessor, limit_length
 
-# A vocabulary may be rounded up (ModernBERT: 50,368 for 50,280 tokens), and by no more than the larger of these.
+# A model's vocabulary may be rounded up (ModernBERT: 50,368 for 50,280 tokens), by at most the larger of these.
 SPARE_TOKENS, SPARE_SHARE = 128, 0.1
 
 
 def check_sizes(model: LoopITRModel | DualEncoder, processor: LoopITRProcessor, source: str) -> None:
-    """A tokenizer that was saved without a length gets that of the text backbone.
+    """Check that a processor fits its model; a tokenizer without a maximum length gets that of the text backbone.
 
     Raises:
-        ValueError: the tokenizer has other words than the text backbone, or cuts texts to a length that it cannot
-            take, or the image processor gives images of another size.
+        ValueError: the tokenizer and the text backbone differ in vocabulary, the tokenizer allows longer texts, or the
+            image processor gives images of another size.
     """
     tokenizer, text = processor.tokenizer, (model.dual if isinstance(model, LoopITRModel) else model).text
     size, words = int(model.config.text.get("vocab_size") or len(tokenizer)), len(tokenizer)
@@ -38,7 +38,7 @@ def check_sizes(model: LoopITRModel | DualEncoder, processor: LoopITRProcessor, 
 
 
 def _image_size(images: Any) -> tuple[int, int] | None:
-    """Height and width of what an image processor gives; None where that depends on the image."""
+    """The height and width of an image processor's output; None: they depend on the image."""
     size = images.crop_size if getattr(images, "do_center_crop", False) else images.size
     if not size or not getattr(images, "do_resize", True):
         return None

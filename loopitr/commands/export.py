@@ -1,4 +1,4 @@
-"""What `loopitr export` and `recipes/export_dual.py` do: write a trained model in a form that others load."""
+"""`loopitr export` and `recipes/export_dual.py`: writes a trained model in a form that other libraries load."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class ExportOptions:
-    """What goes where, and as what."""
+    """The model, the output, and its form."""
 
     model: str
     """Run folder, exported dual encoder, or hub id."""
@@ -21,27 +21,27 @@ class ExportOptions:
     """transformers: the dual encoder, for `from_pretrained` of this package's classes; onnx: towers and fusion head as
     graphs, for onnxruntime; sentence-transformers: a `SentenceTransformer` of stock modules."""
     tower: Literal["image", "text"] | None = None
-    """Only this tower; the other one's weights are not read."""
+    """Export only this tower; the other one's weights are not read."""
     precisions: list[Literal["fp16", "int8"]] = field(default_factory=list)
-    """onnx: write these beside fp32, for example '[fp16, int8]'. int8 is of matrix products and word embeddings;
-    convolutions stay as they are."""
+    """onnx: precisions to write besides fp32, for example '[fp16, int8]'. int8 quantises matrix products and word
+    embeddings, but not convolutions."""
     recall: bool = False
-    """onnx: print the recall that each precision keeps on `data`."""
+    """onnx: print the recall of each precision on `data`."""
     rerank: int = 16
-    """recall: candidates per query for the fusion head; 0: dual only."""
+    """recall: candidates per query for the fusion head; 0: evaluate the dual head alone."""
     data: DataOptions = field(default_factory=lambda: DataOptions(split="test"))
 
 
 def export(options: ExportOptions) -> None:
-    """Write the folder and say what is in it.
+    """Write the export and print what it contains.
 
     Raises:
-        ValueError, OSError: no such model, one of another kind, or a folder that cannot be written.
+        ValueError, OSError: there is no such model, it is of another kind, or the folder cannot be written.
         ModuleNotFoundError: an extra is not installed.
     """
     if options.to != "onnx" and (options.precisions or options.recall):
         name = "precisions" if options.precisions else "recall"
-        raise ValueError(f"{name} is of --to onnx, got --to {options.to}")
+        raise ValueError(f"{name} needs --to onnx, got --to {options.to}")
     if options.recall and options.tower is not None:
         raise ValueError(f"recall needs both towers, got tower {options.tower!r}")
     if options.rerank < 0:
@@ -49,7 +49,7 @@ def export(options: ExportOptions) -> None:
     {"transformers": _transformers, "onnx": _onnx, "sentence-transformers": _sentence_transformers}[options.to](options)
 
 
-# What writes is imported where it is used, since --help does without torch.
+# The functions below import what they need, so that --help works without torch.
 
 
 def _transformers(options: ExportOptions) -> None:

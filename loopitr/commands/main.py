@@ -1,7 +1,7 @@
-"""The console script `loopitr`: one subcommand for each thing that is done with a trained model.
+"""The console script `loopitr`, with a subcommand for each use of a trained model.
 
-A subcommand is imported when it is chosen: jsonargparse's own subcommands would import the options of all of them, and
-of `convert` torch, before the first line of `--help`.
+A subcommand is imported only when it is chosen. jsonargparse's own subcommands would import all of them, and so torch,
+for `--help`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from loopitr.cli import parse, run
 
 from .subcommands import Command, dispatch
 
-ABOUT = "Image-text retrieval: what is done with a trained model of a dual and a cross encoder.\n"
+ABOUT = "Image-text retrieval with a trained model that is a dual and a cross encoder.\n"
 FOOT = """\
 options:
   --help, --version
@@ -24,24 +24,24 @@ options:
 """
 
 EVALUATE = """\
-Recall@1/5/10 in both directions, by the dual head alone and with its best candidates reranked. RUN is a run folder, an
-exported dual encoder (with `--rerank 0`) or a hub id. Without a data source: the built-in scenes' test split.
-Several processes give the same figures sooner: `accelerate launch recipes/evaluate.py` with the same options.
+Computes recall@1/5/10 in both directions, by the dual head alone and with its best candidates reranked. The model is a
+run folder, an exported dual encoder (with `--rerank 0`) or a hub id. For a model trained on the built-in scenes, no
+data source is needed. `accelerate launch recipes/evaluate.py` uses several processes for the same results.
 """
 CALIBRATE = """\
-Fits the weight w of the reranking score, match score + w x similarity / temperature, on held-out data, and keeps it in
-RUN's config.json.
+Fits the weight w of the reranking score, match score + w x similarity / temperature, on held-out data, and writes it to
+the model's config.json.
 """
 EXPORT = """\
 loopitr export RUN OUT [--to transformers|onnx|sentence-transformers] [--tower image|text]
 
-Writes a trained model in a form that others load: its dual encoder, or one tower of it, for `from_pretrained`; towers
-and fusion head as ONNX graphs; a SentenceTransformer folder of stock modules.
+Writes a trained model in a form that other libraries load: its dual encoder, or one tower, for `from_pretrained`; its
+towers and fusion head as ONNX graphs; or a SentenceTransformer of stock modules.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the subcommand that the command line names; what its user can mend is one line and exit status 2."""
+    """Run the subcommand that the command line names; errors that the user can correct are one line, exit status 2."""
     run(partial(_dispatch, sys.argv[1:] if arguments is None else arguments))
 
 
@@ -78,7 +78,7 @@ def _export(arguments: Sequence[str]) -> None:
 
 
 def _named(arguments: Sequence[str], names: Sequence[str]) -> list[str]:
-    """The words before the first option become the values of these options, in this order."""
+    """Turn the words before the first option into the options `names`, in this order."""
     count = next((index for index, word in enumerate(arguments) if word.startswith("-")), len(arguments))
     given = [word for name, value in zip(names, arguments[:count]) for word in (f"--{name}", value)]
     return [*given, *arguments[min(count, len(names)) :]]
@@ -93,9 +93,9 @@ def _convert(arguments: Sequence[str]) -> None:
 COMMANDS = {
     "search": Command("index images; find them by text or by image", _search),
     "evaluate": Command("recall of a saved model on any data, dual and reranked", _evaluate),
-    "calibrate": Command("fit the weight of the similarity in a saved model's reranking score", _calibrate),
+    "calibrate": Command("fit the similarity weight of a saved model's reranking score", _calibrate),
     "export": Command("write a saved model for transformers, ONNX or sentence-transformers", _export),
-    "convert": Command("make a model folder of a public ALBEF or BLIP checkpoint", _convert),
+    "convert": Command("convert a public ALBEF or BLIP checkpoint to a model folder", _convert),
 }
 
 if __name__ == "__main__":

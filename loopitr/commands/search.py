@@ -1,4 +1,4 @@
-"""What `loopitr search` does: an index of images is made, searched and changed."""
+"""`loopitr search`: builds, searches and changes an index of images."""
 
 import json
 import sys
@@ -13,13 +13,13 @@ from .search_options import AddOptions, IndexOptions, InfoOptions, QueryOptions,
 from .serve import SERVE, ServeOptions, serve
 from .subcommands import Command, dispatch, positional
 
-# What the options do without is imported where it is used, so that --help does not wait for torch.
+# Heavy modules are imported where they are used, so that --help works without torch.
 if TYPE_CHECKING:
     from loopitr.search.searcher import Hit
     from loopitr.search.writer import IndexReport
 
 ABOUT = """\
-Search images by text or by image: the dual head finds candidates, the fusion head orders them. An index is a folder.
+Search images by text or by image: the dual head finds candidates, the fusion head reranks them. An index is a folder.
 
   loopitr search index photos/ --model RUN --output INDEX/
   loopitr search query INDEX/ "a dog on the beach"
@@ -29,46 +29,47 @@ FOOT = "`loopitr search COMMAND --help` shows the options of a command.\n"
 INDEX = """\
 loopitr search index SOURCE --model RUN --output INDEX
 
-Indexes the images of SOURCE: a folder, which is walked through, a CSV, TSV or JSON-lines file, or with --split a
-`datasets` source. Called again, it goes on where it was interrupted, and takes in what is new or changed.
+Indexes the images of SOURCE: a folder with its subfolders, a CSV, TSV or JSON-lines file, or with --split a `datasets`
+source. Called again, it continues after an interruption, and indexes new and changed images.
 """
 QUERY = """\
 loopitr search query INDEX QUERY
 
-Prints the best images for a text, or for an image that is given by its path. Of a text the best candidates of the dual
-head are scored by the fusion head: similarity, match score, reranking score and path, best first.
+Prints the best images for a text, or for an image given by its path, with similarity, match score, reranking score and
+path. For a text, the fusion head reranks the best candidates of the dual head.
 """
 ADD = """\
 loopitr search add INDEX SOURCE
 
-Indexes the images of another source into an index, with its model.
+Adds the images of another source to an index, with the model of the index.
 """
 REMOVE = """\
 loopitr search remove INDEX [PATH ...]
 
-Removes images from an index, by their paths or those of folders, by a condition, or where their files are gone. The
-files stay.
+Removes images from an index, but not their files: by the paths of images or folders, by a condition, or those whose
+files no longer exist.
 """
 INFO = """\
 loopitr search info INDEX
 
-What an index holds.
+Prints what an index contains.
 """
-SHOWN = 10  # skipped images that are named; the index lists all
+SHOWN = 10  # the number of skipped images that are printed; skipped.csv has all
 
 
 def main(arguments: Sequence[str]) -> None:
-    """
+    """Run one of the commands of `loopitr search`.
+
     Raises:
-        ValueError, OSError, ModuleNotFoundError: what the user can mend.
+        ValueError, OSError, ModuleNotFoundError: an error that the user can correct.
     """
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # A path may hold what a terminal cannot show.
+        sys.stdout.reconfigure(errors="backslashreplace")  # A path may have characters that the terminal cannot show.
     dispatch("loopitr search", ABOUT, FOOT, COMMANDS, arguments)
 
 
 def _options(options: type[Any], arguments: Sequence[str], description: str, *required: str) -> Any:
-    """Parsed options, of which `required` are not empty."""
+    """Parse options, and check that `required` ones are given."""
     name = description.split()[2]
     given = parse(options, arguments, description=description, program=f"loopitr search {name}")
     for field in required:
@@ -78,7 +79,7 @@ def _options(options: type[Any], arguments: Sequence[str], description: str, *re
 
 
 def _quiet() -> None:
-    """Neither bars of loading weights, nor warnings with a line of Python."""
+    """Turn off progress bars for loading weights, and print warnings in one line."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -103,7 +104,7 @@ def _index(arguments: Sequence[str]) -> None:
         batch_size=options.batch_size,
         num_workers=options.num_workers,
     )
-    _say(report, options.output)
+    _print_report(report, options.output)
 
 
 def _add(arguments: Sequence[str]) -> None:
@@ -119,7 +120,7 @@ def _add(arguments: Sequence[str]) -> None:
         batch_size=options.batch_size,
         num_workers=options.num_workers,
     )
-    _say(report, options.index)
+    _print_report(report, options.index)
 
 
 def _source(options: Any) -> Any:
@@ -132,7 +133,7 @@ def _source(options: Any) -> Any:
     return hub_source(options.source, options.split, options.image_column, options.data_files)
 
 
-def _say(report: "IndexReport", index: str) -> None:
+def _print_report(report: "IndexReport", index: str) -> None:
     for path, reason in [*report.skipped.items()][:SHOWN]:
         print(f"skipped {path}: {reason}")
     if len(report.skipped) > SHOWN:
@@ -167,7 +168,7 @@ def _query(arguments: Sequence[str]) -> None:
 
 def _table(hits: "Sequence[Hit]") -> str:
     if not hits:
-        return "no image fits"
+        return "no image found"
     lines = ["similarity    match    score  path"]
     for hit in hits:
         match = "-" if hit.match is None else f"{hit.match:.3f}"
@@ -205,10 +206,10 @@ def _info(arguments: Sequence[str]) -> None:
 
 
 COMMANDS = {
-    "index": Command("index the images of a folder, a table or a `datasets` source; goes on where it stopped", _index),
-    "query": Command("the best images of an index for a text or an image", _query),
-    "serve": Command("a page in the browser on which an index is searched", _serve),
-    "add": Command("index another source into an index", _add),
+    "index": Command("index the images of a folder, a table or a `datasets` source, or update an index", _index),
+    "query": Command("print the best images of an index for a text or an image", _query),
+    "serve": Command("serve a search page for the browser", _serve),
+    "add": Command("add the images of another source to an index", _add),
     "remove": Command("remove images from an index", _remove),
-    "info": Command("what an index holds", _info),
+    "info": Command("print what an index contains", _info),
 }

@@ -6,14 +6,14 @@ from typing import Literal
 
 @dataclass
 class Reading:
-    """How images are found and opened."""
+    """The options for reading images."""
 
     images: str | None = None
     """Folder that relative paths of a table start from; unset: the folder of the table."""
     image_column: str | None = None
     """Column with the image (a table: "image"; a `datasets` source: guessed if it has a usual name)."""
     split: str | None = None
-    """SOURCE is a `datasets` source, whose split this is: a hub id, a folder, or a format (parquet) with data_files."""
+    """Split of a `datasets` source; SOURCE is then a hub id, a folder, or a format (parquet) with data_files."""
     data_files: str | None = None
     """Files of a `datasets` source, as a pattern."""
     batch_size: int | None = None
@@ -26,7 +26,7 @@ class Reading:
 
 @dataclass
 class IndexOptions(Reading):
-    """What is indexed, by which model."""
+    """The source, the model, and the index."""
 
     source: str = ""
     """Folder, table or `datasets` source."""
@@ -35,39 +35,39 @@ class IndexOptions(Reading):
     output: str = ""
     """Folder of the index."""
     tokens: Literal["fp16", "bf16", "none"] = "fp16"
-    """What image tokens are kept in, for reranking without opening an image; none: images are opened again for it."""
+    """Type in which image tokens are stored, for reranking without opening images; none: images are opened again."""
     store: str | None = None
     """Address of a Qdrant server for the vectors (http://host:6333); unset: LanceDB in the index."""
     collection: str | None = None
-    """Its collection there; unset: called as the folder of the index."""
+    """Name of the collection on that server; unset: that of the folder of the index."""
     contents: str | None = None
-    """Where image tokens are kept, such as s3://bucket/folder; unset: in the index."""
+    """Place where image tokens are stored, such as s3://bucket/folder; unset: the index."""
 
 
 @dataclass
 class AddOptions(Reading):
-    """What is added to which index."""
+    """The index, and the source to add."""
 
     index: str = ""
     """Folder of the index."""
     source: str = ""
     """Folder, table or `datasets` source."""
     model: str | None = None
-    """The index's model, where it has moved."""
+    """The model of the index, if it has been moved."""
 
 
 @dataclass
 class QueryOptions:
-    """What is asked of which index."""
+    """The index, and the query."""
 
     index: str = ""
     """Folder of the index."""
     query: str = ""
     """A text, or the path of an image."""
     top: int = 10
-    """Images that are printed."""
+    """Number of images to print."""
     rerank: int = 100
-    """Candidates of a text that the fusion head scores; 0: similarity alone."""
+    """Candidates for a text that the fusion head scores; 0: rank by similarity alone."""
     where: str | None = None
     """Condition on the columns, as in SQL: "width > 800 AND caption LIKE '%dog%'"."""
     similarity_weight: float | None = None
@@ -77,30 +77,30 @@ class QueryOptions:
     open: bool = False
     """Write an HTML page of the results, and open it in a browser."""
     html: str | None = None
-    """Where that page is written; unset: in the system's temporary folder, if --open."""
+    """Path of that page; unset: with --open, a file in the system's temporary folder."""
     model: str | None = None
-    """The index's model, where it has moved."""
+    """The model of the index, if it has been moved."""
     device: str | None = None
     """cpu, cuda, ...; unset: a GPU if there is one."""
 
 
 @dataclass
 class RemoveOptions:
-    """What is removed from which index; one of the three."""
+    """The index, and the images to remove: those that meet all criteria, of which at least one is needed."""
 
     index: str = ""
     """Folder of the index."""
     paths: list[str] | None = None
-    """Images, or folders with all that is in them."""
+    """Images, or folders, for all images in them."""
     where: str | None = None
     """Condition on the columns, as in SQL."""
     missing: bool = False
-    """Images whose files are gone."""
+    """Images whose files no longer exist."""
 
 
 @dataclass
 class InfoOptions:
-    """Which index."""
+    """The index."""
 
     index: str = ""
     """Folder of the index."""

@@ -1,4 +1,4 @@
-"""A program of several commands, of which each is imported when it is chosen."""
+"""Programs with several commands, each of which is imported when it is chosen."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: its line in `--help`, and what runs it on its arguments."""
+    """A subcommand: its line in `--help`, and the function that runs it with its arguments."""
 
     line: str
     run: Callable[[Sequence[str]], None]
 
 
 def dispatch(program: str, about: str, foot: str, commands: Mapping[str, Command], arguments: Sequence[str]) -> None:
-    """Run the command that comes first, or print what there is.
+    """Run the command that the first argument names, or print the list of commands.
 
     Raises:
-        ValueError: none, or an unknown one.
+        ValueError: there is no command, or it is unknown.
     """
     name, rest = (arguments[0], arguments[1:]) if arguments else ("", ())
     if name in ("-h", "--help"):
@@ -34,19 +34,21 @@ def dispatch(program: str, about: str, foot: str, commands: Mapping[str, Command
 
 
 def positional(arguments: Sequence[str], *names: str, rest: str | None = None) -> list[str]:
-    """Arguments whose first words, up to an option, are the values of the options `names` in this order.
+    """Turn the words before the first option into the options `names`, in this order.
 
-    More words become a list, the value of the option `rest`.
+    Further words become a list, the value of the option `rest`.
 
     Raises:
-        ValueError: more words than names, where there is no `rest`.
+        ValueError: there are more words than names, and no `rest`.
     """
     words = list(arguments)
     count = next((place for place, word in enumerate(words) if word.startswith("-") and len(word) > 1), len(words))
     given, options = words[:count], words[count:]
     if len(given) > len(names) and rest is None:
         wanted = " ".join(name.upper() for name in names)
-        raise ValueError(f"one too many: {given[len(names)]!r}; wanted are {wanted}, and quotes around several words")
+        raise ValueError(
+            f"unexpected argument {given[len(names)]!r}; wanted {wanted}, with quotes around several words"
+        )
     flags = [f"--{name}={word}" for name, word in zip(names, given)]
     if given[len(names) :]:
         flags.append(f"--{rest}={json.dumps(given[len(names) :])}")

@@ -1,6 +1,6 @@
-"""Public checkpoints of other projects -> LoopITR models that give the same numbers, and back.
+"""Converts public checkpoints of ALBEF and BLIP to LoopITR models with the same outputs, and back to BLIP.
 
-As a command: `python -m loopitr.convert albef|blip SRC OUT`.
+The command is `loopitr convert albef|blip SRC OUT`, or `python -m loopitr.convert`.
 """
 
 from loopitr.convert.albef import convert_albef

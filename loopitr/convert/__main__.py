@@ -28,10 +28,10 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None, *, program: str = "python -m loopitr.convert") -> None:
-    """Convert one checkpoint and say what came out; `program` is what `--help` calls this.
+    """Convert one checkpoint and print a line about the result; `program` is the name of this program in `--help`.
 
     Raises:
-        ValueError, OSError: what the user can mend.
+        ValueError, OSError: an error that the user can correct.
     """
     options = _parser(program).parse_args(arguments)
     check_output(options.out, LoopITRModel.config_class.model_type)

@@ -1,7 +1,8 @@
-"""ALBEF (arXiv 2107.07651, github.com/salesforce/ALBEF) -> LoopITR: `ALBEF.pth`, `ALBEF_4M.pth` and the fine-tunes.
+"""Converts ALBEF checkpoints (arXiv 2107.07651, github.com/salesforce/ALBEF): pre-trained and fine-tuned ones.
 
-Two layouts: of pre-training (`text_encoder.bert.*` and a masked-language-model head, which is kept) and of retrieval
-(`text_encoder.*`). The text layers below the first cross-attention are the text backbone, the others the fusion head.
+They have two layouts: that of pre-training (`text_encoder.bert.*` and a masked-language-model head, which is kept) and
+that of retrieval (`text_encoder.*`). The text layers below the first cross-attention become the text backbone, the
+others the fusion head.
 """
 
 from __future__ import annotations
@@ -21,18 +22,19 @@ from loopitr.models.config import LoopITRConfig
 from loopitr.models.image_backbone import mlp_ratio
 from loopitr.models.loop_model import LoopITRModel
 
-# The original cuts captions to so many tokens when it evaluates retrieval.
+# The number of tokens to which the original cuts captions when it evaluates retrieval.
 MAX_LENGTH = 30
-# The original's training keeps `temp` above this.
+# The lower limit of `temp` in the original's training.
 SMALLEST_TEMPERATURE = 0.001
 MLM = "text_encoder.cls.predictions."
 
-# These are no weights of the model: momentum copies, queues, and a buffer of position numbers.
+# Tensors that are not weights of the model: momentum copies, queues, and a buffer of position numbers.
 DROPPED = re.compile(
     r"(visual_encoder|text_encoder|vision_proj|text_proj)_m\.|(image_queue|text_queue|idx_queue|queue_ptr|ptr_queue)$"
     r"|text_encoder\.(bert\.)?embeddings\.position_ids$"
 )
-# From beginnings of our names to the original's: `{text}` is the text encoder's prefix, `{layer}` the fusion layer.
+# Patterns of the beginnings of our names, and the replacements for the original's: `{text}` stands for the text
+# encoder's prefix, `{layer}` for that of the fusion layer.
 RENAMED = (
     (r"dual\.vision\.model\.", "visual_encoder."),
     (r"dual\.text\.model\.", "{text}"),
@@ -55,7 +57,7 @@ RENAMED = (
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes that the shapes of weights show; `text` is the prefix of the text encoder's names."""
+    """The sizes of a network, read from the shapes of its weights; `text` is the prefix of the text encoder's names."""
 
     text: str
     vision_width: int
@@ -81,16 +83,16 @@ def convert_albef(
     vision_heads: int | None = None,
     text_heads: int | None = None,
 ) -> LoopITRModel:
-    """An ALBEF checkpoint as a model in eval mode with the original's numbers.
+    """Convert an ALBEF checkpoint to a model in eval mode with the original's outputs.
 
     Args:
-        source: a `.pth` of either layout.
-        image_size: take images of another size; positions are interpolated as the original does.
-        vision_heads, text_heads: attention heads, which no shape tells; None: width / 64.
+        source: a `.pth` file of either layout.
+        image_size: another image size; positions are interpolated like in the original.
+        vision_heads, text_heads: the numbers of attention heads, which shapes do not show; None: width / 64.
 
     Raises:
-        OSError: no such file.
-        ValueError: not a checkpoint, or one of another kind: says which keys are missing or left over.
+        OSError: there is no such file.
+        ValueError: it is not an ALBEF checkpoint; the line says which keys are missing or left over.
     """
     kind = f"{source}, read as an ALBEF checkpoint,"
     weights = {name: value for name, value in read_checkpoint(source).items() if not DROPPED.match(name)}
@@ -118,16 +120,16 @@ def convert_albef(
 
 
 def read_sizes(weights: Mapping[str, Tensor], source: str) -> Sizes:
-    """The sizes of the network that `weights` are of.
+    """Read the sizes of a network from its weights.
 
     Raises:
-        ValueError: keys that tell them are missing or of another shape, or cross-attention in every text layer (BLIP).
+        ValueError: keys are missing or of another shape, or every text layer has cross-attention (as in BLIP).
     """
     text = "text_encoder.bert." if any(name.startswith("text_encoder.bert.") for name in weights) else "text_encoder."
     text_depth = _count(weights, rf"{re.escape(text)}encoder\.layer\.(\d+)\.")
     last = f"{text}encoder.layer.{max(text_depth - 1, 0)}."
-    # The number of dimensions of each weight that sizes are read from.
-    telling = {
+    # The weights from which sizes are read, with their numbers of dimensions.
+    dimensions = {
         "visual_encoder.pos_embed": 3,
         "visual_encoder.patch_embed.proj.weight": 4,
         "visual_encoder.blocks.0.mlp.fc1.weight": 2,
@@ -140,18 +142,18 @@ def read_sizes(weights: Mapping[str, Tensor], source: str) -> Sizes:
         "temp": 0,
     }
     ours = ("visual_encoder.", "text_encoder.", "vision_proj.", "text_proj.", "itm_head.")
-    missing = [name for name in telling if name not in weights]
+    missing = [name for name in dimensions if name not in weights]
     if missing:
         left_over = [name for name in weights if not name.startswith(ours) and name != "temp"]
         refuse(source, missing=missing, left_over=left_over)
-    odd = [name for name, dimensions in telling.items() if weights[name].ndim != dimensions]
-    refuse(source, other_shape=[f"{name} {list(weights[name].shape)}" for name in odd])
+    misshapen = [name for name, count in dimensions.items() if weights[name].ndim != count]
+    refuse(source, other_shape=[f"{name} {list(weights[name].shape)}" for name in misshapen])
     first = f"{text}encoder.layer.0.crossattention."
     refuse(source, left_over=[name for name in weights if name.startswith(first)])
-    positions, patch, mlp, words, places, types, inner, _, projection, _ = (weights[name].shape for name in telling)
+    positions, patch, mlp, words, places, types, inner, _, projection, _ = (weights[name].shape for name in dimensions)
     grid = math.isqrt(positions[1] - 1)
     if grid**2 != positions[1] - 1:
-        refuse(source, other_shape=[f"visual_encoder.pos_embed {list(positions)} (wanted 1 + a square in the middle)"])
+        refuse(source, other_shape=[f"visual_encoder.pos_embed {list(positions)} (wanted [1, 1 + a square, width])"])
     fusion = re.compile(rf"{re.escape(text)}encoder\.layer\.(\d+)\.crossattention\.")
     fusion_from = min(int(match[1]) for match in map(fusion.match, weights) if match)
     return Sizes(
@@ -174,18 +176,18 @@ def read_sizes(weights: Mapping[str, Tensor], source: str) -> Sizes:
 
 
 def original_name(ours: str, sizes: Sizes) -> str:
-    """What the checkpoint calls a tensor of ours."""
+    """The checkpoint's name of a tensor with our name `ours`."""
     for beginning, theirs in RENAMED:
         if match := re.match(beginning, ours):
             number = re.match(r"fusion\.\w+\.(\d+)", ours)
             layer = sizes.text_depth + (int(number[1]) if number else 0)
             renamed = match.expand(theirs) + ours[match.end() :]
             return renamed.format(text=sizes.text, layer=f"{sizes.text}encoder.layer.{layer}")
-    return ours  # Only the names of itm_head are the same.
+    return ours  # This is for itm_head, whose names are the same.
 
 
 def _drop_tied(weights: dict[str, Tensor], name: str, first: str) -> None:
-    """Drop the second name of a tensor; one that differs stays, and is then left over."""
+    """Drop the second name of a tied tensor; if the two differ, it stays and will be reported as left over."""
     if name in weights and first in weights and torch.equal(weights[name], weights[first]):
         del weights[name]
 

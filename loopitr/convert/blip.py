@@ -1,8 +1,8 @@
-"""BLIP (arXiv 2201.12086) -> `LoopITRModel` of style `shared`, from transformers' folder or the original `.pth`.
+"""Converts BLIP (arXiv 2201.12086) to a `LoopITRModel` of style `shared`, from transformers or the original `.pth`.
 
-The two differ in what the matching pass reads: the original puts [ENC] in the place of [CLS]
+The two implementations differ in the first token for matching: the original replaces [CLS] by [ENC]
 (`fusion.first_token_id`), transformers' `BlipForImageTextRetrieval` does not (its issue 25629). Each is converted to
-the numbers that its own code gives.
+the outputs of its own code.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ from loopitr.models.config import LoopITRConfig
 from loopitr.models.image_backbone import ACTIVATIONS, mlp_ratio
 from loopitr.models.loop_model import LoopITRModel
 
-# timm's name of a ViT with BLIP's mean and std; all of its sizes are given as arguments.
+# timm's name of a ViT with BLIP's mean and std; its sizes are set by arguments.
 VIT = "vit_base_patch16_clip_224"
 SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id")
 CHECKPOINT_FILES = (".pth", ".pt", ".bin", ".safetensors")
-# The original's training keeps `temp` in this range.
+# The limits of `temp` in the original's training.
 TEMPERATURES = (0.001, 0.5)
-# The original cuts captions to so many tokens when it evaluates retrieval.
+# The number of tokens to which the original cuts captions when it evaluates retrieval.
 MAX_LENGTH = 35
 
-# These are not parts of the retrieval model: momentum copies, queues, the caption decoder, a buffer.
+# Tensors that are not weights of the retrieval model: momentum copies, queues, the caption decoder, a buffer.
 DROPPED = re.compile(r"\w+_m\.|text_decoder\.|(image|text|idx)_queue$|(queue_ptr|ptr_queue)$|.*\.position_ids$")
 
-# The first table leads from our names to the original's, the second from those to transformers'. First match counts.
+# Patterns of our names and the replacements for the original's; then patterns of the original's names and the
+# replacements for transformers'. The first that matches is used.
 LAYER = r"text_encoder.encoder.layer.\1.crossattention"
 ORIGINAL = (
     (r"dual\.vision\.model\.", "visual_encoder."),
@@ -60,12 +61,12 @@ TRANSFORMERS = (
 
 
 def original_name(ours: str) -> str:
-    """What the original checkpoints call a tensor of ours."""
+    """The original checkpoints' name of a tensor with our name `ours`."""
     return _renamed(ours, ORIGINAL)
 
 
 def transformers_name(ours: str) -> str:
-    """What `BlipForImageTextRetrieval` calls a tensor of ours."""
+    """The name in `BlipForImageTextRetrieval` of a tensor with our name `ours`."""
     return _renamed(original_name(ours), TRANSFORMERS)
 
 
@@ -78,11 +79,11 @@ def _renamed(name: str, table: tuple[tuple[str, str], ...]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class _Settings:
-    """What cannot be read off the weights; the defaults are the original's."""
+    """Settings that the weights do not show; the defaults are the original's."""
 
     vision_heads: int | None
     text_heads: int | None
-    # These are further arguments of the timm model.
+    # Further arguments of the timm model.
     vision: dict[str, Any] = field(default_factory=lambda: {"norm_eps": 1e-6})
     hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-12
@@ -97,22 +98,22 @@ class _Settings:
 def convert_blip(
     source: str, *, image_size: int | None = None, vision_heads: int | None = None, text_heads: int | None = None
 ) -> LoopITRModel:
-    """A BLIP retrieval model with the numbers of the code that wrote it.
+    """Convert a BLIP retrieval model to a model with the same outputs.
 
     Args:
-        source: an original checkpoint file (retrieval or pretraining; its momentum copies, queues and caption decoder
-            are dropped), or the folder or hub id of a transformers `BlipForImageTextRetrieval`.
-        image_size: positions are interpolated to it as either implementation does; None: the source's.
-        vision_heads, text_heads: None: as the transformers config says, or width / 64.
+        source: an original checkpoint file (for retrieval or from pre-training, whose momentum copies, queues and
+            caption decoder are dropped), or the folder or hub id of a `BlipForImageTextRetrieval` of transformers.
+        image_size: another image size, to which positions are interpolated; None: that of the source.
+        vision_heads, text_heads: the numbers of attention heads; None: those of transformers' config, or width / 64.
 
     Raises:
-        OSError: no such file, folder or hub id.
-        ValueError: keys are missing, left over or of another shape; a model of another kind.
+        OSError: there is no such file, folder or hub id.
+        ValueError: the model is of another kind, or keys are missing, left over or of another shape.
     """
     kind = f"{source}, read as a BLIP checkpoint,"
     if Path(source).is_file() or Path(source).suffix in CHECKPOINT_FILES:
         weights = {name: value for name, value in read_checkpoint(source).items() if not DROPPED.match(name)}
-        # The original's class for inference saves no temperature.
+        # Checkpoints of the original's class for inference have no temperature.
         temperature = float(weights.pop("temp", torch.tensor(0.07)))
         settings = _Settings(
             vision_heads=vision_heads,
@@ -160,7 +161,7 @@ def _read_settings(config: Any, vision_heads: int | None, text_heads: int | None
 def _build(
     weights: dict[str, Tensor], name: Callable[[str], str], settings: _Settings, source: str, image_size: int | None
 ) -> LoopITRModel:
-    """`weights` in the source's names, which `name` gives for ours."""
+    """Build the model from `weights` with the source's names; `name` maps our names to these."""
     positions = name("dual.vision.model.pos_embed")
     patches = name("dual.vision.model.patch_embed.proj.weight")
     refuse(source, missing=[key for key in (positions, patches) if key not in weights])
@@ -173,7 +174,7 @@ def _build(
     elif image_size % patch or image_size < 1:
         raise ValueError(f"image_size must be a multiple of the patch size {patch}, got {image_size}")
     model = LoopITRModel(_config(weights, name, settings, source, image_size))
-    # BLIP's BERT knows one type of text and has no embedding for it.
+    # BLIP's BERT has no token types; one with a zero embedding is the same.
     types = "dual.text.model.embeddings.token_type_embeddings.weight"
     own = {
         positions: resize_positions(weights[positions], image_size // patch),
@@ -241,7 +242,7 @@ def _config(
             "attention_dropout": settings.attention_dropout,
             "layer_norm_eps": settings.layer_norm_eps,
             "image_positions": False,
-            # [ENC] is the last word that was added to the vocabulary.
+            # [ENC] is the last entry of the vocabulary.
             "first_token_id": shape["words"][0] - 1 if settings.has_enc_token else None,
         },
     )

@@ -1,4 +1,4 @@
-"""A `LoopITRModel` of style `shared` -> the folder of a transformers `BlipForImageTextRetrieval` with equal outputs."""
+"""Converts a `LoopITRModel` of style `shared` to a `BlipForImageTextRetrieval` of transformers with equal outputs."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ from loopitr.models.loop_model import LoopITRModel
 from loopitr.models.processing import LoopITRProcessor
 
 ACTIVATIONS = {"GELUTanh": "gelu_pytorch_tanh", "QuickGELU": "quick_gelu", "ReLU": "relu", "SiLU": "silu"}
-TRAINING_ONLY = ("dual.logit_scale", "dual.logit_bias", "mlm_head.")  # BLIP keeps the first in its config.
+TRAINING_ONLY = ("dual.logit_scale", "dual.logit_bias", "mlm_head.")  # BLIP has the first in its config.
 
 
 def to_blip(model: LoopITRModel, out: str | Path, *, processor: LoopITRProcessor | None = None) -> None:
-    """Write a folder that `BlipForImageTextRetrieval.from_pretrained` loads: the same cosine similarity, the same
-    ITM logits. A masked-language-model head is left out.
+    """Write a folder that `BlipForImageTextRetrieval.from_pretrained` loads, with equal similarities and ITM logits.
+
+    A masked-language-model head is left out.
 
     Args:
-        processor: written as a `BlipProcessor` beside the model.
+        processor: saved with the model as a `BlipProcessor`.
 
     Raises:
-        ValueError: the first thing of the model or its processor that BLIP has no place for, or `out` holds a model of
-            another kind.
+        ValueError: BLIP cannot represent the model or its processor (the line names the first reason), or `out` holds a
+            model of another kind.
     """
     folder = check_output(out, BlipConfig.model_type)
     for name, got, wanted in _comparison(model):
@@ -55,14 +56,14 @@ def to_blip(model: LoopITRModel, out: str | Path, *, processor: LoopITRProcessor
 
 
 def _comparison(model: LoopITRModel) -> Iterator[tuple[str, Any, Any]]:
-    """(what, as it is, as BLIP has it), each safe to ask once those before it are equal."""
+    """(name, value of the model, value of BLIP) of each property, which may rely on those before it being equal."""
     config, text, vit = model.config, model.dual.text.model, model.dual.vision.model
     fusion = config.fusion
     yield "LoRA adapters (merge them first):", bool(config.lora), False
     yield "fusion.style", fusion["style"], "shared"
     yield "fusion.num_layers", fusion["num_layers"], text.config.num_hidden_layers
     yield "fusion.layer_norm_eps", fusion["layer_norm_eps"], text.config.layer_norm_eps
-    # Only with None are the matching scores those of transformers.
+    # The matching scores of transformers are those without [ENC].
     yield "fusion.first_token_id", fusion["first_token_id"], None
     yield "fusion.agreement", fusion["agreement"], None
     yield "text model", text.config.model_type, "bert"
@@ -88,7 +89,7 @@ def _comparison(model: LoopITRModel) -> Iterator[tuple[str, Any, Any]]:
     for index, block in enumerate(vit.blocks):
         modules = dict(block.named_modules())
         for name, wanted in plain.named_modules():
-            if "drop" not in name and not name.endswith(".act"):  # Dropout does nothing outside training.
+            if "drop" not in name and not name.endswith(".act"):  # Dropout has no effect in eval mode.
                 where = f"image blocks.{index}.{name}".rstrip(".")
                 yield where, type(modules.get(name)).__name__, type(wanted).__name__
         yield f"image blocks.{index} epsilons", {block.norm1.eps, block.norm2.eps}, {eps}
@@ -97,7 +98,7 @@ def _comparison(model: LoopITRModel) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _activation(module: nn.Module) -> str:
-    """transformers' name, or timm's where transformers has none."""
+    """The name of an activation in transformers, or timm's if transformers has none."""
     if isinstance(module, nn.GELU) or type(module).__name__ == "GELU":
         return "gelu" if getattr(module, "approximate", "none") == "none" else "gelu_pytorch_tanh"
     return ACTIVATIONS.get(type(module).__name__, type(module).__name__)
@@ -147,5 +148,5 @@ def _processor(processor: LoopITRProcessor) -> BlipProcessor:
             raise ValueError(f"a BlipImageProcessor has no place for {name} {got!r}, wanted {wanted!r}")
     names = ("do_resize", "size", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
     arguments = {name: getattr(images, name) for name in names}
-    # The tokenizer is copied, because BlipProcessor changes the one that it is given.
+    # The tokenizer is copied because BlipProcessor changes it.
     return BlipProcessor(BlipImageProcessor(**arguments), copy.deepcopy(processor.tokenizer))

@@ -1,4 +1,4 @@
-"""What every converter does: read a checkpoint without running code from it, and write a model folder."""
+"""Common parts of the converters: reading checkpoints without running their code, and writing model folders."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from loopitr.building.weights import hub_access, listed, text_source
 from loopitr.models.loop_model import LoopITRModel
 from loopitr.models.processing import LoopITRProcessor, image_processor
 
-# Training scripts put their weights under these keys.
+# The keys under which training scripts save weights.
 WRAPPERS = ("model", "state_dict")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -30,8 +30,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """The weights in a `.safetensors` or torch file, on the CPU; a top-level `model` or `state_dict` is unwrapped.
 
     Raises:
-        OSError: no such file, or a folder.
-        ValueError: not a checkpoint, or one that holds Python objects beside its tensors.
+        OSError: there is no such file, or it is a folder.
+        ValueError: it is not a checkpoint, or holds Python objects besides tensors.
     """
     file = Path(path).expanduser()
     if file.is_dir():
@@ -56,7 +56,7 @@ def _load_safetensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(str(file))
     except SafetensorError as error:
-        raise ValueError(f"{file} is not a whole safetensors file ({error})") from error
+        raise ValueError(f"{file} is not a complete safetensors file ({error})") from error
 
 
 def _load_torch(file: Path) -> Any:
@@ -64,18 +64,18 @@ def _load_torch(file: Path) -> Any:
         return torch.load(str(file), map_location="cpu", weights_only=True)
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # torch raises several kinds, with advice to switch the check off.
+    except Exception as error:  # torch raises errors of several kinds, and advises to switch this check off.
         if re.search("unsupported (global|class)|not an allowed global", str(error), re.IGNORECASE):
-            reason = "holds Python objects beside its tensors; reading those could run code: save its weights alone"
+            reason = "holds Python objects besides tensors; reading those could run code: save only its weights"
         else:
-            reason = "is not a checkpoint that torch can read, or not a whole one"
+            reason = "is not a checkpoint that torch can read, or is incomplete"
         raise ValueError(f"{file} {reason}") from error
 
 
 def resize_positions(positions: Tensor, grid: int) -> Tensor:
-    """A ViT's positions `[1, 1 + g * g, D]` -> `[1, 1 + grid * grid, D]` as ALBEF's and BLIP's `interpolate_pos_embed`.
+    """A ViT's positions `[1, 1 + g * g, D]` -> `[1, 1 + grid * grid, D]`, like ALBEF's and BLIP's interpolation.
 
-    Not `LoopITRModel.resize_images`: timm's resampling smooths, and the numbers would not be the original's.
+    `LoopITRModel.resize_images` uses timm's resampling, which antialiases and so would change the outputs.
     """
     side = round((positions.shape[1] - 1) ** 0.5)
     if side == grid:
@@ -86,13 +86,13 @@ def resize_positions(positions: Tensor, grid: int) -> Tensor:
 
 
 def head_count(width: int, given: int | None, option: str) -> int:
-    """Attention heads: as given, else of width 64.
+    """The number of attention heads: as given, or width / 64; `option` is its name in errors.
 
     Raises:
-        ValueError: a width that is no multiple of the heads, or of 64 where none are given.
+        ValueError: the width is not a multiple of the number of heads, or of 64 if none is given.
     """
     if given is None and width % 64:
-        raise ValueError(f"weights do not tell the number of attention heads of a width {width}: give {option}")
+        raise ValueError(f"weights do not show the number of attention heads for width {width}: give {option}")
     count = width // 64 if given is None else given
     if count < 1 or width % count:
         raise ValueError(f"{option} is {count}, wanted a divisor of the width {width}")
@@ -100,7 +100,7 @@ def head_count(width: int, given: int | None, option: str) -> int:
 
 
 def clip_images(model: LoopITRModel) -> CLIPImageProcessor:
-    """Images as ALBEF and BLIP evaluate them: the whole image, bicubic, CLIP's mean and std."""
+    """The image processor of ALBEF's and BLIP's evaluation: the whole image, bicubic, with CLIP's mean and std."""
     size = model.config.vision["image_size"]
     return image_processor(size, mean=CLIP_MEAN, std=CLIP_STD, interpolation="bicubic")
 
@@ -108,17 +108,16 @@ def clip_images(model: LoopITRModel) -> CLIPImageProcessor:
 def save_converted(
     model: LoopITRModel, out: str | Path, *, tokenizer: str | None, max_length: int, source: str | None = None
 ) -> None:
-    """Write what `LoopITRModel.from_pretrained` loads and, with a tokenizer, `LoopITRProcessor.from_pretrained` and a
-    card.
+    """Save a converted model and, with a tokenizer, its processor and card.
 
     Args:
-        source: what was converted; a hub id is named in the card.
-        tokenizer: a folder, a hub id, or a name that a package of the extra `backbones` carries.
-        max_length: captions are cut to so many tokens, as the original evaluates.
+        tokenizer: a folder, a hub id, or a model in a package of the extra `backbones`.
+        max_length: the number of tokens to which captions are cut.
+        source: the source of the conversion; the card names it if it is a hub id.
 
     Raises:
-        OSError: no such tokenizer, or `out` cannot be written.
-        ValueError: a tokenizer with more words than the model, or `out` holds a model of another kind.
+        OSError: there is no such tokenizer, or `out` cannot be written.
+        ValueError: the tokenizer has more words than the model, or `out` holds a model of another kind.
     """
     folder = check_output(out, LoopITRModel.config_class.model_type)
     words = None if tokenizer is None else _tokenizer(model, tokenizer, max_length)
@@ -131,8 +130,8 @@ def save_converted(
 def _tokenizer(model: LoopITRModel, name: str, max_length: int) -> PreTrainedTokenizerBase:
     with hub_access(name):
         tokenizer = AutoTokenizer.from_pretrained(text_source(name), trust_remote_code=False)
-    known = model.config.text["vocab_size"]
-    if len(tokenizer) > known:
-        raise ValueError(f"the tokenizer of {name} has {len(tokenizer)} words, but the model knows {known}")
+    vocab_size = model.config.text["vocab_size"]
+    if len(tokenizer) > vocab_size:
+        raise ValueError(f"the tokenizer of {name} has {len(tokenizer)} words, but the model knows {vocab_size}")
     tokenizer.model_max_length = min(max_length, tokenizer.model_max_length, model.dual.text.max_length)
     return tokenizer

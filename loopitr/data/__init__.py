@@ -1,6 +1,6 @@
-"""From sources of images and captions to records, examples and batches. It imports no other part of the package.
+"""Images and captions from their sources to records, examples and batches.
 
-The names are imported when they are first used: options can be read without torch.
+Names are imported when they are first used, so that options can be read without importing torch.
 """
 
 # ruff: noqa: F401 (the imports under TYPE_CHECKING tell type checkers and editors what the names are)

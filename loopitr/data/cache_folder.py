@@ -1,6 +1,6 @@
-"""What the caches of a data set share: how they are named, built, described in `meta.json`, opened and checked.
+"""Common parts of the caches of a data set: naming, building, `meta.json`, opening and checking.
 
-A cache is a folder that is either complete or not there at all.
+A cache is a folder that either is complete or does not exist.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ META = "meta.json"
 
 
 def names_digest(records: Sequence[Record]) -> str:
-    """A digest of which images a sequence holds, in their order. No image is read for it."""
+    """A digest of the names of a sequence's images, in order. It reads no image."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(getattr(records, "fingerprint", "").encode())
     for index in range(len(records)):
@@ -40,7 +40,7 @@ def names_digest(records: Sequence[Record]) -> str:
 
 
 def make_folder(folder: str | Path) -> None:
-    """Make the folder that caches will lie in, unless it exists.
+    """Make the folder that caches are written to, unless it exists.
 
     Raises:
         DataError: the folder cannot be made.
@@ -59,13 +59,13 @@ def _making(folder: str | Path) -> Iterator[None]:
 
 
 def build_once(target: Path, build: Callable[[Path], dict[str, Any]]) -> None:
-    """Fill the folder `target` by `build(folder)`, unless it exists. What `build` returns becomes its `meta.json`.
+    """Fill the folder `target` by `build(folder)`, unless it exists; the return value becomes its `meta.json`.
 
-    The building happens in a folder of its own that is renamed when it is complete. A killed build therefore leaves
-    nothing that could pass for a cache, and of two concurrent builders the first to finish wins.
+    `build` writes to a temporary folder, which is renamed when it is complete. So a killed build leaves nothing that
+    looks like a cache, and if two processes build the same cache, the first to finish wins.
 
     Raises:
-        DataError: no folder can be made there.
+        DataError: the folder cannot be made.
     """
     temporary = target.parent / f"{_prefix(target)}{os.getpid()}-{uuid.uuid4().hex[:8]}"
     make_folder(target.parent)
@@ -86,13 +86,13 @@ def build_once(target: Path, build: Callable[[Path], dict[str, Any]]) -> None:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """What `build_once` wrote about a cache; callers read it, and its values, inside `expect_intact`."""
+    """The content of a cache's `meta.json`; callers read it and its values inside `expect_intact`."""
     return json.loads((folder / META).read_text())
 
 
 @contextmanager
 def expect_intact(folder: Path, problem: str) -> Iterator[None]:
-    """Turns the errors of reading files that are missing or damaged into a `DataError` that says what to do."""
+    """Turns errors from missing or damaged files in the block into a `DataError` that says what to do."""
     try:
         yield
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -100,20 +100,20 @@ def expect_intact(folder: Path, problem: str) -> Iterator[None]:
 
 
 def damaged(folder: Path, problem: str) -> DataError:
-    """The error to raise for a cache whose files are not what a finished build leaves."""
+    """The error for a cache with missing or damaged files."""
     return DataError(f"{folder}: {problem}; delete it to have it built again")
 
 
 def none_readable(records: Sequence[Record]) -> DataError:
-    """The error to raise where not one image of `records` can be decoded, so that there is nothing to keep."""
+    """The error for records of which no image can be decoded, so that there is nothing to cache."""
     return DataError(f"none of {len(records)} images is readable, the first is {name_of(records, 0)}")
 
 
 def check_space(folder: Path, size: int, what: str) -> None:
-    """Check that `size` more bytes fit on the disk where `folder` lies, in which a cache is being built.
+    """Check that the disk of `folder`, in which a cache is being built, has room for `size` more bytes.
 
     Raises:
-        DataError: fewer bytes are free.
+        DataError: fewer bytes are free; the message says what needs them (`what`).
     """
     free = shutil.disk_usage(folder).free
     if size > free:
@@ -128,26 +128,27 @@ def read_images(
     num_workers: int,
     collate: Callable[[list[tuple[int, Tensor | str]]], Any] = list,
     shortest: int | None = None,
+    seed: int | None = None,
 ) -> DataLoader[Any]:
-    """A loader of (index, `transform` of that record's image, or the reason why it is unreadable), in their order."""
+    """A loader of the items of `DecodedImages`, in order."""
     return DataLoader(
-        DecodedImages(records, transform, shortest=shortest),
+        DecodedImages(records, transform, shortest=shortest, seed=seed),
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=collate,
-        # The global generator stays where it is, so that a run does not depend on whether its cache was built before.
+        # The global generator is not used, so that a run is the same whether it builds the cache or finds it.
         generator=torch.Generator(),
         worker_init_fn=leave_signals_to_the_run,
     )
 
 
 def _prefix(target: Path) -> str:
-    """How the names of the folders begin in which processes of this host build `target`."""
+    """The start of the names of temporary folders in which processes on this host build `target`."""
     return f".{target.name}.building-{socket.gethostname()}-"
 
 
 def _remove_abandoned(target: Path) -> None:
-    """Delete the folders that killed builders on this host left behind, since these may hold gigabytes."""
+    """Delete temporary folders of killed processes on this host, since these may hold gigabytes."""
     for folder in target.parent.glob(f"{_prefix(target)}*"):
         pid = int(folder.name[len(_prefix(target)) :].split("-")[0])
         try:
@@ -159,9 +160,10 @@ def _remove_abandoned(target: Path) -> None:
 
 
 def check_key(key: str) -> None:
-    """
+    """Check the digest that identifies a cache's content.
+
     Raises:
-        ValueError: what a caller gives as the digest of all that decides a cache's content is no digest.
+        ValueError: it is too short, or has characters that do not belong in a file name.
     """
     if not re.fullmatch(r"[\w-]{8,}", key):
         raise ValueError(f"key must be a digest of at least 8 letters, digits, '-' or '_', got {key!r}")

@@ -1,4 +1,4 @@
-"""COCO's own numbers of images and captions, which a Karpathy file carries."""
+"""COCO's own ids of images and captions, from a Karpathy file."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from .records import DataError
 
 @dataclass(frozen=True)
 class CocoImage:
-    """An image's `number`, and the numbers of its captions by their text: twins have several, in order."""
+    """The id of an image, and the ids of its captions by text; a caption that occurs twice has several, in order."""
 
     number: int
     captions: Mapping[str, list[int]]
 
 
 def coco_images(path: str | Path, split: str) -> dict[str, CocoImage]:
-    """The images of a Karpathy file's split by the names of their records.
+    """The images of a Karpathy file's split, by the names of their records.
 
     Raises:
-        DataError: a file without `cocoid` or `sentid`: it is not COCO's.
+        DataError: an image has no `cocoid` or a caption no `sentid`, so the file is not COCO's.
     """
     content = read_json(path)
     images: dict[str, CocoImage] = {}

@@ -1,4 +1,4 @@
-"""Makes one padded batch of examples."""
+"""Turns examples into one padded batch."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What `Collator` makes of examples: the inputs of a training step, and what the data lost on the way to it.
+    """The inputs of a training step, and what was skipped or cut to make them.
 
-    `inputs` is exactly what `LoopObjective.forward` takes: `pixel_values [B, 3, H, W]` or `image_tokens [B, N, D]`;
-    `input_ids` and `attention_mask [B, L]`; from a cache `text_tokens [B, L, D]` and `text_pooled [B, D']`;
-    `identities [B]`; `caption_ids [B]`, equal for equal captions.
-    `skipped` holds the name and the reason of every example that could not be read. `truncated` is the number of
-    captions that were longer than the collator's `max_length`. `names [B]` says which images these are.
+    Attributes:
+        inputs: the arguments of `LoopObjective.forward`: `pixel_values [B, 3, H, W]` or `image_tokens [B, N, D]`;
+            `input_ids` and `attention_mask [B, L]`; from a cache `text_tokens [B, L, D]` and `text_pooled [B, D']`;
+            `identities [B]`; `caption_ids [B]`, equal for equal captions.
+        skipped: the name of every example that could not be read, with the reason.
+        truncated: the number of captions that were cut to the collator's `max_length`.
+        names: `[B]`, the names of the images.
     """
 
     inputs: dict[str, Tensor]
@@ -34,13 +36,18 @@ class Batch:
     names: tuple[str, ...] = ()
 
     def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory; a DataLoader with `pin_memory=True` calls this."""
+        """A copy of the batch in page-locked memory; a DataLoader with `pin_memory=True` calls this."""
         return replace(self, inputs={name: value.pin_memory() for name, value in self.inputs.items()})
 
 
 class Collator:
-    """Stacks images (or image tokens) and tokenizes captions, padded to the longest of the batch; with a cache, what
-    the text backbone makes of them comes along."""
+    """Stacks images or image tokens, and tokenizes captions, padded to the longest of the batch.
+
+    With `texts`, it adds the cached output of the text backbone.
+
+    Raises:
+        ValueError: the tokenizer has no padding token, or `max_length` is below 1.
+    """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, *, max_length: int, texts: TextTokenCache | None = None
@@ -50,7 +57,7 @@ class Collator:
         if max_length < 1:
             raise ValueError(f"max_length must be at least 1, got {max_length}")
         self.tokenizer, self.max_length, self.texts = tokenizer, max_length, texts
-        # Otherwise each forked worker would warn, and turn the tokenizer's threads off itself.
+        # Without this, each forked worker would warn, and would itself turn the tokenizer's threads off.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> Batch:
@@ -60,7 +67,7 @@ class Collator:
             padding=True,
             truncation=True,
             max_length=self.max_length,
-            return_attention_mask=True,  # SigLIP's tokenizers give none by default.
+            return_attention_mask=True,  # SigLIP's tokenizers return none by default.
             return_tensors="pt",
         )
         images = "image_tokens" if "image_tokens" in examples[0] else "pixel_values"
@@ -86,11 +93,11 @@ class Collator:
 def count_truncated(
     tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], lengths: Sequence[int], max_length: int
 ) -> int:
-    """The number of captions that lost words when they were cut to `max_length` tokens, `lengths` after the cut."""
+    """The number of captions that were longer than `max_length` tokens; `lengths` are those after truncation."""
     full = [caption for caption, length in zip(captions, lengths) if length >= max_length]
     if not full:
         return 0
-    # Only a caption that fills the limit can have lost words, so only those are tokenized a second time, uncut.
+    # Only captions that fill the limit can have been longer; only those are tokenized again, without a limit.
     whole = tokenizer(full, verbose=False)["input_ids"]
     return sum(len(ids) > max_length for ids in whole)
 

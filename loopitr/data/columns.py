@@ -1,4 +1,4 @@
-"""Which columns of a `datasets` source hold the image and the captions, and how a cell becomes either."""
+"""The choice of the image and the caption column of a `datasets` source, and the reading of their cells."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ CAPTION_GUESSES = ("caption", "captions", "text", "txt", "sentences", "json.capt
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """The columns of a source that are read. `caption` may be dotted, which names a field inside a struct column;
-    `caption_root` is the column that it starts in."""
+    """The columns of a source that are read.
+
+    `caption` may be dotted, for a field inside a struct column; `caption_root` is that column.
+    """
 
     image: str
     caption: str
@@ -28,12 +30,14 @@ class Columns:
 
 
 def choose_columns(source: str, columns: Mapping[str, Any], image: str | None, caption: str | None) -> Columns:
-    """The columns that the caller named, or else the only one of each kind that has a usual name.
+    """The columns that the caller named, or else the only column of each kind with a usual name.
 
-    `columns` maps the names of the columns to their feature types.
+    Args:
+        columns: the feature types by column name.
+        image, caption: the columns that the caller named; None: choose by name.
 
     Raises:
-        DataError: a named column is missing, or none or several have a usual name.
+        DataError: a named column is missing, or there is not exactly one column with a usual name.
     """
     image = choose_image_column(source, columns, image)
     caption = _choose(source, columns, caption, CAPTION_GUESSES, kind="caption")
@@ -41,7 +45,7 @@ def choose_columns(source: str, columns: Mapping[str, Any], image: str | None, c
 
 
 def choose_image_column(source: str, columns: Mapping[str, Any], image: str | None) -> str:
-    """The image column alone, see `choose_columns`."""
+    """The image column; see `choose_columns`."""
     image = _choose(source, columns, image, IMAGE_GUESSES, kind="image")
     if _root(columns, image) != image:
         raise DataError(f"{source}: the image column cannot be a field inside a column, got {image!r}")
@@ -55,7 +59,7 @@ def _choose(source: str, columns: Mapping[str, Any], wanted: str | None, guesses
             raise DataError(f"{source}: no {kind} column {wanted!r}; its columns are {listed}")
         return wanted
     candidates = [name for name in guesses if _root(columns, name)]
-    if kind == "caption":  # A struct is no caption: the caller has to name one of its fields.
+    if kind == "caption":  # A struct is not a caption; the caller has to name one of its fields.
         candidates = [name for name in candidates if not _fields(columns.get(name))]
     if len(candidates) == 1:
         return candidates[0]
@@ -65,10 +69,10 @@ def _choose(source: str, columns: Mapping[str, Any], wanted: str | None, guesses
 
 
 def any_json(features: Any, column: str) -> Any:
-    """The feature types of tars with those of a column of JSON files left open.
+    """The feature types of a WebDataset, but with a type that allows any JSON for `column` if it holds JSON files.
 
-    `datasets` guesses them from the first samples and forces all others into them: where captions are lists there and
-    a text later, this is taken for a list of letters.
+    `datasets` infers the types from the first samples and casts all others to them: if captions are lists there and a
+    text later, the text would become a list of letters.
     """
     import datasets
 
@@ -80,7 +84,7 @@ def any_json(features: Any, column: str) -> Any:
 
 
 def _root(columns: Mapping[str, Any], name: str) -> str | None:
-    """The column that a possibly dotted name starts in, or None. A column whose own name has dots comes first."""
+    """The column that a possibly dotted name starts with, or None. A column whose whole name has dots comes first."""
     if name in columns:
         return name
     root, _, rest = name.partition(".")
@@ -90,7 +94,7 @@ def _root(columns: Mapping[str, Any], name: str) -> str | None:
     for part in rest.split("."):
         feature = _fields(feature)
         if feature is None:
-            return root  # The type is unknown, as in free JSON: reading rows shows whether they have such a field.
+            return root  # The type is unknown, as in free JSON; reading the rows will show whether the field exists.
         if part not in feature:
             return None
         feature = feature[part]
@@ -112,7 +116,7 @@ def _describe(name: str, feature: Any) -> str:
 
 
 def dotted_value(row: Mapping[str, Any], path: str, root: str) -> Any:
-    """The value at a dotted path. In a list on the way, it is read from each item (`sentences.raw`)."""
+    """The value at a dotted path. If the path leads through a list, it is read from each item (`sentences.raw`)."""
     value: Any = row[root]
     for part in path[len(root) + 1 :].split(".") if path != root else []:
         if isinstance(value, (list, tuple)):
@@ -123,7 +127,7 @@ def dotted_value(row: Mapping[str, Any], path: str, root: str) -> Any:
 
 
 def image_value(value: Any, name: str) -> str | bytes | None:
-    """The encoded bytes or the path that an undecoded image cell holds, or None for an empty cell."""
+    """The encoded bytes or the path in an undecoded image cell; None for an empty cell."""
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if value is not None and not isinstance(value, (str, bytes)):
@@ -132,9 +136,9 @@ def image_value(value: Any, name: str) -> str | bytes | None:
 
 
 def image_facts(dataset: datasets.Dataset, column: str) -> tuple[Any, np.ndarray, np.ndarray]:
-    """From the Arrow column: the paths or None, which rows have no image [R], and the identities [R].
+    """The paths of an image column or None, a mask of rows without an image `[R]`, and the identities `[R]`.
 
-    No image bytes are read for it.
+    They are read from the Arrow table without the images' bytes.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -146,7 +150,7 @@ def image_facts(dataset: datasets.Dataset, column: str) -> tuple[Any, np.ndarray
             raise DataError(f"image column {column!r} is a struct without 'path' and 'bytes': {values.type}")
         paths, data = pc.struct_field(values, "path"), pc.struct_field(values, "bytes")
         missing = pc.and_(pc.is_null(paths), pc.is_null(data))
-        # Embedded images often keep only a base name, which several folders may share; their sizes in bytes differ.
+        # Embedded images often have only a base name, which several folders may share; the size tells them apart.
         sizes = pc.cast(pc.coalesce(pc.cast(pc.binary_length(data), pa.int64()), -1), pa.string())
         keys = pc.binary_join_element_wise(pc.cast(paths, pa.string()), sizes, "\0")
     elif pa.types.is_string(values.type) or pa.types.is_large_string(values.type):

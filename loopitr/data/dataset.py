@@ -1,10 +1,9 @@
-"""Makes training examples of records, in DataLoader workers. All randomness is a function of (seed, epoch, index)."""
+"""Training examples from records, in DataLoader workers. All randomness is a function of (seed, epoch, index)."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -17,20 +16,31 @@ from .image_cache import ImageCache
 from .images import UnreadableImage, decode_image
 from .records import DataError, Record, caption_count, captions_of, identity_of, name_of, stable_hash
 from .token_cache import TokenCache
+from .transforms import seeded
 
-Transform = Callable[[Any], Tensor]  # Its argument is a PIL image, or with an ImageCache uint8 pixels [3, H, W].
+Transform = Callable[[Any], Tensor]  # The argument is a PIL image, or with an ImageCache uint8 pixels [3, H, W].
 Captions = Literal["one", "all"]
-MAX_FAILURES = 50  # After so many unreadable images in a row it is the data that is broken, not an image.
+MAX_FAILURES = 50  # The number of unreadable images in a row that stops the run.
 
 
 class CaptionDataset(Dataset[dict[str, Any]]):
-    """Examples `{pixel_values [3, H, W] | image_tokens [N, D], caption, identity, skipped, name}` of map-style records.
+    """Examples `{pixel_values [3, H, W] | image_tokens [N, D], caption, identity, skipped, name}` of records.
 
-    A key is `(epoch, index)`, as `EpochSampler` gives it, or a plain index of epoch 0. With captions="one" there is one
-    example per image and a caption is drawn per visit; with "all" one per caption. An unreadable image is replaced by
-    the next readable record, so that batches keep their size on every rank; `skipped` names it with the reason.
-    `transform` should draw from torch's generator only: this one is seeded per example. `shortest` is passed on to
-    `decode_image`; with `images` nothing is decoded.
+    A key is `(epoch, index)`, as from `EpochSampler`, or an index, for epoch 0. An unreadable image is replaced by the
+    next readable record, so that batches keep their size on every rank; `skipped` has its name and the reason.
+
+    Args:
+        transform: makes `pixel_values`. Its randomness should come from torch's generator, which is seeded for each
+            example.
+        captions: "one" makes one example per image, with a caption drawn at each visit; "all" makes one per caption.
+        tokens: caches to read image tokens from instead of decoding files, one per view of the images; each example
+            draws its view.
+        images: a cache to read decoded images from.
+        shortest: passed to `decode_image`.
+
+    Raises:
+        DataError: there are no records.
+        ValueError: arguments contradict each other, or a cache has another number of images.
     """
 
     def __init__(
@@ -40,19 +50,19 @@ class CaptionDataset(Dataset[dict[str, Any]]):
         transform: Transform | None,
         captions: Captions = "one",
         seed: int = 0,
-        tokens: TokenCache | None = None,
+        tokens: Sequence[TokenCache] = (),
         images: ImageCache | None = None,
         shortest: int | None = None,
     ) -> None:
         _check_captions(captions)
         if not len(records):
             raise DataError("a dataset needs at least one record, got none")
-        for what, cache in (("token", tokens), ("image", images)):
+        for what, cache in (*(("token", view) for view in tokens), ("image", images)):
             if cache is not None and len(cache) != len(records):
                 raise ValueError(f"the {what} cache has {len(cache)} images, the records are {len(records)}")
-        if tokens is not None and images is not None:
+        if tokens and images is not None:
             raise ValueError("either tokens or images can come from a cache, got both")
-        if tokens is None and transform is None:
+        if not tokens and transform is None:
             raise ValueError("a transform is needed where images are not read from a token cache, got None")
         self.records, self.transform, self.captions, self.seed = records, transform, captions, seed
         self.tokens, self.images, self.shortest = tokens, images, shortest
@@ -73,7 +83,7 @@ class CaptionDataset(Dataset[dict[str, Any]]):
         for step in range(min(MAX_FAILURES, len(self.records))):
             current = (start + step) % len(self.records)
             captions = captions_of(self.records, current)
-            if not captions:  # The sources leave such records out, but a list of one's own may hold some.
+            if not captions:  # Sources leave such records out, but a user's own list may have some.
                 skipped.append((name_of(self.records, current), "no captions"))
                 continue
             try:
@@ -81,7 +91,7 @@ class CaptionDataset(Dataset[dict[str, Any]]):
             except UnreadableImage as error:
                 skipped.append((error.name, f"unreadable image: {error.reason}"))
                 continue
-            if position is None or step:  # A replacement has other captions, of which one is drawn.
+            if position is None or step:  # Also for a replacement, since it has other captions.
                 position = random.Random(seed).randrange(len(captions))
             return {
                 **image,
@@ -94,17 +104,18 @@ class CaptionDataset(Dataset[dict[str, Any]]):
         raise DataError(f"{len(skipped)} images in a row are unreadable, the first is {name} ({reason})")
 
     def _locate(self, index: int) -> tuple[int, int | None]:
-        """The record of an example, and which of its captions, or None where one is to be drawn."""
+        """The record of an example, and the position of its caption; None: a caption is drawn."""
         if self.captions == "one":
             return index, None
         record = int(np.searchsorted(self._ends, index, side="right"))
         return record, index - (int(self._ends[record - 1]) if record else 0)
 
     def _image(self, index: int, seed: int) -> dict[str, Tensor]:
-        if self.tokens is not None:
-            if index in self.tokens.unreadable:
+        if self.tokens:
+            if index in self.tokens[0].unreadable:
                 raise UnreadableImage(name_of(self.records, index), "no cached tokens")
-            return {"image_tokens": self.tokens[index]}  # [N, D]
+            view = stable_hash(f"{seed}/view") % len(self.tokens)
+            return {"image_tokens": self.tokens[view][index]}  # [N, D]
         assert self.transform is not None
         image: Any
         if self.images is not None:
@@ -118,10 +129,14 @@ class CaptionDataset(Dataset[dict[str, Any]]):
 
 
 class StreamDataset(IterableDataset[dict[str, Any]]):
-    """The same examples from a stream, split over DataLoader workers and, by `num_shards` and `index`, over ranks.
+    """Examples of a stream, like those of `CaptionDataset`, split over DataLoader workers and ranks.
 
-    Unreadable images are left out and named in `skipped` of the next good example. With captions="all" the captions
-    of an image follow each other, so they meet in a batch (as positives). `shuffle_buffer=0` keeps the stream's order.
+    An unreadable image is left out, and named in `skipped` of the next readable example. With captions="all" the
+    captions of an image follow each other, so they are usually in one batch, as positives.
+
+    Args:
+        num_shards, index: the number of ranks, and this rank.
+        shuffle_buffer: the number of rows in memory from which the next is drawn; 0 keeps the stream's order.
     """
 
     def __init__(
@@ -140,9 +155,10 @@ class StreamDataset(IterableDataset[dict[str, Any]]):
         self.stream, self.transform, self.captions, self.seed = stream, transform, captions, seed
         self.num_shards, self.index, self.shuffle_buffer = num_shards, index, shuffle_buffer
         self.shortest = shortest
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # Persistent workers see it change.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # Persistent workers see changes of it.
 
     def set_epoch(self, epoch: int) -> None:
+        """Set the epoch of the next iteration, which decides order, captions and transforms."""
         self._epoch.fill_(epoch)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -154,7 +170,7 @@ class StreamDataset(IterableDataset[dict[str, Any]]):
             stream = stream.shuffle(self.seed, self.shuffle_buffer)
         stream.set_epoch(epoch)
         skipped: list[tuple[str, str]] = []
-        failures: list[UnreadableImage] = []  # These came in a row.
+        failures: list[UnreadableImage] = []  # those in a row since the last readable image
         for record in stream.records(lambda reason, name: skipped.append((name, reason))):
             try:
                 image = decode_image(record.image, record.name, shortest=self.shortest)
@@ -168,7 +184,7 @@ class StreamDataset(IterableDataset[dict[str, Any]]):
                     ) from error
                 continue
             failures.clear()
-            # Rows have no number here, so that the record's own name and content stand for its index.
+            # Rows of a stream have no index, so the seed depends on the record's name and content.
             seed = stable_hash(f"{self.seed}/{epoch}/{record.name}/{record.identity}")
             chosen = record.captions if self.captions == "all" else [random.Random(seed).choice(record.captions)]
             for number, caption in enumerate(chosen):
@@ -184,10 +200,10 @@ class StreamDataset(IterableDataset[dict[str, Any]]):
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
-    """Yields `(epoch, index)`, in an order that depends on (seed, epoch) alone.
+    """Yields `(epoch, index)` in an order that depends only on (seed, epoch).
 
-    Runs of `group` consecutive indices stay together, so that near misses that lie beside each other in the data meet
-    in a batch; 1 shuffles everything.
+    Runs of `group` consecutive indices stay together, so that near misses that are neighbours in the data get into one
+    batch; 1 shuffles everything.
     """
 
     def __init__(self, size: int, *, seed: int, shuffle: bool = True, group: int = 1) -> None:
@@ -197,6 +213,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
+        """Set the epoch of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -208,8 +225,8 @@ class EpochSampler(Sampler[tuple[int, int]]):
         if self.shuffle:
             generator = torch.Generator().manual_seed(stable_hash(f"{self.seed}/{epoch}"))
             blocks = torch.randperm(-(-self.size // self.group), generator=generator)
-            order = (blocks[:, None] * self.group + torch.arange(self.group)).flatten()  # The last block may be short.
-        return ((epoch, index) for index in order.tolist() if index < self.size)
+            order = (blocks[:, None] * self.group + torch.arange(self.group)).flatten()
+        return ((epoch, index) for index in order.tolist() if index < self.size)  # The last block may be shorter.
 
 
 def _check_captions(captions: str) -> None:
@@ -218,16 +235,5 @@ def _check_captions(captions: str) -> None:
 
 
 def _transformed(transform: Transform, image: Any, seed: int) -> Tensor:
-    with _seeded(seed):
+    with seeded(seed):
         return transform(image)  # [3, H, W]
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seeds torch's CPU generator for the block only.
-
-    `torch.manual_seed` would reseed every GPU too, and with it dropout.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield

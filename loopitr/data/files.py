@@ -1,4 +1,4 @@
-"""What the sources that are files share: they read JSON, resolve image folders and group rows by image."""
+"""Common parts of the sources that are files: reading JSON, finding image folders, grouping rows by image."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from .records import DataError, LoadReport, Record, clean_captions, printable
 
-PROBED = 8  # So many images are looked for at load; others that are missing are counted when they are read.
+PROBED = 8  # The number of images whose files are looked for at load; other missing files are counted when read.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +28,8 @@ def read_text(path: str | Path) -> str:
     """The content of a UTF-8 file, with or without a byte order mark.
 
     Raises:
-        DataError: the file cannot be read, is no file (a pipe would be waited for, and some devices never end), or is
-            in another encoding.
+        DataError: the file cannot be read, is not a regular file (reading a pipe or a device may never end), or has
+            another encoding.
     """
     try:
         status = os.stat(path)
@@ -40,30 +40,30 @@ def read_text(path: str | Path) -> str:
         raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from error
-    if "\0" in text:  # UTF-16 of plain letters passes for UTF-8 with a zero beside each.
+    if "\0" in text:  # ASCII letters in UTF-16 are valid UTF-8, with a zero byte after each.
         line = text.count("\n", 0, text.index("\0")) + 1
         raise DataError(f"{path}: not UTF-8 text (a zero byte in line {line})")
     return text
 
 
 def parse_json(text: str) -> Any:
-    """
+    """`json.loads`, but a name that occurs twice in an object is an error.
+
     Raises:
-        ValueError: no valid JSON, a name that stands twice in one object, or a nesting or a number that is too deep or
-            too long for Python.
+        ValueError: the text is not valid JSON, has a name twice, or is too deep or has too long a number for Python.
     """
     try:
-        return json.loads(text, object_pairs_hook=_without_twins)
+        return json.loads(text, object_pairs_hook=_without_duplicates)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 
 
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
-    if len(content) < len(pairs):  # json would keep the last of them.
+    if len(content) < len(pairs):  # json would silently keep the last value.
         names = [name for name, _ in pairs]
-        twin = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"an object has the name {printable(twin)!r} twice")
+        duplicate = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object has the name {printable(duplicate)!r} twice")
     return content
 
 
@@ -71,7 +71,7 @@ def read_json(path: str | Path) -> Any:
     """The parsed content of a JSON file.
 
     Raises:
-        DataError: the file cannot be read or is no valid JSON.
+        DataError: the file cannot be read or is not valid JSON.
     """
     text = read_text(path)
     try:
@@ -93,7 +93,7 @@ def image_folder(images: str | Path) -> Path:
 
 
 def check_images_exist(paths: Sequence[Path], source: str | Path) -> None:
-    """Look for the first few images, none of which exists where the folder is wrong; the decoder reports single gaps.
+    """Check that the image folder is right: that one of the first few images exists.
 
     Raises:
         DataError: none of them exists.
@@ -106,9 +106,9 @@ def check_images_exist(paths: Sequence[Path], source: str | Path) -> None:
 def group_rows(
     rows: Iterable[Row], *, source: str | Path, images: str | Path | None, split: str | None, report: LoadReport
 ) -> list[Record]:
-    """All rows of an image become one record, and all rows of one `identity` get the same integer.
+    """One record per image, with the captions of all its rows; equal `identity` keys get equal integers.
 
-    Relative image paths start at `images`, or at the folder of `source` where `images` is None.
+    Relative image paths start at `images`, or at the folder of `source` if `images` is None.
 
     Raises:
         DataError: no image has a caption, or none of the first few images exists.

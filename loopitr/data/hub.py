@@ -1,7 +1,7 @@
-"""Any source that `datasets.load_dataset` reads: hub ids, imagefolder, parquet, WebDataset tars; mapped or streamed.
+"""Sources that `datasets.load_dataset` reads: hub ids, imagefolder, parquet, WebDataset tars; mapped or streamed.
 
-Images stay encoded until a DataLoader worker decodes them. `datasets` is imported when it is first used, since its
-import lasts seconds.
+Images stay encoded until a DataLoader worker decodes them. `datasets` is imported when it is first used, since that
+takes seconds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .tars import tar_fault
 if TYPE_CHECKING:
     import datasets
 
-TARS = "webdataset"  # what `datasets` calls their format
+TARS = "webdataset"  # the name of this format in `datasets`
 DataFiles = str | list[str] | dict[str, str] | None
 
 
@@ -42,20 +42,25 @@ def load_hub(
     data_files: DataFiles = None,
     streaming: bool = False,
 ) -> HubRecords | HubStream:
-    """Records of one split. `path` is a hub id, a local folder, or a format name beside `data_files`.
+    """Records of one split.
 
-    `caption_column` may reach into a struct (`json.captions`). Left out, both columns are guessed from usual names.
+    A local tar file that is incomplete or damaged is counted and named in `report`.
 
-    A local tar file that breaks off, or is broken in its middle, is a skip that is counted and named.
+    Args:
+        path: a hub id, a local folder, or the name of a format, with `data_files`.
+        report: counts what was read and what was skipped.
+        image_column, caption_column: None: guessed from usual names. `caption_column` may name a field of a struct
+            (`json.captions`).
+        name: the configuration of the data set.
 
     Raises:
         DataError: `datasets` cannot load the source, it has no such split, or the columns are unclear.
     """
     source = f"{path if data_files is None else data_files}[{split}]"
-    # Of tars the types are guessed from the first samples, which a stream shows without preparing all of them.
+    # The types of a WebDataset are inferred from its first samples; a stream reads these without preparing the rest.
     dataset = _load(path, split, name, data_files, streaming or path == TARS)
     features = dataset.features
-    if features is None:  # It is a stream of untyped rows, whose first one shows the columns.
+    if features is None:  # The stream has no types; its first row shows the columns.
         features = dict.fromkeys(next(iter(dataset), {}))
     columns = choose_columns(source, features, image_column, caption_column)
     if dataset.info.builder_name == TARS:
@@ -70,7 +75,7 @@ def load_hub(
 def load_images(
     path: str, split: str, image_column: str | None = None, data_files: DataFiles = None
 ) -> tuple[datasets.Dataset, str]:
-    """One split with all its columns, images left encoded, and the name of its image column: captions are not needed.
+    """One split with all its columns, images left encoded, and the name of its image column.
 
     Raises:
         DataError: as `load_hub`.
@@ -99,7 +104,7 @@ def _load(path: str, split: str, name: str | None, data_files: DataFiles, stream
     except Exception as error:  # Builders raise errors of pyarrow, fsspec, tarfile and their own.
         splits = None
         if isinstance(error, ValueError) and "split" in str(error).lower():
-            with contextlib.suppress(Exception):  # If this fails too, the first error is the one that says why.
+            with contextlib.suppress(Exception):  # If this fails too, the first error is reported.
                 splits = list(load(None))
         if splits is not None and split.split("[")[0] not in splits:
             raise DataError(f"{named}: no split {split!r}; it has {', '.join(map(str, splits))}") from error
@@ -107,7 +112,7 @@ def _load(path: str, split: str, name: str | None, data_files: DataFiles, stream
 
 
 def _undecoded(dataset: Any, columns: Columns, features: Any) -> Any:
-    """The dataset with only the columns that are read, its images left encoded."""
+    """The dataset with only the columns that are read, with images left encoded."""
     import datasets
 
     keep = [columns.image, columns.caption_root, *(key for key in KEYS if key in features)]
@@ -118,9 +123,9 @@ def _undecoded(dataset: Any, columns: Columns, features: Any) -> Any:
 
 
 class HubRecords(LazyRecords):
-    """Rows of a map-style dataset that have an image and a caption; only row numbers are held in memory.
+    """The rows of a map-style dataset that have an image and a caption; only row numbers are held in memory.
 
-    A record's identity is its row; rows that name the same image (path, and size where bytes are stored) share one.
+    A record's identity is its row number. Rows with the same image path (and, for stored bytes, size) share one.
     """
 
     def __init__(
@@ -143,7 +148,7 @@ class HubRecords(LazyRecords):
                 captions = self._clean({columns.caption_root: cell}, f"{source} row {position}", skips)
                 if missing[position] or not captions:
                     skips.skip("no image" if missing[position] else "no captions", "")
-                if skips.counts:  # A name costs a look-up, so that only these rows get one.
+                if skips.counts:  # Names are looked up only for these rows, because that takes time.
                     report.merge_skips(skips, self._row_name(position))
                 if captions and not missing[position]:
                     report.add(len(captions))
@@ -153,7 +158,7 @@ class HubRecords(LazyRecords):
         if not rows:
             raise DataError(f"{source}: no image with a caption in column {columns.caption!r} ({report.summary()})")
         self._rows, self._counts = np.array(rows), np.array(counts)
-        self[0]  # A column of the wrong type fails here, not in a worker.
+        self[0]  # This makes a column of the wrong type fail here, not in a worker.
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -167,7 +172,7 @@ class HubRecords(LazyRecords):
     def read(self, index: int) -> Record:
         name = self.name(index)
         row = self._dataset[int(self._rows[index])]
-        image = image_value(row[self._columns.image], name) or b""  # The decoder reports an empty cell.
+        image = image_value(row[self._columns.image], name) or b""  # The decoder reports empty bytes as unreadable.
         return Record(
             image=image,
             captions=self._clean(row, name, LoadReport()),
@@ -190,7 +195,7 @@ class HubRecords(LazyRecords):
 
     @property
     def fingerprint(self) -> str:
-        # The end of the Arrow file's path is a hash that `datasets` makes of the data files and the options.
+        # The end of the Arrow file's path is a hash of the data files and the options, made by `datasets`.
         return "|".join("/".join(Path(file["filename"]).parts[-4:]) for file in self._dataset.cache_files)
 
     def _clean(self, row: dict[str, Any], name: str, report: LoadReport) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What `datasets` streams, as records: read in order, in parts, shuffled in a buffer."""
+"""Records streamed by `datasets`: read in order, split into shards, shuffled in a buffer."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ KEYS = (URL, "__key__")  # These columns of `datasets` name a WebDataset sample.
 
 @dataclass(kw_only=True)
 class HubStream:
-    """An iterable of records read in order; `shard` it by worker and rank, `shuffle` it through a buffer.
+    """An iterable of records in the order of their rows; `shard` splits it, `shuffle` shuffles it in a buffer.
 
-    Row numbers are unknown while streaming, so identity is a hash of the image (its bytes, or else its path).
-    Shards are whole files where these divide evenly, otherwise every n-th row; lengths may differ by shard, so
-    training on several ranks should count steps, not epochs.
+    A stream has no row numbers that all shards agree on, so a record's identity is a hash of the image (its bytes, or
+    else its path). Shards are whole files if their number is divisible by that of the shards, otherwise every n-th row.
+    Shards may differ in length, so training on several ranks should count steps, not epochs.
     """
 
     dataset: Any
@@ -37,17 +37,17 @@ class HubStream:
     limit: int | None = None
 
     def shard(self, num_shards: int, index: int) -> HubStream:
-        """Part `index` of `num_shards` parts of this stream, which have no row in common."""
+        """Part `index` of `num_shards` disjoint parts of this stream."""
         if not 0 <= index < num_shards:
             raise ValueError(f"shard index must be in [0, {num_shards}), got {index}")
         return replace(self, num_shards=self.num_shards * num_shards, shard_index=self.shard_index * num_shards + index)
 
     def shuffle(self, seed: int, buffer_size: int = 1000) -> HubStream:
-        """The same stream, whose rows are drawn at random from `buffer_size` rows held in memory."""
+        """This stream with rows drawn at random from `buffer_size` rows held in memory."""
         return replace(self, shuffle_seed=seed, buffer_size=buffer_size)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next iteration, where the stream is shuffled."""
+        """Set the epoch of the next iteration, which decides the order of a shuffled stream."""
         self.epoch = epoch
 
     def take(self, count: int) -> HubStream:
@@ -62,17 +62,17 @@ class HubStream:
     def records(self, on_skip: Callable[[str, str], None]) -> Iterator[Record]:
         """Records of this shard; `on_skip(reason, name)` is called for every row or caption left out."""
         rows = self._rows()
-        tars: set[str] = set()  # The ones that were looked at.
+        checked_tars: set[str] = set()
         for number in itertools.count():
             try:
                 row = next(rows)
             except StopIteration:
                 return
-            except Exception as error:  # A tar or parquet file broken in mid-stream raises any decoder's error.
+            except Exception as error:  # Damaged tar and parquet files raise errors of many kinds.
                 raise DataError(f"{self.source}: cannot read on after row {number}: {one_line(error)}") from error
             tar = row.get(URL)
-            if tar is not None and tar not in tars:
-                tars.add(tar)
+            if tar is not None and tar not in checked_tars:
+                checked_tars.add(tar)
                 if fault := tar_fault(tar):
                     on_skip(fault, tar)
             record = self._record(row, number, on_skip)
@@ -87,8 +87,8 @@ class HubStream:
         if self.shuffle_seed is not None:
             seed = stable_hash(f"{self.shuffle_seed}/{self.epoch}") & 0xFFFFFFFF
             dataset = dataset.shuffle(seed=seed, buffer_size=self.buffer_size)
-        # Every shard shuffles the same rows with the same seed, so that every n-th row still belongs to one shard only.
-        # In a DataLoader worker `iter(dataset)` would divide the files among the workers once more; `.iter()` does not.
+        # All shards shuffle the same rows with the same seed, so taking every n-th row still makes disjoint shards.
+        # In a DataLoader worker, `iter(dataset)` would split the files among the workers again; `.iter()` does not.
         rows = ({name: cells[0] for name, cells in batch.items()} for batch in dataset.iter(batch_size=1))
         return rows if by_file else itertools.islice(rows, self.shard_index, None, self.num_shards)
 
@@ -110,6 +110,6 @@ class HubStream:
 
 
 def one_line(error: BaseException) -> str:
-    """What went wrong in `datasets`, in one line."""
-    cause = error.__cause__ or error  # `DatasetGenerationError` hides what went wrong in its cause.
+    """An error of `datasets` in one line."""
+    cause = error.__cause__ or error  # The message of a `DatasetGenerationError` is in its cause.
     return printable(next(iter(str(cause).splitlines()), "")) or type(cause).__name__

@@ -1,4 +1,4 @@
-"""Training images, decoded and shrunk once and memory-mapped as bytes."""
+"""A cache of training images, decoded and shrunk once, and memory-mapped as bytes."""
 
 from __future__ import annotations
 
@@ -28,10 +28,14 @@ from .records import DataError, Record
 
 
 class ImageCache:
-    """`cache[i]` is the uint8 pixels [3, H, W] of record i. `unreadable` maps records without any to the reasons."""
+    """`cache[i]` is the uint8 pixels `[3, H, W]` of record i; `unreadable` has the reasons of records without any."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Open a finished cache. Each process maps the files on first use, so DataLoader workers may hold it."""
+        """Open a finished cache. Each process maps the files on first use, so it can be passed to DataLoader workers.
+
+        Raises:
+            DataError: the folder is not an image cache, or is damaged.
+        """
         self.folder = Path(folder)
         self._maps: tuple[np.ndarray, np.ndarray] | None = None
         with expect_intact(self.folder, "not an image cache"):
@@ -56,9 +60,9 @@ class ImageCache:
     ) -> ImageCache:
         """Open `folder/<shortest>px-<names digest[:16]>`, building it first if it is not there.
 
-        Images whose shorter side is above `shortest` pixels are shrunk to it, none is enlarged. Images are told apart
-        by name and path, not by pixels: delete the folder after editing images in place. For killed and concurrent
-        builds see `build_once`.
+        Images whose shorter side is above `shortest` pixels are shrunk to it; none is enlarged. Images are identified
+        by name and path, not by content: delete the folder after editing images in place. `build_once` says what
+        happens to interrupted and concurrent builds.
         """
         if shortest < 1:
             raise ValueError(f"shortest must be at least 1 pixel, got {shortest}")
@@ -81,8 +85,8 @@ class ImageCache:
     def __getitem__(self, index: int) -> Tensor:
         places, pixels = self._mapped()
         offset, height, width = places[index].tolist()
-        values = np.array(pixels[offset : offset + 3 * height * width])  # It is a copy, since the map is read-only.
-        # Stored as Pillow has them, [H, W, 3]: torch resizes bytes faster from a view of those than from planes.
+        values = np.array(pixels[offset : offset + 3 * height * width])  # a copy, since the map is read-only
+        # Pixels are stored as [H, W, 3], since torch resizes a view of this faster than separate colour planes.
         return torch.from_numpy(values).view(height, width, 3).permute(2, 0, 1)  # [3, H, W]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -99,7 +103,7 @@ class ImageCache:
 
 @dataclass(frozen=True)
 class _Batch:
-    """All pixels of a batch in one tensor, since each tensor costs a worker's pipe a file handle."""
+    """The pixels of a batch in one tensor, since each tensor sent by a worker uses a file handle."""
 
     pixels: Tensor  # [bytes]
     sizes: list[tuple[int, int, int]]  # index, height, width
@@ -117,7 +121,7 @@ def _pack(items: list[tuple[int, Tensor | str]]) -> _Batch:
 
 @dataclass(frozen=True)
 class _Shrink:
-    """A PIL RGB image -> its uint8 pixels [H, W, 3], shrunk until its shorter side is at most `shortest`."""
+    """A PIL RGB image -> its uint8 pixels `[H, W, 3]`, shrunk so that its shorter side is at most `shortest`."""
 
     shortest: int
 
@@ -125,32 +129,32 @@ class _Shrink:
         scale = self.shortest / min(image.size)
         if scale < 1:
             size = (round(image.width * scale), round(image.height * scale))
-            image = image.resize(size, Image.Resampling.BICUBIC)  # Pillow antialiases where it shrinks.
+            image = image.resize(size, Image.Resampling.BICUBIC)  # Pillow antialiases when it shrinks an image.
         return torch.from_numpy(np.array(image))  # [H, W, 3]
 
 
 def _build(
     folder: Path, records: Sequence[Record], shortest: int, batch_size: int, num_workers: int, progress: bool
 ) -> dict[int, str]:
-    """Write index and pixels; returns the reason of each unreadable record."""
+    """Write index and pixels; returns the reasons of unreadable records."""
     loader = read_images(
         records,
         _Shrink(shortest),
         batch_size=batch_size,
         num_workers=num_workers,
         collate=_pack,
-        # A JPEG decoded at twice the size or more is as sharp, once it is shrunk, as one decoded whole.
+        # A JPEG decoded at no less than twice this size is as sharp after shrinking as one decoded at full size.
         shortest=2 * shortest,
     )
     index = np.zeros((len(records), 3), dtype=np.int64)
     unreadable: dict[int, str] = {}
     read = written = 0
-    with (folder / "pixels.bin").open("wb", buffering=0) as file:  # A buffer would fail again when it is closed.
+    with (folder / "pixels.bin").open("wb", buffering=0) as file:  # On a full disk, closing a buffer fails again.
         for batch in tqdm(loader, desc="images", disable=not progress):
             unreadable.update(batch.failed)
             read += len(batch.sizes) + len(batch.failed)
-            whole = (written + len(batch.pixels)) * len(records) // read  # if the rest is like what was read
-            check_space(folder, whole - written, "caching images")
+            estimate = (written + len(batch.pixels)) * len(records) // read  # the size of the whole file
+            check_space(folder, estimate - written, "caching images")
             for position, height, width in batch.sizes:
                 index[position] = written, height, width
                 written += 3 * height * width
@@ -158,7 +162,7 @@ def _build(
             try:
                 while len(left):
                     left = left[file.write(left) :]
-            except OSError as error:  # Another program filled the disk, or a quota is reached.
+            except OSError as error:  # Another program filled the disk, or a quota was reached.
                 raise DataError(f"{folder.parent}: cannot write the image cache ({error.strerror})") from error
         os.fsync(file.fileno())
     if not written:

@@ -1,4 +1,4 @@
-"""Decodes anything that holds an image to an upright 8-bit RGB PIL image, or raises one clear error."""
+"""Decodes a file, bytes or a PIL image to an upright 8-bit RGB PIL image, or raises one kind of error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .records import DataError, printable
 
 
 class UnreadableImage(DataError):
-    """An image that cannot be decoded; `name` and `reason` are kept for the log."""
+    """An image that cannot be decoded. It has `name` and `reason`, for logs."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(name, reason)
@@ -29,14 +29,18 @@ class UnreadableImage(DataError):
 def decode_image(
     image: str | Path | bytes | Image.Image, name: str | None = None, *, shortest: int | None = None
 ) -> Image.Image:
-    """Decode a path, encoded bytes or PIL image to RGB, EXIF orientation applied, transparency put on white.
+    """Decode a path, encoded bytes or a PIL image to RGB, with EXIF orientation applied and transparency on white.
 
-    With `shortest`, a JPEG file may come at a half, a quarter or an eighth of its size, which is faster, as long as its
-    shorter side keeps so many pixels; everything else comes as without it.
+    Args:
+        name: the name in errors; None: the path.
+        shortest: a JPEG file may be decoded at a half, a quarter or an eighth of its size, which is faster, if its
+            shorter side keeps at least this many pixels.
 
-    Raises `UnreadableImage` for a file that is missing, empty, truncated, no image, too large
-    (`PIL.Image.MAX_IMAGE_PIXELS`, the guard against decompression bombs), far longer than wide, or in a format that is
-    a program (EPS); and for what is no file at all, such as a pipe or a device, which is not opened.
+    Raises:
+        UnreadableImage: the file is missing, empty, truncated, not an image, not a regular file, or in a format that
+            is a program (EPS); or the image has more than `PIL.Image.MAX_IMAGE_PIXELS` (the limit against
+            decompression bombs), or one side is far longer than the other.
+        ValueError: `shortest` is below 1.
     """
     if shortest is not None and shortest < 1:
         raise ValueError(f"shortest must be at least 1 pixel, got {shortest}")
@@ -44,14 +48,14 @@ def decode_image(
         name = str(image) if isinstance(image, (str, Path)) else "<bytes>" if isinstance(image, bytes) else repr(image)
     try:
         if isinstance(image, Image.Image):
-            return to_rgb(image)  # `draft` would change the caller's image for good.
+            return to_rgb(image)  # Without `shortest`, since `draft` would change the caller's image.
         if isinstance(image, bytes):
             if not image:
                 raise UnreadableImage(name, "empty file")
             with Image.open(io.BytesIO(image)) as opened:
                 return to_rgb(opened, shortest=shortest)
         status = os.stat(image)
-        if not stat.S_ISREG(status.st_mode):  # A pipe would be waited for, and some devices never end.
+        if not stat.S_ISREG(status.st_mode):  # Reading a pipe or a device may never end.
             raise UnreadableImage(name, "Is a directory" if stat.S_ISDIR(status.st_mode) else "not a file")
         if not status.st_size:
             raise UnreadableImage(name, "empty file")
@@ -59,7 +63,7 @@ def decode_image(
             return to_rgb(opened, shortest=shortest)
     except UnreadableImage:
         raise
-    except Exception as error:  # Decoders raise nearly anything on foreign bytes, and all of it means unreadable.
+    except Exception as error:  # On damaged files decoders raise errors of many kinds.
         raise UnreadableImage(name, _reason(error)) from error
 
 
@@ -70,7 +74,7 @@ def _reason(error: Exception) -> str:
         return "not a known image format"
     if isinstance(error, Image.DecompressionBombError):
         return "too many pixels"
-    # What an operating system says of a file names the file too, and one reason is to stand for many.
+    # Reasons must not differ from file to file, so that logs can count them: `strerror` does not name the file, and
+    # Pillow's message on truncated files, which counts bytes, is replaced.
     text = (str(getattr(error, "strerror", None) or error).splitlines() or [""])[0]
-    # Pillow's message counts bytes, while one short reason lets the log group such files.
     return "truncated" if "truncated" in text.lower() else text or type(error).__name__

@@ -12,11 +12,18 @@ from .records import INT64, DataError, LoadReport, Record, clean_captions, print
 
 
 def load_karpathy(path: str | Path, images: str | Path, split: str, report: LoadReport) -> list[Record]:
-    """`images[].{filename, filepath?, split, imgid | cocoid, sentences[].raw}` + an image folder -> records of `split`.
+    """The records of one split of a Karpathy file.
 
-    Split "train" includes "restval" where the file has it (COCO), as is usual; ask for "restval" to get it alone.
-    Images lie in `images/filepath/filename`, or in `images/filename` when the folder is flat. An image listed twice is
-    one record with all captions.
+    The file has `images[].{filename, filepath?, split, imgid | cocoid, sentences[].raw}`. An image that is listed twice
+    becomes one record with all captions.
+
+    Args:
+        images: the folder with the images, as `images/filepath/filename` or, if it is flat, `images/filename`.
+        split: "train" includes "restval" if the file has it (COCO), as is usual; "restval" gives it alone.
+        report: counts what was read and what was skipped.
+
+    Raises:
+        DataError: the file is not in this format, it has no such split, or the images are not in the folder.
     """
     content = read_json(path)
     entries = content.get("images") if isinstance(content, dict) else None
@@ -64,9 +71,13 @@ def load_karpathy(path: str | Path, images: str | Path, split: str, report: Load
 def load_albef(
     path: str | Path, images: str | Path | None, report: LoadReport, split: str | None = None
 ) -> list[Record]:
-    """ALBEF's list of {"image", "caption": str | list[str], "image_id"?}, grouped by image; it has no splits.
+    """The records of ALBEF's list of {"image", "caption": str | list[str], "image_id"?}, grouped by image.
 
-    Relative paths start at `images`, or at the folder of the file. Rows that share an `image_id` share an identity.
+    The format has no splits; `split` is only stored in the records. Relative paths start at `images`, or at the folder
+    of the file if it is None. Rows with the same `image_id` have the same identity.
+
+    Raises:
+        DataError: the file is not in this format, or its images are not found.
     """
     content = read_json(path)
     if not isinstance(content, list):
@@ -77,16 +88,16 @@ def load_albef(
         if not isinstance(entry, dict) or not _has_text(entry, "image") or "caption" not in entry:
             raise DataError(f"{path}: item {position} needs 'image' and 'caption'")
         image_id = entry.get("image_id")
-        known = image_id is not None and str(image_id).strip() not in ("", "nan")  # what an empty cell may become
-        identity = ("id", str(image_id)) if known else ("path", entry["image"])
+        has_id = image_id is not None and str(image_id).strip() not in ("", "nan")  # Tools write these for empty cells.
+        identity = ("id", str(image_id)) if has_id else ("path", entry["image"])
         rows.append(Row(image=entry["image"], captions=entry["caption"], identity=identity))
     return group_rows(rows, source=path, images=images, split=split, report=report)
 
 
 def join_lists(parts: list[list[Record]]) -> list[Record]:
-    """The records of several lists, for pre-training. An image in two lists becomes one record with all captions."""
+    """The records of several lists; an image that is in two of them becomes one record with all captions."""
     joined: dict[str, Record] = {}
-    numbers: dict[tuple[int, int], int] = {}  # An identity means something in its own list only.
+    numbers: dict[tuple[int, int], int] = {}  # New identities, since each list has numbered its own.
     for part, records in enumerate(parts):
         for record in records:
             first = joined.get(str(record.image))
@@ -102,7 +113,7 @@ def _has_text(entry: dict[str, Any], name: str) -> bool:
 
 
 def _identifies(entries: list[dict[str, Any]], name: str) -> bool:
-    """Whether a field gives every image its own 64-bit integer (a file listed twice may repeat it)."""
+    """Whether a field is a different 64-bit integer for every image file."""
     values = [entry.get(name) for entry in entries]
     if not all(isinstance(value, int) and value in INT64 for value in values):
         return False
@@ -110,7 +121,7 @@ def _identifies(entries: list[dict[str, Any]], name: str) -> bool:
 
 
 def relative_name(entry: dict[str, Any]) -> str:
-    """The name of an entry's record: its file, from the image folder."""
+    """The name of an entry's record: its path relative to the image folder."""
     return (Path(entry.get("filepath") or "") / entry["filename"]).as_posix()
 
 

@@ -1,4 +1,4 @@
-"""Training batches: which rows each rank reads in which order, and the loader that reads them."""
+"""Training batches: the rows that each rank reads, in order, and the loader that reads them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from loopitr.data import Batch, CaptionDataset, Collator, EpochSampler, LoadReport, StreamDataset
-from loopitr.data.records import printable
-from loopitr.data.workers import leave_signals_to_the_run
+from .collate import Batch, Collator
+from .dataset import CaptionDataset, EpochSampler, StreamDataset
+from .records import LoadReport, printable
+from .workers import leave_signals_to_the_run
 
 
 class ShardedBatchSampler(Sampler[list[tuple[int, int]]]):
-    """Every rank's share of the same global batches; a rest smaller than a global batch is left out.
+    """One rank's share of each global batch; rows that do not fill a global batch are left out.
 
-    The rows of global batch `g` do not depend on the number of ranks for a given `batch_size * num_ranks`, and
-    `start` skips batches without touching their data: what resuming needs.
+    For the same `batch_size * num_ranks`, the rows of a global batch do not depend on the number of ranks. For
+    resuming, `start` skips batches without reading their data.
     """
 
     def __init__(self, sampler: EpochSampler, *, batch_size: int, rank: int, num_ranks: int) -> None:
@@ -35,7 +36,7 @@ class ShardedBatchSampler(Sampler[list[tuple[int, int]]]):
 
 
 class EpochLoader:
-    """Batches of one epoch at a time, from any batch on: `for batch in loader.epoch(3, start=10)`."""
+    """The batches of an epoch, from any batch on: `for batch in loader.epoch(3, start=10)`."""
 
     def __init__(
         self,
@@ -55,8 +56,8 @@ class EpochLoader:
             "collate_fn": collator,
             "num_workers": num_workers,
             "pin_memory": pin_memory,
-            # Its own generator: drawing worker seeds must not move the generator that dropout uses, or a resumed
-            # run would differ from an uninterrupted one.
+            # The loader has its own generator, because drawing the workers' seeds must not advance the global one,
+            # which dropout uses: a resumed run would then differ from an uninterrupted one.
             "generator": torch.Generator().manual_seed(seed),
             "worker_init_fn": leave_signals_to_the_run,
         }
@@ -91,15 +92,18 @@ class EpochLoader:
             return
         self.dataset.set_epoch(epoch)  # type: ignore[union-attr]
         for index, batch in enumerate(self.loader):
-            if index >= start:  # A stream has to be read from its start, whatever is wanted of it.
+            if index >= start:  # A stream can only be read from its start.
                 yield batch
 
 
 class SkipCounter:
-    """Counts what batches could not read, names the first examples, and stops a run that loses too many.
+    """Counts the examples of a run that could not be read, logs the first of them, and stops the run if there are many.
 
-    `report` counts what cannot be read, each name once however often it is visited, and `files` has the reason of each
-    name; `visits` counts every visit, as `seen` does. `known` are files that an earlier part of the run has counted.
+    Attributes:
+        report: counts each name once.
+        files: the reason by name; `known` has those counted before the run was resumed.
+        visits: counts a name at each visit.
+        seen: the number of examples visited, skipped ones included.
     """
 
     def __init__(
@@ -111,7 +115,7 @@ class SkipCounter:
         self.batches = self.seen = self.truncated = 0
 
     def update(self, batch: Batch) -> None:
-        """Count a batch, and name in the log the first examples that it could not read.
+        """Count a batch, and log the first examples that could not be read.
 
         Raises:
             DataError: more than `max_fraction` of at least 100 examples were unreadable.

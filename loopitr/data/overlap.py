@@ -1,7 +1,6 @@
-"""Which images of one set of records are also in another, by the content of their files.
+"""Finds the images that two sets of records have in common, by the content of their files.
 
-A size costs far less to learn than a hash, so that only files of equal size are read. An image that was encoded anew
-has other bytes and is not recognised.
+Only files of equal size are read. A copy that was encoded again has other bytes and is not recognised.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ class SharedImage:
 
 
 def shared_images(records: Sequence[Record], others: Sequence[Record]) -> list[SharedImage]:
-    """The images of `records` whose content one of `others` has too, in their order.
+    """The images of `records` whose content is also in `others`, in the order of `records`.
 
-    Files that are missing or unreadable are in neither. Splits of the built-in scenes have no scene in common, and
-    are not rendered to see that.
+    Files that are missing or unreadable are ignored. Different splits of the built-in scenes have no scene in common,
+    so they are not rendered.
 
     Example:
         >>> from loopitr.data import Record, shared_images
@@ -43,42 +42,42 @@ def shared_images(records: Sequence[Record], others: Sequence[Record]) -> list[S
     """
     if isinstance(records, SceneRecords) and isinstance(others, SceneRecords) and records.split != others.split:
         return []
-    wanted: dict[Hashable, list[int]] = {}
+    by_size: dict[Hashable, list[int]] = {}
     for index in range(len(records)):
         size = _size(records[index].image)
         if size is not None:
-            wanted.setdefault(size, []).append(index)
-    digests: dict[Hashable, dict[bytes, list[int]]] = {}  # of the records of one size, hashed when they are needed
+            by_size.setdefault(size, []).append(index)
+    digests: dict[Hashable, dict[bytes, list[int]]] = {}  # The records of one size are hashed when they are needed.
     names: dict[int, str] = {}
     for number in range(len(others)):
         other = others[number]
         size = _size(other.image)
-        if size not in wanted:
+        if size not in by_size:
             continue
         if size not in digests:
-            digests[size] = _by_digest(records, wanted[size])
+            digests[size] = _by_digest(records, by_size[size])
         for index in digests[size].get(_digest(other.image) or b"", ()):
             names.setdefault(index, other.name)
     return [SharedImage(name=records[index].name, other=names[index]) for index in sorted(names)]
 
 
 def listed(names: Iterable[str]) -> str:
-    """The first few of some names, for one line of a log."""
+    """The first few of `names` in one line, for a log."""
     all_names = list(names)
     return ", ".join(all_names[:SHOWN]) + (", ..." if len(all_names) > SHOWN else "")
 
 
 def _by_digest(records: Sequence[Record], positions: Sequence[int]) -> dict[bytes, list[int]]:
-    found: dict[bytes, list[int]] = {}
+    by_digest: dict[bytes, list[int]] = {}
     for index in positions:
         digest = _digest(records[index].image)
         if digest is not None:
-            found.setdefault(digest, []).append(index)
-    return found
+            by_digest.setdefault(digest, []).append(index)
+    return by_digest
 
 
 def _size(image: str | Path | bytes | Image.Image) -> Hashable:
-    """What equal images have in common without a look at their content; None for a file that cannot be read."""
+    """A value that equal images share and that is cheap to get; None for a file that cannot be read."""
     if isinstance(image, bytes):
         return len(image) or None
     if isinstance(image, Image.Image):
@@ -87,7 +86,7 @@ def _size(image: str | Path | bytes | Image.Image) -> Hashable:
         status = os.stat(image)
     except (OSError, ValueError):
         return None
-    # A pipe or a device is not read: it may never end.
+    # Reading a pipe or a device may never end, so these count as unreadable.
     return status.st_size or None if stat.S_ISREG(status.st_mode) else None
 
 
@@ -102,6 +101,6 @@ def _digest(image: str | Path | bytes | Image.Image) -> bytes | None:
             with open(image, "rb") as file:
                 while block := file.read(2**20):
                     digest.update(block)
-    except Exception:  # A PIL image may be a file that is decoded only now, and any decoder's error can come.
+    except Exception:  # A PIL image may be decoded only now, and decoders raise errors of many kinds.
         return None
     return digest.digest()

@@ -1,4 +1,4 @@
-"""The one record type that every source yields, and the account of what was skipped on the way."""
+"""The record type that every source yields, and the report of what was read and skipped."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from PIL import Image
 if TYPE_CHECKING:
     from torch import Tensor
 
-
 INT64 = range(-(2**63), 2**63)  # what a tensor of identities can hold
 INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp"}  # Unicode's control and format characters, and its spaces
 
 
 class DataError(ValueError):
-    """Something about the user's data that one line can explain; recipes print it without a traceback."""
+    """An error in the user's data, explained in one line; recipes print it without a traceback."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One image with all of its captions. A list of these is a data set: whatever takes records takes such a list.
+    """One image with all of its captions. A list of records is a data set wherever records are expected.
 
-    `image` is a path, the bytes of an image file, or a PIL image. Records of equal `identity` show the same thing, so
-    that the captions of one are right for the other; left out, it is a hash of the image (of its path, if it is one).
-    `name` is what logs call the record: by default the path, or else that hash.
+    Args:
+        image: a path, the bytes of an image file, or a PIL image.
+        captions: a tuple of texts.
+        identity: an integer, equal for records whose captions are right for each other's image; None: a hash of the
+            image or its path.
+        name: the name in logs; None: the path, or else the hash.
 
     Raises:
-        DataError: an image of another type, captions that are one text or no texts, an identity that is no integer of
-            64 bits, or a PIL image that has to be hashed and cannot be read.
+        DataError: an argument has another type, or a PIL image cannot be read to be hashed.
 
     Example:
         >>> from PIL import Image
@@ -51,7 +52,7 @@ class Record:
 
     image: str | Path | bytes | Image.Image
     captions: tuple[str, ...]
-    # None is no value of these two: it stands for an argument left out until `__post_init__` puts the default there.
+    # `__post_init__` replaces None by the default, so these two are never None afterwards.
     identity: int = None  # type: ignore[assignment]
     name: str = None  # type: ignore[assignment]
     split: str | None = None
@@ -94,7 +95,7 @@ def _short(value: Any) -> str:
 
 
 def printable(name: str) -> str:
-    """A name as one line of a log: names of files may hold anything but `/`, line breaks and half characters too.
+    """A name with its unprintable characters escaped, since file names may contain line breaks.
 
     Example:
         >>> from loopitr.data.records import printable
@@ -107,19 +108,19 @@ def printable(name: str) -> str:
 
 
 def _image_hash(image: str | Path | bytes | Image.Image) -> int:
-    """A hash of a path as it is written, of encoded bytes, or of a PIL image's mode, size and pixels."""
+    """A hash of a path as written, of encoded bytes, or of a PIL image's mode, size and pixels."""
     if isinstance(image, bytes):
         return stable_hash(image)
     if not isinstance(image, Image.Image):
         return stable_hash(str(image))
     try:
         return stable_hash(f"{image.mode} {image.size} ".encode() + image.tobytes())
-    except Exception as error:  # A PIL image may be a file that is decoded only now, and any decoder's error can come.
+    except Exception as error:  # A PIL image may be decoded only now, and decoders raise errors of many kinds.
         raise DataError(f"a PIL image that cannot be read needs a name and an identity ({error})") from error
 
 
 class LazyRecords(Sequence[Record]):
-    """A sequence whose images are made or read on access; captions, names and identities come without reading any."""
+    """A sequence of records whose images are read on access, with captions, names and identities without images."""
 
     @abstractmethod
     def read(self, index: int) -> Record:
@@ -127,26 +128,27 @@ class LazyRecords(Sequence[Record]):
 
     @abstractmethod
     def captions(self, index: int) -> tuple[str, ...]:
-        """The captions of that record, without its image."""
+        """The captions of that record, without reading its image."""
 
     @abstractmethod
     def identity(self, index: int) -> int:
-        """The identity of that record, without its image."""
+        """The identity of that record, without reading its image."""
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """The name of that record, without its image."""
+        """The name of that record, without reading its image."""
 
     @property
     def fingerprint(self) -> str:
-        """Distinguishes sources whose records have the same names; empty where names say enough."""
+        """A text that distinguishes sources whose records have the same names; empty if names are enough."""
         return ""
 
     def caption_count(self, index: int) -> int:
+        """The number of captions of that record."""
         return len(self.captions(index))
 
     def relevance(self, positions: Sequence[int]) -> Tensor | None:
-        """How much the images at `positions` (n) show of one another, `[n, n]` in [0, 1]; None where nobody knows."""
+        """The graded relevance `[n, n]` in [0, 1] among the n images at `positions`; None if it is unknown."""
         return None
 
     @overload
@@ -166,30 +168,33 @@ class LazyRecords(Sequence[Record]):
 
 
 def captions_of(records: Sequence[Record], index: int) -> tuple[str, ...]:
-    """Captions of one record, without its image where the source allows that."""
+    """The captions of one record, without reading its image if the source allows that."""
     return records.captions(index) if isinstance(records, LazyRecords) else records[index].captions
 
 
 def caption_count(records: Sequence[Record], index: int) -> int:
+    """The number of captions of one record, without reading its image if the source allows that."""
     return records.caption_count(index) if isinstance(records, LazyRecords) else len(records[index].captions)
 
 
 def identity_of(records: Sequence[Record], index: int) -> int:
+    """The identity of one record, without reading its image if the source allows that."""
     return records.identity(index) if isinstance(records, LazyRecords) else records[index].identity
 
 
 def name_of(records: Sequence[Record], index: int) -> str:
+    """The name of one record, without reading its image if the source allows that."""
     return records.name(index) if isinstance(records, LazyRecords) else records[index].name
 
 
 def relevance_of(records: Sequence[Record], positions: Sequence[int]) -> Tensor | None:
-    """Graded relevance `[n, n]` among the images at `positions` (n), where the records have such ground truth."""
+    """The graded relevance `[n, n]` among the n images at `positions`; None if the records have none."""
     return records.relevance(positions) if isinstance(records, LazyRecords) else None
 
 
 @dataclass
 class LoadReport:
-    """What was read and what was skipped: counts by reason, and the first few names of each.
+    """What was read and what was skipped: counts by reason, with the first few names.
 
     Example:
         >>> from loopitr import LoadReport
@@ -207,15 +212,16 @@ class LoadReport:
 
     @property
     def skipped(self) -> int:
+        """The number of things skipped, for all reasons."""
         return sum(self.counts.values())
 
     def add(self, captions: int) -> None:
-        """Count one image that was kept, with its number of captions."""
+        """Count one image with its number of captions."""
         self.images += 1
         self.captions += captions
 
     def skip(self, reason: str, name: str) -> None:
-        """Count one thing that was skipped, and keep its name if it is among the first few of that reason."""
+        """Count one thing that was skipped, and keep its name if it is among the first few for that reason."""
         self.counts[reason] = self.counts.get(reason, 0) + 1
         names = self.names.setdefault(reason, [])
         name = printable(name)
@@ -223,14 +229,14 @@ class LoadReport:
             names.append(name)
 
     def merge_skips(self, other: LoadReport, name: str | None = None) -> None:
-        """Count the skips of `other` here, all under one name or under their own."""
+        """Add the skips of `other`, all under one name, or under their own if `name` is None."""
         for reason, count in other.counts.items():
             names = other.names[reason] if name is None else [name]
             for number in range(count):
                 self.skip(reason, names[min(number, len(names) - 1)])
 
     def summary(self) -> str:
-        """One line about what was read, and how much was skipped for which reasons."""
+        """One line on what was read, what was skipped, and why."""
         parts = []
         for reason, count in self.counts.items():
             names = self.names[reason]
@@ -239,10 +245,10 @@ class LoadReport:
         return f"{self.images} images, {self.captions} captions; {skipped}"
 
     def check(self, max_fraction: float, *, seen: int | None = None) -> None:
-        """Check that at most `max_fraction` of `seen` items (default: captions read and skipped) was skipped.
+        """Check that at most `max_fraction` of `seen` items was skipped (None: of all captions, skipped ones included).
 
         Raises:
-            DataError: more was.
+            DataError: more were skipped.
         """
         total = max(self.captions + self.skipped if seen is None else seen, 1)
         if not self.skipped <= max_fraction * total:  # The fraction may be NaN.
@@ -253,16 +259,16 @@ class LoadReport:
 
 
 def clean_captions(value: Any, name: str, report: LoadReport) -> tuple[str, ...]:
-    """Captions with single spaces from one string or a list of strings; those without a visible character are skipped
-    and counted.
+    """Captions with single spaces, from one string or a list of strings.
+
+    Captions without a visible character are skipped and counted in `report`, under `name`.
 
     Raises:
-        DataError: something other than text.
+        DataError: `value` contains something other than text.
     """
     shown = printable(name)
     values = [] if value is None else [value] if isinstance(value, str) else value
-    # A string is a sequence of strings too, so that it is wrapped above and never iterated.
-    if not isinstance(values, (list, tuple)):
+    if not isinstance(values, (list, tuple)):  # A string, a sequence too, was wrapped above.
         raise DataError(f"{shown}: a caption must be text or a list of texts, got {type(value).__name__}")
     captions = []
     for item in values:
@@ -287,7 +293,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def stable_hash(value: str | bytes) -> int:
-    """Signed 64-bit hash that is the same in every process (Python's own is salted)."""
-    # Names of files that are not UTF-8 hold surrogates.
+    """A signed 64-bit hash that is the same in every process, unlike Python's own, which is salted."""
+    # File names that are not UTF-8 contain surrogates.
     data = value.encode(errors="surrogatepass") if isinstance(value, str) else value
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big", signed=True)

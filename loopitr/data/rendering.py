@@ -1,4 +1,4 @@
-"""Draws the built-in scenes: two flat shapes on a light background, with jitter that never blurs their relation."""
+"""Draws the built-in scenes: two flat shapes on a light background, placed so that their relation is always clear."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RGB = {
     "purple": (140, 50, 170),
     "black": (28, 28, 28),
 }
-RADIUS = {"small": (0.085, 0.105), "large": (0.165, 0.19)}  # These are fractions of the image side.
+RADIUS = {"small": (0.085, 0.105), "large": (0.165, 0.19)}  # fractions of the image side
 OVERSAMPLING = 2
 
 
@@ -24,8 +24,8 @@ def render(
 ) -> Image.Image:
     """A picture of two objects (size, colour, shape), the first left of the second, or above it if `vertical`.
 
-    Along the relation's axis centres are at least 0.38 of the side apart, across it at most 0.16, so that the relation
-    is never in doubt, shapes never overlap and never leave the image.
+    The centres are at least 0.38 of the image side apart along the axis of the relation, and at most 0.16 across it. So
+    the relation is always clear, and shapes never overlap or leave the image.
     """
     side = image_size * OVERSAMPLING
     base = rng.randint(228, 246)

@@ -1,8 +1,9 @@
 """The built-in data: scenes of two coloured shapes and their relation, in groups of near misses.
 
-Each group of `GROUP_SIZE` consecutive images is a base scene; the base with one attribute of one object changed; with
-its two objects exchanged; and with one attribute exchanged between them. The last two have captions made of the same
-words as the base's, so a bag of words cannot tell them apart. Splits share no scene, whatever the seed.
+Each group of `GROUP_SIZE` consecutive images is a base scene and three variants: with one attribute of one object
+changed; with the two objects exchanged; and with one attribute exchanged between them. The captions of the last two
+have the same words as the base's, so a bag of words cannot distinguish them. Splits have no scene in common, with any
+seed.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ SIZES = ("small", "large")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "black")
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-AXES = ("left of", "above")  # These are the relations of a scene in canonical form.
+AXES = ("left of", "above")  # the relations of scenes in canonical form
 VALUES = (SIZES, COLOURS, SHAPES)
 SPLITS = ("train", "val", "test")
 GROUP_SIZE = 4
-KEPT_BYTES = 2**27  # So much memory holds rendered images, since every epoch shows the same ones.
-HELD_OUT_GROUPS = 220  # Val and test have so many each; train has the rest, over 1000.
+KEPT_BYTES = 2**27  # memory for rendered images, which are the same in every epoch
+HELD_OUT_GROUPS = 220  # the groups of val and of test; train has the rest, over 1000
 
 TEMPLATES = {
     "left of": (
@@ -76,7 +77,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """`first` is `relation` `second`, e.g. left of it."""
+    """Two objects and their relation: `first` is, for example, "left of" `second`."""
 
     first: SceneObject
     relation: str
@@ -88,8 +89,11 @@ class Scene:
 
 
 def relevance(a: Scene, b: Scene) -> float:
-    """Fraction of the seven facts (size, colour, shape of two objects; relation) that two scenes share, under the
-    better pairing of their objects. In [0, 1], symmetric, and 1 exactly for the same scene, however it is described."""
+    """The fraction of seven facts (size, colour and shape of two objects; relation) that two scenes have in common.
+
+    Objects are matched in the better of the two ways. The relevance is symmetric, and 1 exactly if both describe the
+    same scene.
+    """
     straight = _matches(a.first, b.first) + _matches(a.second, b.second) + (a.relation == b.relation)
     crossed = _matches(a.first, b.second) + _matches(a.second, b.first) + (a.relation == INVERSE[b.relation])
     return max(straight, crossed) / 7.0
@@ -100,11 +104,11 @@ def _matches(a: SceneObject, b: SceneObject) -> int:
 
 
 def scene_captions(scene: Scene) -> tuple[str, ...]:
-    """Four paraphrases, each naming every attribute of both objects and the relation."""
+    """Four paraphrases, each of which names every attribute of both objects and the relation."""
     scene = scene.canonical()
     first, second = scene.first, scene.second
-    # Half of the scenes are described from the other end, or the first-named object would always be the left one. The
-    # choice depends on the words alone, so scenes made of the same words start alike and differ only in order.
+    # Half of the scenes are described with the inverse relation, so that the first object is not always the left one.
+    # The choice depends only on the words, so captions of scenes with the same words differ only in word order.
     parity = sum(
         values.index(value)
         for item in (first, second)
@@ -117,14 +121,15 @@ def scene_captions(scene: Scene) -> tuple[str, ...]:
 
 
 def scene_vocabulary() -> list[str]:
-    """Every word that a caption may use, sorted."""
+    """All words of the captions, sorted."""
     words = {word for values in VALUES for word in values}
     for template in itertools.chain.from_iterable(TEMPLATES.values()):
         words.update(re.sub(r"\{.\}", "", template).split())
     return sorted(words)
 
 
-# A scene as a number: ((axis * 60) + first object) * 60 + second object, an object as the triple of value indices.
+# A scene is coded as one number, (axis * 60 + first object) * 60 + second object; an object is a triple of indices of
+# its values.
 _OBJECTS = tuple(itertools.product(*(range(len(values)) for values in VALUES)))
 _OBJECT_CODE = {triple: code for code, triple in enumerate(_OBJECTS)}
 
@@ -147,7 +152,7 @@ def _scene(code: int) -> Scene:
 
 @functools.lru_cache(maxsize=1)
 def _groups() -> dict[str, tuple[tuple[int, ...], ...]]:
-    """Disjoint near-miss groups over all scenes, dealt to the splits: fixed, so that no seed can leak a scene."""
+    """Disjoint groups of near misses for each split, the same for every seed, so that splits never share a scene."""
     rng = random.Random("loopitr scenes")
     codes = [_code(axis, a, b) for axis in range(len(AXES)) for a in _OBJECTS for b in _OBJECTS if a != b]
     rng.shuffle(codes)
@@ -158,7 +163,7 @@ def _groups() -> dict[str, tuple[tuple[int, ...], ...]]:
         differing = [i for i in range(3) if first[i] != second[i]]
         exchanged = _code(axis, second, first)
         rng.shuffle(differing)
-        # Where one attribute differs, exchanging it would be exchanging the objects.
+        # If only one attribute differs, exchanging it would be the same as exchanging the objects.
         bindings = [_code(axis, _with(first, i, second[i]), _with(second, i, first[i])) for i in differing]
         binding = next((code for code in bindings if code not in used), None) if len(bindings) > 1 else None
         if binding is not None and base not in used and exchanged not in used:
@@ -186,19 +191,22 @@ def _with(triple: tuple[int, ...], position: int, value: int) -> tuple[int, ...]
 
 def _one_attribute_away(code: int) -> list[int]:
     axis, first, second = _decode(code)
-    away = []
+    variants = []
     for position, values in enumerate(VALUES):
         for value in range(len(values)):
-            away.append((_with(first, position, value), second))
-            away.append((first, _with(second, position, value)))
-    return [_code(axis, a, b) for a, b in away if a != b and (a, b) != (first, second)]
+            variants.append((_with(first, position, value), second))
+            variants.append((first, _with(second, position, value)))
+    return [_code(axis, a, b) for a, b in variants if a != b and (a, b) != (first, second)]
 
 
 class SceneRecords(LazyRecords):
-    """`size` scenes of a split, rendered on first access from (seed, split, index) alone.
+    """`size` scenes of a split, rendered on first access, as a function of (seed, split, index).
 
-    Train has over 4000 different scenes; a larger `size` repeats them in new renderings under the same identity, since
-    their captions fit either image. The held-out splits never repeat and are limited in size.
+    Train has over 4000 different scenes. A larger `size` repeats them in new renderings of the same identity, since
+    their captions fit both images. The held-out splits never repeat a scene and are limited in size.
+
+    Raises:
+        ValueError: there is no such split, or `size` or `image_size` is out of range.
     """
 
     def __init__(self, split: str, size: int, seed: int = 0, image_size: int = 64) -> None:
@@ -235,11 +243,11 @@ class SceneRecords(LazyRecords):
         )
 
     def image(self, index: int) -> Image.Image:
-        """The rendered image of record `index`, the same object at every call while `KEPT_BYTES` have room for it."""
+        """The rendered image of record `index`; up to `KEPT_BYTES` of images are kept in memory."""
         image = self._rendered.get(index)
         if image is None:
             image = self._render(index)
-            if (len(self._rendered) + 1) * 4 * self.image_size**2 <= KEPT_BYTES:  # Pillow keeps RGB in four bytes
+            if (len(self._rendered) + 1) * 4 * self.image_size**2 <= KEPT_BYTES:  # Pillow stores RGB in four bytes.
                 self._rendered[index] = image
         return image
 
@@ -254,24 +262,25 @@ class SceneRecords(LazyRecords):
         )
 
     def scene(self, index: int) -> Scene:
-        """The exact content of image `index`, in canonical form."""
+        """The scene of image `index`, in canonical form."""
         return _scene(self.identity(index))
 
     def relevance(self, positions: Sequence[int]) -> Tensor:
-        """The function `relevance` between all of the scenes at `positions` (n): `[n, n]` float32."""
-        import torch  # here, so that options can be read without torch
+        """The function `relevance` of all pairs of the n scenes at `positions`: `[n, n]` float32."""
+        import torch  # This import is not at the top, so that options can be read without torch.
 
         codes = [_decode(self.identity(position)) for position in positions]
         facts = torch.tensor([[axis, *first, *second] for axis, first, second in codes]).view(-1, 7)  # [n, 7]
-        crossed = facts[:, [0, 4, 5, 6, 1, 2, 3]]  # each scene's objects exchanged
-        counts = torch.zeros(2, len(facts), len(facts))  # of shared facts, straight and crossed
+        crossed = facts[:, [0, 4, 5, 6, 1, 2, 3]]  # the objects of each scene exchanged
+        counts = torch.zeros(2, len(facts), len(facts))  # common facts, with objects matched straight and crossed
         for fact in range(7):
             counts[0] += facts[:, None, fact] == facts[None, :, fact]
-        for fact in range(1, 7):  # a canonical relation is never the inverse of another: no relation is shared
+        for fact in range(1, 7):  # Canonical relations are never inverse to each other, so none is shared crossed.
             counts[1] += facts[:, None, fact] == crossed[None, :, fact]
         return counts.amax(0) / 7
 
     def paraphrases(self, index: int) -> tuple[str, ...]:
+        """The captions of image `index`, which are paraphrases of each other."""
         return scene_captions(self.scene(index))
 
     def captions(self, index: int) -> tuple[str, ...]:

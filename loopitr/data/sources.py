@@ -1,4 +1,4 @@
-"""The options that choose the data, and the one function that follows them."""
+"""The options that choose the data, and `load_records`, which reads what they choose."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class DataOptions:
     """
 
     scenes: bool = False
-    """The built-in scenes; any other source that is named goes before them."""
+    """Use the built-in scenes, unless another source is named."""
     karpathy: str | None = None
     """Karpathy's JSON (COCO, Flickr30k, Flickr8k); needs `images`."""
     albef: str | list[str] | None = None
-    """JSON list of {"image", "caption"}, or several (pre-training data); they have no splits, see `val_albef`."""
+    """JSON list of {"image", "caption"}, or several of them; the format has no splits, see `val_albef`."""
     table: str | None = None
-    """CSV, TSV or JSON-lines file of image paths and captions; a column "split" is followed where there is one."""
+    """CSV, TSV or JSON-lines file of image paths and captions; a column "split" is used if there is one."""
     hub: str | None = None
     """Anything `datasets.load_dataset` takes: a hub id, a local folder, or a format (webdataset, parquet, ...)."""
     hub_name: str | None = None
@@ -53,10 +53,10 @@ class DataOptions:
     streaming: bool = False
     """Stream `hub` instead of preparing it on disk first."""
     shuffle_buffer: int = 1000
-    """Streams: training rows held in memory at a time, by each of the `num_workers`, to be drawn in random order; 0: in
+    """Streams: number of training rows that each of the `num_workers` holds in memory, to draw from at random; 0 keeps
     the order of the files."""
     images: str | None = None
-    """Folder that relative image paths start from (albef, table: the folder of that file if not given)."""
+    """Folder that relative image paths start from. Unset, for albef and table: the folder of that file."""
     image_column: str | None = None
     """Column with the image (table: "image"; hub: guessed if it has a usual name)."""
     caption_column: str | None = None
@@ -66,13 +66,13 @@ class DataOptions:
     val_split: str = "val"
     """Split to validate on."""
     val_albef: str | None = None
-    """Validation file beside `albef`."""
+    """Validation file for `albef`."""
     val_table: str | None = None
-    """Validation file beside `table`, read whole; not needed where `table` has a column "split"."""
+    """Validation file for `table`; not needed if `table` has a column "split"."""
     val_fraction: float | None = None
-    """Hold out this part of the training images for validation, by a hash of their names, instead of reading
-    `val_split`. Unset: 0.05 for tables and ALBEF lists that have no validation data, else nothing; in an evaluation:
-    what the run held out of its own data, and nothing of a file that it was not trained on."""
+    """Hold out this fraction of the training images for validation, by a hash of their names, instead of reading
+    `val_split`. Unset: 0.05 for tables and ALBEF lists without validation data, otherwise 0. In an evaluation, unset
+    means the images that the run held out of its own data, and all images of other files."""
     scenes_train: int = 4000
     """Images in the built-in training split."""
     scenes_val: int = 500
@@ -82,27 +82,29 @@ class DataOptions:
     captions: Literal["one", "all"] = "one"
     """Training examples per image: one caption drawn per visit, or all of them."""
     group: int = 1
-    """Keep so many consecutive training examples together in a batch: near misses that lie beside each other in the
-    data become each other's hard negatives."""
+    """Number of consecutive training examples that stay together in a batch, so that near misses that are neighbours in
+    the data become each other's hard negatives."""
     crop_scale_min: float = 0.5
-    """Least area of a random training crop; 1 keeps the whole image."""
+    """Smallest area of a random training crop, as a fraction of the image; 1 keeps the whole image."""
     flip: bool = False
     """Mirror training images at random; wrong where captions say left or right."""
     randaugment: bool = False
-    """Two random colour-preserving distortions per training image."""
+    """Apply two random distortions to each training image, none of hue or saturation."""
     num_workers: int = 2
     """DataLoader processes per rank."""
     max_skipped_fraction: float = 0.05
-    """Stop when more than this fraction of captions or images had to be skipped."""
+    """Stop if more than this fraction of captions or images is skipped."""
     scaled_decode: bool = True
-    """Decode large training JPEGs at 1/2, 1/4 or 1/8, never so small that a random crop would be enlarged."""
+    """Decode large training JPEGs at 1/2, 1/4 or 1/8 of their size, as far as no random crop has to be enlarged."""
     cache_images: str | None = None
-    """Folder for the training images, decoded and shrunk once to the size that random crops need; each takes width x
-    height x 3 bytes, at 224 px and the default crops 0.5 MB."""
+    """Folder for the training images, decoded and shrunk once to the size that random crops need. An image takes width
+    x height x 3 bytes: 0.5 MB at 224 px and the default crops."""
     cache_tokens: str | None = None
     """Folder for the image tokens of a frozen image backbone, computed once."""
+    cached_views: int = 1
+    """Views of each training image in `cache_tokens`, of which a visit draws one: as evaluated, and random crops."""
     cache_text_tokens: str | None = None
-    """Folder for the caption tokens of a frozen text backbone, computed once; it can be the same."""
+    """Folder for the caption tokens of a frozen text backbone, computed once; it can be that of `cache_tokens`."""
     limit: int | None = None
     """Read only this many images of each split."""
 
@@ -110,13 +112,14 @@ class DataOptions:
 def load_records(options: DataOptions, split: str, report: LoadReport | None = None) -> Sequence[Record] | HubStream:
     """Records of `split` from the source that `options` name.
 
-    `split` is usually `options.split` or `options.val_split`. ALBEF lists, and tables without a column "split", have no
-    splits: the file itself stands for `options.split`, and `val_albef` or `val_table` for `options.val_split`. A
-    `report`, where one is given, counts what was read and what was skipped, and names the first few of it.
+    Args:
+        split: usually `options.split` or `options.val_split`. ALBEF lists, and tables without a column "split", have no
+            splits: the file itself is `options.split`, and `val_albef` or `val_table` is `options.val_split`.
+        report: counts what was read and what was skipped.
 
     Raises:
-        DataError: options that contradict each other, a source that cannot be read or has no such split, or more than
-            `options.max_skipped_fraction` of it skipped.
+        DataError: options contradict each other, the source cannot be read or has no such split, or more than
+            `options.max_skipped_fraction` of it was skipped.
 
     Example:
         >>> from loopitr import load_records
@@ -136,7 +139,7 @@ def load_records(options: DataOptions, split: str, report: LoadReport | None = N
         raise DataError(f"data.shuffle_buffer must be at least 0, got {options.shuffle_buffer}")
     fraction = held_out_fraction(options, source)
     if fraction and split in (options.split, options.val_split):
-        return _part(options, source, fraction, report, held_out=split == options.val_split)
+        return _load_part(options, source, fraction, report, held_out=split == options.val_split)
     records = _LOADERS[source](options, split, report)
     if isinstance(records, HubStream):
         return records if options.limit is None else records.take(options.limit)
@@ -147,10 +150,10 @@ def load_records(options: DataOptions, split: str, report: LoadReport | None = N
 
 
 def source_of(options: DataOptions) -> str:
-    """The name of the one source that the options name.
+    """The source that the options name.
 
     Raises:
-        DataError: they name none or several.
+        DataError: they name none, or several.
     """
     given = [name for name in SOURCES if getattr(options, name) is not None]
     if len(given) > 1:
@@ -162,22 +165,22 @@ def source_of(options: DataOptions) -> str:
 
 
 def has_splits(options: DataOptions) -> bool:
-    """Whether the data themselves say which images belong to which split.
+    """Whether the data say which images belong to which split.
 
     Raises:
-        DataError: a table that cannot be read.
+        DataError: a table cannot be read.
     """
     source = source_of(options)
     return source != "albef" and (source != "table" or "split" in table_columns(str(options.table)))
 
 
 def held_out_fraction(options: DataOptions, source: str) -> float:
-    """The part of the training images to hold out for validation, 0 where other data is there for it."""
+    """The fraction of the training images to hold out for validation; 0 if there are validation data."""
     if options.val_fraction is not None:
         if not 0 <= options.val_fraction < 1:
             raise DataError(f"data.val_fraction must be in [0, 1), got {options.val_fraction}")
         return options.val_fraction
-    if options.split == options.val_split:  # This is an evaluation: nothing is trained on.
+    if options.split == options.val_split:  # This is an evaluation, which needs no validation data.
         return 0.0
     if source == "albef":
         return 0.0 if options.val_albef else DEFAULT_VAL_FRACTION
@@ -187,10 +190,10 @@ def held_out_fraction(options: DataOptions, source: str) -> float:
     return 0.0
 
 
-def _part(
+def _load_part(
     options: DataOptions, source: str, fraction: float, report: LoadReport, *, held_out: bool
 ) -> Sequence[Record]:
-    """The training records without the images held out, or only those; which ones these are depends on names alone."""
+    """The training records that are held out, or the others; which are held out depends only on their names."""
     if options.streaming:
         raise DataError("data.val_fraction needs data of known length: it cannot be used with data.streaming")
     whole = LoadReport()

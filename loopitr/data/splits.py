@@ -1,7 +1,7 @@
-"""The images that an evaluation is about, and what a run that trained on the same file held out of it.
+"""The records to evaluate on.
 
-A table without a column "split" and an ALBEF list have no splits. To train on one, a part of its images is held out;
-to evaluate on one is to evaluate on all of it, unless it is the file that the evaluated run was trained on.
+A table without a column "split" and an ALBEF list have no splits. Training holds out a part of such a file. Evaluation
+uses the whole file, unless the model was trained on it; then it uses the part that was held out.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from .hub_stream import HubStream
 from .records import DataError, LoadReport, Record
 from .sources import SOURCES, DataOptions, has_splits, held_out_fraction, load_records, source_of
 
-HELD_OUT = "held-out part"  # stands for the validation split where a file has none
+HELD_OUT = "held-out part"  # the name of the validation split of a file without splits
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluatedRecords:
-    """Records to evaluate on, and one line that says which part of a file they are; None for all that was named."""
+    """Records to evaluate on, and a line that says which part of a file they are; None: all of it."""
 
     records: Sequence[Record]
     note: str | None
@@ -30,34 +30,38 @@ def load_evaluated(
 ) -> EvaluatedRecords:
     """The records of `options.split`, to be evaluated on.
 
-    A file without splits is read whole, but for two cases. `options.val_fraction` names the part of it that a training
-    would hold out. If it is a file that the evaluated run read (`trained_on`, see `trained_data`), the records are
-    those that this run held out; `options.split` equal to the run's training split names those that it trained on.
+    A file without splits is read whole, with two exceptions. With `options.val_fraction`, the records are those that
+    training would hold out. If the evaluated run was trained on the file, they are those that the run held out, or, if
+    `options.split` is the run's training split, those that it trained on.
+
+    Args:
+        report: counts what was read and what was skipped.
+        trained_on: the data of the evaluated run (`trained_data`).
 
     Raises:
-        DataError: the data cannot be read, or it is a stream without a limit.
+        DataError: the data cannot be read, or are a stream without `options.limit`.
     """
     report = LoadReport() if report is None else report
     source, note = _source(options, trained_on), None
     if source == "scenes" and not options.scenes:
         options, note = replace(options, scenes=True), "no data source is given: these are the scenes of the run"
-    own = trained_on if trained_on is not None and _same_files(options, trained_on, source) else None
-    training_split, val_split = (own.split, own.val_split) if own else ("train", options.val_split)
-    fraction, limit, whose = options.val_fraction, options.limit, "data.val_fraction is given"
-    if fraction is None and own is not None:
-        fraction, limit = held_out_fraction(own, source), own.limit if limit is None else limit
-        whose = "this run was trained on it"
+    run = trained_on if trained_on is not None and _same_files(options, trained_on, source) else None
+    training_split, val_split = (run.split, run.val_split) if run else ("train", options.val_split)
+    fraction, limit, reason = options.val_fraction, options.limit, "data.val_fraction is given"
+    if fraction is None and run is not None:
+        fraction, limit = held_out_fraction(run, source), run.limit if limit is None else limit
+        reason = "this run was trained on it"
     if has_splits(options) and (options.split != val_split or val_split == training_split):
         fraction = 0.0  # The file itself says what belongs to this split.
     if not fraction:
-        # Equal names of both splits mean that nothing is held out.
+        # With the same name for both splits, nothing is held out.
         whole = replace(options, val_split=options.split, val_fraction=None)
         return EvaluatedRecords(records=_read(whole, options.split, report), note=note)
     training = options.split == training_split
-    asked = replace(options, split=training_split, val_split=HELD_OUT, val_fraction=fraction, limit=limit)
-    records = _read(asked, training_split if training else HELD_OUT, report)
+    part = replace(options, split=training_split, val_split=HELD_OUT, val_fraction=fraction, limit=limit)
+    records = _read(part, training_split if training else HELD_OUT, report)
     note = (
-        f"{', '.join(_files(options, source))}: {whose}; these are the {len(records)} images that "
+        f"{', '.join(_files(options, source))}: {reason}; these are the {len(records)} images that "
         f"{'a training uses' if training else 'a training holds out'} (data.val_fraction {fraction})"
     )
     return EvaluatedRecords(records=records, note=note)
@@ -76,18 +80,18 @@ def _source(options: DataOptions, trained_on: DataOptions | None) -> str:
     try:
         return source_of(options)
     except DataError:
-        # A run on the built-in scenes has named them, so that its evaluation need not do so again.
+        # The evaluation of a run on the built-in scenes uses them if no other source is named.
         if trained_on is None or any(getattr(options, name) is not None for name in SOURCES) or not trained_on.scenes:
             raise
         return source_of(trained_on)
 
 
 def _same_files(options: DataOptions, other: DataOptions, source: str) -> bool:
-    """Whether what `options` read is among what `other` read: the same files, or ones of equal content."""
+    """Whether `other` has all files of `options`, or files of the same content."""
     try:
         if source != source_of(other):
             return False
-    except DataError:  # The records of that run were objects of a program.
+    except DataError:  # That run named no source: a program passed its records.
         return False
     if source == "scenes":
         return True

@@ -1,4 +1,4 @@
-"""Some records of others, in an order of one's own."""
+"""A subset of lazy records."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .records import LazyRecords, Record, captions_of, identity_of, name_of, rel
 
 
 class Subset(LazyRecords):
-    """The records at some positions of lazy ones, read on access as these are."""
+    """The records at `positions` of other records, in that order, read on access."""
 
     def __init__(self, records: Sequence[Record], positions: list[int]) -> None:
         self.records, self.positions = records, positions
@@ -29,7 +29,7 @@ class Subset(LazyRecords):
     def name(self, index: int) -> str:
         return name_of(self.records, self.positions[index])
 
-    def relevance(self, positions: Sequence[int]) -> Any:  # a tensor, which needs torch, which options do not
+    def relevance(self, positions: Sequence[int]) -> Any:  # a tensor; torch is not imported here
         return relevance_of(self.records, [self.positions[index] for index in positions])
 
     @property

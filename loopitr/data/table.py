@@ -26,9 +26,17 @@ def load_table(
     split: str | None = None,
     split_column: str = "split",
 ) -> list[Record]:
-    """One record per image, with the captions of all its rows; a caption cell is text or a (JSON) list of texts.
+    """One record per image of a table, with the captions of all its rows.
 
-    Relative image paths start at `images`, or at the folder of the table. `split=None` reads every row.
+    Args:
+        path: a file whose name ends in .csv, .tsv, .jsonl or .ndjson.
+        images: the folder that relative image paths start from; None: the folder of the table.
+        report: counts what was read and what was skipped.
+        caption_column: a cell of this column is a text or a (JSON) list of texts.
+        split: read only the rows with this value in `split_column`; None: all rows.
+
+    Raises:
+        DataError: the table cannot be read, a column is missing, or the images are not found.
     """
     rows, columns = read_table(path)
     wanted = [image_column, caption_column] + ([] if split is None else [split_column])
@@ -40,20 +48,20 @@ def load_table(
         if split not in splits:
             known = printable(", ".join(splits))
             raise DataError(f"{path}: no split {split!r} in column {split_column!r}; it has {known or 'none'}")
-    kept = []
+    chosen = []
     for number, row in enumerate(rows, start=1):
-        own = split if split is None else _split(row.get(split_column))
+        row_split = None if split is None else _split(row.get(split_column))
         image = row.get(image_column)
-        if split is not None and own is None:
+        if split is not None and row_split is None:
             report.skip("no split", f"{Path(path).name} row {number}")
-        elif own != split:
+        elif row_split != split:
             continue
         elif not isinstance(image, str) or not image.strip():
             report.skip("no image path", f"{Path(path).name} row {number}")
         else:
             captions = captions_of_cell(row.get(caption_column))
-            kept.append(Row(image=image.strip(), captions=captions, identity=image.strip()))
-    return group_rows(kept, source=path, images=images, split=split, report=report)
+            chosen.append(Row(image=image.strip(), captions=captions, identity=image.strip()))
+    return group_rows(chosen, source=path, images=images, split=split, report=report)
 
 
 def table_columns(path: str | Path) -> list[str]:
@@ -62,7 +70,11 @@ def table_columns(path: str | Path) -> list[str]:
 
 
 def read_table(path: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows as dicts, and every column name in order of appearance."""
+    """The rows of a table as dicts, and its column names in order of appearance.
+
+    Raises:
+        DataError: the file cannot be read, or is not a valid table.
+    """
     suffix = Path(path).suffix.lower()
     if suffix in JSON_LINES:
         return _read_json_lines(path)
@@ -73,9 +85,9 @@ def read_table(path: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
         rows = list(reader)
     except csv.Error as error:
         raise DataError(f"{path}: line {reader.line_num}: {error}") from error
-    twice = [name for name, count in Counter(reader.fieldnames or []).items() if count > 1]
-    if twice:  # csv would keep the last of them
-        raise DataError(f"{path}: the header names {', '.join(map(repr, twice))} more than once")
+    duplicates = [name for name, count in Counter(reader.fieldnames or []).items() if count > 1]
+    if duplicates:  # csv would silently keep the last of them.
+        raise DataError(f"{path}: the header names {', '.join(map(repr, duplicates))} more than once")
     if any(None in row for row in rows):
         number = next(i for i, row in enumerate(rows, start=1) if None in row)
         raise DataError(f"{path}: row {number} has more cells than the header; quote captions that hold a delimiter")
@@ -98,15 +110,14 @@ def _read_json_lines(path: str | Path) -> tuple[list[dict[str, Any]], list[str]]
 
 
 def _split(cell: Any) -> str | None:
-    """The split in a cell, a text or a number; None where it holds none."""
+    """The split in a cell, given as text or number; None: the cell has none."""
     if isinstance(cell, bool) or not isinstance(cell, (str, int)):
         return None
     return str(cell).strip() or None
 
 
 def captions_of_cell(cell: Any) -> Any:
-    """The captions in a cell: CSV files carry several as a JSON list of texts, or as pandas writes a list; any other
-    text is one caption."""
+    """The captions in a cell: a list written as JSON or as pandas writes it; any other text is one caption."""
     if isinstance(cell, str) and cell.lstrip().startswith("["):
         try:
             value = json.loads(cell)

@@ -1,4 +1,4 @@
-"""Whether tar files are whole: what reads them ends without a word where a header is broken or the rest is missing."""
+"""Checks that tar files are complete: readers stop silently at a damaged header or a missing end."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import tarfile
 from pathlib import Path
 
 BLOCK = tarfile.BLOCKSIZE
-PADDING = 2**20  # bytes of zeros that may follow the end, of which any number is usual
+PADDING = 2**20  # the number of bytes after the end that are checked to be zeros
 CUT = "tar file without its end, samples may be missing"
 BROKEN = "tar file broken in its middle, the samples after that are missing"
-SPARSE = tarfile.GNUTYPE_SPARSE  # Its length does not say where the next header is.
+SPARSE = tarfile.GNUTYPE_SPARSE  # The length of a sparse member does not say where the next header is.
 
 
 def tar_fault(path: str | Path) -> str | None:
-    """What is wrong with a local tar file, in a few words, or None. Of each member 512 bytes are read.
+    """The fault of a local tar file in a few words; None: it is complete, compressed or not a tar file.
+
+    Only the header of each member is read.
 
     Example:
         >>> import io, tarfile, tempfile
@@ -32,7 +34,7 @@ def tar_fault(path: str | Path) -> str | None:
         return None
     with open(path, "rb") as file:
         if not _is_header(file.read(BLOCK)):
-            return None  # It is compressed, or no tar file at all, which whoever reads it says.
+            return None  # If it is not a tar file, its reader raises an error.
         size = file.seek(0, os.SEEK_END)
         place = 0
         while place + BLOCK <= size:
@@ -50,7 +52,7 @@ def tar_fault(path: str | Path) -> str | None:
 
 
 def _is_header(block: bytes) -> bool:
-    """Whether its checksum, in eight of its bytes that count as spaces, is right."""
+    """Whether the checksum of a header is right; its own eight bytes count as spaces in it."""
     if len(block) < BLOCK or not block.strip(b"\0"):
         return False
     try:
@@ -61,8 +63,7 @@ def _is_header(block: bytes) -> bool:
 
 
 def _length(header: bytes) -> int:
-    """The bytes that follow a header: octal digits, or a binary number where they are too many for those; below 0 for
-    neither."""
+    """The length of the member after a header, in octal digits or, if it is large, binary; below 0: not a number."""
     field = header[124:136]
     if field[0] in (0o200, 0o377):
         return int.from_bytes(field[1:], "big")

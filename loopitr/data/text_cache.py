@@ -1,4 +1,4 @@
-"""Caption tokens of a frozen text backbone, computed once and memory-mapped in half precision."""
+"""A cache of caption tokens of a frozen text backbone, computed once, and memory-mapped in half precision."""
 
 from __future__ import annotations
 
@@ -22,22 +22,26 @@ if TYPE_CHECKING:
 EncodeTexts = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # ids, mask [B, L] -> pooled [B, D'], tokens [B, L, D]
 FP16_MAX = float(torch.finfo(torch.float16).max)
 ARRAYS = ("tokens", "pooled", "ends", "keys")
-TOKENIZED = 4096  # captions at a time
+CAPTIONS_PER_CALL = 4096  # of the tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
 class CachedTexts:
-    """`pooled [B, D']` and `tokens [B, L, D]` in float16, zero where a caption is shorter than the longest."""
+    """`pooled [B, D']` and `tokens [B, L, D]` in float16; tokens are zero at padding."""
 
     pooled: Tensor
     tokens: Tensor
 
 
 class TextTokenCache:
-    """What a text backbone makes of every caption of some records, found by the caption's text."""
+    """The output of a text backbone for all captions of some records, looked up by the text of a caption."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Open a finished cache. Each process maps the arrays on first use, so DataLoader workers may hold it."""
+        """Open a finished cache. Each process maps the files on first use, so it can be passed to DataLoader workers.
+
+        Raises:
+            DataError: the folder is not a cache of text tokens, or is damaged.
+        """
         self.folder = Path(folder)
         with expect_intact(self.folder, "not a cache of text tokens"):
             meta = read_meta(self.folder)
@@ -65,8 +69,9 @@ class TextTokenCache:
     ) -> TextTokenCache:
         """Open `folder/text-<key[:16]>-<captions digest[:8]>`, building it first if it is not there.
 
-        `key` is the caller's digest of everything that decides the tokens but the captions: backbone weights, tokenizer
-        and length. Captions that have changed make another cache. For killed and concurrent builds see `build_once`.
+        `key` is the caller's digest of everything but the captions that decides the tokens: backbone weights, tokenizer
+        and length. Changed captions make another cache. `build_once` says what happens to interrupted and concurrent
+        builds.
         """
         check_key(key)
         captions = list(dict.fromkeys(c for i in range(len(records)) for c in captions_of(records, i)))
@@ -90,10 +95,10 @@ class TextTokenCache:
         return self.shapes["keys"][0]
 
     def read(self, captions: Sequence[str], lengths: Sequence[int]) -> CachedTexts:
-        """What the backbone made of `captions`; `lengths` are their token counts, as the caller has them.
+        """The backbone's output for `captions`; `lengths` are their numbers of tokens.
 
         Raises:
-            DataError: a caption that is not in the cache, or is of another length there.
+            DataError: a caption is not in the cache, or has another length there.
         """
         arrays = self._mapped()
         wanted = np.array([stable_hash(caption) for caption in captions], dtype=np.int64)
@@ -131,8 +136,8 @@ def _captions_digest(captions: Iterable[str]) -> str:
 def _tokenized(tokenizer: PreTrainedTokenizerBase, captions: list[str], max_length: int) -> list[list[int]]:
     """Ids of each caption, cut to `max_length`."""
     ids: list[list[int]] = []
-    for start in range(0, len(captions), TOKENIZED):
-        part = captions[start : start + TOKENIZED]
+    for start in range(0, len(captions), CAPTIONS_PER_CALL):
+        part = captions[start : start + CAPTIONS_PER_CALL]
         ids += tokenizer(part, truncation=True, max_length=max_length)["input_ids"]
     return ids
 
@@ -147,21 +152,22 @@ def _build(
     device: str | torch.device,
     progress: bool,
 ) -> dict[str, list[int]]:
-    """Write the arrays, captions in the order of their keys; returns the arrays' shapes.
+    """Write the arrays, with captions in the order of their keys; returns the arrays' shapes.
 
-    `tokens [sum(lengths), D]`, `pooled [T, D']`, `ends [T]` of each caption's rows in `tokens`, `keys [T]`.
+    The arrays are `tokens [sum(lengths), D]`, `pooled [T, D']`, `keys [T]`, and `ends [T]`, the end of each caption's
+    rows in `tokens`.
     """
     keys = np.array([stable_hash(caption) for caption in captions], dtype=np.int64)
     order = np.argsort(keys, kind="stable")
     keys = keys[order]
     if not len(keys):
         raise DataError("there is no caption whose tokens could be cached")
-    if (np.diff(keys) == 0).any():  # once in 10^8 sets of half a million captions
+    if (np.diff(keys) == 0).any():  # For half a million captions, the probability is about 10^-8.
         raise DataError("two captions have the same hash; the text tokens of this data cannot be cached")
     lengths = np.array([len(ids[i]) for i in order])
     ends = lengths.cumsum()
     arrays: dict[str, np.ndarray] = {}
-    by_length = np.argsort(lengths, kind="stable")  # captions of one length side by side need little padding
+    by_length = np.argsort(lengths, kind="stable")  # Batches of similar lengths need little padding.
     batches = [by_length[start : start + batch_size] for start in range(0, len(order), batch_size)]
     for batch in tqdm(batches, desc="text tokens", disable=not progress):
         rows = [torch.tensor(ids[order[place]]) for place in batch]
@@ -192,7 +198,7 @@ def _build(
 
 
 def _allocate(folder: Path, shapes: dict[str, tuple[int, int]]) -> dict[str, np.ndarray]:
-    # Without this check a full disk would kill the process without a word, at a write into the map.
+    # Without this check, a write to the map would kill the process silently when the disk is full.
     check_space(folder, sum(2 * int(np.prod(shape)) for shape in shapes.values()), "caching text tokens")
     return {
         name: np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=np.float16, shape=shape)

@@ -1,8 +1,8 @@
-"""Image tokens of a frozen backbone, computed once and memory-mapped in half precision."""
+"""A cache of image tokens of a frozen backbone, computed once, and memory-mapped in half precision."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,14 @@ FP16_MAX = float(torch.finfo(torch.float16).max)
 
 
 class TokenCache:
-    """`cache[i]` is the float16 tokens [N, D] of record i. `unreadable` holds the indices of records without any."""
+    """`cache[i]` is the float16 tokens `[N, D]` of record i; `unreadable` has the indices of records without any."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Open a finished cache. Each process maps the array on first use, so DataLoader workers may hold it."""
+        """Open a finished cache. Each process maps the file on first use, so it can be passed to DataLoader workers.
+
+        Raises:
+            DataError: the folder is not a token cache, or is damaged.
+        """
         self.folder = Path(folder)
         with expect_intact(self.folder, "not a token cache"):
             meta = read_meta(self.folder)
@@ -60,19 +64,25 @@ class TokenCache:
         num_workers: int = 0,
         device: str | torch.device = "cpu",
         progress: bool = True,
+        seed: int | None = None,
+        shortest: int | None = None,
     ) -> TokenCache:
         """Open `folder/<key[:16]>-<names digest[:8]>`, building it first if it is not there.
 
-        `key` is the caller's digest of everything that decides the tokens but the images: backbone weights, transform.
-        Images are told apart by name and path, not by pixels: delete the folder after editing images in place.
-        For killed and concurrent builds see `build_once`.
+        `key` is the caller's digest of everything but the images that decides the tokens: backbone weights, transform.
+        Images are identified by name and path, not by content: delete the folder after editing images in place.
+        `build_once` says what happens to interrupted and concurrent builds. A random `transform` needs a `seed`;
+        `shortest` is passed to `decode_image`.
         """
         check_key(key)
         digest = names_digest(records)
         target = Path(folder) / f"{key[:16]}-{digest[:8]}"
 
         def build(temporary: Path) -> dict[str, Any]:
-            shape, unreadable = _build(temporary, records, transform, encode, batch_size, num_workers, device, progress)
+            images = read_images(
+                records, transform, batch_size=batch_size, num_workers=num_workers, shortest=shortest, seed=seed
+            )
+            shape, unreadable = _build(temporary, records, images, encode, device, progress)
             return {"key": key, "names_digest": digest, "shape": shape, "unreadable": unreadable}
 
         build_once(target, build)
@@ -85,7 +95,7 @@ class TokenCache:
         return self.shape[0]
 
     def __getitem__(self, index: int) -> Tensor:
-        return torch.from_numpy(np.array(self._tokens()[index]))  # [N, D]; it is a copy, since the map is read-only
+        return torch.from_numpy(np.array(self._tokens()[index]))  # [N, D], a copy, since the map is read-only
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_array": None}
@@ -100,18 +110,15 @@ class TokenCache:
 def _build(
     folder: Path,
     records: Sequence[Record],
-    transform: Callable[[Image.Image], Tensor],
+    images: Iterable[list[tuple[int, Tensor | str]]],
     encode: Encode,
-    batch_size: int,
-    num_workers: int,
     device: str | torch.device,
     progress: bool,
 ) -> tuple[tuple[int, int, int], list[int]]:
-    """Write the tokens; returns their shape [R, N, D] and the indices of the unreadable records."""
-    loader = read_images(records, transform, batch_size=batch_size, num_workers=num_workers)
+    """Write the tokens; returns their shape `[R, N, D]` and the indices of unreadable records."""
     array: np.ndarray | None = None
     unreadable = []
-    for batch in tqdm(loader, desc="image tokens", disable=not progress):
+    for batch in tqdm(images, desc="image tokens", disable=not progress):
         good = [(index, pixels) for index, pixels in batch if isinstance(pixels, Tensor)]
         unreadable += [index for index, pixels in batch if not isinstance(pixels, Tensor)]
         if not good:
@@ -121,7 +128,7 @@ def _build(
             tokens = encode(torch.stack([pixels for _, pixels in good]).to(device)).float().cpu()  # [B, N, D]
         if tokens.ndim != 3 or len(tokens) != len(good):
             raise ValueError(f"encode must return [{len(good)}, N, D], got {list(tokens.shape)}")
-        fits = (tokens.abs() <= FP16_MAX).flatten(1).all(dim=1)  # [B]; a row with NaN does not fit either
+        fits = (tokens.abs() <= FP16_MAX).flatten(1).all(dim=1)  # [B], false also for NaN
         if not fits.all():
             name = name_of(records, indices[int((~fits).nonzero()[0])])
             raise DataError(f"{name}: its tokens hold NaN or values beyond float16; this backbone cannot be cached")
@@ -136,6 +143,6 @@ def _build(
 
 
 def _allocate(folder: Path, shape: tuple[int, int, int]) -> np.ndarray:
-    # Without this check a full disk would kill the process without a word, at a write into the map.
+    # Without this check, a write to the map would kill the process silently when the disk is full.
     check_space(folder, 2 * int(np.prod(shape)), "caching tokens")
     return np.lib.format.open_memmap(folder / "tokens.npy", mode="w+", dtype=np.float16, shape=shape)

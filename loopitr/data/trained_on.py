@@ -1,4 +1,4 @@
-"""What a saved model was trained on, read from the `config.yaml` of its run and of the runs that it started from."""
+"""The data that a saved model was trained on, from the `config.yaml` of its run and of the runs before it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .scenes import SceneRecords
 from .sources import DataOptions, load_records
 
 CONFIG, EARLIER = "config.yaml", "config.before-*.yaml"
-MAX_RUNS = 8  # A chain of runs, each of which started from the one before, is followed so far.
+MAX_RUNS = 8  # the length to which a chain of runs that started from each other is followed
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedOn:
-    """The data options of a run; `data` is None where they are unknown, and `reason` says why."""
+    """The data options of a run; if `data` is None, they are unknown and `reason` says why."""
 
     data: DataOptions | None
     reason: str | None = None
@@ -29,14 +29,20 @@ class TrainedOn:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOverlap:
-    """The evaluated images that the model was trained on, and why more of them may be: None where all is known."""
+    """The evaluated images that the model was trained on.
+
+    Attributes:
+        shared: these images.
+        count: the number of evaluated images.
+        unknown: why there may be more of them; None: there are no more.
+    """
 
     shared: Sequence[SharedImage]
     count: int
     unknown: str | None
 
     def line(self) -> str:
-        """One line for a log."""
+        """The result in one line, for a log."""
         if self.shared:
             names = listed(image.name for image in self.shared)
             text = f"warning: {len(self.shared)} of the {self.count} images were trained on: {names}"
@@ -46,6 +52,7 @@ class TrainingOverlap:
         return f"the model was trained on none of the {self.count} images"
 
     def to_json(self) -> dict[str, Any]:
+        """The result for an evaluation's JSON file."""
         return {
             "count": len(self.shared),
             "images": [image.name for image in self.shared],
@@ -54,10 +61,10 @@ class TrainingOverlap:
 
 
 def trained_data(model: str | Path) -> list[TrainedOn]:
-    """The data of the run that made this model, then those of the run whose model it started from, and so on.
+    """The data of the run that made this model, then of the run whose model that one started from, and so on.
 
-    Relative paths in a `config.yaml` start where the run was started: they are looked for from here, then from the
-    folders that the run folder lies in.
+    Relative paths in a `config.yaml` start at the folder in which the run was started, which is not recorded. They are
+    looked for from the current folder, then from the folders that contain the run folder.
     """
     history: list[TrainedOn] = []
     folder: str | Path | None = model
@@ -67,7 +74,7 @@ def trained_data(model: str | Path) -> list[TrainedOn]:
             history.append(TrainedOn(data=None, reason=f"the data of {folder} are not recorded (it has no {CONFIG})"))
             break
         start = None
-        # A run that was resumed with other options keeps those that it had before.
+        # A run that was resumed with other options also has files with its earlier options.
         for file in (path, *sorted(path.parent.glob(EARLIER), reverse=True)):
             try:
                 tree = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -100,16 +107,17 @@ def training_overlap(records: Sequence[Record], history: Sequence[TrainedOn]) ->
 
 
 def _check_readable(records: Sequence[Record]) -> None:
-    """
+    """Check that the images still exist.
+
     Raises:
-        DataError: some of the files are gone.
+        DataError: some of the files are missing.
     """
     if isinstance(records, SceneRecords):
         return
     images = (records[index].image for index in range(len(records)))
-    gone = [str(image) for image in images if isinstance(image, (str, Path)) and not Path(image).is_file()]
-    if gone:
-        raise DataError(f"{len(gone)} of {len(records)} training images are not here: {listed(gone)}")
+    missing = [str(image) for image in images if isinstance(image, (str, Path)) and not Path(image).is_file()]
+    if missing:
+        raise DataError(f"{len(missing)} of {len(records)} training images are not here: {listed(missing)}")
 
 
 def _config_file(folder: Path) -> Path | None:
@@ -120,7 +128,7 @@ def _config_file(folder: Path) -> Path | None:
 def _data_options(tree: dict[str, Any], folder: Path) -> DataOptions:
     known = {field.name for field in fields(DataOptions)}
     options = DataOptions(**{name: value for name, value in tree.items() if name in known})
-    if "scenes" not in tree:  # Older runs trained on the scenes where they named no other source.
+    if "scenes" not in tree:  # Older runs used the scenes if they named no other source.
         options = replace(options, scenes=True)
     located: dict[str, Any] = {}
     for name in ("karpathy", "albef", "table", "hub", "images", "val_albef", "val_table"):
@@ -133,7 +141,7 @@ def _data_options(tree: dict[str, Any], folder: Path) -> DataOptions:
 
 
 def _located(path: str, folder: Path) -> str:
-    """A path of a run's config from here, or from the nearest of the run's own parent folders that has it."""
+    """A path of a run's config, relative to the current folder or the nearest parent of the run folder that has it."""
     for start in (Path(), *folder.resolve().parents):
         candidate = start / Path(path).expanduser()
         if candidate.exists():

@@ -1,25 +1,45 @@
-"""Training augmentation; the evaluation transform belongs to the model's processor and is handed in."""
+"""Training augmentation. Evaluation uses the transform of the model's processor instead."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
-LEAST_RATIO = 3 / 4  # The sides of a random crop have at least this ratio.
+LEAST_RATIO = 3 / 4  # the smallest ratio of the sides of a random crop
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seeds torch's CPU generator for the block only.
+
+    `torch.manual_seed` would reseed every GPU too, and with it dropout.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 class TrainTransform:
-    """PIL RGB or uint8 tensor [3, H, W] -> normalised float tensor [3, size, size] of a random crop.
+    """PIL RGB image or uint8 tensor `[3, H, W]` -> normalised float tensor `[3, size, size]` of a random crop.
 
-    `shortest` is how many pixels the shorter side of an image needs so that no crop of it is enlarged.
+    The attribute `shortest` is the length in pixels that the shorter side of an image needs, so that no crop has to be
+    enlarged.
 
-    `flip` is off by default, since it makes captions that say left or right wrong. `randaugment` applies two of
-    ALBEF's ten operations (arXiv 2107.07651), which leave colours alone because captions name them.
+    Args:
+        image_size: the side of the crop after resizing, or (height, width).
+        crop_scale: the smallest and the largest area of a crop, as fractions of the image.
+        flip: mirror images at random; this makes captions wrong that say left or right.
+        randaugment: apply two of ALBEF's ten operations (arXiv 2107.07651); none changes hue or saturation, since
+            captions name colours.
+
+    Raises:
+        ValueError: `crop_scale` or `interpolation` is not valid.
     """
 
     def __init__(
@@ -38,11 +58,12 @@ class TrainTransform:
         if interpolation not in modes:
             raise ValueError(f"interpolation must be one of {', '.join(modes)}; got {interpolation!r}")
         size = [image_size, image_size] if isinstance(image_size, int) else list(image_size)
-        # Of an image with sides m <= n, a crop's area is at least low * m * n and its ratio of sides at least 3/4, so
-        # its shorter side is at least sqrt(3/4 * low) * m; nor is it below low * m, the other being at most n.
+        # For an image with sides m <= n, the area of a crop is at least low * m * n. Its shorter side is therefore at
+        # least sqrt(3/4 * low) * m, since the ratio of its sides is at least 3/4; and at least low * m, since its
+        # longer side is at most n.
         self.shortest = math.ceil(max(size) / max(crop_scale[0], math.sqrt(LEAST_RATIO * crop_scale[0])))
         steps: list[torch.nn.Module] = [
-            v2.PILToTensor(),  # It stays uint8, since resizing tensors is about twice as fast as Pillow's resizing.
+            v2.PILToTensor(),  # Resizing uint8 tensors is about twice as fast as Pillow's resizing.
             v2.RandomResizedCrop(
                 size,
                 scale=crop_scale,
@@ -63,9 +84,9 @@ class TrainTransform:
 
 
 def _one_of_albef(size: Sequence[int]) -> v2.RandomChoice:
-    """One of ALBEF's ten operations at random, at its magnitude 7 of 10; it moves an image by 10 pixels at most."""
-    share = 0.1  # Nor is an image moved by more than this part of its side.
-    move = (min(share, 10 / size[1]), min(share, 10 / size[0]))
+    """One of ALBEF's ten operations at random, at magnitude 7 of 10; translations are at most 10 pixels."""
+    most = 0.1  # Nor does a translation exceed this fraction of a side.
+    move = (min(most, 10 / size[1]), min(most, 10 / size[0]))
     bilinear = InterpolationMode.BILINEAR
     return v2.RandomChoice(
         [

@@ -1,4 +1,4 @@
-"""What every DataLoader worker does first."""
+"""The signal handling of DataLoader workers."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import os
 import signal
 from typing import Any
 
-STAY = 30  # seconds that a worker goes on for once it was told to end
+STAY = 30  # the seconds that a worker continues after SIGTERM
 
 
 def leave_signals_to_the_run(_: int) -> None:
-    """A `worker_init_fn`: whoever stops a run sends the signal to its workers too, whose batches the run still needs.
+    """A `worker_init_fn` that keeps workers alive while a run that was told to stop finishes its step.
 
-    Ctrl-C is ignored. After SIGTERM a worker goes on until the run closes it, or for `STAY` seconds at most.
+    Ctrl-C and SIGTERM usually reach the workers too, but the run still needs their batches. So Ctrl-C is ignored, and
+    after SIGTERM a worker continues until the run closes it, for at most `STAY` seconds.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGALRM"):
@@ -25,4 +26,4 @@ def _end_later(*_: Any) -> None:
 
 
 def _end(*_: Any) -> None:
-    os._exit(0)  # Another status would raise an error in the run.
+    os._exit(0)  # Any other exit status would raise an error in the run.

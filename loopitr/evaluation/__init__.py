@@ -1,4 +1,4 @@
-"""Retrieval evaluation. `ranking` turns scores into metrics and is pure; `retrieval` encodes, ranks and reranks."""
+"""Retrieval evaluation: `retrieval` encodes, ranks and reranks; `ranking` computes the metrics from scores."""
 
 # ruff: noqa: F401 (the imports under TYPE_CHECKING tell type checkers and editors what the names are)
 

@@ -1,4 +1,4 @@
-"""Fitting the similarity weight of the reranking score on held-out candidates, and measuring what reranking gains."""
+"""Fits the similarity weight of the reranking score on held-out candidates, and measures the gain of reranking."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from .ranking import Ranking
 from .reranking import ScoredCandidates
 
 WEIGHTS = (0.0, *torch.logspace(-3, 3, 121, dtype=torch.float64).tolist(), DUAL_ALONE)
-"""The similarity weights that are tried: none, 20 to a factor of ten, and the dual head alone."""
-DRAWS = 1000  # of the bootstrap
+"""The similarity weights to try: 0, 20 to each factor of ten, and the dual head alone."""
+DRAWS = 1000  # resamples of the bootstrap
 
 
 def fit_similarity_weight(candidates: ScoredCandidates) -> float:
-    """The weight of `WEIGHTS` with the highest mean R@1 of both directions on these candidates.
+    """The weight in `WEIGHTS` with the highest mean R@1 of both directions on these candidates.
 
-    Of weights with equal recall the one with the highest log-likelihood wins (`log_likelihood`). Since `DUAL_ALONE` is
-    among them, the reranked R@1 on these candidates is never below the dual head's.
+    Ties are decided by `log_likelihood`. Since `DUAL_ALONE` is one of the weights, the reranked R@1 on these candidates
+    is never below the dual head's.
     """
 
     def quality(weight: float) -> tuple[float, float]:
@@ -34,8 +34,8 @@ def fit_similarity_weight(candidates: ScoredCandidates) -> float:
 def log_likelihood(candidates: ScoredCandidates, weight: float) -> float:
     """Mean log-probability of a query's right answers under the softmax of its candidates' reranking scores.
 
-    Queries without a right answer among their candidates are left out; the two directions weigh one half each; 0
-    without any such query.
+    Queries without a right answer among their candidates are left out. Both directions weigh half; a direction without
+    any query counts as 0.
     """
     scores = candidates.reranking(weight)
     sides = ((scores.captions, candidates.right.captions), (scores.images, candidates.right.images))
@@ -50,14 +50,14 @@ def log_likelihood(candidates: ScoredCandidates, weight: float) -> float:
 
 @dataclass(frozen=True)
 class Gain:
-    """How much higher the mean R@1 is reranked than by the dual head, in points, with a 95% interval of +- `margin`."""
+    """The gain of reranking over the dual head in points of mean R@1, with a 95% interval of +- `margin`."""
 
     points: float
     margin: float
     num_images: int
 
     def line(self) -> str:
-        """One sentence that says whether reranking pays, and where it does not, what to try."""
+        """One line that says whether reranking pays and, if not, what to try."""
         figures = f"{self.points:+.1f} +- {self.margin:.1f} points of R@1"
         source = f"95%, bootstrap over {self.num_images} images with their captions"
         if self.points > self.margin:
@@ -65,17 +65,17 @@ class Gain:
         advice = "train longer with word prediction (objective.mlm 1), or start from a trained fusion head (model.init)"
         if self.points < -self.margin:
             return f"reranking does not pay: {figures} ({source}); {advice}, and fit the weight (recipes/calibrate.py)"
-        return f"reranking makes no difference that these queries can show: {figures} ({source}); {advice}"
+        return f"reranking makes no significant difference: {figures} ({source}); {advice}"
 
 
 def reranking_gain(dual: Ranking, reranked: Ranking, caption_rows: Tensor) -> Gain:
     """The gain of `reranked` over `dual` on the same queries.
 
-    The bootstrap draws images, each with its captions, since the captions of one image are right or wrong together:
-    1.96 standard deviations of the gain over `DRAWS` resamples, always the same ones.
+    The margin is 1.96 standard deviations of the gain over `DRAWS` bootstrap resamples, drawn with a fixed seed.
+    Images are drawn with all their captions, because results of captions of one image are correlated.
 
     Args:
-        caption_rows: each caption's image `[T]` int64.
+        caption_rows: the image of each caption, `[T]` int64.
     """
     gains = [(after <= 1).double() - (before <= 1).double() for before, after in zip(_sides(dual), _sides(reranked))]
     image_gain, caption_gain = gains  # [I], [T]

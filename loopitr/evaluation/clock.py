@@ -1,4 +1,4 @@
-"""How long the parts of an evaluation take."""
+"""Times the parts of an evaluation."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import torch
 
 
 class Clock:
-    """Seconds by name, of work that is done: a GPU is waited for."""
+    """Seconds by name in `laps`, measured after the GPU has finished its work."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.laps = device, dict[str, float]()
         self.last = time.perf_counter()
 
     def lap(self, name: str) -> None:
+        """Store the time since the last lap under `name`."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()

@@ -1,4 +1,4 @@
-"""COCO's test images with more right answers than one: ECCV Caption and CxC, by the package `eccv-caption`."""
+"""ECCV Caption and CxC, benchmarks with more right answers for COCO's test images, by the package `eccv-caption`."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .nearest import Nearest
 from .ranking import KS
 from .reranking import CandidateScores
 
-DEPTH = 50  # answers looked at: ECCV Caption has up to 48 right ones for a query
-CAPTIONS = 5  # of each image are in the benchmark
+DEPTH = 50  # answers per query; ECCV Caption has up to 48 right ones
+CAPTIONS = 5  # captions per image in the benchmark
 INSTALL = 'eccv-caption is not installed: pip install "loopitr[eccv]"'
 SIDES = ("i2t", "t2i")
-# ECCV's mean average precision at R and R-precision are fractions, as everywhere here; recalls are in percent.
+# ECCV's mean average precision at R and R-precision are fractions from 0 to 1; recalls are in percent.
 FRACTIONS = ("eccv_map_at_r", "eccv_rprecision")
 
 
@@ -34,16 +34,16 @@ class CocoBenchmarks:
         evaluate_retrieval(model, processor, records, EvaluationOptions(captions_per_image=5), coco=coco).coco["dual"]
     """
 
-    def __init__(self, known: Mapping[str, CocoImage], metrics: Any = None) -> None:
+    def __init__(self, images: Mapping[str, CocoImage], metrics: Any = None) -> None:
         """
         Args:
-            known: COCO's numbers of the records by name (`loopitr.data.coco_ids.coco_images`).
+            images: COCO's ids of the records by name (`loopitr.data.coco_ids.coco_images`).
             metrics: the ground truth, an `eccv_caption.Metrics`; None: the package's own.
 
         Raises:
             ModuleNotFoundError: the package is not installed.
         """
-        self.known, self.metrics = known, _load_metrics() if metrics is None else metrics
+        self.images, self.metrics = images, _load_metrics() if metrics is None else metrics
 
     def figures(
         self,
@@ -53,13 +53,17 @@ class CocoBenchmarks:
         candidates: Nearest,
         reranked: Mapping[str, CandidateScores],
     ) -> dict[str, dict[str, dict[str, float]]]:
-        """Ranking -> metric -> direction -> value: `eccv_map_at_r`, `eccv_rprecision` (fractions), `eccv_r1`, `cxc_r1`,
-        `cxc_r5`, `cxc_r10` (percent).
+        """The figures as ranking -> metric -> direction -> value.
+
+        The metrics are `eccv_map_at_r` and `eccv_rprecision` (fractions), `eccv_r1`, `cxc_r1`, `cxc_r5` and `cxc_r10`
+        (percent).
 
         Args:
-            gallery: the images and captions that were ranked; `records` has the images' names.
+            gallery: the images and captions that were ranked.
+            records: have the names of the images.
             widest: each query's `DEPTH` most similar answers.
-            candidates: those that were reranked; `reranked` has their scores by name.
+            candidates: the answers that were reranked.
+            reranked: their scores by the name of the ranking.
 
         Raises:
             DataError: the gallery is not the whole split with five captions of each image.
@@ -80,31 +84,31 @@ class CocoBenchmarks:
         }
 
     def numbers(self, gallery: Gallery, names: list[str]) -> tuple[list[int], list[int]]:
-        """COCO's numbers of a gallery's images `[I]`, called `names`, and captions `[T]`.
+        """COCO's ids of a gallery's images `[I]`, whose names are `names`, and of its captions `[T]`.
 
         Raises:
-            DataError: images or captions that the benchmarks have are missing, or others are there.
+            DataError: the gallery does not have exactly the images and captions of the benchmarks.
         """
-        known = [self.known.get(name) or CocoImage(-1, {}) for name in names]
-        unused = [{text: list(numbers) for text, numbers in image.captions.items()} for image in known]
-        images, captions = [image.number for image in known], list[int]()
+        coco_images = [self.images.get(name) or CocoImage(-1, {}) for name in names]
+        unused = [{text: list(numbers) for text, numbers in image.captions.items()} for image in coco_images]
+        images, captions = [image.number for image in coco_images], list[int]()
         for text, row in zip(gallery.captions, gallery.caption_rows.tolist(), strict=True):
-            left = unused[row].get(text)
-            captions.append(left.pop(0) if left else -1)
+            numbers = unused[row].get(text)
+            captions.append(numbers.pop(0) if numbers else -1)
         truth = self.metrics.coco_gts
-        for kind, here, wanted in (("images", images, truth["i2t"]), ("captions", captions, truth["t2i"])):
-            missing, more = len(wanted.keys() - {*here}), sum(number not in wanted for number in here)
-            if missing or more:
+        for kind, present, required in (("images", images, truth["i2t"]), ("captions", captions, truth["t2i"])):
+            missing, others = len(required.keys() - {*present}), sum(number not in required for number in present)
+            if missing or others:
                 raise DataError(
                     f"ECCV Caption and CxC are of COCO's {len(truth['i2t'])} Karpathy test images, {CAPTIONS} captions "
-                    f"each (captions_per_image): {missing} of their {kind} are missing, {more} others are there"
+                    f"each (captions_per_image): {missing} of their {kind} are missing, {others} others are there"
                 )
         return images, captions
 
     def _measured(self, i2t: dict[int, list[int]], t2i: dict[int, list[int]]) -> dict[str, dict[str, float]]:
-        found = {"i2t": i2t, "t2i": t2i}
-        figures = dict(self.metrics.eccv_metrics(found, "all"))
-        figures |= {f"cxc_r{k}": self.metrics.cxc_recalls(found, "all", K=k) for k in KS}
+        answers = {"i2t": i2t, "t2i": t2i}
+        figures = dict(self.metrics.eccv_metrics(answers, "all"))
+        figures |= {f"cxc_r{k}": self.metrics.cxc_recalls(answers, "all", K=k) for k in KS}
         return {
             name: {side: float(values[side]) * (1 if name in FRACTIONS else 100) for side in SIDES}
             for name, values in figures.items()
@@ -115,24 +119,24 @@ def _load_metrics() -> Any:
     if importlib.util.find_spec("eccv_caption") is None:
         raise ModuleNotFoundError(INSTALL)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # It says that it does without ujson.
+        warnings.simplefilter("ignore")  # The import warns if ujson is not installed.
         from eccv_caption import Metrics
 
     return Metrics()
 
 
 def _reordered(candidates: Tensor, scores: Tensor, widest: Tensor) -> list[list[int]]:
-    """The candidates by their scores, then what else is among the most similar."""
+    """The candidates by descending score, followed by the rest of the most similar answers."""
     best = candidates.gather(1, scores.argsort(dim=1, descending=True, stable=True)).tolist()
     return [own + [x for x in rest if x not in {*own}] for own, rest in zip(best, widest.tolist(), strict=True)]
 
 
 def coco_line(figures: Mapping[str, Mapping[str, float]]) -> str:
-    """All figures of one ranking in one line of text."""
-    named = {"eccv_map_at_r": "ECCV mAP@R", "eccv_rprecision": "R-precision", "eccv_r1": "R@1"}
-    named |= {f"cxc_r{k}": f"{'CxC ' if k == KS[0] else ''}R@{k}" for k in KS}
+    """All figures of one ranking in one line."""
+    labels = {"eccv_map_at_r": "ECCV mAP@R", "eccv_rprecision": "R-precision", "eccv_r1": "R@1"}
+    labels |= {f"cxc_r{k}": f"{'CxC ' if k == KS[0] else ''}R@{k}" for k in KS}
     parts = []
-    for name, label in named.items():
+    for name, label in labels.items():
         digits = 3 if name in FRACTIONS else 1
         parts.append(f"{label} " + ", ".join(f"{side} {figures[name][side]:.{digits}f}" for side in SIDES))
     return "; ".join(parts)

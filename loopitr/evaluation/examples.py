@@ -1,4 +1,4 @@
-"""Queries to look at: a few of those that reranking gains, loses and leaves as they were, with their first answers."""
+"""Example queries with their first answers: some that reranking gains, loses, or does not change."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .ranking import Ranking
 from .reranking import CandidateScores, right_answers
 
 SHOWN = 5
-"""Answers per query and head."""
+"""Number of answers per query and head."""
 TURN = ("gained", "lost", "gained", "lost", "gained", "lost", "wrong", "right")
-"""Kinds of queries in the order in which they get their places, over and over, as long as there are any left."""
+"""The order in which kinds of queries get a place, repeated until all places are given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +26,10 @@ class Answer:
     """An answer to a query.
 
     Attributes:
-        item: an image, as its position in the records, or a caption.
-        score: the dual's similarity; of a reranked answer the match score.
-        right: whether it is a right answer.
-        place: where the dual has it, from 1.
+        item: the position of an image in the records, or a caption.
+        score: the similarity or, for a reranked answer, the match score.
+        right: whether the answer is right.
+        place: its rank by the dual head, from 1.
     """
 
     item: int | str
@@ -43,10 +43,11 @@ class Example:
     """A query with the first answers of both heads.
 
     Attributes:
-        query: an image, as its position in the records, or a caption.
-        kind: by whether the first answer is right, of the dual and reranked: `gained`, `lost`, `wrong`, `right`.
-        dual, reranked: the first `SHOWN` answers, best first; `reranked` is empty where nothing is.
-        ranks: of the best right answer by the dual and reranked, inf where it is not among the candidates.
+        query: the position of an image in the records, or a caption.
+        kind: whether the first answer is right: `gained` (only after reranking), `lost` (only before), `wrong` or
+            `right` (both times).
+        dual, reranked: the first `SHOWN` answers, best first; `reranked` is empty if there was no reranking.
+        ranks: of the best right answer, by the dual head and after reranking; inf if it is not a candidate.
     """
 
     query: int | str
@@ -58,7 +59,7 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
-    """Queries of one direction: how many there are of each kind, and the examples, those of one kind together."""
+    """The number of queries of each kind, in one direction, and the examples, sorted by kind."""
 
     counts: dict[str, int]
     shown: Sequence[Example]
@@ -66,7 +67,7 @@ class Examples:
 
 @dataclass(frozen=True, kw_only=True)
 class Reranked:
-    """The candidates' match scores, the reranking scores that order them, and the ranking that this gives."""
+    """The candidates' match scores, their reranking scores, and the ranking by the latter."""
 
     match: CandidateScores
     scores: CandidateScores
@@ -78,12 +79,12 @@ def choose_examples(
 ) -> dict[str, Examples]:
     """At most `number` queries of each direction, `i2t` and `t2i`.
 
-    Both what reranking gains and what it loses get places (`TURN`), and among the queries of a kind those are taken
-    that lie evenly in the gallery's order: neither the best nor the worst are picked.
+    `TURN` says how many there are of each kind. Queries of a kind are chosen at equal distances in the gallery's order,
+    not by their scores.
 
     Args:
-        candidates: of the dual head, with at least `SHOWN` of them per query where there are so many.
-        reranked: None: only the dual's answers.
+        candidates: of the dual head, with at least `SHOWN` per query if the gallery has as many.
+        reranked: None: show only the dual head's answers.
     """
     right = right_answers(candidates, gallery)
     images, captions = gallery.positions, gallery.captions
@@ -97,7 +98,7 @@ def choose_examples(
         kinds = _kinds(ranks)
         examples = []
         for kind, query in _chosen(kinds, number):
-            # What the candidates are ordered by, and the score that is shown: of the dual, and reranked.
+            # Pairs of the scores to rank by and the scores to show, for the dual head and after reranking.
             scores = [(similarity[query], similarity[query])]
             if reranked is not None:
                 scores.append((getattr(reranked.scores, side)[query], getattr(reranked.match, side)[query]))
@@ -112,8 +113,8 @@ def choose_examples(
 
 
 def _answers(items: Sequence[int | str], right: Tensor, scores: Sequence[tuple[Tensor, Tensor]]) -> list[list[Answer]]:
-    """The first of one query's candidates `items` (k), for each pair of (ordered by, shown) `scores [k]`."""
-    orders = [_best_first(by, right) for by, _ in scores]
+    """The first answers of one query among its k candidates `items`, for each pair of `scores [k]`: (rank by, show)."""
+    orders = [_best_first(ranked_by, right) for ranked_by, _ in scores]
     place = orders[0].argsort() + 1  # [k]
     return [
         [
@@ -125,7 +126,7 @@ def _answers(items: Sequence[int | str], right: Tensor, scores: Sequence[tuple[T
 
 
 def _kinds(ranks: list[Tensor]) -> dict[str, list[int]]:
-    """The queries of each kind, from the ranks `[Q]` of their right answers by the dual and, where it is, reranked."""
+    """The queries of each kind, from the ranks `[Q]` of their right answers by the dual head and after reranking."""
     first = [rank <= 1 for rank in ranks]
     dual, last = first[0], first[-1]
     parts = {"gained": ~dual & last, "lost": dual & ~last, "wrong": ~dual & ~last, "right": dual & last}
@@ -148,6 +149,6 @@ def _chosen(kinds: dict[str, list[int]], number: int) -> list[tuple[str, int]]:
 
 
 def _best_first(scores: Tensor, right: Tensor) -> Tensor:
-    """The order `[k]` of candidates: of equal scores the wrong answer comes first, as it does in recalls."""
+    """The order `[k]` of candidates; on ties the wrong answer comes first, as in the recalls."""
     wrong_first = right.long().argsort(stable=True)
     return wrong_first[torch.argsort(scores[wrong_first], descending=True, stable=True)]

@@ -1,4 +1,4 @@
-"""What an evaluation looks through: the records' captions, their images and which show the same one."""
+"""The gallery of an evaluation: the images and captions of its records, and which of them belong together."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Transform = Callable[[Image.Image], Tensor]
 
 
 def evaluation_transform(processor: LoopITRProcessor) -> Transform:
-    """One PIL image -> `[3, S, S]` as the processor does it; can be sent to DataLoader workers."""
+    """A function PIL image -> `[3, S, S]` that applies the processor; it can be sent to DataLoader workers."""
     return partial(_preprocess, processor.image_processor)
 
 
@@ -28,9 +28,13 @@ def _preprocess(image_processor: Any, image: Image.Image) -> Tensor:
 
 @dataclass(frozen=True)
 class Gallery:
-    """`positions` (I) of the images in the records, their `captions` (T), and what each shows: its identity.
+    """I images and their T captions.
 
-    `caption_rows [T]` says which of the I images each caption belongs to; an image's captions are consecutive.
+    Attributes:
+        positions: the positions of the images in the records.
+        captions: the captions; those of an image are consecutive.
+        caption_rows: `[T]`, the image that each caption belongs to, from 0 to I - 1.
+        image_identities, text_identities: `[I]` and `[T]`; equal identities are right answers.
     """
 
     positions: list[int]
@@ -43,8 +47,8 @@ class Gallery:
 def build_gallery(
     records: Sequence[Record], positions: Sequence[int], report: LoadReport, *, captions_per_image: int | None
 ) -> Gallery:
-    """The captions of the records at `positions`; blank captions, and images left without any, are skipped."""
-    kept: list[int] = []
+    """The gallery of the records at `positions`; blank captions, and images without captions, are skipped."""
+    used: list[int] = []
     captions: list[str] = []
     image_identities: list[int] = []
     text_identities: list[int] = []
@@ -58,13 +62,13 @@ def build_gallery(
             report.skip("no captions", name_of(records, position))
             continue
         own_captions = own_captions[:captions_per_image]
-        caption_rows += [len(kept)] * len(own_captions)
-        kept.append(position)
+        caption_rows += [len(used)] * len(own_captions)
+        used.append(position)
         image_identities.append(identity_of(records, position))
         captions += own_captions
         text_identities += [image_identities[-1]] * len(own_captions)
     return Gallery(
-        positions=kept,
+        positions=used,
         captions=captions,
         caption_rows=torch.tensor(caption_rows, dtype=torch.int64),
         image_identities=torch.tensor(image_identities),
@@ -73,17 +77,14 @@ def build_gallery(
 
 
 def account(skipped: LoadReport, report: LoadReport | None, gallery: Gallery, count: int, allowed: float) -> None:
-    """Say what was left out of `count` images; stop where nothing, or too little, is left.
+    """Add what was skipped to `report`, and check that enough of `count` images is left.
 
     Raises:
-        DataError: nothing is left, or more than the fraction `allowed` is not.
+        DataError: nothing is left, or more than the fraction `allowed` was skipped.
     """
     skipped.images, skipped.captions = len(gallery.positions), len(gallery.captions)
     if report is not None:
-        for reason, number in skipped.counts.items():
-            names = skipped.names[reason]
-            for index in range(number):
-                report.skip(reason, names[min(index, len(names) - 1)])
+        report.merge_skips(skipped)
     if not gallery.positions:
         raise DataError(f"nothing to evaluate on: {count} records gave {skipped.summary()}")
     lost = count - len(gallery.positions)

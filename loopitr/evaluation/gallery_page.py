@@ -1,4 +1,4 @@
-"""A static page of queries with the dual's answers beside the reranked ones. It refers to nothing outside itself."""
+"""A self-contained HTML page of example queries, with the dual head's answers next to the reranked ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .examples import Answer, Example, Examples
 from .report import RetrievalResult, weight_text
 from .thumbnails import thumbnail
 
-CHARACTERS = 300  # of a caption or a name
+CHARACTERS = 300  # the most characters of a caption or a name that are shown
 DIRECTIONS = {"t2i": "Text to image", "i2t": "Image to text"}
 KINDS = {
     "gained": "gained: right only after reranking",
@@ -49,13 +49,13 @@ small { opacity: .75; }
 
 
 def gallery_page(result: RetrievalResult, records: Sequence[Record], *, title: str) -> str:
-    """The page of `result.examples` as HTML, a few dozen kilobytes per query.
+    """An HTML page of `result.examples`, a few dozen kilobytes per query.
 
-    Texts are escaped, images are small JPEGs within the page; one that cannot be opened is its name.
+    Texts are escaped. Images are small JPEGs in the page; if one cannot be opened, its name is shown.
 
     Args:
         result: of an evaluation with `EvaluationOptions.examples` above 0.
-        records: what was evaluated.
+        records: the evaluated records.
 
     Raises:
         ValueError: the result has no examples.
@@ -100,13 +100,13 @@ def _legend(k: int) -> str:
     if not k:
         return "Answers of the dual encoder, with their similarity."
     return (
-        f"First the dual encoder's answers with their similarity, beside them its best {k} reranked, with their match "
-        "score and the places that they moved."
+        f"First the dual encoder's answers with their similarity; next to them its best {k} reranked, with their match "
+        "score and the number of places that they moved."
     )
 
 
 def _counts(result: RetrievalResult) -> str:
-    """How many queries of each kind there are, of which the page shows a few."""
+    """A table of the number of queries of each kind."""
     counts = {DIRECTIONS[direction]: result.examples[direction] for direction in DIRECTIONS}
     header = ["", "queries", "dual right", *(["reranked right", "gained", "lost"] if result.k else [])]
     rows = [_count_row(name, examples) for name, examples in counts.items()]
@@ -171,6 +171,6 @@ def _picture(records: Sequence[Record], position: int) -> str:
 
 
 def _text(text: str) -> str:
-    """Escaped, of bounded length; half a character, as in names of files that are not UTF-8, as its number."""
+    """Text escaped and shortened; lone surrogates, as in file names that are not UTF-8, become escape sequences."""
     whole = text if len(text) <= CHARACTERS else text[: CHARACTERS - 1] + "\u2026"
     return escape(whole.encode(errors="backslashreplace").decode())

@@ -1,5 +1,7 @@
-"""Graded relevance and paraphrase stability of complete rankings, for records whose ground truth says more than which
-caption is whose (the built-in scenes). Pure."""
+"""Graded relevance and paraphrase stability of complete rankings, for records with graded ground truth.
+
+The built-in scenes have such ground truth.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +16,18 @@ from .nearest import Nearest
 from .ranking import jaccard_at_k, mean_average_precision_at_r, ndcg, overlap_at_k
 from .reranking import CandidateScores
 
-DEPTH = 10  # of nDCG, overlap and Jaccard index
+DEPTH = 10  # the depth of nDCG, overlap and Jaccard index
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradedMetrics:
-    """Fractions from 0 to 1; `ndcg` and `map_at_r` by direction: `{"i2t", "t2i"}`.
+    """Metrics from 0 to 1. With fewer than 10 images, the depth is their number instead of 10.
 
-    ndcg: at 10, with the relevance as the gain. map_at_r: relevant is what has relevance 1.
-    overlap, jaccard: at 10, between the image rankings of two captions of one image, mean over all such pairs of
-    captions; None where no image has two captions. With fewer than 10 images, at their number.
+    Attributes:
+        ndcg: nDCG@10 with the relevance as gain, by direction (`i2t`, `t2i`).
+        map_at_r: mAP@R with relevance 1 as relevant, by direction.
+        overlap, jaccard: of the top 10 images for two captions of one image, averaged over all such pairs of captions;
+            None: no image has two captions.
     """
 
     ndcg: dict[str, float]
@@ -35,13 +39,13 @@ class GradedMetrics:
     def from_scores(
         cls, image_scores: Tensor, text_scores: Tensor, *, relevance: Tensor, caption_rows: Tensor
     ) -> GradedMetrics:
-        """A caption is as relevant to an image as the image that it belongs to.
+        """The metrics of scores. A caption is as relevant to an image as the image that it belongs to.
 
         Args:
-            image_scores: of all captions, for each image `[I, T]`.
-            text_scores: of all images, for each caption `[T, I]`.
-            relevance: among the images `[I, I]`.
-            caption_rows: each caption's image `[T]`; an image's captions are consecutive.
+            image_scores: the scores of all captions for each image, `[I, T]`.
+            text_scores: the scores of all images for each caption, `[T, I]`.
+            relevance: of each image to each other, `[I, I]`.
+            caption_rows: the image of each caption, `[T]`; an image's captions are consecutive.
         """
         graded = relevance[:, caption_rows]  # [I, T]
         directions = {"i2t": (image_scores, graded), "t2i": (text_scores, graded.T)}
@@ -56,6 +60,7 @@ class GradedMetrics:
         )
 
     def to_json(self) -> dict[str, Any]:
+        """The metrics for `metrics.json`."""
         return {
             f"ndcg{DEPTH}": self.ndcg,
             "map_at_r": self.map_at_r,
@@ -64,7 +69,7 @@ class GradedMetrics:
         }
 
     def line(self) -> str:
-        """All figures in one line of text."""
+        """All metrics in one line."""
         parts = [
             f"nDCG@{DEPTH} i2t {self.ndcg['i2t']:.3f}, t2i {self.ndcg['t2i']:.3f}",
             f"mAP@R i2t {self.map_at_r['i2t']:.3f}, t2i {self.map_at_r['t2i']:.3f}",
@@ -83,12 +88,13 @@ def grade(
     relevance: Tensor,
     caption_rows: Tensor,
 ) -> dict[str, GradedMetrics]:
-    """Metrics of the dual encoder and of every reranking of its candidates, by name; all tensors on the CPU.
+    """The metrics of the dual encoder and of each reranking of its candidates, by name; all tensors are on the CPU.
 
     Args:
-        image_embeds: `[I, E]`; text_embeds: `[T, E]`.
-        candidates: what was reranked; `reranked` has their scores by name.
-        relevance: `[I, I]`; caption_rows: `[T]`, as for `GradedMetrics.from_scores`.
+        image_embeds, text_embeds: `[I, E]` and `[T, E]`.
+        candidates: the answers that were reranked.
+        reranked: their scores by the name of the ranking.
+        relevance, caption_rows: as in `GradedMetrics.from_scores`.
     """
     with torch.autocast("cpu", enabled=False):
         similarity = image_embeds.float() @ text_embeds.float().T  # [I, T]
@@ -102,9 +108,9 @@ def grade(
 
 
 def paraphrase_stability(scores: Tensor, caption_rows: Tensor) -> tuple[float, float] | tuple[None, None]:
-    """Mean overlap and Jaccard index at 10 between the rankings of any two captions of one image; None without any.
+    """Mean overlap and Jaccard index at 10 of the rankings for two captions of one image; None if there are no two.
 
-    scores `[T, I]`; caption_rows `[T]`: each caption's image, whose captions are consecutive.
+    scores `[T, I]`; caption_rows `[T]`, the image of each caption; an image's captions are consecutive.
     """
     depth = min(DEPTH, scores.shape[1])
     best = scores.topk(depth, dim=1).indices  # [T, depth]
@@ -115,7 +121,7 @@ def paraphrase_stability(scores: Tensor, caption_rows: Tensor) -> tuple[float, f
 
 
 def caption_pairs(caption_rows: Tensor) -> tuple[Tensor, Tensor]:
-    """`[P]` and `[P]`: every pair of captions of one image, each once; an image's captions are consecutive."""
+    """All pairs of captions of one image, each once, as two indices `[P]`; an image's captions are consecutive."""
     position = torch.arange(len(caption_rows), device=caption_rows.device)
     firsts, seconds = [position[:0]], [position[:0]]
     for distance in range(1, int(caption_rows.bincount().max())):
@@ -128,5 +134,5 @@ def caption_pairs(caption_rows: Tensor) -> tuple[Tensor, Tensor]:
 def reranked_first(similarity: Tensor, candidates: Tensor, scores: Tensor) -> Tensor:
     """Scores `[Q, C]` of a complete ranking: the candidates `[Q, k]` by their scores, then the rest by similarity."""
     similarity = similarity.double()
-    lifted = scores.double() - scores.min() + similarity.max() + 1  # [Q, k] above every similarity
-    return similarity.scatter(1, candidates, lifted)
+    raised = scores.double() - scores.min() + similarity.max() + 1  # [Q, k], above every similarity
+    return similarity.scatter(1, candidates, raised)

@@ -1,4 +1,4 @@
-"""Image tokens of a gallery as a stream of blocks: computed once and kept, or computed again."""
+"""The image tokens of a gallery, in blocks: stored when first computed, or computed again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .storage import TokenStorage, TokenStore
 
 @dataclass(frozen=True)
 class _Read:
-    """Decoded images, or tokens from a cache, of `positions`; `failed` holds (position, reason)."""
+    """Decoded images, or tokens from a cache, of `positions`; `failed` has (position, reason) of unreadable images."""
 
     positions: list[int]
     inputs: Tensor | None
@@ -48,7 +48,7 @@ class _Encoded:
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """`embeds [n, E]` (CPU, float32) of the images at `positions`; `failed` holds (position, reason)."""
+    """`embeds [n, E]` (CPU, float32) of the images at `positions`; `failed` has (position, reason) of the others."""
 
     positions: list[int]
     embeds: Tensor
@@ -56,7 +56,7 @@ class EncodedImages:
 
 
 class ImageTokens:
-    """Tokens `[b, N, D]` of images in blocks, from a cache or from the backbone, decoded in DataLoader workers."""
+    """Reads images in DataLoader workers, or tokens from a cache, and gives tokens `[b, N, D]` in blocks."""
 
     def __init__(
         self,
@@ -72,9 +72,12 @@ class ImageTokens:
     ) -> None:
         """
         Args:
-            batch_size: images that are encoded at a time.
-            all_readable: an unreadable image is an `UnreadableImage` error at once, instead of one that failed.
-            open_in_threads: whether several threads may read records at once.
+            batch_size: the number of images that are encoded at a time.
+            all_readable: raise an `UnreadableImage` for the first unreadable image, instead of reporting it.
+            open_in_threads: several threads may read records at once.
+
+        Raises:
+            ValueError: the cache has fewer images than there are records.
         """
         if cache is not None and len(cache) < len(records):
             raise ValueError(f"the token cache has {len(cache)} images, the records are {len(records)}")
@@ -83,37 +86,41 @@ class ImageTokens:
         self.open_in_threads = open_in_threads
         self.parameter = next(model.parameters())
         self.store: TokenStore | None = None
-        self.rows: dict[int, int] = {}  # of the store, by position
+        self.rows: dict[int, int] = {}  # position -> row of the store
 
     def encode(self, positions: list[int], *, storage: TokenStorage | None, progress: bool = False) -> EncodedImages:
-        """The first pass; tokens that `storage` takes are kept for `blocks`, None: they will not be asked for."""
+        """The first pass: encode images, and store their tokens for `blocks`.
+
+        Args:
+            storage: where to store tokens; None: `blocks` will not be called.
+        """
         if storage is not None:
             vision, device = self.model.vision, self.parameter.device
             shape = (len(positions), vision.num_tokens, vision.width)
             self.store = storage.open(*shape, device=device, name=self._name, may_map=self.cache is None)
             self.rows = {position: row for row, position in enumerate(positions)}
-        done, failed = list[int](), list[tuple[int, str]]()
+        encoded, failed = list[int](), list[tuple[int, str]]()
         embeds = [torch.empty(0, self.model.config.embed_dim)]
         with tqdm(total=len(positions), desc="encode images", unit="image", disable=not progress, leave=False) as bar:
-            for encoded in self._encoded([positions], tokens=self.store is not None, embeds=True):
-                failed += encoded.failed
-                if encoded.embeds is not None:
-                    if self.store is not None and encoded.tokens is not None:
-                        self.store.write(self._rows(encoded.positions), encoded.tokens)
-                    done += encoded.positions
-                    embeds.append(encoded.embeds)
-                bar.update(len(encoded.positions) + len(encoded.failed))
-        return EncodedImages(done, torch.cat(embeds), failed)
+            for block in self._encoded([positions], tokens=self.store is not None, embeds=True):
+                failed += block.failed
+                if block.embeds is not None:
+                    if self.store is not None and block.tokens is not None:
+                        self.store.write(self._rows(block.positions), block.tokens)
+                    encoded += block.positions
+                    embeds.append(block.embeds)
+                bar.update(len(block.positions) + len(block.failed))
+        return EncodedImages(encoded, torch.cat(embeds), failed)
 
     def blocks(self, positions: list[int], size: int) -> Iterator[Tensor]:
-        """Tokens of at most `size` images at a time, in order: the second pass.
+        """The second pass: the tokens of at most `size` images at a time, in order.
 
         Raises:
-            DataError: an image that was readable in the first pass no longer is.
+            DataError: an image that was readable in the first pass is not any more.
         """
         blocks = list(_chunks(positions, size))
         if self.store is not None:
-            yield from _kept(self.store, [self._rows(block) for block in blocks], self.parameter.device)
+            yield from _stored(self.store, [self._rows(block) for block in blocks], self.parameter.device)
             return
         stream = self._encoded(blocks, tokens=True)
         for block in blocks:
@@ -173,21 +180,21 @@ class ImageTokens:
         return name_of(self.records, list(self.rows)[row])
 
 
-def _kept(store: TokenStore, blocks: list[Tensor], device: torch.device) -> Iterator[Tensor]:
-    """`store.read` of each block; of a file, the next block is read while the caller works on this one."""
+def _stored(store: TokenStore, blocks: list[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """The stored tokens of each block; from disk, the next block is read while the caller works on the current one."""
     if not store.on_disk:
         yield from (store.read(rows) for rows in blocks)
         return
 
     def read(rows: Tensor) -> Tensor:
         tokens = store.read(rows)
-        return tokens.pin_memory() if device.type == "cuda" else tokens  # to be copied beside the GPU's work
+        return tokens.pin_memory() if device.type == "cuda" else tokens  # Pinned memory is copied while the GPU works.
 
     with ThreadPoolExecutor(1) as reader:
-        coming = [reader.submit(read, rows) for rows in blocks[:1]]
+        pending = [reader.submit(read, rows) for rows in blocks[:1]]
         for number in range(len(blocks)):
-            tokens = coming.pop().result()
-            coming += [reader.submit(read, rows) for rows in blocks[number + 1 : number + 2]]
+            tokens = pending.pop().result()
+            pending += [reader.submit(read, rows) for rows in blocks[number + 1 : number + 2]]
             yield tokens.to(device, non_blocking=True)
 
 

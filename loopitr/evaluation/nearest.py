@@ -1,4 +1,4 @@
-"""Ranks and nearest candidates of the dual head, in row blocks: the whole `[I, T]` is never held."""
+"""Ranks and nearest candidates of the dual head, computed in blocks of rows, so that `[I, T]` is never in memory."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from torch import Tensor
 
 from .ranking import BlockRanks, Ranking
 
-BLOCK_ELEMENTS = 2**23  # similarities that are held at a time; masks and sorts of this size come on top
+BLOCK_ELEMENTS = 2**23  # similarities in memory at a time, besides masks and sorts of this size
 
 
 @dataclass(frozen=True)
 class Nearest:
-    """The dual's ranking of everything, and each query's `k` best candidates with their similarities, best first, all
-    on the CPU.
+    """The dual head's complete ranking, and each query's `k` best candidates, best first, all on the CPU.
 
-    `captions`, `caption_similarity [I, min(k, T)]`; `images`, `image_similarity [T, min(k, I)]`.
+    Attributes:
+        ranking: the ranks of the right answers.
+        captions, caption_similarity: `[I, min(k, T)]`, the candidates of each image and their similarities.
+        images, image_similarity: `[T, min(k, I)]`, the candidates of each caption and their similarities.
     """
 
     ranking: Ranking
@@ -38,10 +40,13 @@ def nearest(
     k: int,
     block_elements: int = BLOCK_ELEMENTS,
 ) -> Nearest:
-    """Image embeds `[I, E]` against text embeds `[T, E]`; equal identities (`[I]`, `[T]` int64) are right answers.
+    """Rank image embeds `[I, E]` against text embeds `[T, E]`; equal identities (`[I]`, `[T]` int64) are right answers.
 
     As everywhere in `ranking`, a wrong candidate that ties with the best right one is ranked before it. Each side's
     identities must all occur on the other side.
+
+    Raises:
+        ValueError: embeds hold NaN or infinite values.
     """
     num_images, num_texts = len(image_embeds), len(text_embeds)
     image_embeds, text_embeds = image_embeds.float(), text_embeds.float()
@@ -70,7 +75,7 @@ def nearest(
         indices = torch.cat([images, top.indices + rows.start], 1)
         merged = values.topk(min(k, values.shape[1]), dim=1)
         images, image_similarity = indices.gather(1, merged.indices), merged.values
-    for _, similarity, right in blocks():  # The same products are computed again instead of being kept.
+    for _, similarity, right in blocks():  # The products are computed again, since they do not fit into memory.
         ranks.second_pass(similarity, right)
     return Nearest(
         ranking=Ranking(i2t=ranks.of_images().cpu(), t2i=ranks.of_texts().cpu()),

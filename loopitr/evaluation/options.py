@@ -1,4 +1,4 @@
-"""What an evaluation is asked for, and in what portions it works."""
+"""The options of an evaluation."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from .storage import TokenStorage
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
-    """The options of `evaluate_retrieval`. None of the portions, nor where tokens wait, changes a figure.
+    """The options of `evaluate_retrieval`. Those from `batch_size` on change speed and memory, not results.
 
     Args:
-        rerank: candidates per query for the fusion head; 0: the dual encoder alone, which is all that a `DualEncoder`
-            can do.
-        captions_per_image: each image's first so many captions are used (COCO and Flickr: 5); None: all.
-        max_images: the first so many records are used; None: all.
-        max_skipped_fraction: the evaluation stops when more of the images than this cannot be used.
-        graded: whether graded relevance and paraphrase stability are measured too, where the records have the ground
-            truth for it.
-        dims: the dual encoder is also measured at the first so many dimensions of its embeds.
-        calibrate: whether the weight of the similarity in the reranking score is fitted on these candidates
-            (`calibration.py`), instead of the model's `config.similarity_weight`; the model is not changed.
-        examples: queries of each direction that the result has with their first answers, for `gallery_page`; 0: none.
-        batch_size: captions, and images up to `image_block`, that are encoded at a time.
-        image_block: images whose tokens, keys and values are held at a time while reranking.
-        pair_block: pairs that are scored at a time.
-        num_workers: processes that decode images; 0: this one does.
-        token_storage: where image and caption tokens wait between encoding and reranking, and in what type.
+        rerank: the number of candidates per query that the fusion head scores; 0: evaluate the dual encoder alone,
+            which a `DualEncoder` needs.
+        captions_per_image: the number of captions of each image to use, the first ones (COCO and Flickr: 5); None: all.
+        max_images: the number of records to use, the first ones; None: all.
+        max_skipped_fraction: raise an error if more than this fraction of the images cannot be used.
+        graded: also measure graded relevance and paraphrase stability, if the records have the ground truth.
+        dims: also evaluate the dual encoder with its embeds cut to each of these lengths.
+        calibrate: fit the similarity weight of the reranking score on these candidates (`calibration.py`), instead of
+            using the model's `config.similarity_weight`; the model is not changed.
+        examples: the number of example queries of each direction in the result, for `gallery_page`.
+        batch_size: the number of captions, and of images up to `image_block`, that are encoded at a time.
+        image_block: the number of images whose tokens, keys and values are in memory at a time while reranking.
+        pair_block: the number of pairs that are scored at a time.
+        num_workers: the number of processes that decode images; 0: none but this one.
+        token_storage: where tokens are stored between encoding and reranking. A `dtype` of half precision changes
+            results a little.
 
     Raises:
-        ValueError: a number out of range.
+        ValueError: a number is out of range.
 
     Example:
         >>> from loopitr import EvaluationOptions

@@ -1,8 +1,8 @@
-"""Metrics on scores: Karpathy recalls in both directions, graded relevance, paraphrase stability. Pure.
+"""Metrics computed from scores: Karpathy recalls in both directions, graded relevance, paraphrase stability.
 
-Ties count against the model everywhere: a wrong candidate that scores as high as a right one is ranked before it. So
-a model that gives every pair one score has R@1 = 0, and no result hangs on the order in which a sort leaves equals.
-A NaN score is a ValueError. Recalls are in percent; ranks count from 1; all other metrics are fractions from 0 to 1.
+Ties count against the model: a wrong candidate that scores as high as a right one is ranked before it. So a model that
+gives all pairs the same score has R@1 = 0, and no result depends on how a sort orders ties. NaN scores raise a
+ValueError. Recalls are in percent, ranks start at 1, and all other metrics are fractions from 0 to 1.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 
 KS = (1, 5, 10)
-BLOCK_ELEMENTS = 2**24  # scores that one step looks at: this bounds the memory of masks and sorts
+BLOCK_ELEMENTS = 2**24  # scores processed at a time, which bounds the memory of masks and sorts
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """The rank of the right answer to each query, from which all recalls come.
+    """The rank of the right answer to each query, from which all recalls are computed.
 
-    i2t `[images that have a caption]`: rank of the best own caption; t2i `[T]`: rank of the own image. Both float64,
-    inf where the right answer was not among the candidates.
+    Attributes:
+        i2t: the rank of the best caption of each image that has one; float64, inf if it was not a candidate.
+        t2i: `[T]`, the rank of each caption's image; likewise.
     """
 
     i2t: Tensor
@@ -31,9 +32,9 @@ class Ranking:
 
     @classmethod
     def from_scores(cls, similarity: Tensor, caption_to_image: Tensor) -> Ranking:
-        """Ranks everything: similarity `[I, T]`, caption_to_image `[T]` int, the row of each caption's own image.
+        """Ranks all images and captions by similarity `[I, T]`; caption_to_image `[T]` int is each caption's image.
 
-        An image without a caption is a distractor: captions are compared with it, but it is no query.
+        An image without a caption is a distractor: captions are compared with it, but it is not a query.
         """
         if similarity.dim() != 2 or caption_to_image.shape != similarity.shape[1:]:
             shapes = tuple(similarity.shape), tuple(caption_to_image.shape)
@@ -61,10 +62,12 @@ class Ranking:
         image_scores: Tensor,
         caption_to_image: Tensor,
     ) -> Ranking:
-        """Ranks short lists, such as reranked ones: a right answer outside its list is a miss.
+        """Ranks lists of candidates, such as reranked ones; a right answer that is not in its list is a miss.
 
-        captions `[I, k]` caption indices per image, images `[T, k]` image indices per caption, each with scores of
-        its shape, in any order; -1 pads a list. caption_to_image `[T]` int.
+        Args:
+            captions, caption_scores: `[I, k]`, caption indices per image and their scores, in any order; -1 is padding.
+            images, image_scores: `[T, k]`, image indices per caption and their scores, likewise.
+            caption_to_image: `[T]` int, the row of each caption's image.
         """
         num_images, num_captions = len(captions), len(caption_to_image)
         if len(images) != num_captions:
@@ -94,19 +97,19 @@ class Ranking:
         return sum(recalls) / len(recalls)
 
     def median_rank(self) -> dict[str, float]:
-        """`{"i2t", "t2i"}`: inf where the candidates miss half of the right answers."""
+        """`{"i2t", "t2i"}`; inf if less than half of the right answers are among the candidates."""
         return {"i2t": _median(self.i2t), "t2i": _median(self.t2i)}
 
     def ceiling(self) -> dict[str, float]:
-        """`{"i2t", "t2i"}`: percent of queries with a right answer among the candidates: what reranking can reach."""
+        """`{"i2t", "t2i"}`: the percentage of queries with a right answer among the candidates."""
         return {"i2t": _percent(self.i2t.isfinite()), "t2i": _percent(self.t2i.isfinite())}
 
 
 class BlockRanks:
-    """Counts the ranks of Ranking over blocks `[b, T]` of the images' rows, in two passes over all of them.
+    """Computes the ranks of `Ranking` in two passes over blocks `[b, T]` of rows of the similarities.
 
-    Counting who scores at least as high as the best right answer needs no table of sorted indices `[I, T]`. A caption's
-    best image is known after the first pass, so that only the second can count who is ahead of it.
+    A rank is 1 plus the number of wrong candidates that score at least as high as the best right answer, so nothing
+    needs to be sorted. A caption's best image is known only after the first pass, so the second counts for captions.
     """
 
     def __init__(self, num_texts: int, *, like: Tensor) -> None:
@@ -116,13 +119,13 @@ class BlockRanks:
         self._texts = torch.ones(num_texts, dtype=torch.int64, device=like.device)  # [T]
 
     def first_pass(self, similarity: Tensor, right: Tensor) -> None:
-        """similarity and which answers are right, of consecutive images: `[b, T]`."""
+        """Take the next block: `similarity` and `right` (bool), both `[b, T]`, of consecutive images."""
         self._best_image = torch.maximum(self._best_image, _best_right(similarity, right, dim=0))
         best_text = _best_right(similarity, right, dim=1)[:, None]  # [b, 1]
         self._images.append(1 + _count_ahead(similarity, right, best_text, dim=1))  # [b]
 
     def second_pass(self, similarity: Tensor, right: Tensor) -> None:
-        """The same blocks again."""
+        """Take the same block again."""
         self._texts += _count_ahead(similarity, right, self._best_image, dim=0)
 
     def of_images(self) -> Tensor:
@@ -135,7 +138,7 @@ class BlockRanks:
 
 
 def candidate_ranks(scores: Tensor, relevant: Tensor, valid: Tensor) -> Tensor:
-    """Rank of the best relevant candidate of each list, inf where there is none. All `[Q, k]` -> `[Q]` float64."""
+    """The rank of the best relevant candidate of each list, inf without any. All `[Q, k]` -> `[Q]` float64."""
     _check_rows(scores=scores, relevant=relevant, valid=valid)
     scores = scores.masked_fill(~valid, -torch.inf)
     _refuse_nan(scores)
@@ -146,24 +149,24 @@ def candidate_ranks(scores: Tensor, relevant: Tensor, valid: Tensor) -> Tensor:
 
 
 def _best_right(scores: Tensor, right: Tensor, *, dim: int) -> Tensor:
-    """The highest right score along `dim`; -inf where nothing is right."""
+    """The highest score of a right answer along `dim`; -inf without any."""
     return scores.masked_fill(~right, -torch.inf).amax(dim)
 
 
 def _count_ahead(scores: Tensor, right: Tensor, best: Tensor, *, dim: int) -> Tensor:
-    """How many wrong candidates score at least as high as `best`: ties count against the model."""
+    """The number of wrong candidates that score at least as high as `best`: ties count against the model."""
     return ((scores >= best) & ~right).sum(dim)
 
 
 def recall_at_k(ranks: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """`{"r1": ...}`: percent of queries whose rank `[Q]` (from 1, inf for a miss) is at most k."""
+    """`{"r1": ...}`: the percentage of queries whose rank `[Q]` (from 1, inf for a miss) is at most k."""
     return {f"r{k}": _percent(ranks <= k) for k in ks}
 
 
 def ndcg(scores: Tensor, relevance: Tensor, k: int | None = None) -> float:
-    """nDCG@k (Jarvelin & Kekalainen, 2002) with linear gains: sum_r rel_r / log2(r + 1), over the ideal order's.
+    """nDCG@k (Jarvelin & Kekalainen, 2002) with linear gains: sum_r rel_r / log2(r + 1), relative to the ideal order.
 
-    scores and graded relevance (>= 0) `[Q, C]`; k `None` is all of C. Queries with nothing relevant are left out.
+    scores and graded relevance (>= 0) `[Q, C]`; k None is C. Queries without a relevant candidate are left out.
     """
     _check_rows(scores=scores, relevance=relevance)
     if (relevance < 0).any():
@@ -182,7 +185,8 @@ def ndcg(scores: Tensor, relevance: Tensor, k: int | None = None) -> float:
 def mean_average_precision_at_r(scores: Tensor, relevant: Tensor) -> float:
     """mAP@R (arXiv 2003.08505, as in ECCV Caption, arXiv 2204.03359): mean over queries of 1/R sum_{r<=R} P@r rel_r.
 
-    scores `[Q, C]`, relevant `[Q, C]` bool, R a query's number of relevant candidates. Queries with none are left out.
+    scores `[Q, C]`, relevant `[Q, C]` bool; R is a query's number of relevant candidates. Queries with R = 0 are left
+    out.
     """
     _check_rows(scores=scores, relevant=relevant)
     position = torch.arange(1, scores.shape[1] + 1, device=scores.device)  # [C]
@@ -197,9 +201,9 @@ def mean_average_precision_at_r(scores: Tensor, relevant: Tensor) -> float:
 
 
 def overlap_at_k(first: Tensor, second: Tensor, k: int) -> float:
-    """Average overlap (Webber et al., 2010) of two rankings' top k: mean over d <= k of |first_d & second_d| / d.
+    """Average overlap (Webber et al., 2010) of the top k of two rankings: mean over d <= k of |first_d & second_d| / d.
 
-    first, second `[Q, >= k]`: candidate indices, best first, of a query and of its paraphrase. Mean over Q.
+    first, second `[Q, >= k]`: candidate indices, best first, of a query and its paraphrase. The mean over Q.
     """
     matches = _matches(first, second, k)
     shared = matches.cumsum(1).cumsum(2).diagonal(dim1=1, dim2=2)  # [Q, k] the size of the overlap at each depth
@@ -208,7 +212,7 @@ def overlap_at_k(first: Tensor, second: Tensor, k: int) -> float:
 
 
 def jaccard_at_k(first: Tensor, second: Tensor, k: int) -> float:
-    """Jaccard index of two rankings' top k, |intersection| / |union|, mean over Q; arguments as `overlap_at_k`."""
+    """Jaccard index of the top k of two rankings, |intersection| / |union|, averaged over Q; see `overlap_at_k`."""
     shared = _matches(first, second, k).sum((1, 2)).double()  # [Q]
     return (shared / (2 * k - shared)).mean().item()
 
@@ -222,7 +226,7 @@ def _matches(first: Tensor, second: Tensor, k: int) -> Tensor:
 
 
 def _ranked(scores: Tensor, gains: Tensor) -> Tensor:
-    """Gains `[Q, C]` in the order of the scores; of equal scores, the lowest gain first."""
+    """Gains `[Q, C]` in the order of the scores; on ties, the lowest gain first."""
     by_gain = gains.argsort(dim=-1, stable=True)
     by_score = scores.gather(-1, by_gain).argsort(dim=-1, descending=True, stable=True)
     return gains.gather(-1, by_gain.gather(-1, by_score))
@@ -257,7 +261,7 @@ def _check_rows(**tensors: Tensor) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if len(set(shapes.values())) != 1 or any(len(shape) != 2 or 0 in shape for shape in shapes.values()):
         raise ValueError(f"expected non-empty tensors of one shape [Q, C], got {shapes}")
-    if "valid" not in tensors:  # Slots outside `valid` may hold anything: the caller looks for NaN after masking them.
+    if "valid" not in tensors:  # Slots outside `valid` may hold NaN; the caller checks the scores after masking them.
         _refuse_nan(tensors["scores"])
 
 
@@ -270,11 +274,11 @@ def _checked_depth(k: int | None, size: int) -> int:
 def _percent(hits: Tensor) -> float:
     if hits.numel() == 0:
         raise ValueError("expected at least one query, got none")
-    return 100.0 * hits.sum().item() / hits.numel()  # dividing the exact count gives 0.7 and not 0.7000000000000001
+    return 100.0 * hits.sum().item() / hits.numel()  # exact for whole percentages, unlike 100 times the mean
 
 
 def _median(ranks: Tensor) -> float:
-    # This is the mean of the two middle ranks, which `Tensor.median` is not. `quantile` would compute inf - inf.
+    # `Tensor.median` does not average the two middle ranks, and `quantile` would compute inf - inf.
     ordered = ranks.sort().values
     low, high = ordered[(len(ranks) - 1) // 2].item(), ordered[len(ranks) // 2].item()
     return (low + high) / 2

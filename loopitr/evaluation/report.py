@@ -1,4 +1,4 @@
-"""The outcome of a retrieval evaluation, as JSON and as Markdown."""
+"""The result of a retrieval evaluation, as JSON and as Markdown."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from .examples import Examples
 from .graded import GradedMetrics
 from .ranking import KS, Ranking
 
-# By what candidates are ranked, and its name in the table.
+# The names of the rankings, and their labels in the table.
 HEADS = {"dual": "dual", "match": "match", "match_plus_similarity": "match + similarity", "reranked": "reranked"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalResult:
-    """Recalls of each head, and what they cost.
+    """The recalls of each head, and their cost.
 
     Attributes:
-        k: candidates per query that were reranked; 0: the dual encoder alone.
-        rankings: `dual` and, where `k > 0`, `match`, `match_plus_similarity` and, by the reranking score, `reranked`.
-        num_pairs: pairs scored by the fusion head, each once.
+        k: the number of candidates per query that were reranked; 0: only the dual encoder was evaluated.
+        rankings: `dual` and, if `k > 0`, `match`, `match_plus_similarity` and `reranked` (by the reranking score).
+        num_pairs: the number of pairs that the fusion head scored.
         seconds: encode, rank, rerank, total.
-        skipped: how much was evaluated on and what was left out.
-        truncated: captions longer than the text backbone takes, of which only the beginning counted.
-        graded: the metrics of each of the rankings; empty where the records have no graded relevance.
-        similarity_weight: of the reranking score; None with `k = 0`.
-        calibrated: whether that weight was fitted on these very candidates.
-        gain: of reranking over the dual encoder; None with `k = 0`.
-        coco: figures of ECCV Caption and CxC of each of the rankings; empty where they were not asked for.
-        examples: queries with their first answers, by direction (`i2t`, `t2i`); empty where none were asked for.
-        shortened: rankings of the dual encoder by the first so many dimensions of its embeds alone.
+        skipped: the number of images and captions evaluated, and what was skipped.
+        truncated: the number of captions that were cut to the text backbone's length.
+        graded: the graded metrics of each ranking; empty if the records have no graded relevance.
+        similarity_weight: the weight in the reranking score; None with `k = 0`.
+        calibrated: whether that weight was fitted on these candidates.
+        gain: the gain of reranking over the dual encoder; None with `k = 0`.
+        examples: example queries by direction (`i2t`, `t2i`); empty if none were asked for.
+        shortened: the dual encoder's rankings with embeds cut to `EvaluationOptions.dims`.
+        coco: the figures of ECCV Caption and CxC of each ranking; empty if they were not asked for.
     """
 
     num_images: int
@@ -58,11 +58,12 @@ class RetrievalResult:
 
     @property
     def pairs_per_second(self) -> float | None:
+        """The speed of the fusion head; None with `k = 0`."""
         return self.num_pairs / max(self.seconds["rerank"], 1e-9) if self.k else None
 
     @property
     def ceiling(self) -> dict[str, float] | None:
-        """Percent of queries with a right answer among their `k` candidates: the most that reranking can reach."""
+        """The percentage of queries with a right answer among their `k` candidates: the limit of reranking."""
         return self.rankings["match"].ceiling() if self.k else None
 
     def _label(self, name: str) -> str:
@@ -71,13 +72,13 @@ class RetrievalResult:
         return f"reranked ({weight_text(self.similarity_weight)})"
 
     def mean_r1(self) -> dict[str, float]:
-        """Mean of both directions' R@1 in percent, by head."""
+        """The mean of both directions' R@1 in percent, by ranking."""
         return {name: ranking.metrics()["mean_r1"] for name, ranking in self.rankings.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """What `metrics.json` holds; recalls in percent. With `k = 0`, all that needs the fusion head is None.
+        """The content of `metrics.json`, with recalls in percent.
 
-        `graded` is there only for records with graded relevance, `shortened` where it was asked for.
+        With `k = 0`, the entries of the fusion head are None. Empty `graded`, `shortened` and `coco` are left out.
         """
         graded = {name: metrics.to_json() for name, metrics in self.graded.items()}
         return {
@@ -100,14 +101,14 @@ class RetrievalResult:
         }
 
     def table(self) -> str:
-        """Markdown: recalls of each head, whether reranking pays, then size, ceiling, graded metrics and seconds."""
+        """The result as Markdown: a table of recalls, then gain of reranking, size, ceiling, metrics and seconds."""
         shortened = {f"dual, first {dim} dimensions": ranking for dim, ranking in self.shortened.items()}
         rankings = {self._label(name): ranking for name, ranking in self.rankings.items()}
         lines = [recall_table({"dual": rankings["dual"], **shortened, **rankings}), ""]
         if self.gain is not None:
             lines.append(f"- {self.gain.line()}")
             if self.calibrated:
-                lines.append("- the weight w of the similarity was fitted on these very queries")
+                lines.append("- the similarity weight w was fitted on these same queries")
         lines.append(f"- gallery: {self.skipped.summary()}")
         if self.ceiling is not None:
             ceiling = f"i2t {self.ceiling['i2t']:.1f}, t2i {self.ceiling['t2i']:.1f}"
@@ -123,20 +124,20 @@ class RetrievalResult:
 
 
 def weight_text(weight: float) -> str:
-    """A similarity weight as it stands in tables: `w = 0.35`."""
+    """A similarity weight as text for tables: `w = 0.35`."""
     return "the dual alone" if weight >= DUAL_ALONE else f"w = {weight:.2g}"
 
 
 def _head(ranking: Ranking | None) -> dict[str, Any] | None:
     if ranking is None:
         return None
-    # JSON has no infinity: None where more than half of the queries miss their candidates
+    # JSON has no infinity, so a rank that is not among the candidates becomes None.
     median = {side: rank if math.isfinite(rank) else None for side, rank in ranking.median_rank().items()}
     return {**ranking.metrics(KS), "mean_recall": ranking.mean_recall(KS), "median_rank": median}
 
 
 def recall_table(rankings: Mapping[str, Ranking]) -> str:
-    """One row per name: recalls in percent, both directions side by side."""
+    """A Markdown table with one row per ranking: recalls in percent, in both directions."""
     header = ["", *(f"i2t R@{k}" for k in KS), *(f"t2i R@{k}" for k in KS), "mean R@1"]
     rows = []
     for name, ranking in rankings.items():
@@ -147,7 +148,7 @@ def recall_table(rankings: Mapping[str, Ranking]) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns are aligned in plain text too: names on the left, figures on the right."""
+    """A Markdown table that is aligned as plain text too: the first column to the left, the others to the right."""
     cells = [header, *rows]
     widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(header))]
     lines = [[x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(row, widths))] for row in cells]

@@ -1,4 +1,4 @@
-"""Second stage: the dual's candidates scored by the fusion head, both directions' pairs once."""
+"""The second stage: the fusion head scores the dual head's candidates, each pair once for both directions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .text_tokens import TextTokens
 
 
 def candidate_pairs(candidates: Nearest) -> Tensor:
-    """`[P, 2]` int64: the (image, caption) pairs of both directions, each once, sorted by image."""
+    """The distinct (image, caption) pairs of both directions, `[P, 2]` int64, sorted by image."""
     images, texts = len(candidates.captions), len(candidates.images)
     by_image = _keys(torch.arange(images)[:, None], candidates.captions, texts)
     by_text = _keys(candidates.images, torch.arange(texts)[:, None], texts)
@@ -40,24 +40,25 @@ def score_candidates(
 
     Args:
         blocks: tokens `[b, N, D]` of consecutive images; keys and values are projected once per block.
-        pair_block: pairs scored at a time; also bounds the captions whose tokens are laid out side by side.
+        pair_block: the number of pairs scored at a time, and so the most captions whose tokens are in memory.
     """
     image, start = pairs[:, 0].contiguous(), 0
     order: list[Tensor] = []
-    scored: list[Tensor] = []  # on the model's device: waiting for each would stop a GPU
+    scored: list[Tensor] = []  # These stay on the model's device, since waiting for each would stall a GPU.
     with tqdm(
         total=len(pairs), desc="rerank", unit="pair", unit_scale=True, smoothing=0, disable=not progress, leave=False
     ) as bar:
         for tokens in blocks:
             low, high = torch.searchsorted(image, torch.tensor([start, start + len(tokens)])).tolist()
             image_state = model.project_images(model.image_state(tokens))
-            # A caption's pairs together, beside others of its length. Longest first: what does not fit fails at once.
+            # Pairs with captions of similar length are scored together. The longest come first, so that a lack of
+            # memory shows at once.
             text = pairs[low:high, 1]
             longest_first = torch.argsort(texts.lengths[text] * len(texts.lengths) + text, descending=True)
             for chosen in (low + longest_first).split(pair_block):
-                chosen = chosen.sort().values  # by image again
+                chosen = chosen.sort().values  # This sorts the pairs by image again.
                 group, place = pairs[chosen, 1].unique(return_inverse=True)
-                own = torch.stack([image[chosen] - start, place], 1)  # [c, 2]
+                own = torch.stack([image[chosen] - start, place], 1)  # [c, 2], indices into the block and the group
                 scored.append(model.score_pairs(image_state, texts.state(group), own, block_size=pair_block).score)
                 order.append(chosen)
                 bar.update(len(chosen))
@@ -70,7 +71,7 @@ def score_candidates(
 
 @dataclass(frozen=True)
 class CandidateScores:
-    """A value for each of the candidates of `Nearest`: for its `captions [I, k]` and for its `images [T, k]`."""
+    """A value for each candidate of a `Nearest`: for its `captions [I, k]` and its `images [T, k]`."""
 
     captions: Tensor
     images: Tensor
@@ -78,24 +79,21 @@ class CandidateScores:
 
 @dataclass(frozen=True)
 class ScoredCandidates:
-    """What the two heads say of the candidates, and which are right answers.
-
-    `match` scores, `similarity` / temperature, `right` (bool).
-    """
+    """The candidates' `match` scores, their `similarity` / temperature, and whether they are `right` answers (bool)."""
 
     match: CandidateScores
     similarity: CandidateScores
     right: CandidateScores
 
     def reranking(self, weight: float) -> CandidateScores:
-        """Reranking scores with this similarity weight (`models/scoring.py`)."""
+        """The reranking scores with this similarity weight (`models/scoring.py`)."""
         return CandidateScores(
             reranking_score(self.match.captions, self.similarity.captions, weight),
             reranking_score(self.match.images, self.similarity.images, weight),
         )
 
     def reranked(self, weight: float) -> dict[str, CandidateScores]:
-        """What the candidates are ordered by, under the names of a result's rankings."""
+        """The scores of each reranking, by the name of the ranking in a result."""
         return {
             "match": self.match,
             "match_plus_similarity": self.reranking(1.0),
@@ -103,7 +101,7 @@ class ScoredCandidates:
         }
 
     def ranking(self, scores: CandidateScores) -> Ranking:
-        """Ranks of the right answers when the candidates are ordered by `scores`."""
+        """The ranks of the right answers when the candidates are ordered by `scores`."""
         return Ranking(
             i2t=candidate_ranks(scores.captions, self.right.captions, torch.ones_like(self.right.captions)),
             t2i=candidate_ranks(scores.images, self.right.images, torch.ones_like(self.right.images)),
@@ -113,7 +111,12 @@ class ScoredCandidates:
 def scored_candidates(
     candidates: Nearest, pairs: Tensor, scores: Tensor, gallery: Gallery, *, scale: float
 ) -> ScoredCandidates:
-    """Both directions' candidates with the match scores `[P]` of `pairs [P, 2]`, sorted; `scale` is 1 / temperature."""
+    """The candidates of both directions with their scores.
+
+    Args:
+        pairs, scores: `[P, 2]`, sorted, and their match scores `[P]`.
+        scale: 1 / temperature.
+    """
     images, texts = len(candidates.captions), len(candidates.images)
     keys = _keys(pairs[:, 0], pairs[:, 1], texts)
     caption_keys = _keys(torch.arange(images)[:, None], candidates.captions, texts)  # [I, k]
@@ -129,7 +132,7 @@ def scored_candidates(
 
 
 def right_answers(candidates: Nearest, gallery: Gallery) -> CandidateScores:
-    """Which candidates are right (bool): those of the query's identity."""
+    """Whether each candidate is right (bool): it has the query's identity."""
     return CandidateScores(
         gallery.text_identities[candidates.captions] == gallery.image_identities[:, None],  # [I, k]
         gallery.image_identities[candidates.images] == gallery.text_identities[:, None],  # [T, k]
@@ -137,5 +140,5 @@ def right_answers(candidates: Nearest, gallery: Gallery) -> CandidateScores:
 
 
 def _keys(image: Tensor, text: Tensor, num_texts: int) -> Tensor:
-    """A pair as one sortable number."""
+    """One sortable number for each pair."""
     return image * num_texts + text

@@ -1,4 +1,4 @@
-"""Karpathy-style retrieval: every image against every caption with the dual head, the best candidates reranked."""
+"""Karpathy-style retrieval: the dual head ranks all images and captions, and the best candidates are reranked."""
 
 from __future__ import annotations
 
@@ -45,35 +45,36 @@ def evaluate_retrieval(
     coco: CocoBenchmarks | None = None,
     progress: bool = True,
 ) -> RetrievalResult:
-    """Recall of all images against all captions of `records`, by the dual head alone and reranked.
+    """Recalls of all images against all captions of `records`, by the dual head alone and after reranking.
 
-    Reranked: each image's `options.rerank` most similar captions and each caption's as many most similar images; the
-    union of both directions' pairs is scored once. Candidates are ordered by match score (ALBEF, arXiv 2107.07651), by
-    match score + similarity / temperature, and by the reranking score, which weighs the similarity by the model's
-    `config.similarity_weight`. BLIP (arXiv 2201.12086) adds the bare cosine to the matching logit; divided by the
-    temperature, as in the contrastive loss, it is on the same log-odds scale as the match score. A right answer that is
-    not among the candidates is a miss at every k. Right answers are those of equal identity.
+    Reranked are each image's `options.rerank` most similar captions and each caption's `options.rerank` most similar
+    images; a pair that occurs in both directions is scored once. Candidates are ordered in three ways: by match score
+    (ALBEF, arXiv 2107.07651), by match score + similarity / temperature, and by the reranking score, which weighs the
+    similarity by the model's `config.similarity_weight`. (BLIP, arXiv 2201.12086, adds the cosine without temperature.
+    Divided by it, the similarity is on the same log-odds scale as the match score.) A right answer has the query's
+    identity; one that is not among the candidates is a miss at every k.
 
-    The model runs in eval mode, under the caller's autocast, and every module comes back in the mode it had.
+    The model runs in eval mode, under the caller's autocast; afterwards all modules are in their former mode.
 
-    Under torch.distributed every rank must call this, with the same weights and arguments: each encodes its share of
-    the images and captions and scores the pairs of its images, and all return the whole result.
+    Under torch.distributed every rank must call this, with the same weights and arguments. Each rank encodes its share
+    of the images and captions and scores the pairs of its images, and all return the whole result.
 
     Args:
         model: the model, or its dual encoder alone, for which `options.rerank` must be 0.
         processor: turns images into pixels and captions into token ids.
         records: the images with their captions.
-        options: what is measured and in what portions; None: the defaults of `EvaluationOptions`.
-        tokens: image tokens computed earlier for these records, which are read instead of the images.
-        text_tokens: what the text backbone made of these records' captions earlier; it does not run then.
-        device: where to move the model first; None: it stays where it is.
-        report: every image and caption left out is counted here too.
-        coco: ECCV Caption and CxC are measured too, on COCO's whole Karpathy test split.
-        progress: whether the first rank shows progress bars.
+        options: None: the defaults of `EvaluationOptions`.
+        tokens: a cache of image tokens of these records, read instead of the images.
+        text_tokens: a cache of the text backbone's output for these records' captions, used instead of running it.
+        device: where to move the model first; None: it is not moved.
+        report: also counts the images and captions that are skipped.
+        coco: also measure ECCV Caption and CxC, on COCO's whole Karpathy test split.
+        progress: show progress bars on the first rank.
 
     Raises:
-        DataError: nothing to evaluate on, too much unreadable, or tokens that do not fit where they are to wait.
-        ValueError: reranking is asked for without a fusion head, or `tokens` are fewer than the records.
+        DataError: there is nothing to evaluate on, too many images are unreadable, or tokens do not fit into their
+            storage.
+        ValueError: reranking needs a fusion head, or `tokens` has fewer images than the records.
 
     Example:
         >>> from loopitr import build_model, evaluate_retrieval, load_records
@@ -113,7 +114,7 @@ def evaluate_retrieval(
         rankings = {"dual": candidates.ranking}
         clock.lap("rank")
         examples: dict[str, Examples] = {}
-        in_new_order: Reranked | None = None
+        reranking: Reranked | None = None
         pairs, reranked = torch.empty(0, 2, dtype=torch.int64), dict[str, CandidateScores]()
         weight: float | None = None
         gain: Gain | None = None
@@ -128,9 +129,9 @@ def evaluate_retrieval(
             reranked = scored.reranked(weight)
             rankings.update({name: scored.ranking(values) for name, values in reranked.items()})
             gain = reranking_gain(candidates.ranking, rankings["reranked"], encoded.gallery.caption_rows)
-            in_new_order = Reranked(match=scored.match, scores=reranked["reranked"], ranking=rankings["reranked"])
+            reranking = Reranked(match=scored.match, scores=reranked["reranked"], ranking=rankings["reranked"])
         if options.examples:
-            examples = choose_examples(candidates, encoded.gallery, in_new_order, number=options.examples)
+            examples = choose_examples(candidates, encoded.gallery, reranking, number=options.examples)
         graded = _grade(encoded, candidates, reranked) if options.graded else {}
         figures = {} if coco is None else _coco_figures(coco, encoded, candidates, reranked)
         shortened = {dim: _candidates(encoded, 1, dim=dim).ranking for dim in options.dims}
@@ -155,15 +156,15 @@ def evaluate_retrieval(
 
 @dataclass(frozen=True, kw_only=True)
 class _Encoded:
-    """A gallery after the backbones have run on it.
+    """An encoded gallery.
 
     Attributes:
-        gallery: the images that could be read and have captions, and these captions; the same on every rank.
-        image_embeds: `[I, E]` of the gallery's images, on the CPU.
+        gallery: the readable images with captions, and their captions; the same on every rank.
+        image_embeds: `[I, E]` of all images, on the CPU.
         images: the tokens of this rank's images.
         texts: the embeds `[T, E]` of all captions, on the model's device, and the tokens of any of them.
-        own_images: where this rank's images are in the gallery.
-        skipped: what was left out.
+        own_images: the range of this rank's images in the gallery.
+        skipped: counts what was skipped.
     """
 
     gallery: Gallery
@@ -188,7 +189,7 @@ def _encode(
     records, skipped = images.records, LoadReport()
     storage = options.token_storage if options.rerank else None
     count = len(records) if options.max_images is None else min(options.max_images, len(records))
-    # An image without captions is not worth decoding, and captions of an unreadable one not worth encoding.
+    # Images without captions are not decoded, and captions of unreadable images are not encoded.
     captioned = build_gallery(records, range(count), skipped, captions_per_image=options.captions_per_image).positions
     share = [captioned[index] for index in _share(len(captioned))]
     image_parts = each_rank(lambda: images.encode(share, storage=storage, progress=progress))
@@ -216,9 +217,9 @@ def _encode(
 
 
 def _candidates(encoded: _Encoded, k: int, *, dim: int | None = None) -> Nearest:
-    """Each query's `k` nearest by the dual head, or by the first `dim` dimensions of its embeds alone.
+    """The `k` nearest candidates of each query by the dual head, or by the first `dim` dimensions of its embeds.
 
-    All ranks get the first rank's, so that they agree on the pairs.
+    All ranks get those of the first rank, so that they agree on the pairs.
     """
     gallery, image_embeds, text_embeds = encoded.gallery, encoded.image_embeds, encoded.texts.embeds
     if dim is not None:
@@ -240,7 +241,7 @@ def _candidates(encoded: _Encoded, k: int, *, dim: int | None = None) -> Nearest
 def _score_own(
     model: LoopITRModel, encoded: _Encoded, pairs: Tensor, options: EvaluationOptions, *, progress: bool
 ) -> Tensor:
-    """Match scores (CPU) of those of `pairs [P, 2]`, sorted by image, whose images are this rank's."""
+    """Match scores (CPU) of the pairs of this rank's images, among `pairs [P, 2]`, sorted by image."""
     images, texts, own_images = encoded.images, encoded.texts, encoded.own_images
     ends = torch.tensor([own_images.start, own_images.stop])
     low, high = torch.searchsorted(pairs[:, 0].contiguous(), ends).tolist()
@@ -252,7 +253,7 @@ def _score_own(
 
 
 def _grade(encoded: _Encoded, candidates: Nearest, reranked: Mapping[str, CandidateScores]) -> dict[str, GradedMetrics]:
-    """The graded metrics of every ranking; none where the records have no graded relevance."""
+    """The graded metrics of each ranking; empty if the records have no graded relevance."""
     relevance = relevance_of(encoded.images.records, encoded.gallery.positions)
     if relevance is None:
         return {}
@@ -276,12 +277,13 @@ def _coco_figures(
 
 
 def _share(count: int) -> range:
-    """This rank's of `count` items: ranks' shares are consecutive and differ by one at most."""
+    """This rank's share of `count` items; shares are consecutive, and their sizes differ by at most one."""
     return range(rank() * count // world_size(), (rank() + 1) * count // world_size())
 
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
+    """A context in which `model` is in eval mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Where tokens wait between encoding and reranking: in memory, in a memory-mapped file, or nowhere."""
+"""Storage of tokens between encoding and reranking: in memory, in a memory-mapped file, or none."""
 
 from __future__ import annotations
 
@@ -23,43 +23,44 @@ GIB = 2**30
 
 
 class TokenStore:
-    """Tokens `[count, ...]` in one flat tensor, in memory or mapped from a file; any rows can be read back."""
+    """Tokens `[count, ...]` in one tensor, in memory or mapped from a file; any rows can be read back."""
 
     def __init__(self, rows: Tensor, name: Callable[[int], str], *, on_disk: bool) -> None:
-        """`name` says whose tokens a row holds."""
+        """`name` gives the name of the image or caption of a row, for errors."""
         self.rows, self.name, self.on_disk = rows, name, on_disk
 
     def write(self, index: Tensor, tokens: Tensor) -> None:
-        """Keep `tokens [n, ...]` as the rows `index [n]` (on the CPU).
+        """Store `tokens [n, ...]` as the rows `index [n]` (on the CPU).
 
         Raises:
-            DataError: NaN, or values too large for the type they are kept in.
+            DataError: tokens are NaN, or too large for the type of the storage.
         """
-        kept = tokens.to(self.rows.dtype)
-        if not kept.isfinite().all():
-            bad = int(index[(~kept.isfinite()).flatten(1).any(1).cpu()][0])
-            kind = next(name for name, dtype in DTYPES.items() if dtype == kept.dtype)
+        stored = tokens.to(self.rows.dtype)
+        if not stored.isfinite().all():
+            bad = int(index[(~stored.isfinite()).flatten(1).any(1).cpu()][0])
+            kind = next(name for name, dtype in DTYPES.items() if dtype == stored.dtype)
             raise DataError(f"{self.name(bad)}: its tokens hold NaN or values beyond {kind}; keep them in bf16 or fp32")
-        self.rows[index.to(self.rows.device)] = kept.to(self.rows.device)
+        self.rows[index.to(self.rows.device)] = stored.to(self.rows.device)
 
     def read(self, index: Tensor) -> Tensor:
-        """The rows `index [n]`, a copy, in the type and on the device that they are kept in."""
+        """A copy of the rows `index [n]`, in the type and on the device of the storage."""
         return self.rows.index_select(0, *send([index], self.rows.device))  # [n, ...]
 
 
 @dataclass(frozen=True)
 class TokenStorage:
-    """How tokens are kept.
+    """Where and how tokens are stored between encoding and reranking.
 
-    kind: `memory` (of the model's device), `disk` (in `folder`; None: the system's temporary one), `recompute`, or
-    `auto`: memory up to `memory` bytes, else disk if at most half of what is free is needed, else recompute. `disk` is
-    a memory-mapped file, of which only the rows in use are read, and which is gone afterwards; with `recompute` the
-    backbones run again for every block.
-    dtype: fp32, fp16 or bf16, what they are kept in.
-    memory: bytes of the images' tokens, and as many of the captions', of each rank.
+    Args:
+        kind: `memory` (of the model's device); `disk`, a memory-mapped file in `folder`, which is deleted afterwards;
+            `recompute`, so that the backbones run again for every block; or `auto`: memory up to `memory` bytes, else
+            disk if half of its free space is enough, else recompute.
+        dtype: the type in which tokens are stored: fp32, fp16 or bf16.
+        memory: for `auto`, the most bytes for image tokens, and as many for caption tokens, on each rank.
+        folder: for `disk`; None: the system's folder for temporary files.
 
     Raises:
-        ValueError: an unknown kind or dtype, or less than no memory.
+        ValueError: `kind` or `dtype` is unknown, or `memory` is below 0.
     """
 
     kind: str = "auto"
@@ -78,13 +79,14 @@ class TokenStorage:
     def open(
         self, count: int, *shape: int, device: torch.device, name: Callable[[int], str], may_map: bool = True
     ) -> TokenStore | None:
-        """Room for rows `[count, *shape]`; None: they are to be computed again.
+        """A store for rows `[count, *shape]`; None: they are to be computed again.
 
         Args:
-            may_map: whether a file is of use; if not, `disk` means computing (or reading) again.
+            name: the name of the image or caption of a row, for errors.
+            may_map: False: with `disk`, compute again (or read from a cache) instead of using a file.
 
         Raises:
-            DataError: not enough room, before anything is written.
+            DataError: there is not enough space; nothing has been written.
         """
         size = count * math.prod(shape) * DTYPES[self.dtype].itemsize
         folder = Path(self.folder or tempfile.gettempdir())
@@ -103,9 +105,9 @@ class TokenStorage:
 
 
 def _map(folder: Path, size: int, dtype: str) -> Tensor:
-    """`size` bytes of disk as a flat tensor.
+    """A flat tensor mapped from a new file of `size` bytes.
 
-    The file has no name any more when it is used: whatever ends the process, nothing is left in the folder.
+    The file's name is deleted before it is used, so that nothing is left in the folder however the process ends.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -115,12 +117,11 @@ def _map(folder: Path, size: int, dtype: str) -> Tensor:
     with file:
         if size > (free := _free_disk(folder)):
             raise DataError(_no_room(str(folder), size, free))
-        if hasattr(
-            os, "posix_fallocate"
-        ):  # Writing to a map when the disk is full kills the process without a message.
+        if hasattr(os, "posix_fallocate"):
+            # The space is reserved now, because a write to a map kills the process silently if the disk is full.
             try:
                 os.posix_fallocate(file.fileno(), 0, size)
-            except OSError as error:  # another process used the room first
+            except OSError as error:  # Another process has used the space in the meantime.
                 raise DataError(f"{_no_room(str(folder), size, _free_disk(folder))} ({error.strerror})") from error
         return torch.from_file(file.name, shared=True, size=size // DTYPES[dtype].itemsize, dtype=DTYPES[dtype])
 

@@ -1,4 +1,4 @@
-"""Captions of a gallery: their embeds, and the tokens of any of them, kept or computed again."""
+"""The captions of a gallery: their embeds, and their tokens, stored when first computed or computed again."""
 
 from __future__ import annotations
 
@@ -18,11 +18,15 @@ from .storage import TokenStorage, TokenStore
 
 
 class TextTokens:
-    """The embeds of captions, and the tokens of any of them on demand.
+    """The embeds of captions, and the tokens of any of them.
 
-    `storage` says where tokens are kept, without padding; where it has no room `state` runs the backbone again. With a
-    `cache` of all captions the backbone does not run at all.
-    `embeds [T, E]` of all captions are to be set, and `keep` called, before `state` is asked.
+    Tokens are stored without padding. Before `state` is called, the caller sets `embeds [T, E]` of all captions and
+    calls `keep` with the captions it needs.
+
+    Args:
+        storage: where to store tokens; None: `state` will not be called. If it does not store them, `state` runs the
+            backbone again.
+        cache: the backbone's output for all captions, used instead of running it.
     """
 
     def __init__(
@@ -35,7 +39,7 @@ class TextTokens:
         storage: TokenStorage | None,
         cache: TextTokenCache | None = None,
     ) -> None:
-        # Every forked DataLoader worker would print a warning otherwise.
+        # Without this, every forked DataLoader worker would print a warning.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self.dual = model if isinstance(model, DualEncoder) else model.dual_encoder()
         tokenizer = processor.tokenizer
@@ -45,7 +49,7 @@ class TextTokens:
         self.model, self.batch_size, self.captions = model, batch_size, captions
         self.ids = [torch.tensor(row) for row in ids]
         self.lengths = torch.tensor([len(row) for row in ids])
-        self.ends = torch.cumsum(self.lengths, 0)  # [T] of each caption's rows in the store
+        self.ends = torch.cumsum(self.lengths, 0)  # [T], the end of each caption's rows in the store
         self.padding: int = tokenizer.pad_token_id or 0
         self.parameter = next(model.parameters())
         self.embeds = torch.empty(0)
@@ -53,29 +57,28 @@ class TextTokens:
         self.store: TokenStore | None = None  # [sum(lengths), D]
         self.stored = torch.zeros(len(captions), dtype=torch.bool)
 
-    def encode(self, which: Tensor, *, progress: bool = False) -> Tensor:
-        """Embeds `[n, E]` (CPU, float32) of the captions `which [n]`; their tokens are kept."""
+    def encode(self, indices: Tensor, *, progress: bool = False) -> Tensor:
+        """Embeds `[n, E]` (CPU, float32) of the captions at `indices [n]`; their tokens are stored."""
         if self.storage is not None and self.store is None:
             count, width = int(self.lengths.sum()), self.dual.text.width
             self.store = self.storage.open(count, width, device=self.parameter.device, name=self._name)
-        order = torch.argsort(
-            self.lengths[which], stable=True
-        )  # captions of one length side by side need little padding
-        embeds = torch.empty(len(which), self.dual.config.embed_dim)
-        with tqdm(total=len(which), desc="encode captions", unit="caption", disable=not progress, leave=False) as bar:
+        # Batches of similar lengths need little padding.
+        order = torch.argsort(self.lengths[indices], stable=True)
+        embeds = torch.empty(len(indices), self.dual.config.embed_dim)
+        with tqdm(total=len(indices), desc="encode captions", unit="caption", disable=not progress, leave=False) as bar:
             for batch in order.split(self.batch_size):
                 if isinstance(self.model, DualEncoder):
-                    embeds[batch] = self._embed(which[batch]).float().cpu()
+                    embeds[batch] = self._embed(indices[batch]).float().cpu()
                 else:
-                    state = self._encode(which[batch], self.model)
+                    state = self._encode(indices[batch], self.model)
                     embeds[batch] = state.embeds.float().cpu()
-                    self._keep(which[batch], state)
+                    self._store(indices[batch], state)
                 bar.update(len(batch))
         return embeds
 
-    def keep(self, which: Tensor, *, progress: bool = False) -> None:
-        """Have the tokens of the captions `which [n]` ready, as far as tokens are kept at all."""
-        missing = which[~self.stored[which]]
+    def keep(self, indices: Tensor, *, progress: bool = False) -> None:
+        """Store the tokens of the captions at `indices [n]` that are not stored yet, if tokens are stored at all."""
+        missing = indices[~self.stored[indices]]
         if self.store is not None and len(missing):
             self.encode(missing, progress=progress)
 
@@ -83,7 +86,7 @@ class TextTokens:
         """The captions at `indices [n]` (on the CPU) as one padded state.
 
         Raises:
-            RuntimeError: tokens are kept, but not a caption's.
+            RuntimeError: tokens are stored, but not those of one of these captions.
         """
         lengths = self.lengths[indices, None]
         offset = torch.arange(int(lengths.max()))
@@ -130,14 +133,14 @@ class TextTokens:
         input_ids, mask = send([input_ids, mask], self.parameter.device)
         return input_ids, mask
 
-    def _keep(self, which: Tensor, state: TextState) -> None:
+    def _store(self, indices: Tensor, state: TextState) -> None:
         if self.store is None:
             return
-        lengths = self.lengths[which, None]
+        lengths = self.lengths[indices, None]
         offset = torch.arange(state.tokens.shape[1])
-        rows = self.ends[which, None] - lengths + offset  # [b, L]
+        rows = self.ends[indices, None] - lengths + offset  # [b, L]
         self.store.write(rows[offset < lengths], state.tokens[state.mask])
-        self.stored[which] = True
+        self.stored[indices] = True
 
     def _name(self, row: int) -> str:
         return f"caption {self.captions[int(torch.searchsorted(self.ends, row, right=True))]!r}"

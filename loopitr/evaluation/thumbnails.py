@@ -1,4 +1,4 @@
-"""Small pictures as text, for pages that must not refer to files."""
+"""Small images as data URIs, for self-contained pages."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ SIDE = 160  # pixels
 
 
 def thumbnail(image: str | Path | bytes | Image.Image, name: str | None = None, *, side: int = SIDE) -> str:
-    """A JPEG of at most `side x side` pixels as a data URI, without anything of the file but its pixels.
+    """A data URI of a JPEG of at most `side x side` pixels, without the file's metadata.
 
     Raises:
-        UnreadableImage: the image cannot be opened; `name` is what the error calls it.
+        UnreadableImage: the image cannot be opened; the error calls it `name`.
 
     Example:
         >>> from PIL import Image
@@ -27,7 +27,7 @@ def thumbnail(image: str | Path | bytes | Image.Image, name: str | None = None, 
     """
     small = decode_image(image, name, shortest=side).copy()
     small.thumbnail((side, side))
-    small.info.clear()  # The file's own comment, profile and place would be written too.
+    small.info.clear()  # Otherwise the file's comment, colour profile and location would be written too.
     buffer = io.BytesIO()
     small.save(buffer, format="JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,1 +1,1 @@
-"""A trained model -> what others load."""
+"""Exports of trained models: the dual encoder or one tower, ONNX, sentence-transformers."""

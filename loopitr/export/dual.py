@@ -1,4 +1,4 @@
-"""The dual head leaves the network: a folder that `DualEncoder.from_pretrained` and `AutoProcessor` load."""
+"""Exports the dual encoder to a folder that `DualEncoder.from_pretrained` and `AutoProcessor` load."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from loopitr.models.processing import LoopITRProcessor
 def export_dual(
     model: LoopITRModel | str | Path, output: str | Path, *, processor: LoopITRProcessor | None = None
 ) -> DualEncoder:
-    """Write the dual encoder of a model, or of a run folder or hub id, with processor and model card; LoRA merged.
+    """Save the dual encoder of a model, run folder or hub id, with processor and model card; LoRA adapters are merged.
 
     Args:
-        processor: needed where `model` is not a path.
+        processor: needed if `model` is not a path.
 
     Raises:
-        ValueError: no fusion model there, no processor, or `output` holds a model of another kind.
-        OSError: no such model, or `output` cannot be written.
+        ValueError: `model` has no fusion head, the processor is missing, or `output` holds a model of another kind.
+        OSError: there is no such model, or `output` cannot be written.
 
     Example:
         >>> import tempfile

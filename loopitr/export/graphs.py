@@ -1,7 +1,7 @@
-"""The three parts of a model as plain modules, tensors in and tensors out, which `torch.export` can follow.
+"""The three parts of a model as plain modules that `torch.export` can trace.
 
-The fusion encoder that trains and searches packs its texts (`models/packing.py`), which depends on the data. Here the
-same layers run on padded texts, all images with all texts; padding is masked, so the scores are the same.
+The fusion encoder packs its texts (`models/packing.py`), which depends on the data and so cannot be traced. Here the
+same layers run on padded texts, for all images with all texts; padding is masked, so the scores are the same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from loopitr.models.towers import ImageTower, TextTower
 
 
 class ImageGraph(nn.Module):
-    """Pixels -> embeds, and image tokens where there is a fusion head to read them."""
+    """Pixels -> embeds and, if the model has a fusion head, image tokens."""
 
     def __init__(self, model: LoopITRModel | DualEncoder | ImageTower) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class ImageGraph(nn.Module):
 
 
 class TextGraph(nn.Module):
-    """Token ids -> embeds, and the text tokens that fusion starts from where there is a fusion head."""
+    """Token ids -> embeds and, if the model has a fusion head, the text tokens that it starts from."""
 
     def __init__(self, model: LoopITRModel | DualEncoder | TextTower) -> None:
         super().__init__()
@@ -68,10 +68,10 @@ class FusionGraph(nn.Module):
         layers = self._layers()
         hidden = text_tokens
         for index, (parts, cross) in enumerate(layers):
-            # Only the first token's row of the last layer is scored.
-            asking = hidden[:, :1] if index == len(layers) - 1 else hidden
-            hidden = _self_attention(parts, asking, hidden, every_mask if index else mask)  # [T or I T, L or 1, D]
-            if index == 0:  # The first self-attention has not seen an image: it runs once per text.
+            # The last layer only needs the row of the first token.
+            query_rows = hidden[:, :1] if index == len(layers) - 1 else hidden
+            hidden = _self_attention(parts, query_rows, hidden, every_mask if index else mask)  # [T or I T, L or 1, D]
+            if index == 0:  # The first self-attention does not depend on the image, so it runs once per text.
                 hidden = hidden.unsqueeze(0).expand(images, -1, -1, -1)  # [I, T, L or 1, D]
             hidden = _cross_attention(cross, hidden.reshape(images, -1, hidden.shape[-1]), placed)  # [I, T L, D]
             inner = parts.activation(parts.feed_forward_in(hidden))
@@ -85,8 +85,8 @@ class FusionGraph(nn.Module):
         """Token agreement `[I, T]`."""
         agreement: Any = self.agreement
         words = agreement.project_words(text_tokens.flatten(0, 1))  # [T L, A]
-        judged = agreement._judge(words, agreement.project_regions(image_tokens))  # [I, T L, 2]
-        gates, scores = judged.reshape(len(image_tokens), *mask.shape, 2).unbind(-1)  # [I, T, L]
+        compared = agreement.gates_and_scores(words, agreement.project_regions(image_tokens))  # [I, T L, 2]
+        gates, scores = compared.reshape(len(image_tokens), *mask.shape, 2).unbind(-1)  # [I, T, L]
         gates = torch.where(mask, gates.sigmoid(), 0.0)
         total = gates.sum(-1).clamp(min=torch.finfo(gates.dtype).tiny)
         return (gates * scores).sum(-1) / total
@@ -99,15 +99,15 @@ class FusionGraph(nn.Module):
         return list(zip(parts, cross, strict=True))
 
 
-def _self_attention(parts: BertParts, asking: Tensor, hidden: Tensor, mask: Tensor) -> Tensor:
-    """`asking [n, M, D]` of `hidden [n, L, D]` with real tokens `mask [n, L]` -> `[n, M, D]`."""
+def _self_attention(parts: BertParts, query_rows: Tensor, hidden: Tensor, mask: Tensor) -> Tensor:
+    """The rows `query_rows [n, M, D]` attend to `hidden [n, L, D]` with real tokens `mask [n, L]` -> `[n, M, D]`."""
     key, value = (x(hidden).unflatten(-1, (parts.num_heads, -1)).transpose(1, 2) for x in (parts.key, parts.value))
-    attended = attend(parts.query(asking), key, value, parts.num_heads, mask, 0.0)
-    return parts.attention_norm(parts.attention_output(attended) + asking)
+    attended = attend(parts.query(query_rows), key, value, parts.num_heads, mask, 0.0)
+    return parts.attention_norm(parts.attention_output(attended) + query_rows)
 
 
 def _cross_attention(cross: CrossAttention, hidden: Tensor, images: Tensor) -> Tensor:
-    """`hidden [I, M, D]`, each row of which asks its own image of `images [I, N, Dv]` -> `[I, M, D]`."""
+    """`hidden [I, M, D]`, each row of which attends to its own image of `images [I, N, Dv]` -> `[I, M, D]`."""
     keys, values = cross.project(images)
     attended = attend(cross.query(hidden), keys, values, cross.num_heads, None, 0.0)
     return cross.norm(cross.output(attended) + hidden)

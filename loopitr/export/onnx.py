@@ -1,4 +1,4 @@
-"""A trained model as ONNX: image tower, text tower and fusion head as graphs of their own."""
+"""Exports a model to ONNX: image tower, text tower and fusion head as separate graphs."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from .source import Source, new_folder, read_source
 
 PRECISIONS = {"fp16": write_fp16, "int8": write_int8}
 TOLERANCE = 1e-4
-# The examples that a graph is traced with, and compared on: no two sizes are equal, and none is 1.
+# The sizes of the examples for tracing and comparing a graph; all differ, and none is 1, so that no size is fixed.
 IMAGES, TEXTS, LENGTH = 2, 3, 7
 
 
 @dataclass(frozen=True)
 class OnnxExport:
-    """What was written: `folder`, the names of its `graphs`, and the `parity` of each fp32 output with torch.
+    """An export: its `folder`, the names of its `graphs`, and the `parity` of each fp32 output with torch.
 
-    Parity is the largest absolute difference of embeds and match scores; of tokens, divided by the largest of them.
+    Parity is the largest absolute difference; for tokens, it is divided by their largest absolute value.
     """
 
     folder: Path
@@ -52,21 +52,21 @@ def export_onnx(
 ) -> OnnxExport:
     """Write a model as ONNX graphs (opset 20), with its preprocessing, so that it runs without this package.
 
-    The folder holds `image_tower.onnx` (pixels -> embeds and tokens), `text_tower.onnx` (token ids -> embeds and
-    tokens), of a model with a fusion head `fusion_head.onnx` (tokens -> match scores of all images with all texts),
-    `preprocessor_config.json`, `tokenizer.json` with padding and truncation set, `onnx_config.json` and a README.md
-    with an example. Batch and text length are dynamic.
+    The folder has `image_tower.onnx` (pixels -> embeds and tokens), `text_tower.onnx` (token ids -> embeds and tokens),
+    `fusion_head.onnx` if the model has one (tokens -> match scores of all images with all texts),
+    `preprocessor_config.json`, `tokenizer.json` with padding and truncation set, `onnx_config.json`, and a README.md
+    with an example. Batch size and text length are dynamic.
 
     Args:
         model: a run folder, an exported dual encoder, a hub id, or a model in memory.
-        tower: `image` or `text`: that tower alone.
-        precisions: also write these: `fp16`, `int8` (matrix products and word embeddings; dynamic).
-        processor: needed where `model` is not a path.
+        tower: `image` or `text`, to export only that tower.
+        precisions: further precisions to write: `fp16`, `int8` (dynamic; matrix products and word embeddings).
+        processor: needed if `model` is not a path.
 
     Raises:
-        ValueError: no such tower or precision, a folder that is not empty, a model that ONNX computes otherwise, or one
-            of another kind.
-        OSError: no such model, or `output` cannot be written.
+        ValueError: the tower or a precision is unknown, the folder is not empty, the model is of another kind, or the
+            graphs do not give the same outputs as torch.
+        OSError: there is no such model, or `output` cannot be written.
         ModuleNotFoundError: the extra `onnx` is not installed.
 
     Example:
@@ -101,7 +101,7 @@ def export_onnx(
         worst = max(parity, key=lambda name: parity[name])
         if not parity[worst] <= TOLERANCE:
             raise ValueError(
-                f"{source.name}: ONNX gives other {worst} than torch, by {parity[worst]:.1e} (at most {TOLERANCE})"
+                f"{source.name}: ONNX and torch differ in {worst} by {parity[worst]:.1e}, more than {TOLERANCE}"
             )
         _write_config(source, folder, list(graphs), list(precisions))
         write_export_card(
@@ -127,7 +127,7 @@ class _Graph:
 
 
 def _plain(source: Source) -> Any:
-    """The model in float32 on the CPU; the caller's own stays as it is."""
+    """The model in float32 on the CPU; the caller's model is not changed."""
     parameter = next(source.model.parameters())
     if parameter.device.type == "cpu" and parameter.dtype == torch.float32:
         return source.model.eval()
@@ -167,33 +167,35 @@ def _graphs(model: Any, source: Source) -> dict[str, _Graph]:
 
 @torch.no_grad()
 def _parity(model: Any, graphs: dict[str, _Graph], folder: Path) -> dict[str, float]:
-    """The largest difference of each output from what the model itself gives: all examples, and the first alone."""
+    """The largest difference of each output from the model's own, for all examples and for the first alone."""
     onnx, parity = OnnxModel(folder, names=list(graphs)), dict[str, float]()
 
-    def compare(name: str, ours: np.ndarray, theirs: Tensor) -> None:
-        scale = float(theirs.abs().max()) if name.endswith("tokens") else 1.0
-        difference = np.abs(ours - theirs.numpy()).max() / max(scale, 1.0)
+    def compare(name: str, output: np.ndarray, expected: Tensor) -> None:
+        scale = float(expected.abs().max()) if name.endswith("tokens") else 1.0
+        difference = np.abs(output - expected.numpy()).max() / max(scale, 1.0)
         parity[name] = max(parity.get(name, 0.0), float(difference))
 
     for count in (max(IMAGES, TEXTS), 1):
         given = {name: {key: x[:count] for key, x in graph.inputs.items()} for name, graph in graphs.items()}
-        made = {name: onnx.run(name, {key: x.numpy() for key, x in inputs.items()}) for name, inputs in given.items()}
+        outputs = {
+            name: onnx.run(name, {key: x.numpy() for key, x in inputs.items()}) for name, inputs in given.items()
+        }
         images = texts = None
         if IMAGE in graphs:
             pixels = given[IMAGE]["pixel_values"]
             images = model.encode_images(pixels) if FUSION in graphs else model.get_image_features(pixels)
-            compare("image_embeds", made[IMAGE][0], images.embeds if FUSION in graphs else images)
+            compare("image_embeds", outputs[IMAGE][0], images.embeds if FUSION in graphs else images)
         if TEXT in graphs:
             inputs = given[TEXT].values()
             texts = model.encode_texts(*inputs) if FUSION in graphs else model.get_text_features(*inputs)
-            compare("text_embeds", made[TEXT][0], texts.embeds if FUSION in graphs else texts)
+            compare("text_embeds", outputs[TEXT][0], texts.embeds if FUSION in graphs else texts)
         if images is not None and texts is not None and FUSION in graphs:
-            compare("image_tokens", made[IMAGE][1], images.tokens)
+            compare("image_tokens", outputs[IMAGE][1], images.tokens)
             real = given[TEXT]["attention_mask"].bool()
-            compare("text_tokens", made[TEXT][1][real.numpy()], texts.tokens[real])
+            compare("text_tokens", outputs[TEXT][1][real.numpy()], texts.tokens[real])
             pairs = torch.cartesian_prod(torch.arange(len(images.tokens)), torch.arange(len(real)))
-            wanted = model.score_pairs(images, texts, pairs).score.view(-1, len(real))
-            compare("match_scores", made[FUSION][0], wanted)
+            expected = model.score_pairs(images, texts, pairs).score.view(-1, len(real))
+            compare("match_scores", outputs[FUSION][0], expected)
     return parity
 
 

@@ -1,4 +1,4 @@
-"""README.md of an ONNX export."""
+"""The README.md of an ONNX export."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from .source import Source
 
 HEAD = """\
 Exported from a `loopitr` model{what}. {graphs}.
-Precisions: {precisions}. Batch and text length are dynamic. Texts are read with `tokenizer.json` (padding and
-truncation are set in it), images with what `preprocessor_config.json` says. Largest difference from torch in fp32:
+Precisions: {precisions}. Batch size and text length are dynamic. `tokenizer.json` tokenizes texts (with padding and
+truncation), `preprocessor_config.json` describes the preprocessing of images. Largest difference from torch in fp32:
 {parity}.
 """
 EXAMPLES = {
@@ -48,10 +48,10 @@ similarity is the dot product of the embeds (`similarity_weight` and `scale` in 
 
 
 def onnx_card(source: Source, precisions: Sequence[str], parity: dict[str, float]) -> str:
-    """What the README.md says of it."""
+    """The body of the README.md."""
     graphs, examples = [], ""
-    for kind, there in (("image", source.has_images), ("text", source.has_texts)):
-        if there:
+    for kind, is_exported in (("image", source.has_images), ("text", source.has_texts)):
+        if is_exported:
             graphs.append(f"`{kind}_tower.onnx` gives `{kind}_embeds` of unit length")
             examples += EXAMPLES[kind].replace("PICTURE", _picture_code(source.processor.image_processor))
     if isinstance(source.model, LoopITRModel):
@@ -69,7 +69,7 @@ def onnx_card(source: Source, precisions: Sequence[str], parity: dict[str, float
 
 
 def _picture_code(images: Any) -> str:
-    """Lines that open and resize a picture as the image processor does it."""
+    """Lines of code that open and resize a picture like the image processor."""
     code = ['image = Image.open("photo.jpg").convert("RGB")']
     if "shortest_edge" in (images.size or {}):
         code += [

@@ -1,4 +1,4 @@
-"""ONNX files: written by `torch.onnx.export`, and made smaller by onnxruntime's own tools."""
+"""Writes ONNX files with `torch.onnx.export`, and converts them to fp16 and int8 with onnxruntime's tools."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 INSTALL = 'pip install "loopitr[onnx]"'
 OPSET = 20
-# Convolutions stay as they are: onnxruntime's dynamic ones are slower on a CPU, not faster.
+# Convolutions are not quantised, since onnxruntime's dynamic int8 convolutions are slower on a CPU.
 INT8_OPERATIONS = ["MatMul", "Gather"]
 
 
@@ -23,7 +23,7 @@ def onnx_module(name: str) -> Any:
     """A module of the extra `onnx`.
 
     Raises:
-        ModuleNotFoundError: it is not installed; the error says how to.
+        ModuleNotFoundError: it is not installed; the error says how to install it.
     """
     try:
         return importlib.import_module(name)
@@ -32,7 +32,8 @@ def onnx_module(name: str) -> Any:
 
 
 def check_installed() -> None:
-    """
+    """Check that the packages of the extra `onnx` are installed.
+
     Raises:
         ModuleNotFoundError: a package that writes or runs ONNX is not installed.
     """
@@ -47,12 +48,12 @@ def write_graph(
     axes: Mapping[str, Mapping[int, str]],
     path: Path,
 ) -> None:
-    """Write a module that takes and gives tensors.
+    """Write a module whose inputs and outputs are tensors.
 
     Args:
-        inputs: examples by name, in the order of the module's arguments; each dynamic axis is of 2 or more.
-        outputs: names of what it gives.
-        axes: of each input, the names of the axes whose size may change.
+        inputs: examples by name, in the order of the module's arguments; dynamic axes must have a size of at least 2.
+        outputs: the names of the outputs.
+        axes: the names of the dynamic axes of each input.
     """
     with _quiet(), torch.no_grad():
         program: Any = torch.onnx.export(
@@ -69,19 +70,19 @@ def write_graph(
 
 
 def write_fp16(source: Path, target: Path) -> None:
-    """The same graph with weights and arithmetic in float16; inputs and outputs stay float32."""
+    """Convert a graph to float16 weights and arithmetic; inputs and outputs stay float32."""
     float16 = onnx_module("onnxruntime.transformers.float16")
     onnx, ir = onnx_module("onnx"), onnx_module("onnx_ir")
     with _quiet():
         converted = ir.from_proto(float16.convert_float_to_float16(onnx.load(str(source)), keep_io_types=True))
-        converted.graph.sort()  # The conversion puts its casts at the end.
+        converted.graph.sort()  # The conversion appends its casts at the end, out of order.
         ir.save(converted, str(target))
 
 
 def write_int8(source: Path, target: Path) -> None:
-    """The same graph with int8 weights in its matrix products and word embeddings, one scale per output channel.
+    """Convert a graph to int8 weights in matrix products and word embeddings, with one scale per output channel.
 
-    What they are multiplied with is quantized as it comes (dynamic quantization), so there is nothing to calibrate.
+    Activations are quantised when the graph runs (dynamic quantisation), so nothing has to be calibrated.
     """
     quantization = onnx_module("onnxruntime.quantization")
     with _quiet():
@@ -96,7 +97,7 @@ def write_int8(source: Path, target: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporters' notes on their own insides."""
+    """A context without the exporters' log messages and warnings."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""The recall that each precision of an ONNX export keeps, computed with onnxruntime from end to end."""
+"""The recall of each precision of an ONNX export, computed with onnxruntime."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ FULL = "fp32"
 
 @dataclass(frozen=True)
 class OnnxRecall:
-    """`rankings` by precision, then by how they were made: `dual`, and `reranked` where there is a fusion head."""
+    """The rankings by precision, then by kind: `dual`, and `reranked` if the export has a fusion head."""
 
     rankings: dict[str, dict[str, Ranking]]
     num_images: int
     num_captions: int
 
     def table(self) -> str:
-        """Recalls of each precision, and what it loses of mean R@1."""
+        """The recalls of each precision, and the differences in mean R@1 to fp32, as Markdown."""
         rows = {f"{p} {kind}": ranking for p, kinds in self.rankings.items() for kind, ranking in kinds.items()}
         lines = [f"{self.num_images} images, {self.num_captions} captions", "", recall_table(rows), ""]
         for precision in self.rankings:
@@ -46,7 +46,7 @@ class OnnxRecall:
         return "\n".join(lines).rstrip()
 
     def change(self, precision: str) -> dict[str, float]:
-        """Points of mean R@1 that a precision gains (negative: loses) against fp32."""
+        """The differences in points of mean R@1 between a precision and fp32."""
         full, own = self.rankings[FULL], self.rankings[precision]
         return {kind: float(own[kind].metrics()["mean_r1"]) - float(full[kind].metrics()["mean_r1"]) for kind in own}
 
@@ -62,17 +62,17 @@ def onnx_recall(
     max_skipped_fraction: float = 0.05,
     progress: bool = True,
 ) -> OnnxRecall:
-    """Recall of all images against all captions of `records`, in every precision that the export `folder` holds.
+    """Recalls of all images against all captions of `records`, in every precision of the export in `folder`.
 
     Args:
-        processor: the exported model's own: pixels and tokens are the same in every precision.
-        rerank: candidates per query for the fusion head; 0: the dual alone.
-        batch_size: images or captions encoded at a time.
+        processor: that of the exported model.
+        rerank: the number of candidates per query for the fusion head; 0: evaluate the dual encoder alone.
+        batch_size: the number of images or captions encoded at a time.
 
     Raises:
-        OSError: no whole export there.
-        ValueError: one tower alone.
-        DataError: nothing to evaluate on, or too much unreadable.
+        OSError: there is no export, or a file is missing.
+        ValueError: the export is only one tower.
+        DataError: there is nothing to evaluate on, or too many images are unreadable.
     """
     config = json.loads(Path(folder, CONFIG).read_text(encoding="utf-8"))
     if not {IMAGE, TEXT} <= set(config["graphs"]):
@@ -98,14 +98,14 @@ def onnx_recall(
 
 @dataclass(frozen=True)
 class _Texts:
-    """`embeds [T, E]`; `tokens` of each text `[L, D]` without padding, none where they are not kept."""
+    """`embeds [T, E]`, and the `tokens [L, D]` of each text without padding; the list is empty if not needed."""
 
     embeds: Tensor
     tokens: list[np.ndarray]
 
 
 class _Reading:
-    """Records through the graphs, a batch at a time."""
+    """Runs the graphs on records, in batches."""
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class _Reading:
         self.batch_size, self.num_workers, self.progress = batch_size, num_workers, progress
 
     def embeds(self, onnx: OnnxModel, allowed: float) -> tuple[Tensor, Gallery]:
-        """`[I, E]` of the images that can be read and have captions, and their gallery."""
+        """The embeds `[I, E]` of the readable images with captions, and their gallery."""
         skipped = LoadReport()
         captioned = build_gallery(self.records, range(len(self.records)), skipped, captions_per_image=None).positions
         readable: list[int] = []
@@ -133,24 +133,24 @@ class _Reading:
         return torch.from_numpy(np.concatenate(embeds)), gallery
 
     def texts(self, onnx: OnnxModel, captions: list[str], *, keep: bool) -> _Texts:
-        """Captions sorted by length, so that few of their tokens are padding."""
+        """Encode captions, sorted by length so that they need little padding; `keep`: also return their tokens."""
         order = sorted(range(len(captions)), key=lambda index: len(captions[index]))
         embeds: list[np.ndarray] = []
         tokens: list[np.ndarray] = [np.empty(0)] * len(captions) if keep else []
         for start in self._bar(range(0, len(order), self.batch_size), "captions"):
             chosen = order[start : start + self.batch_size]
             inputs = self.processor(text=[captions[index] for index in chosen], return_tensors="np")
-            made = onnx.encode_texts(inputs["input_ids"], inputs["attention_mask"])
-            embeds.append(made[0])
+            outputs = onnx.encode_texts(inputs["input_ids"], inputs["attention_mask"])
+            embeds.append(outputs[0])
             if keep:
-                for index, own, mask in zip(chosen, made[1], inputs["attention_mask"], strict=True):
+                for index, own, mask in zip(chosen, outputs[1], inputs["attention_mask"], strict=True):
                     tokens[index] = own[: int(mask.sum())]
         in_order = torch.empty(len(order), embeds[0].shape[1])
         in_order[torch.tensor(order)] = torch.from_numpy(np.concatenate(embeds))
         return _Texts(in_order, tokens)
 
     def scores(self, onnx: OnnxModel, gallery: Gallery, texts: list[np.ndarray], pairs: Tensor) -> Tensor:
-        """Match scores `[P]` of `pairs [P, 2]`, sorted by image; the images are read again."""
+        """Match scores `[P]` of `pairs [P, 2]`, sorted by image; the images are encoded again."""
         scores: list[np.ndarray] = []
         ends = torch.searchsorted(pairs[:, 0].contiguous(), torch.arange(len(gallery.positions) + 1)).tolist()
         image = 0

@@ -1,4 +1,4 @@
-"""An ONNX export under onnxruntime: names of its files, and its graphs as functions of arrays."""
+"""Runs an ONNX export with onnxruntime."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CONFIG = "onnx_config.json"
 
 
 def graph_file(name: str, precision: str = "fp32") -> str:
-    """`image_tower.onnx`, `image_tower_int8.onnx`, ..."""
+    """The file name of a graph, such as `image_tower.onnx` or `image_tower_int8.onnx`."""
     return f"{name}.onnx" if precision == "fp32" else f"{name}_{precision}.onnx"
 
 
@@ -27,7 +27,7 @@ class OnnxModel:
     ) -> None:
         """
         Args:
-            threads: None: as many as onnxruntime takes by itself, one per core.
+            threads: the number of threads; None: onnxruntime's default, one per core.
 
         Raises:
             OSError: the folder has no such graph.
@@ -35,7 +35,7 @@ class OnnxModel:
         """
         runtime = onnx_module("onnxruntime")
         options = runtime.SessionOptions()
-        options.log_severity_level = 3  # errors
+        options.log_severity_level = 3  # only errors
         options.intra_op_num_threads = threads or 0
         self.sessions: dict[str, Any] = {}
         for name in names:
@@ -45,7 +45,7 @@ class OnnxModel:
             self.sessions[name] = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def run(self, name: str, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """What a graph gives, in the order of its outputs."""
+        """The outputs of a graph, in order."""
         return self.sessions[name].run(None, dict(inputs))
 
     def encode_images(self, pixel_values: np.ndarray) -> list[np.ndarray]:

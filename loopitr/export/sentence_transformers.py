@@ -1,7 +1,7 @@
-"""A dual encoder as a `SentenceTransformer` of stock modules: strings and PIL images in, the same embeds out.
+"""Exports a dual encoder as a `SentenceTransformer` of stock modules, which gives the same embeds.
 
-A `Router` sends texts and images to their own modules: `Transformer` (timm backbones through transformers' own wrapper
-of them), `Pooling`, `Dense`, `Normalize`. It needs neither this package nor `trust_remote_code`.
+A `Router` sends texts and images to separate modules: `Transformer` (for timm backbones in transformers' wrapper),
+`Pooling`, `Dense`, `Normalize`. It needs neither this package nor `trust_remote_code`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TEXTS = ("a small red circle left of a blue square", "dog", "two people, one wit
 
 @dataclass(frozen=True)
 class SentenceTransformersExport:
-    """What was written, and the largest absolute difference of its vectors from the model's own."""
+    """An export: its folder, and the largest absolute difference of its vectors from the model's own."""
 
     folder: Path
     parity: dict[str, float]
@@ -54,20 +54,20 @@ def export_sentence_transformers(
 ) -> SentenceTransformersExport:
     """Write a folder that `SentenceTransformer(folder)` loads (sentence-transformers 5.4 or later).
 
-    Covered are the timm backbones whose pooling timm itself, the first token or the mean of all tokens gives, and the
-    text encoders that transformers' `AutoModel` loads, in each case with any projection. What was written is loaded and
-    compared with the model before the folder gets its name. PIL images of 8 bits per channel give the same vectors in
-    every mode; 16-bit and float ones, and those that an EXIF tag turns, have to be made plain ones first.
+    This is possible for timm backbones that are pooled by timm, by the first token or by the mean of all tokens, and
+    for text encoders that transformers' `AutoModel` loads, with any projection. The export is loaded and compared with
+    the model before the folder gets its name. PIL images with 8 bits per channel give the same vectors in every mode;
+    16-bit and float images, and those rotated by an EXIF tag, have to be converted first.
 
     Args:
         model: a run folder, an exported dual encoder, a hub id, or a model in memory.
-        tower: `image` or `text`: that tower alone.
-        processor: needed where `model` is not a path.
+        tower: `image` or `text`, to export only that tower.
+        processor: needed if `model` is not a path.
 
     Raises:
-        ValueError: no such tower, a folder that is not empty, a model of another kind, or a backbone that is not
-            covered.
-        OSError: no such model, or `output` cannot be written.
+        ValueError: the tower is unknown, the folder is not empty, the model is of another kind, or a backbone cannot be
+            exported this way.
+        OSError: there is no such model, or `output` cannot be written.
         ModuleNotFoundError: the extra `sentence-transformers` is not installed.
 
     Example:
@@ -97,8 +97,8 @@ def export_sentence_transformers(
             normalize = _modules().Normalize()
             modules = [*next(iter(routes.values())), normalize]
             if len(routes) > 1:
-                known: Any = {(None, name): name for name in routes}
-                modules = [_modules().Router(routes, default_route="text", route_mappings=known), normalize]
+                mappings: Any = {(None, name): name for name in routes}
+                modules = [_modules().Router(routes, default_route="text", route_mappings=mappings), normalize]
             library.SentenceTransformer(modules=modules, device="cpu").save(str(folder), create_model_card=False)
         if source.has_texts:
             _keep_arguments(folder, _load_arguments(dual.text))
@@ -140,14 +140,14 @@ def _text_modules(backbone: TextBackbone, projection: nn.Module, source: Source,
 
 
 def _load_arguments(backbone: TextBackbone) -> dict[str, bool]:
-    """What keeps transformers from adding a pooler of random weights, and from saying so at every load."""
-    takes = inspect.signature(type(backbone.model).__init__).parameters
-    without = "add_pooling_layer" in takes and getattr(backbone.model, "pooler", None) is None
-    return {"add_pooling_layer": False} if without else {}
+    """The arguments that keep transformers from adding a randomly initialised pooler on loading, and from warning."""
+    parameters = inspect.signature(type(backbone.model).__init__).parameters
+    has_no_pooler = "add_pooling_layer" in parameters and getattr(backbone.model, "pooler", None) is None
+    return {"add_pooling_layer": False} if has_no_pooler else {}
 
 
 def _keep_arguments(folder: Path, arguments: dict[str, bool]) -> None:
-    """Write them where `Transformer` looks for them when it loads; it does not save them itself."""
+    """Write the arguments to the file in which `Transformer` looks for them when it loads; it does not save them."""
     for path in folder.rglob("sentence_bert_config.json"):
         config = json.loads(path.read_text(encoding="utf-8"))
         if arguments and "text" in config["modality_config"]:
@@ -158,7 +158,7 @@ def _image_modules(backbone: VisionBackbone, projection: nn.Module, source: Sour
     pooling, pooled_by_timm = backbone.pooling, dict[str, Any]()
     if pooling == "mean" and backbone.is_map and backbone.channels_last:
         pooling, pooled_by_timm = "backbone", {"global_pool": "avg"}
-    elif pooling == "mean" and backbone.num_prefix_tokens:  # timm knows which tokens are of the image.
+    elif pooling == "mean" and backbone.num_prefix_tokens:  # timm's own pooling leaves out the prefix tokens.
         pooling, pooled_by_timm = "backbone", {"global_pool": "avg", "fc_norm": False}
     _wrapped(backbone, source, pooled_by_timm).save_pretrained(folder)
     save_image_processor(source, folder)
@@ -166,12 +166,12 @@ def _image_modules(backbone: VisionBackbone, projection: nn.Module, source: Sour
 
 
 def _wrapped(backbone: VisionBackbone, source: Source, pooled_by_timm: dict[str, Any]) -> Any:
-    """The backbone in transformers' own wrapper, which makes it of its name and arguments."""
+    """The backbone in transformers' wrapper, which constructs it from its name and arguments."""
     from transformers import TimmWrapperConfig, TimmWrapperModel
 
     vision = source.model.config.vision
     given = {**vision["kwargs"], **pooled_by_timm}
-    given.pop("norm_eps", None)  # JSON has no classes; where it makes a difference, the comparison finds it.
+    given.pop("norm_eps", None)  # It needs a class, which JSON cannot hold; `_parity` finds out if that matters.
     error: Exception | None = None
     for arguments in ({"img_size": vision["image_size"], **given}, given):  # A CNN takes images of any size.
         config = TimmWrapperConfig(architecture=vision["name"], model_args=arguments)
@@ -188,7 +188,7 @@ def _wrapped(backbone: VisionBackbone, source: Source, pooled_by_timm: dict[str,
 
 
 def _route(modality: str, folder: Path, pooling: str, width: int, projection: nn.Module, **arguments: Any) -> list[Any]:
-    """`Transformer`, `Pooling` where the backbone does not pool, and the projection."""
+    """The modules of one modality: `Transformer`, `Pooling` if the backbone does not pool, and the projection."""
     modules = _modules()
     pooled = pooling == "backbone"
     output, name = ("pooler_output", "sentence_embedding") if pooled else ("last_hidden_state", "token_embeddings")
@@ -211,7 +211,7 @@ def _projection(projection: nn.Module) -> list[Any]:
 
 
 def _mlp(projection: MLPProjection) -> list[Any]:
-    """`output(GELU(hidden(x))) + linear(x)` as two `Dense`, one after the other: GELU(y) - GELU(-y) = y."""
+    """`output(GELU(hidden(x))) + linear(x)` as a sequence of two `Dense`, by GELU(y) - GELU(-y) = y."""
     linear, hidden, last = projection.linear, projection.hidden, projection.output
     weight = torch.cat([hidden.weight, linear.weight, -linear.weight])
     bias = torch.cat([hidden.bias, linear.bias, -linear.bias])
@@ -230,10 +230,10 @@ def _dense(weight: Tensor, bias: Tensor | None, activation: nn.Module | None) ->
 
 @torch.inference_mode()
 def _parity(dual: Any, source: Source, folder: Path) -> dict[str, float]:
-    """Load what was written, and compare.
+    """Load the export, and compare its vectors with the model's.
 
     Raises:
-        ValueError: it gives other vectors.
+        ValueError: they differ.
     """
     loaded = _library().SentenceTransformer(str(folder), device="cpu", trust_remote_code=False)
     parity = {}
@@ -259,7 +259,7 @@ def _difference(own: Tensor, loaded: Any, inputs: Sequence[Any]) -> float:
 
 
 def _pictures(size: int) -> list[Image.Image]:
-    """Smooth ones of several modes and shapes."""
+    """Smooth pictures of several modes, not square."""
     grid = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(0))
     pixels = (grid * 255).byte().permute(1, 2, 0).contiguous().numpy()
     picture = Image.fromarray(pixels).resize((size + 9, size + 2))
@@ -274,13 +274,13 @@ def _not_covered(source: Source, kind: str, name: str, why: str) -> ValueError:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without a progress bar for each part that transformers writes and reads."""
+    """A context without transformers' progress bars for each file that is written or read."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if enabled:
             logging.enable_progress_bar()

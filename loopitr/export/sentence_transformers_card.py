@@ -1,4 +1,4 @@
-"""README.md of a SentenceTransformer export."""
+"""The README.md of a SentenceTransformer export."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ IMAGE = 'images = model.encode([Image.open("photo.jpg")])'
 TEXT = 'texts = model.encode(["a dog on a beach"])'
 PIL = "from PIL import Image\n"
 NOTES = """
-PIL images of 8 bits per channel give the vectors of the model itself, in every mode. Pictures that an EXIF tag turns
-are to be turned first (`PIL.ImageOps.exif_transpose`), 16-bit and float ones to be scaled to 8 bits.
+PIL images with 8 bits per channel give the same vectors as the model itself, in every mode. First rotate images with an
+EXIF orientation (`PIL.ImageOps.exif_transpose`), and scale 16-bit and float images to 8 bits.
 """
 
 
 def sentence_transformers_card(source: Source) -> str:
-    """What the README.md says of it."""
+    """The body of the README.md."""
     config, use, parts = source.model.config, [], []
     if source.has_images:
         use.append(IMAGE)

@@ -1,4 +1,4 @@
-"""What is exported: a model or one of its towers, with its processor, LoRA merged; and the folder it goes to."""
+"""The model or tower to export, with its processor and with LoRA adapters merged, and the folder to write to."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Exportable = LoopITRModel | DualEncoder | ImageTower | TextTower
 
 @dataclass(frozen=True)
 class Source:
-    """A model in eval mode without adapters, its processor, and what errors call it."""
+    """A model in eval mode without adapters, its processor, and its name in errors."""
 
     model: Exportable
     processor: LoopITRProcessor
@@ -31,22 +31,24 @@ class Source:
 
     @property
     def dual(self) -> DualEncoder | ImageTower | TextTower:
-        """What embeds: the model without its fusion head."""
+        """The model without its fusion head."""
         return self.model.dual_encoder() if isinstance(self.model, LoopITRModel) else self.model
 
     @property
     def rankings(self) -> tuple[str, ...]:
-        """Which of the figures of the run that it is from are its own, too; a tower alone ranks nothing."""
+        """The rankings of the original run whose results hold for this model too; none for a single tower."""
         if isinstance(self.model, (ImageTower, TextTower)):
             return ()
         return FUSED if isinstance(self.model, LoopITRModel) else DUAL
 
     @property
     def has_images(self) -> bool:
+        """Whether the model embeds images."""
         return not isinstance(self.model, TextTower)
 
     @property
     def has_texts(self) -> bool:
+        """Whether the model embeds texts."""
         return not isinstance(self.model, ImageTower)
 
 
@@ -56,30 +58,30 @@ def read_source(
     processor: LoopITRProcessor | None = None,
     tower: str | None = None,
 ) -> Source:
-    """The model to export, of a folder or hub id, or one in memory.
+    """The model to export, from a folder or hub id, or in memory.
 
     Args:
-        processor: needed where `model` is not a path.
-        tower: `image` or `text`: that one alone; of a path, the other's weights are not read.
+        processor: needed if `model` is not a path.
+        tower: `image` or `text`, to export only that tower; from a path, the other's weights are not read.
 
     Raises:
-        ValueError: an unknown tower, a model of another kind, no processor.
-        OSError: no such model.
+        ValueError: the tower is unknown, the model is of another kind, or the processor is missing.
+        OSError: there is no such model.
     """
     if tower is not None and tower not in TOWERS:
         raise ValueError(f"tower must be one of {', '.join(TOWERS)}, got {tower!r}")
-    found: Any
+    exported: Any
     if isinstance(model, (LoopITRModel, DualEncoder)):
-        found, name = model if tower is None else _tower_of(model, tower), "the model"
+        exported, name = model if tower is None else _tower_of(model, tower), "the model"
     elif tower is not None:
-        found, own = load_tower(model, tower)
+        exported, own = load_tower(model, tower)
         processor, name = processor or own, str(model)
     else:
         saved = load_saved(model)
-        found, processor, name = saved.model, processor or saved.processor, str(model)
+        exported, processor, name = saved.model, processor or saved.processor, str(model)
     if processor is None:
         raise ValueError(f"{name} needs its processor to be exported with it, got None")
-    return Source(found.merge_lora() if found.config.lora else found, processor, name)
+    return Source(exported.merge_lora() if exported.config.lora else exported, processor, name)
 
 
 def _tower_of(model: LoopITRModel | DualEncoder, tower: str) -> ImageTower | TextTower:
@@ -92,11 +94,11 @@ def _tower_of(model: LoopITRModel | DualEncoder, tower: str) -> ImageTower | Tex
 
 @contextmanager
 def new_folder(output: str | Path) -> Iterator[Path]:
-    """A folder that is filled aside and gets its name when it is whole; of one that fails, nothing stays.
+    """A context with a temporary folder that is renamed to `output` at the end, or deleted after an error.
 
     Raises:
-        OSError: a file, or a place that cannot be written to.
-        ValueError: a folder with something in it.
+        OSError: `output` is a file, or cannot be written to.
+        ValueError: `output` is a folder that is not empty.
     """
     folder = Path(output).expanduser()
     if folder.exists() and not folder.is_dir():
@@ -104,15 +106,15 @@ def new_folder(output: str | Path) -> Iterator[Path]:
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{output} exists and is not empty; choose another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        yield aside
-        aside.chmod(0o777 & ~_umask())
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
         if folder.is_dir():
             folder.rmdir()
-        aside.replace(folder)
+        temporary.replace(folder)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _umask() -> int:

@@ -1,4 +1,4 @@
-"""One tower leaves the network: a folder that `AutoModel` loads once this package is imported."""
+"""Exports one tower to a folder that `AutoModel` loads if this package is imported."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .reading import save_image_processor, save_tokenizer
 from .source import read_source
 
 CARD = """\
-The {side} side of a `loopitr` dual encoder alone ({backbone}): it embeds {side}s into {embed_dim} dimensions, unit
-length; their dot product with the vectors of the other side is the similarity. {parameters:.1f}M parameters.
+The {side} tower of a `loopitr` dual encoder ({backbone}, {parameters:.1f}M parameters). It embeds {side}s as unit
+vectors of {embed_dim} dimensions, whose dot product with the vectors of the other tower is the similarity.
 
 ```python
 {example}
@@ -48,17 +48,18 @@ def export_tower(
     *,
     processor: LoopITRProcessor | None = None,
 ) -> ImageTower | TextTower:
-    """Write one tower, with what reads its images or texts and a model card; LoRA merged.
+    """Save one tower, with its image processor or tokenizer and a model card; LoRA adapters are merged.
 
     Args:
-        model: a run folder, an exported dual encoder, a hub id, or a model in memory; of what is saved, the other
+        model: a run folder, an exported dual encoder, a hub id, or a model in memory; from a saved model, the other
             tower's weights are not read.
         tower: `image` or `text`.
-        processor: needed where `model` is not a path.
+        processor: needed if `model` is not a path.
 
     Raises:
-        ValueError: no such tower, a model of another kind, no processor, or `output` holds a model of another kind.
-        OSError: no such model, or `output` cannot be written.
+        ValueError: the tower is unknown, the model or the content of `output` is of another kind, or the processor is
+            missing.
+        OSError: there is no such model, or `output` cannot be written.
 
     Example:
         >>> import tempfile

@@ -1,1 +1,1 @@
-"""The network: tensors in, tensors out. No loss and no collective lives here."""
+"""The network: tensors in, tensors out, without losses and without communication between ranks."""

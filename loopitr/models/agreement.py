@@ -1,10 +1,12 @@
-"""Token agreement: a cheap second path of the fusion head, words compared with the image regions that they attend to.
+"""Token agreement: a cheap second path of the fusion head that compares words with the image regions they attend to.
 
-Words and image tokens meet in one space of width `A`. Each word attends to an image's regions (as in SCAN and SGRAF);
-how far it is from what it sees there, coordinate by coordinate, goes through a small projection of width `S`; a gate
-says which words count; their weighted mean is one logit per pair. After the similarity attention filtration (SAF) of
-SGRAF (arXiv 2101.01368) and the word-region similarities of FILIP (arXiv 2111.07783), with a LayerNorm in the place of
-SGRAF's norms: batch statistics would tie a pair's score to the rest of its batch.
+Words and image tokens are projected to one space of width `A`, and each word attends to the image tokens, the regions.
+The squared differences of a word and its attended region are projected to width `S`, which gives the word a score and
+a gate. The mean score of the words, weighted by their gates, is one logit per pair.
+
+This follows the similarity attention filtration (SAF) of SGRAF (arXiv 2101.01368) and the word-region similarities of
+FILIP (arXiv 2111.07783). A LayerNorm replaces SGRAF's batch norms, whose statistics would make a pair's score depend on
+the rest of the batch.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from loopitr.models.packing import PairLayout, Segments, pack_texts
 
 DIFFERENCE_WIDTH = 64  # S
-INITIAL_SCALE, MAX_SCALE = 10.0, 100.0  # of the cosines that the softmax over regions sees
-# Elements of `[images, rows, A]` that are compared at a time: few stay in a CPU's cache, many fill a GPU.
+INITIAL_SCALE, MAX_SCALE = 10.0, 100.0  # Factors on the cosines before the softmax over regions.
+# Elements of `[images, rows, A]` that are compared at a time: few enough for a CPU's cache, enough to fill a GPU.
 BLOCK_ELEMENTS, GPU_BLOCK_ELEMENTS = 2**20, 2**26
 
 
@@ -40,8 +42,8 @@ class TokenAgreement(nn.Module):
     def __init__(self, *, text_width: int, image_width: int, width: int, dropout: float = 0.0) -> None:
         """
         Args:
-            width: A, of the shared space.
-            dropout: on the tokens of both sides: frozen backbones' tokens are soon learned by heart.
+            width: A, the width of the shared space.
+            dropout: on the tokens of both sides, since tokens of frozen backbones are quickly overfitted.
         """
         super().__init__()
         self.dropout = nn.Dropout(dropout)
@@ -55,31 +57,31 @@ class TokenAgreement(nn.Module):
         self.score = nn.Linear(DIFFERENCE_WIDTH, 1)
 
     def project_regions(self, tokens: Tensor) -> Tensor:
-        """Image tokens `[B, N, Dv]` -> unit vectors `[B, N, A]`: once per image."""
+        """Image tokens `[B, N, Dv]` -> unit vectors `[B, N, A]`, computed once per image."""
         return F.normalize(self.region(self.dropout(tokens)), dim=-1)
 
     def project_words(self, tokens: Tensor) -> Tensor:
-        """Text tokens `[R, D]` -> unit vectors `[R, A]`: once per text."""
+        """Text tokens `[R, D]` -> unit vectors `[R, A]`, computed once per text."""
         return F.normalize(self.word(self.dropout(tokens)), dim=-1)
 
     def forward(self, packed: Tensor, regions: Tensor, layout: PairLayout) -> Tensor:
-        """The logits `[P]` of the pairs of a layout, as the fusion encoder is handed them.
+        """The logits `[P]` of the pairs of a layout; arguments as of `FusionEncoder.forward`.
 
         Args:
             packed: `[sum(lengths), D]` text tokens, texts end to end, no padding.
-            regions: `[I, N, A]`, one row for each image that the layout counts.
+            regions: `[I, N, A]`, one row for each image of the layout.
         """
         words = self.project_words(packed).index_select(0, layout.source)  # [R, A]
-        judged = []
+        compared = []
         for bucket in layout.images.buckets:
             cut = layout.images.cut(words, bucket)  # [n, M, A]
-            judged.append(self._judge(cut, layout.images.pick(regions, bucket)))  # [n, M, 2]
-        return self._mean(layout.images.scatter(judged), layout.texts)  # [P]
+            compared.append(self.gates_and_scores(cut, layout.images.pick(regions, bucket)))  # [n, M, 2]
+        return self._weighted_mean(layout.images.scatter(compared), layout.texts)  # [P]
 
     def all_pairs(self, regions: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """The logits `[B, T]` of every image with every text, a block of images at a time.
 
-        With gradient, blocks are computed again in the backward pass, so that memory does not grow with `B x T`.
+        With gradient, blocks are recomputed in the backward pass, so that memory does not grow with `B x T`.
 
         Args:
             regions: `[B, N, A]`.
@@ -93,35 +95,41 @@ class TokenAgreement(nn.Module):
         room = BLOCK_ELEMENTS if regions.device.type == "cpu" else GPU_BLOCK_ELEMENTS
         blocks = regions.split(max(1, room // max(1, words.numel())))
         if len(blocks) == 1 or not torch.is_grad_enabled():
-            judged = [self._judge(words, block) for block in blocks]
+            compared = [self.gates_and_scores(words, block) for block in blocks]
         else:
-            judged = [
-                checkpoint(self._judge, words, block, use_reentrant=False, preserve_rng_state=False) for block in blocks
+            compared = [
+                checkpoint(self.gates_and_scores, words, block, use_reentrant=False, preserve_rng_state=False)
+                for block in blocks
             ]
-        return self._mean(torch.cat(judged).transpose(0, 1), texts.segments).T  # [B, T]
+        return self._weighted_mean(torch.cat(compared).transpose(0, 1), texts.segments).T  # [B, T]
 
     def activation_elements(self, rows: int, images: int, num_tokens: int, *, projected: bool) -> int:
-        """About how many elements `forward` without gradient holds at once, of so many rows and images.
+        """About how many elements `forward` holds at once without gradient, for `rows` words of pairs.
 
         Args:
-            projected: the images come with regions.
+            projected: whether the images come with regions.
         """
         width = self.word.weight.shape[0]
         return rows * (5 * width + 2 * num_tokens) + (1 if projected else 2) * images * num_tokens * width
 
-    def _judge(self, words: Tensor, regions: Tensor) -> Tensor:
-        """`words [n, M, A]`, or `[M, A]` for all images, and `regions [n, N, A]` -> gate and score `[n, M, 2]`."""
+    def gates_and_scores(self, words: Tensor, regions: Tensor) -> Tensor:
+        """The gate (a logit) and score `[n, M, 2]` of each word with its image.
+
+        Args:
+            words: `[n, M, A]`, or `[M, A]`: the same words for all images.
+            regions: `[n, N, A]`.
+        """
         scale = self.logit_scale.clamp(max=math.log(MAX_SCALE)).exp()
         weights = (scale * words @ regions.transpose(1, 2)).softmax(-1)  # [n, M, N]
         attended = weights.to(regions.dtype) @ regions  # [n, M, A]
         differences = self.norm(self.difference((words - attended).square()))  # [n, M, S]
-        with torch.autocast(words.device.type, enabled=False):  # bf16 would tie close candidates
+        with torch.autocast(words.device.type, enabled=False):  # In bfloat16, close candidates would tie.
             differences = differences.to(self.score.weight.dtype)
             return torch.cat([self.gate(differences), self.score(differences)], -1)  # [n, M, 2]
 
-    def _mean(self, judged: Tensor, texts: Segments) -> Tensor:
-        """The mean of the scores of a text's words, weighted by their gates: `[rows, ..., 2]` -> `[P, ...]`."""
-        gates, scores = judged.float().unbind(-1) if judged.itemsize < 4 else judged.unbind(-1)
+    def _weighted_mean(self, compared: Tensor, texts: Segments) -> Tensor:
+        """The mean score of each text's words, weighted by their gates: `[rows, ..., 2]` -> `[P, ...]`."""
+        gates, scores = compared.float().unbind(-1) if compared.itemsize < 4 else compared.unbind(-1)
         gates = gates.sigmoid()
         sums = []
         for bucket in texts.buckets:

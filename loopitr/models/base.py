@@ -1,4 +1,4 @@
-"""`from_pretrained` with this package's promises: safetensors only, every weight there, buffers whole."""
+"""Strict `from_pretrained`: only safetensors, no missing or unexpected weights, and all buffers restored."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ HUB_ARGUMENTS = ("revision", "token", "cache_dir", "subfolder", "local_files_onl
 
 
 class LoopITRPreTrainedModel(PreTrainedModel):
-    """Base of both models: loading that fails loudly, and what transformers needs to know of them."""
+    """Base class of the models: strict loading, and the settings that transformers reads."""
 
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
 
     def merge_lora(self: Model) -> Model:
-        """A plain copy, LoRA adapters merged into its weights: equal outputs, no need of peft."""
+        """A copy with its LoRA adapters merged into the weights: equal outputs, without peft."""
         return merge_lora(self)
 
     @classmethod
@@ -30,15 +30,14 @@ class LoopITRPreTrainedModel(PreTrainedModel):
         """Load a folder or hub id.
 
         Raises:
-            ValueError: the folder holds a model of another kind, or weights are missing, left over or of other shapes
-                than its config says.
-            OSError: no such folder or hub id, no safetensors in it, or damaged ones.
+            ValueError: the folder holds a model of another kind, or its weights do not fit its config.
+            OSError: there is no such folder or hub id, or its safetensors files are missing or damaged.
         """
         path = str(pretrained_model_name_or_path)
         if os.path.isdir(path) and not os.path.isfile(os.path.join(path, kwargs.get("subfolder", ""), "config.json")):
             raise OSError(f"{path} holds no model: it has no config.json")
-        where = {name: value for name, value in kwargs.items() if name in HUB_ARGUMENTS}
-        saved_config, _ = PreTrainedConfig.get_config_dict(path, **where)
+        hub_arguments = {name: value for name, value in kwargs.items() if name in HUB_ARGUMENTS}
+        saved_config, _ = PreTrainedConfig.get_config_dict(path, **hub_arguments)
         assert cls.config_class is not None
         wanted = cls.config_class.model_type
         if saved_config.get("model_type") != wanted:
@@ -46,16 +45,16 @@ class LoopITRPreTrainedModel(PreTrainedModel):
                 f"{path} holds a {saved_config.get('model_type')!r} model, {cls.__name__} loads {wanted!r}"
             )
         check_no_kernel(saved_config, path)
-        report = kwargs.pop("output_loading_info", False)
+        wants_info = kwargs.pop("output_loading_info", False)
         kwargs["use_safetensors"] = True
-        kwargs["ignore_mismatched_sizes"] = True  # so that they come back, to be named here
+        kwargs["ignore_mismatched_sizes"] = True  # transformers then returns the mismatches, which are named below.
         with one_line_errors(path):
             loaded: Any = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         model, info = loaded
-        for what in ("missing_keys", "unexpected_keys"):
-            if info[what]:
-                keys = sorted(info[what])
-                raise ValueError(f"{path}: {what.replace('_', ' ')} {keys[:5]} ({len(keys)} in all)")
+        for kind in ("missing_keys", "unexpected_keys"):
+            if info[kind]:
+                keys = sorted(info[kind])
+                raise ValueError(f"{path}: {kind.replace('_', ' ')} {keys[:5]} ({len(keys)} in all)")
         if info["mismatched_keys"]:
             name, saved, built = sorted(info["mismatched_keys"])[0]
             raise ValueError(
@@ -65,11 +64,10 @@ class LoopITRPreTrainedModel(PreTrainedModel):
         for module in model.modules():
             if isinstance(module, VisionBackbone):
                 module.restore_buffers(model.config)
-                module.freeze_unused_head()  # transformers trains whatever it loads.
+                module.freeze_unused_head()  # Loading has set requires_grad of all parameters.
         freeze_adapted(getattr(model, "dual", model))
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.device.type == "cpu":
-                # Weights that are mapped from the file may be unaligned, which changes last bits, and are lost with the
-                # file.
+                # Weights mapped from the file break if the file changes, and may be unaligned, which changes last bits.
                 tensor.data = tensor.data.clone()
-        return (model, info) if report else model
+        return (model, info) if wants_info else model

@@ -1,7 +1,7 @@
-"""Configurations: `DualEncoderConfig` (the dual head alone) and `LoopITRConfig` (dual + fusion head).
+"""Configurations: `DualEncoderConfig`, `LoopITRConfig` (with a fusion head), and those of single towers.
 
-Backbones are described, never pointed at: `vision` holds a timm name with keyword arguments and `text` a whole
-transformers config, so a saved folder rebuilds its model without a hub.
+A config describes its backbones in full, as a timm name with keyword arguments (`vision`) and a whole transformers
+config (`text`), so that a saved folder rebuilds its model without a hub.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ TEXT_DEFAULTS: dict[str, Any] = {"model_type": "bert"}
 FUSION_DEFAULTS: dict[str, Any] = {
     "style": "late",
     "num_layers": 6,
-    "num_heads": None,  # None stands for width / 64.
-    "intermediate_size": None,  # None stands for 4 x width.
+    "num_heads": None,  # None: width / 64.
+    "intermediate_size": None,  # None: 4 x width.
     "hidden_act": "gelu",
     "dropout": 0.1,
     "attention_dropout": 0.0,  # Attention on the CPU is 2.2 times slower with it.
     "layer_norm_eps": 1e-12,
-    # Whether image tokens get learned positions; None stands for: where the backbone gives them none (a CNN).
+    # Whether image tokens get learned positions; None: only those of a CNN, which have none from the backbone.
     "image_positions": None,
-    # In style `shared`, a token that is read in place of a text's first one when pairs are scored ([ENC] of BLIP).
+    # In style `shared`, the token that replaces a text's first one when pairs are scored ([ENC] of BLIP).
     "first_token_id": None,
-    # Width A of the token agreement that is added to the match score; None stands for: there is none.
+    # Width A of the token agreement that is added to the match score; None: no token agreement.
     "agreement": None,
-    # Dropout on the tokens that the agreement compares.
+    # Dropout on the tokens that token agreement compares.
     "agreement_dropout": 0.0,
 }
 LORA_DEFAULTS: dict[str, Any] = {
     "rank": 8,
     "alpha": 16.0,  # An update is scaled by alpha / rank.
     "dropout": 0.0,
-    "modules": [],  # These are full names inside the backbone's model.
+    "modules": [],  # Full names of the adapted layers in the backbone's model.
 }
 
 
@@ -71,21 +71,21 @@ class DualEncoderConfig(PreTrainedConfig):
     """Two backbones and the dual head.
 
     Args:
-        vision: `{"name": timm name, "image_size": pixels per side, "kwargs": arguments of timm.create_model}`; of a
-            ViT also `norm_eps`, the epsilon of its layer norms.
+        vision: `{"name": timm name, "image_size": pixels per side, "kwargs": arguments of timm.create_model}`; the
+            `kwargs` of a ViT may have `norm_eps`, the epsilon of its layer norms.
         text: a transformers config as a dict, `model_type` included.
         vision_pooling, text_pooling: `first` token, `mean` over real tokens, or the `backbone`'s own pooling.
-        embed_dim: `E`, width of the embeds.
-        projection: of the pooled vectors to the embeds, both sides: `affine` (weight and bias), `linear` (weight alone;
-            CLIP), `none` (the pooled vectors have width `E` already; SigLIP) or `mlp` (two layers beside a linear one).
-        projection_dropout: of `mlp`, on the pooled vectors and between its layers.
-        initial_temperature: start of the learned softmax temperature (0.07, CLIP arXiv 2103.00020).
-        max_logit_scale: the most that 1 / temperature is let grow to (100, CLIP; ALBEF allows 1000).
-        initial_logit_bias: start of the learned bias that the sigmoid loss needs (-10, SigLIP arXiv 2303.15343); None:
-            the dual head has no such parameter.
-        matryoshka_dims: numbers of first dimensions that vectors may be cut to, since the dual head was trained at them
-            too (`objective.matryoshka_dims`); None: at the whole width alone.
-        lora: LoRA adapters by backbone (`vision`, `text`), see `LORA_DEFAULTS`; None: there are none.
+        embed_dim: `E`, the width of the embeds.
+        projection: maps pooled vectors to embeds, on both sides: `affine` (weight and bias), `linear` (only a weight;
+            CLIP), `none` (pooled vectors have width `E` already; SigLIP) or `mlp` (two layers plus a linear shortcut).
+        projection_dropout: for `mlp`, on the pooled vectors and between its layers.
+        initial_temperature: initial value of the learned softmax temperature (0.07, CLIP, arXiv 2103.00020).
+        max_logit_scale: upper limit of 1 / temperature (100, CLIP; ALBEF allows 1000).
+        initial_logit_bias: initial value of the learned bias that the sigmoid loss needs (-10, SigLIP, arXiv
+            2303.15343); None: no bias.
+        matryoshka_dims: lengths to which embeds may be cut, since these prefixes were trained too
+            (`objective.matryoshka_dims`); None: only the whole width was trained.
+        lora: LoRA adapters by backbone (`vision`, `text`), see `LORA_DEFAULTS`; None: no adapters.
 
     Example:
         >>> from loopitr import DualEncoderConfig
@@ -124,7 +124,7 @@ class DualEncoderConfig(PreTrainedConfig):
         _one_of("projection", projection, PROJECTIONS)
         if not 0 <= projection_dropout < 1 or (projection_dropout and projection != "mlp"):
             raise ValueError(
-                "projection_dropout must be from 0 to below 1, and is of projection 'mlp' alone, "
+                "projection_dropout must be from 0 to below 1, and needs projection 'mlp', "
                 f"got {projection_dropout!r} with {projection!r}"
             )
         if not initial_temperature > 0:
@@ -154,12 +154,12 @@ class LoopITRConfig(DualEncoderConfig):
     """A dual encoder with a fusion head.
 
     Args:
-        fusion: see `FUSION_DEFAULTS`. `style` is `late` (own layers over the text backbone's output; ALBEF,
+        fusion: see `FUSION_DEFAULTS`. `style` is `late` (layers of its own on the text backbone's output; ALBEF,
             LoopITR) or `shared` (the text backbone's last `num_layers` layers run again with cross-attention
             inserted; BLIP).
-        mlm_head: whether the model carries a masked-language-model head on the fused tokens.
-        similarity_weight: w >= 0 of the reranking score, match + w x similarity / temperature; 1 until it is fitted on
-            held-out data (`recipes/calibrate.py`, and the end of every run).
+        mlm_head: whether the model has a masked-language-model head on the fused tokens.
+        similarity_weight: w >= 0 of the reranking score, match score + w x similarity / temperature; 1 until it is
+            fitted on held-out data (at the end of every run, and by `recipes/calibrate.py`).
 
     Example:
         >>> from loopitr import LoopITRConfig
@@ -198,7 +198,7 @@ class LoopITRConfig(DualEncoderConfig):
         super().__init__(**kwargs)
 
     def dual_config(self) -> DualEncoderConfig:
-        """The same description without the fusion head."""
+        """The config of the dual encoder alone."""
         parameters = inspect.signature(DualEncoderConfig).parameters.values()
         names = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
         return DualEncoderConfig(**{name: getattr(self, name) for name in names})

@@ -1,4 +1,4 @@
-"""Cross-attention of packed text tokens to image tokens, an image's keys and values used once for all its texts."""
+"""Cross-attention of packed text tokens to image tokens; all texts of an image share its keys and values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from loopitr.models.packing import Segments
 
 
 class CrossAttention(nn.Module):
-    """Query from text, key and value from image tokens, output projection and norm."""
+    """Queries from text tokens, keys and values from image tokens, then an output projection and a norm."""
 
     def __init__(self, width: int, image_width: int, config: dict) -> None:
         super().__init__()
@@ -27,7 +27,13 @@ class CrossAttention(nn.Module):
         return self._heads(self.key(tokens)), self._heads(self.value(tokens))
 
     def forward(self, hidden: Tensor, query: Tensor, image: Tensor | tuple[Tensor, Tensor], images: Segments) -> Tensor:
-        """`hidden`, `query [R, D]`, rows of one image together; `image`: one per segment, tokens or keys and values."""
+        """The text tokens `[R, D]` after cross-attention, with residual and norm.
+
+        Args:
+            hidden, query: `[R, D]`, the rows of one image together.
+            image: one per segment, tokens or keys and values.
+            images: the segments of the rows by image.
+        """
         if isinstance(image, Tensor):
             attended = self._attend_tokens(query, image, images)
         else:
@@ -43,8 +49,11 @@ class CrossAttention(nn.Module):
         return images.scatter(outputs)  # [R, D]
 
     def _attend_tokens(self, query: Tensor, tokens: Tensor, images: Segments) -> Tensor:
-        """The same from the tokens themselves `[I, N, Dv]`: the key weights are applied on the query's side, the value
-        weights to the result's. The key's bias moves all of a query's scores alike, so softmax does not see it."""
+        """Attend to `tokens [I, N, Dv]` without projecting them.
+
+        The key weights are applied to the queries and the value weights to the results. The key's bias adds the same
+        number to all scores of a query, which softmax cancels.
+        """
         heads, width = self.num_heads, query.shape[-1] // self.num_heads
         key, value = (x.weight.unflatten(0, (heads, width)) for x in (self.key, self.value))  # [H, D / H, Dv]
         query, outputs = query * width**-0.5, []
@@ -56,16 +65,15 @@ class CrossAttention(nn.Module):
             out = scores.softmax(-1).to(x.dtype) @ x  # [n, M H, Dv]
             out = out.view(-1, heads, x.shape[2]).transpose(0, 1) @ value.transpose(1, 2)  # [H, n M, D / H]
             outputs.append(out.transpose(0, 1).reshape(len(x), -1, heads * width))  # [n, M, D]
-        # DDP wants a gradient for every trained parameter. The zero is added here and not where `LoopObjective` touches
-        # unused parameters, because only this layer knows that it did not read the bias, and because a loss of one's
-        # own on `score_pairs` needs it too.
+        # DDP needs a gradient for every trained parameter. The zero is added here and not in `LoopObjective`, because
+        # only this layer knows that it did not use the bias, and any other loss on `score_pairs` needs it too.
         return images.scatter(outputs) + (self.value.bias + 0 * self.key.bias)  # [R, D]
 
     def absorbs(self, rows: int, images: int, num_tokens: int) -> bool:
-        """Whether `rows` queries on so many images cost less through `_attend_tokens` than projecting the images."""
+        """Whether `_attend_tokens` costs less than projecting the images, for `rows` queries in total."""
         width, image_width = self.key.weight.shape
         if self.training and self.attention_dropout:
-            return False  # Dropout drops parts of the value's bias too.
+            return False  # `_attend_tokens` has no attention dropout.
         projected = 2 * images * num_tokens * image_width * width + 2 * rows * num_tokens * width
         absorbed = 2 * rows * width * image_width + 2 * rows * self.num_heads * num_tokens * image_width
         return absorbed < projected
@@ -75,8 +83,8 @@ class CrossAttention(nn.Module):
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, heads: int, mask: Tensor | None, dropout: float) -> Tensor:
-    """`query [n, M, D]` on `keys`, `values [n, H, N, D / H]` -> `[n, M, D]`; `mask [n, N]` marks real keys."""
+    """`query [n, M, D]`, `keys` and `values [n, H, N, D / H]` -> `[n, M, D]`; `mask [n, N]` is true at real keys."""
     query = query.unflatten(-1, (heads, -1)).transpose(1, 2)  # [n, H, M, D / H]
-    where = None if mask is None else mask[:, None, None, :]
-    out = F.scaled_dot_product_attention(query, keys, values, attn_mask=where, dropout_p=dropout)
+    attention_mask = None if mask is None else mask[:, None, None, :]
+    out = F.scaled_dot_product_attention(query, keys, values, attn_mask=attention_mask, dropout_p=dropout)
     return out.transpose(1, 2).flatten(2)  # [n, M, D]

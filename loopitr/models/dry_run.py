@@ -1,4 +1,4 @@
-"""A run of a network whose outputs are thrown away, to see what it is made of."""
+"""A forward pass that only finds out which modules of a network are called."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import nn
 
 @contextmanager
 def dry_run(model: nn.Module) -> Iterator[set[nn.Module]]:
-    """Within it `model` is in eval mode and there is no gradient; the set fills with the modules that are called.
+    """A context in which `model` is in eval mode, without gradient; its value is the set of modules called so far.
 
-    Afterwards the model is back in its former mode, without a hook.
+    Afterwards the model is back in its former mode, and the hooks are removed.
     """
     called: set[nn.Module] = set()
     hooks = [module.register_forward_hook(lambda m, *_: called.add(m)) for module in model.modules()]

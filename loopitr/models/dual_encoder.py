@@ -1,4 +1,4 @@
-"""`DualEncoder`: the part of the network that embeds images and texts apart, and ships alone."""
+"""`DualEncoder`: the part of the network that embeds images and texts separately; it can be used alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from loopitr.models.text_backbone import TextBackbone, TextOutput
 
 
 class DualEncoder(LoopITRPreTrainedModel):
-    """Image and text backbones with a projection each: `embeds` whose dot product is the similarity.
+    """An image and a text backbone with a projection each; the dot product of two embeds is their similarity.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Model files of others: they name no code that would be fetched, and one that cannot be read is one line."""
+"""Safe reading of model files from elsewhere: no code from a hub, and one-line errors for unreadable files."""
 
 from __future__ import annotations
 
@@ -13,24 +13,28 @@ ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementatio
 
 
 def check_no_kernel(config: Any, source: str) -> None:
-    """transformers fetches an attention that is named like a repository (`owner/name`) from the hub, and runs it.
+    """Refuse a config that would make transformers download code.
+
+    transformers takes the name of an attention implementation with a slash (`owner/name`) for a repository of the hub,
+    and runs its code.
 
     Raises:
-        ValueError: `config`, the content of a config.json, names such a one somewhere.
+        ValueError: `config`, the content of a config.json, names such an attention.
     """
     if isinstance(config, Mapping):
         for name, value in config.items():
             if name in ATTENTION and "/" in str(value):
-                raise ValueError(f"{source}: its config.json asks for the attention {value!r}, which is code of a hub")
+                raise ValueError(f"{source}: its config.json asks for the attention {value!r}, which is code on a hub")
             check_no_kernel(value, source)
 
 
 @contextmanager
 def one_line_errors(source: str) -> Iterator[None]:
-    """Around the reading of weights, configs and tokenizers, whose readers raise nearly anything.
+    """A context for reading weights, configs and tokenizers, whose libraries raise many kinds of errors.
 
     Raises:
-        ValueError: the first line of what went wrong; an OSError comes as it is, and so does a missing package.
+        OSError: damaged weights; other OSErrors, ValueErrors, and errors of memory or missing packages are unchanged.
+        ValueError: any other error, as one line that names `source`.
     """
     try:
         yield
@@ -40,7 +44,7 @@ def one_line_errors(source: str) -> Iterator[None]:
         raise
     except Exception as error:
         if re.search("unsupported (global|class)|not an allowed global", str(error), re.IGNORECASE):
-            reason = "it holds Python objects beside its tensors; reading those could run code: save its weights alone"
+            reason = "it holds Python objects besides tensors; reading those could run code: save only its weights"
         else:
             reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise ValueError(f"{source} cannot be loaded: {reason}") from error

@@ -1,9 +1,9 @@
-"""The fusion encoder: text tokens attend to image tokens, many pairs at once.
+"""The fusion encoder: text tokens attend to image tokens, for many pairs at once.
 
-BERT layers with cross-attention (self-attention, cross-attention, feed-forward, each post-LN), as in ALBEF (arXiv
-2107.07651) and BLIP (arXiv 2201.12086). What makes it fast: an image's keys and values are projected once and all its
-pairs attend as one packed query; text is never padded in linear layers; the first self-attention, which has not yet
-seen an image, runs once per text; in the last layer only the first token's row is computed.
+It consists of BERT layers with cross-attention (self-attention, cross-attention, feed-forward, each post-LN), as in
+ALBEF (arXiv 2107.07651) and BLIP (arXiv 2201.12086). It saves work in four places: an image's keys and values are
+projected once, and all its pairs attend to them as one packed query; linear layers see no padding; the first
+self-attention does not depend on the image, so it runs once per text; the last layer computes only first tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from loopitr.models.packing import PairLayout, Segments
 
 @dataclass(frozen=True)
 class BertParts:
-    """The pieces of one post-LN BERT layer, wherever they live."""
+    """The modules of one post-LN BERT layer, whichever class it is."""
 
     query: nn.Module
     key: nn.Module
@@ -42,7 +42,7 @@ class BertParts:
 
     @classmethod
     def of(cls, layer: Any) -> BertParts:
-        """The parts of a transformers BERT-type layer (BertLayer, RobertaLayer, ...)."""
+        """The modules of a BERT-type layer of transformers, such as BertLayer or RobertaLayer."""
         attention, output = layer.attention, layer.output
         return cls(
             query=attention.self.query,
@@ -76,20 +76,21 @@ class TextLayer(nn.Module):
         self.num_heads = config["num_heads"]
 
     def parts(self) -> BertParts:
+        """The modules of this layer."""
         return BertParts(**{name: getattr(self, name) for name in BertParts.__dataclass_fields__})
 
 
 def _self_attention(parts: BertParts, hidden: Tensor, texts: Segments, firsts: Tensor | None, dropout: float) -> Tensor:
-    """Self-attention within each text; with `firsts [P]` only the first tokens ask, and `[P, D]` comes back."""
-    asking = hidden if firsts is None else hidden.index_select(0, firsts)  # [R or P, D]
-    query, key, value = parts.query(asking), parts.key(hidden), parts.value(hidden)
+    """Self-attention within each text `[R, D]`; with the rows `firsts [P]`, only of the first tokens `[P, D]`."""
+    query_rows = hidden if firsts is None else hidden.index_select(0, firsts)  # [R or P, D]
+    query, key, value = parts.query(query_rows), parts.key(hidden), parts.value(hidden)
     outputs = []
     for bucket in texts.buckets:
         q = texts.cut(query, bucket) if firsts is None else texts.pick(query, bucket).unsqueeze(1)  # [n, M or 1, D]
         k, v = (texts.cut(x, bucket).unflatten(-1, (parts.num_heads, -1)).transpose(1, 2) for x in (key, value))
         outputs.append(attend(q, k, v, parts.num_heads, bucket.mask, dropout))  # [n, M or 1, D]
     attended = texts.scatter(outputs) if firsts is None else texts.unpick(outputs).squeeze(1)  # [R or P, D]
-    return parts.attention_norm(parts.dropout(parts.attention_output(attended)) + asking)
+    return parts.attention_norm(parts.dropout(parts.attention_output(attended)) + query_rows)
 
 
 def _feed_forward(parts: BertParts, hidden: Tensor) -> Tensor:
@@ -98,10 +99,10 @@ def _feed_forward(parts: BertParts, hidden: Tensor) -> Tensor:
 
 
 class FusionEncoder(nn.Module):
-    """`num_layers` fusion layers over text tokens that are already computed.
+    """`num_layers` fusion layers on the text backbone's tokens.
 
-    In style `late` the layers own their text weights; in style `shared` they are handed the text backbone's layers at
-    every call and own the cross-attention only.
+    In style `late` the encoder has all weights of its layers. In style `shared` it has only the cross-attention, and
+    each call passes the text backbone's layers.
     """
 
     def __init__(self, config: LoopITRConfig, *, width: int, image_width: int, num_image_tokens: int) -> None:
@@ -124,14 +125,14 @@ class FusionEncoder(nn.Module):
         self.gradient_checkpointing = False
 
     def place(self, tokens: Tensor) -> Tensor:
-        """Image tokens `[B, N, Dv]` with their learned positions, where there are any: what all layers attend to."""
+        """Image tokens `[B, N, Dv]` plus their learned positions, if there are any; all layers attend to these."""
         return tokens if self.image_positions is None else tokens + self.image_positions.to(tokens.dtype)
 
     def resize_positions(self, num_tokens: int, *, prefix: int) -> None:
-        """Interpolate the learned positions of a square grid, where there are any, to `num_tokens` in all.
+        """Interpolate the learned positions of a square grid, if there are any, to `num_tokens` tokens.
 
         Args:
-            prefix: how many tokens come before the grid; their positions stay.
+            prefix: the number of tokens before the grid, whose positions stay; `num_tokens` includes them.
         """
         positions = self.image_positions
         if positions is None:
@@ -147,14 +148,14 @@ class FusionEncoder(nn.Module):
         return [layer.project(self.place(tokens)) for layer in self._cross()]
 
     def activation_elements(self, rows: int, images: int, num_tokens: int, *, projected: bool) -> int:
-        """About how many elements a forward pass without gradient holds at once, of so many text rows and images.
+        """About how many elements a forward pass without gradient holds at once, for `rows` text tokens of pairs.
 
         Args:
-            projected: the images come with keys and values.
+            projected: whether the images come with keys and values.
         """
         cross = self._cross()[0]
         width, image_width = cross.key.weight.shape
-        wide = 2 * self.intermediate_size  # The wide rows are held before and after the activation.
+        wide = 2 * self.intermediate_size  # The feed-forward rows, before and after the activation.
         if not projected and cross.absorbs(rows, images, num_tokens):
             wide = max(wide, 2 * cross.num_heads * (image_width + num_tokens))
             return rows * (7 * width + wide)
@@ -173,15 +174,15 @@ class FusionEncoder(nn.Module):
 
         Args:
             packed: `[sum(lengths), D]` text tokens, texts end to end, no padding.
-            images: of the images in the pairs, in their order: tokens `[I, N, Dv]`, or per layer keys and values
+            images: the images of the pairs, in their order: tokens `[I, N, Dv]`, or per layer keys and values
                 `[I, H, N, D / H]` from `project`. Each layer attends to tokens as they are or projects them first,
                 whichever is cheaper; with a `fixed` layout it always projects them.
-            layout: of the pairs (`packing.lay_out`).
+            layout: where the tokens of each pair are (`packing.lay_out`).
             shared_layers: the text backbone's layers, in style `shared`.
-            first_only: return the first token of each pair `[P, D]`, else all rows `[R, D]`, pair by pair.
+            first_only: return only the first token of each pair, `[P, D]`, instead of all, `[R, D]`, pair by pair.
         """
         layers: list[BertParts] = [BertParts.of(m) for m in shared_layers] if shared_layers else self._own_parts()
-        # What comes before the first cross-attention does not depend on the image: it runs once per text.
+        # The first self-attention does not depend on the image, so it runs once per text.
         dropout = self.attention_dropout if self.training else 0.0
         rows = layout.source
         if first_only and len(layers) == 1:
@@ -216,7 +217,7 @@ class FusionEncoder(nn.Module):
             dropout = self.attention_dropout if self.training else 0.0
             hidden = _self_attention(parts, hidden, layout.texts, layout.firsts if last else None, dropout)
             query = cross.query(hidden)  # [R or P, D]
-        # A compiled module would be compiled again for the other way, so a fixed layout knows one way only.
+        # A compiled module would be recompiled for each of the two ways, so a fixed layout always projects.
         if isinstance(image, Tensor) and (layout.fixed or not cross.absorbs(len(query), *image.shape[:2])):
             image = cross.project(image)
         return _feed_forward(parts, cross(hidden, query, image, layout.image_firsts if last else layout.images))

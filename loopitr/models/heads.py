@@ -1,4 +1,4 @@
-"""Heads: the dual head's projections, and the optional masked-language-model head on fused tokens (pre-training)."""
+"""The projections of the dual head, and the optional masked-language-model head on fused tokens."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ def projection(kind: str, width: int, embed_dim: int, *, dropout: float = 0.0) -
     """Pooled `[B, width]` -> `[B, E]`: `affine`, `linear` (no bias), `mlp` (`MLPProjection`) or `none`.
 
     Args:
-        dropout: of `mlp`; the others have none.
+        dropout: for `mlp`; the others have none.
 
     Raises:
-        ValueError: `none` where the widths differ.
+        ValueError: `kind` is `none` and the widths differ.
     """
     if kind == "mlp":
         return MLPProjection(width, embed_dim, dropout=dropout)
@@ -27,9 +27,9 @@ def projection(kind: str, width: int, embed_dim: int, *, dropout: float = 0.0) -
 
 
 class MLPProjection(nn.Module):
-    """A linear map and, added to it, two layers with GELU, on normalised vectors: what frozen backbones need.
+    """A linear map plus two layers with GELU, both on normalised vectors; made for frozen backbones.
 
-    Dropout on the vectors and between the layers keeps it from learning the training set by heart.
+    Dropout on the vectors and between the layers reduces overfitting.
     """
 
     def __init__(self, width: int, embed_dim: int, *, dropout: float) -> None:

@@ -1,6 +1,7 @@
-"""timm image backbones behind one face: pixels -> tokens -> pooled vector.
+"""One interface to all timm image backbones: pixels -> tokens -> pooled vector.
 
-The only file that knows timm's quirks; `text_backbone.py` knows those of transformers' text encoders.
+This is the only module that deals with the differences between timm models; `text_backbone.py` deals with those
+between text encoders.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from loopitr.models.config import DualEncoderConfig
 from loopitr.models.dry_run import dry_run
 
-# The table leads from transformers' names to timm's.
+# Names of activations in transformers and in timm.
 ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -27,19 +28,19 @@ ACTIVATIONS = {
     "relu": "relu",
     "silu": "silu",
 }
-# timm gives these names to what stands behind a backbone's last layer.
+# timm's names of the modules after a backbone's last layer.
 HEADS = ("head", "fc_norm", "attn_pool", "conv_head", "norm_head", "final_conv")
 
 
 class VisionBackbone(nn.Module):
     """Any timm model as `[B, 3, H, W] -> tokens [B, N, D] -> pooled [B, D']`.
 
-    A ViT's prefix tokens come first; a CNN's feature map is flattened row by row. Pooling works on the tokens
-    alone, so tokens that were computed earlier can be pooled without the backbone.
+    A ViT's prefix tokens come first; a CNN's feature map is flattened row by row. Pooling needs only the tokens, so
+    cached tokens can be pooled without running the backbone.
 
     Raises:
-        ValueError: unknown timm name, a patch that does not divide the image size, `first` pooling without a
-            prefix token.
+        ValueError: timm has no such model, the image size is not a multiple of the patch size, or pooling is `first`
+            and there is no prefix token.
     """
 
     def __init__(self, config: DualEncoderConfig) -> None:
@@ -47,10 +48,10 @@ class VisionBackbone(nn.Module):
         vision = config.vision
         self.image_size: int = vision["image_size"]
         self.pooling = config.vision_pooling
-        # Whether batch norm keeps its statistics in training mode; its scales and shifts are trained either way.
+        # Whether batch norm keeps its statistics in training mode; its scales and shifts are trained in both cases.
         self.hold_statistics = False
         self.model: Any = create_timm(vision["name"], self.image_size, vision["kwargs"])
-        # transformers' initialisation must leave timm's own alone.
+        # This flag keeps transformers from initialising again what timm has initialised.
         module: Any
         for module in self.model.modules():
             module._is_hf_initialized = True
@@ -61,9 +62,9 @@ class VisionBackbone(nn.Module):
             raise ValueError(f"vision_pooling 'first' needs a class token; {vision['name']!r} has none, use 'mean'")
 
     def _inspect(self) -> set[nn.Module]:
-        """Read token count, layout and widths off one dry run: timm's attributes do not give them for every model.
+        """Read token count, layout and widths off a dry run, since timm's attributes do not give them for every model.
 
-        Returns the modules that ran.
+        Returns the modules that were called.
         """
         weight = next(self.model.parameters())
         blank = torch.zeros(1, 3, self.image_size, self.image_size, device=weight.device, dtype=weight.dtype)
@@ -80,26 +81,25 @@ class VisionBackbone(nn.Module):
         return called
 
     def _fastest_format(self, blank: Tensor) -> torch.memory_format:
-        """How pixels lie in memory: plane by plane, or the channels of each pixel side by side, which makes
-        convolutions up to 1.7 times as fast on a CPU. The weights stay as they are saved, since converting them in each
-        call costs little.
+        """The memory format for the pixels: channels last for a CNN, where convolutions are up to 1.7 times as fast on
+        a CPU. The weights keep their format, since converting them in each call costs little.
         """
         if not self.is_map or self.channels_last:
             return torch.contiguous_format
         try:
             self.model.forward_features(blank.contiguous(memory_format=torch.channels_last))
-        except RuntimeError:  # a network that views its maps as rows
+        except RuntimeError:  # Some networks call `view` on their maps, which needs them contiguous.
             return torch.contiguous_format
         return torch.channels_last
 
-    def _unused_head(self, ran: set[nn.Module]) -> set[str]:
+    def _unused_head(self, called: set[nn.Module]) -> set[str]:
         """Names of a head's parameters that `first` or `mean` pooling does not use."""
-        left_out = {name for name, module in self.model.named_modules() if module not in ran}
+        unused = {name for name, module in self.model.named_modules() if module not in called}
         names = (name for name, _ in self.model.named_parameters() if name.partition(".")[0] in HEADS)
-        return {name for name in names if name.rpartition(".")[0] in left_out}
+        return {name for name in names if name.rpartition(".")[0] in unused}
 
     def freeze_unused_head(self) -> None:
-        """Stop training what no output uses: it has no gradient, and DDP wants one for every trained parameter."""
+        """Stop training parameters that no output uses: DDP needs a gradient for every trained parameter."""
         for name in self._unused:
             self.model.get_parameter(name).requires_grad_(False)
 
@@ -122,17 +122,21 @@ class VisionBackbone(nn.Module):
             return tokens[:, 0]
         if self.pooling == "mean":
             return tokens[:, self.num_prefix_tokens :].mean(1)
-        if self.is_map:  # The head of a VGG or CLIP ResNet knows rows from columns.
+        if self.is_map:  # The head of a VGG or CLIP ResNet needs the map's rows and columns.
             tokens = tokens.unflatten(1, self.grid)  # [B, H, W, D]
             tokens = tokens if self.channels_last else tokens.permute(0, 3, 1, 2)
         return self.model.forward_head(tokens, pre_logits=True)  # [B, D']
 
     def resize(self, image_size: int) -> None:
-        """Take images of another size; a ViT's positional embedding is interpolated (timm's `set_input_size`)."""
+        """Change the image size; a ViT's positional embedding is interpolated (timm's `set_input_size`).
+
+        Raises:
+            ValueError: the model cannot change its image size, or the size is not a multiple of the patch size.
+        """
         if image_size == self.image_size:
             return
         set_size = getattr(self.model, "set_input_size", None)
-        # A Swin would scale its windows too, and would then not be the model that its name and arguments describe.
+        # A Swin would scale its windows too, and would then no longer be the model that the config describes.
         windows = set_size is not None and "window_size" in inspect.signature(set_size).parameters
         if windows or (set_size is None and not self.is_map):
             change = f"from {self.image_size} to {image_size}"
@@ -152,13 +156,13 @@ class VisionBackbone(nn.Module):
         return self
 
     def set_gradient_checkpointing(self, enable: bool) -> None:
-        """Trade time for memory in the backbone's blocks."""
+        """Recompute the activations of the backbone's blocks in the backward pass, to save memory."""
         self.model.set_grad_checkpointing(enable)
 
     def restore_buffers(self, config: DualEncoderConfig) -> None:
-        """Recompute buffers that no checkpoint holds: transformers leaves them unset after loading."""
-        kept = self.model.state_dict().keys()
-        missing = [name for name, _ in self.model.named_buffers() if name not in kept]
+        """Recompute the buffers that are not saved, which transformers leaves unset after loading."""
+        saved = self.model.state_dict().keys()
+        missing = [name for name, _ in self.model.named_buffers() if name not in saved]
         if missing:
             fresh = dict(create_timm(config.vision["name"], self.image_size, config.vision["kwargs"]).named_buffers())
             own = dict(self.model.named_buffers())
@@ -176,12 +180,12 @@ def _check_patch(model: nn.Module, image_size: int) -> None:
 
 
 def create_timm(name: str, image_size: int, kwargs: dict[str, Any], *, pretrained: bool = False) -> nn.Module:
-    """A timm model without classifier; `pretrained`: with weights from timm's hub, fitted to the image size.
+    """A timm model without classifier, with `pretrained` weights from timm's hub, fitted to the image size.
 
     Raises:
-        ValueError: unknown name, or a patch that does not divide the image size.
+        ValueError: timm has no such model, or the image size is not a multiple of the patch size.
     """
-    import timm  # Importing it takes a second, so it waits until it is used.
+    import timm  # This import takes a second, so it is not at the top.
     from timm.layers import LayerNorm
 
     if not timm.is_model(name):
@@ -201,7 +205,7 @@ def create_timm(name: str, image_size: int, kwargs: dict[str, Any], *, pretraine
 
 
 def fit_weights(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a ViT for `model`: positional embeddings are resampled to its image size."""
+    """The weights for `model`: a ViT's positional embeddings are resampled to its image size."""
     from timm.models import VisionTransformer, eva, vision_transformer
 
     if isinstance(model, VisionTransformer):
@@ -211,14 +215,14 @@ def fit_weights(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tenso
 
 
 def mlp_ratio(inner: int, width: int) -> float:
-    """timm's argument for a feed-forward layer of `inner` units; it rounds width x ratio down."""
+    """The `mlp_ratio` for which timm, which rounds width x ratio down, makes feed-forward layers of `inner` units."""
     ratio = inner / width
     return ratio if int(width * ratio) == inner else math.nextafter(ratio, math.inf)
 
 
 @dataclass(frozen=True)
 class VisionData:
-    """How a timm backbone wants its pixels: `mean`, `std` (per channel, of values in 0..1) and `interpolation`."""
+    """The preprocessing of a timm backbone: `mean` and `std` per channel (of values in 0..1), and `interpolation`."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]

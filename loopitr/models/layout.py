@@ -1,4 +1,4 @@
-"""What the fusion encoder is handed for a block of pairs, where it runs eagerly and where it is compiled."""
+"""The inputs of the fusion encoder for a block of pairs, in eager mode and when it is compiled."""
 
 from __future__ import annotations
 
@@ -14,8 +14,13 @@ from loopitr.models.packing import PairLayout, lay_out, send
 
 @dataclass(frozen=True)
 class FusionInput:
-    """`images`: tokens `[I, N, Dv]`, or per layer keys and values `[I, H, N, D / H]`; `layout` of their pairs;
-    `regions [I, N, A]` of the same images, where they are projected already."""
+    """The images of some pairs and the layout of the pairs.
+
+    Attributes:
+        images: tokens `[I, N, Dv]`, or per layer keys and values `[I, H, N, D / H]`.
+        layout: where the tokens of each pair are.
+        regions: `[I, N, A]` of the same images for token agreement, if already projected.
+    """
 
     images: Tensor | KeysValues
     layout: PairLayout
@@ -23,7 +28,7 @@ class FusionInput:
 
 
 class Arrangement(Protocol):
-    """How pairs become an input of the fusion encoder."""
+    """Turns pairs into an input of the fusion encoder."""
 
     def arrange(self, images: ImageState, mask: Tensor, pairs: Tensor) -> FusionInput:
         """The input for `pairs [P, 2]`, unique and sorted by image, of texts with real tokens `mask [T, L]`.
@@ -37,13 +42,13 @@ class Arrangement(Protocol):
 
 
 class EagerArrangement:
-    """Images that follow each other are not copied, and there are only as many buckets as save padding."""
+    """Avoids copies of consecutive images, and uses only as many buckets as save padding."""
 
     def arrange(self, images: ImageState, mask: Tensor, pairs: Tensor) -> FusionInput:
         used = torch.unique_consecutive(pairs[:, 0])
         device, regions = images.tokens.device, images.regions
         if images.keys_values is not None and not _are_consecutive(used):
-            # Every layer picks from its own keys and values, when it needs them.
+            # Each layer then selects from its own keys and values when it runs, so that they are not all copied now.
             return FusionInput(images.keys_values, lay_out(pairs, mask, all_images=True).to(device), regions)
         layout = lay_out(pairs, mask).to(device)
         regions = None if regions is None else pick_rows(regions, used)
@@ -54,7 +59,7 @@ class EagerArrangement:
 
 
 class FixedArrangement:
-    """One structure for all pairs: a compiled module would be compiled again for a view or another bucket count."""
+    """Always gives one structure: a compiled module would be recompiled for a view or another number of buckets."""
 
     def arrange(self, images: ImageState, mask: Tensor, pairs: Tensor) -> FusionInput:
         device = images.tokens.device
@@ -73,21 +78,22 @@ def packed_tokens(texts: TextState, arranged: FusionInput) -> Tensor:
 
 
 def unique_pairs(pairs: Tensor, images: int, texts: int) -> tuple[Tensor, Tensor]:
-    """The pairs `[U, 2]` that occur, sorted by image, then text, and where each of `pairs [P, 2]` is among them.
+    """The distinct pairs `[U, 2]`, sorted by image, then text, and the index among them of each of `pairs [P, 2]`.
 
     Raises:
-        ValueError: an index that none of so many `images` or `texts` has.
+        ValueError: an index is negative, or not below the number of `images` or `texts`.
     """
     for column, count, kind in ((0, images, "image"), (1, texts, "text")):
         low, high = (int(x) for x in pairs[:, column].aminmax()) if len(pairs) else (0, -1)
         if low < 0 or high >= count:
             raise ValueError(f"pairs name {kind} {low if low < 0 else high}, but {kind}s are 0 to {count - 1}")
-    keys, inverse = torch.unique(pairs[:, 0] * texts + pairs[:, 1], return_inverse=True)  # of rows: much slower
+    # One number per pair: `torch.unique` of rows is much slower.
+    keys, inverse = torch.unique(pairs[:, 0] * texts + pairs[:, 1], return_inverse=True)
     return torch.stack([keys // texts, keys % texts], 1), inverse
 
 
 def pick_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """`x[rows]` of sorted, unique `rows` on the CPU, without a copy where they follow each other."""
+    """`x[rows]` for sorted, unique `rows` on the CPU; a view without a copy if they are consecutive."""
     if len(rows) == len(x):
         return x
     if _are_consecutive(rows):
@@ -96,5 +102,5 @@ def pick_rows(x: Tensor, rows: Tensor) -> Tensor:
 
 
 def _are_consecutive(rows: Tensor) -> bool:
-    """Whether sorted, unique `rows` follow each other."""
+    """Whether sorted, unique `rows` have no gaps."""
     return int(rows[-1]) - int(rows[0]) + 1 == len(rows)

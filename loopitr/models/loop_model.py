@@ -1,6 +1,6 @@
 """`LoopITRModel`: one network that is a dual encoder (`dual_encoder.py`) and a cross encoder.
 
-No losses and no collectives live here: see `objective.py`.
+It computes no losses; those are in `objective/`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from loopitr.models.packing import image_blocks, send
 from loopitr.models.parts import FreezableParts
 from loopitr.models.scoring import reranking_score
 
-# The activations of the pairs that are scored at a time take about so many bytes, on a CPU and on a GPU.
+# About how many bytes the activations of the pairs that are scored at a time may take, on a CPU and on a GPU.
 BLOCK_BYTES, GPU_BLOCK_BYTES = 2**28, 2**30
 
 
@@ -100,7 +100,7 @@ class LoopITRModel(FreezableParts, LoopITRPreTrainedModel):
         return self.image_state(self.dual.vision(pixel_values))
 
     def image_state(self, tokens: Tensor) -> ImageState:
-        """The state of images whose backbone tokens `[B, N, D]` are already computed (a cache, of any precision)."""
+        """The state of images from their backbone tokens `[B, N, D]`, such as cached ones, in any precision."""
         tokens = tokens.to(self.itm_head.weight.dtype)
         return ImageState(embeds=self.dual.embed_image_tokens(tokens), tokens=tokens)
 
@@ -112,7 +112,7 @@ class LoopITRModel(FreezableParts, LoopITRPreTrainedModel):
         return TextState(embeds=embeds, tokens=features.tokens, mask=mask.bool())
 
     def text_features(self, input_ids: Tensor, attention_mask: Tensor) -> TextFeatures:
-        """`[T, L]` -> what the backbone alone gives: it stays the same while the backbone is frozen."""
+        """`[T, L]` -> the output of the backbone alone, which can be cached while the backbone is frozen."""
         output = self.dual.text(input_ids, attention_mask, inner_layer=self._inner_layer)
         pooled = self.dual.text.pool(output, attention_mask)  # [T, D']
         tokens = output.tokens if output.inner is None else output.inner
@@ -122,13 +122,15 @@ class LoopITRModel(FreezableParts, LoopITRPreTrainedModel):
         return TextFeatures(pooled=pooled, tokens=tokens)
 
     def text_state(self, features: TextFeatures, attention_mask: Tensor) -> TextState:
-        """The state of texts whose features are already computed (a cache, of any precision)."""
+        """The state of texts from the backbone's output, such as a cached one, in any precision."""
         pooled, tokens = (x.to(self.itm_head.weight.dtype) for x in (features.pooled, features.tokens))
         return TextState(embeds=self.dual.embed_pooled_texts(pooled), tokens=tokens, mask=attention_mask.bool())
 
     def project_images(self, state: ImageState) -> ImageState:
-        """The same state with every fusion layer's keys and values, and regions for token agreement: do this once for
-        images that meet many texts."""
+        """Add every fusion layer's keys and values to a state, and the regions for token agreement.
+
+        Do this once for images that are scored with many texts.
+        """
         if state.keys_values is None:
             state = replace(state, keys_values=self.fusion.project(state.tokens))
         if state.regions is None and self.agreement is not None:
@@ -158,13 +160,13 @@ class LoopITRModel(FreezableParts, LoopITRPreTrainedModel):
 
         Args:
             pairs: `[P, 2]` int64 of (image index, text index).
-            block_size: score at most so many pairs at a time, of whole images where possible, which bounds the memory:
-                with gradient, blocks are computed again in the backward pass. None: as many as fit into
+            block_size: the most pairs scored at a time, all pairs of an image together where possible. This bounds the
+                memory: with gradient, blocks are recomputed in the backward pass. None: as many pairs as fit into
                 `BLOCK_BYTES` of activations (`GPU_BLOCK_BYTES` on a GPU), and with gradient all at once.
 
         Raises:
-            ValueError: `pairs` of another shape or type, an index that no image or text has, a text without a token, or
-                a `block_size` below 1.
+            ValueError: `pairs` has another shape or type, an index is out of range, a text has no token, or
+                `block_size` is below 1.
         """
         if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype != torch.int64:
             raise ValueError(f"pairs must be int64 [P, 2], got {pairs.dtype} {list(pairs.shape)}")
@@ -175,17 +177,17 @@ class LoopITRModel(FreezableParts, LoopITRPreTrainedModel):
             empty = image_state.tokens.new_zeros(0, 2, dtype=torch.float32)
             return PairScores(logits=empty, score=empty[:, 0])
         if image_state.keys_values is not None:
-            image_state = self.project_images(image_state)  # regions may be missing
+            image_state = self.project_images(image_state)  # This adds the regions if they are missing.
         mask = text_state.mask.cpu()
         blocks = image_blocks(unique, block_size or self._block_size(image_state, mask, unique))
-        again = block_size is not None and len(blocks) > 1 and torch.is_grad_enabled()
-        score = partial(checkpoint, self._score_block, use_reentrant=False) if again else self._score_block
+        recompute = block_size is not None and len(blocks) > 1 and torch.is_grad_enabled()
+        score = partial(checkpoint, self._score_block, use_reentrant=False) if recompute else self._score_block
         logits = torch.cat([score(image_state, text_state, mask, block) for block in blocks])
         scored = logits.index_select(0, *send([inverse], logits.device))  # [P, 2]
         return PairScores(logits=scored, score=scored[:, 1] - scored[:, 0])
 
     def reranking_score(self, match: Tensor, similarity: Tensor) -> Tensor:
-        """What candidates are ordered by: match score + w x similarity / temperature, float64 of any shape.
+        """The score that candidates are ranked by: match score + w x similarity / temperature, float64, any shape.
 
         Args:
             match: match scores, `PairScores.score`.
@@ -200,7 +202,7 @@ class LoopITRModel(FreezableParts, LoopITRPreTrainedModel):
         return self._fuse(arranged, packed_tokens(text_state, arranged), first_only=False)
 
     def agreement_of_all(self, image_state: ImageState, text_state: TextState) -> Tensor:
-        """Token agreement `[B, T]` of every image with every text, what `score_pairs` adds to their match scores.
+        """Token agreement `[B, T]` of every image with every text, which `score_pairs` adds to the match scores.
 
         Raises:
             ValueError: the model has no token agreement, or a text has no token.
@@ -213,7 +215,7 @@ class LoopITRModel(FreezableParts, LoopITRPreTrainedModel):
         return _full(self.agreement.all_pairs(regions, text_state.tokens, text_state.mask))
 
     def _block_size(self, images: ImageState, mask: Tensor, pairs: Tensor) -> int:
-        """How many pairs are scored at a time if nobody says: with gradient all, whose activations are kept anyway."""
+        """The default number of pairs scored at a time; with gradient all, since their activations are kept anyway."""
         if torch.is_grad_enabled():
             return len(pairs)
         rows, used = int(mask.sum(1)[pairs[:, 1]].sum()), len(torch.unique_consecutive(pairs[:, 0]))
@@ -226,7 +228,7 @@ class LoopITRModel(FreezableParts, LoopITRPreTrainedModel):
         return max(1, len(pairs) * room // (elements * self.itm_head.weight.element_size()))
 
     def _score_block(self, images: ImageState, texts: TextState, mask: Tensor, pairs: Tensor) -> Tensor:
-        """Pairs and mask on the CPU -> logits `[P, 2]`, in full precision: their difference is a score and teaches."""
+        """Pairs and mask on the CPU -> logits `[P, 2]`, in full precision so that close scores do not tie."""
         arranged = self._arrangement.arrange(images, mask, pairs)
         packed = packed_tokens(texts, arranged)
         logits = _full(self.itm_head(self._fuse(arranged, packed, first_only=True)))  # [P, 2]
@@ -234,7 +236,7 @@ class LoopITRModel(FreezableParts, LoopITRPreTrainedModel):
             return logits
         regions = arranged.regions
         if regions is None:
-            assert isinstance(arranged.images, Tensor)  # `score_pairs` gives regions to whoever has keys and values
+            assert isinstance(arranged.images, Tensor)  # `score_pairs` adds regions where there are keys and values.
             regions = self.agreement.project_regions(arranged.images)  # [I, N, A]
         agreement = _full(self.agreement(packed, regions, arranged.layout))  # [P]
         return logits + F.pad(agreement[:, None], (1, 0))
@@ -246,11 +248,11 @@ class LoopITRModel(FreezableParts, LoopITRPreTrainedModel):
     # Parts
 
     def dual_encoder(self) -> DualEncoder:
-        """The dual head alone; it shares this model's weights."""
+        """The dual encoder alone; it shares this model's weights."""
         return self.dual
 
     def parts(self) -> dict[str, list[nn.Module | nn.Parameter]]:
-        """Modules and parameters by part: what `freeze` and the optimiser's groups name."""
+        """Modules and parameters by the names that `freeze` and the optimiser's groups use."""
         dual = self.dual
         fusion: list[nn.Module | nn.Parameter] = [self.fusion, self.itm_head]
         fusion += [head for head in (self.agreement, self.mlm_head) if head is not None]
@@ -265,21 +267,22 @@ class LoopITRModel(FreezableParts, LoopITRPreTrainedModel):
         }
 
     def resize_images(self, image_size: int) -> None:
-        """Take images of another size: positional embeddings are interpolated."""
+        """Change the image size to `image_size` pixels per side; positional embeddings are interpolated."""
         before = self.dual.vision.num_tokens
         self.dual.vision.resize(image_size)
         self.config.vision["image_size"] = self.dual.config.vision["image_size"] = image_size
         if self.dual.vision.num_tokens != before:
             self.fusion.resize_positions(self.dual.vision.num_tokens, prefix=self.dual.vision.num_prefix_tokens)
-        self.freeze(tuple(self._frozen))  # parameters made anew
+        self.freeze(tuple(self._frozen))  # Resizing may have made new parameters, which would train.
         freeze_adapted(self.dual)
 
     def compile_parts(self, **options: Any) -> None:
-        """`torch.compile` both backbones and the fusion encoder in place, with its `options` (backend, mode, ...).
+        """Compile both backbones and the fusion encoder in place with `torch.compile` and its `options`.
 
-        Lengths are dynamic: captions are padded to the batch's longest, and pairs laid out in a fixed number of padded
-        buckets. Sizes that are equal by chance are not taken for one (`use_duck_shape`, a setting of the process), and
-        there may be a graph for each use: training, scoring without gradient, keys and values given or not, MLM.
+        Lengths are dynamic: captions are padded to the longest of the batch, and pairs are laid out in a fixed number
+        of padded buckets. For the whole process, sizes that are equal by chance are not assumed to stay equal
+        (`use_duck_shape`). Each kind of use has a graph of its own: training, scoring without gradient, keys and values
+        given or not, MLM.
         """
         compile_in_place(self, **options)
         self._arrangement = FixedArrangement()
@@ -290,5 +293,5 @@ class LoopITRModel(FreezableParts, LoopITRPreTrainedModel):
 
 
 def _full(x: Tensor) -> Tensor:
-    """Half precision as float32; float64 stays."""
+    """Half precision converted to float32; float64 stays float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,7 +1,7 @@
-"""LoRA (arXiv 2106.09685) on the backbones, through peft: their weights stay, small matrices beside them learn.
+"""LoRA (arXiv 2106.09685) on the backbones: their weights are frozen, and small matrices next to them are trained.
 
-peft swaps layers in place, so the network keeps its classes. `config.lora` says which layers, by their full names: a
-saved folder rebuilds them, and needs the extra `lora` for it; a merged one is a plain model again.
+peft replaces layers in place, so the network keeps its classes. `config.lora` holds the full names of the adapted
+layers, from which a saved folder is rebuilt (this needs the extra `lora`). `merge_lora` makes a plain model again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from loopitr.models.dry_run import dry_run
 
 if TYPE_CHECKING:
-    from loopitr.models.loop_model import DualEncoder, LoopITRModel
+    from loopitr.models.dual_encoder import DualEncoder
+    from loopitr.models.loop_model import LoopITRModel
 
 INSTALL = 'pip install "loopitr[lora]"'
 BASE = ".base_layer."
@@ -36,22 +37,22 @@ def add_lora(
     dropout: float = 0.0,
     targets: Sequence[str] | None = None,
 ) -> None:
-    """Put new adapters into a model's backbones; its outputs stay exactly as they are until the first step.
+    """Add new adapters to a model's backbones; until the first training step its outputs do not change.
 
     Args:
-        vision_rank, text_rank: 0: that backbone is left alone.
+        vision_rank, text_rank: the ranks of the updates; 0 leaves that backbone as it is.
         alpha: updates are scaled by alpha / rank; None: twice the rank.
-        dropout: on what an adapter reads.
-        targets: names of layers, or what they end in (`query`; `attn.proj`, for a bare `proj` is the patch embedding
-            too), linear or convolutions; None: every linear layer that the backbone runs.
+        dropout: on the inputs of the adapters.
+        targets: names of linear layers or convolutions, or the ends of such names (`query`; `attn.proj`, since `proj`
+            alone matches the patch embedding too); None: every linear layer that the backbone runs.
 
     Raises:
-        ValueError: there are adapters already, a backbone is frozen, or a target is no layer that can be adapted.
-        ModuleNotFoundError: no peft.
+        ValueError: the model has adapters already, a backbone is frozen, or a target cannot be adapted.
+        ModuleNotFoundError: peft is not installed.
     """
     ranks = {part: rank for part, rank in (("vision", vision_rank), ("text", text_rank)) if rank}
     if model.config.lora:
-        raise ValueError("the model has LoRA adapters already: go on with them, or merge them first (merge_lora)")
+        raise ValueError("the model has LoRA adapters already: train those, or merge them first (merge_lora)")
     for part in ranks:
         if part in model.frozen:
             raise ValueError(f"{part} is frozen, so it cannot learn adapters: model.freeze must not name it")
@@ -75,7 +76,7 @@ def add_lora(
 
 
 def inject_lora(dual: Any, described: dict[str, dict[str, Any]]) -> None:
-    """Swap the layers that `config.lora` describes, of a dual encoder or one of its towers."""
+    """Replace the layers of a dual encoder, or of one of its towers, that `config.lora` describes."""
     try:
         peft = importlib.import_module("peft")
     except ModuleNotFoundError as error:
@@ -86,20 +87,20 @@ def inject_lora(dual: Any, described: dict[str, dict[str, Any]]) -> None:
             r=lora["rank"],
             lora_alpha=lora["alpha"],
             lora_dropout=lora["dropout"],
-            # This is a pattern, because a list would match the endings of names too.
+            # A pattern is needed because a list would match the ends of names too.
             target_modules="|".join(map(re.escape, lora["modules"])),
         )
         peft.inject_adapter_in_model(config, backbone.model)
         module: Any
         for name, module in backbone.named_modules():
             if is_adapter(name):
-                module._is_hf_initialized = True  # transformers' own initialisation would not start from zero.
+                module._is_hf_initialized = True  # transformers' initialisation would make the update nonzero.
     if "vision" in described:
-        dual.vision.hold_statistics = True  # Batch statistics are weights too and stay as they are.
+        dual.vision.hold_statistics = True  # Batch statistics are part of the frozen backbone.
 
 
 def freeze_adapted(dual: DualEncoder) -> None:
-    """In a backbone with adapters, train nothing but them."""
+    """Freeze everything but the adapters in the backbones that have them."""
     for part in dual.config.lora or ():
         for name, parameter in getattr(dual, part).named_parameters():
             parameter.requires_grad_(is_adapter(name))
@@ -111,10 +112,10 @@ def is_adapter(name: str) -> bool:
 
 
 def merge_lora(model: Model) -> Model:
-    """A plain copy with the adapters in its weights, on the same device: equal outputs, no need of peft."""
+    """A copy with the adapters merged into the weights, on the same device: equal outputs, without peft."""
     config = copy.deepcopy(model.config)
     config.lora = None
-    with torch.random.fork_rng(devices=[]):  # The adapters' initial weights are written over.
+    with torch.random.fork_rng(devices=[]):  # The random initial weights are replaced below.
         plain: Any = type(model)(config)
     plain.to(device=model.device, dtype=model.dtype)
     plain.load_state_dict(_merged_weights(model))
@@ -138,7 +139,8 @@ def _merged_weights(model: nn.Module) -> dict[str, Tensor]:
 def _layers_that_run(part: str, backbone: Any) -> dict[str, nn.Module]:
     """The linear layers and convolutions of a backbone that a dry run calls, by name.
 
-    Some timm models read `layer.weight` themselves, and a pooling head may be unused: adapters there get no gradient.
+    Adapters of other layers would get no gradient: a pooling head may be unused, and some timm models use
+    `layer.weight` without calling the layer.
     """
     weight = next(backbone.parameters())
     with dry_run(backbone) as called:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-KeysValues = list[tuple[Tensor, Tensor]]  # Each fusion layer has keys and values [B, H, N, D / H].
+KeysValues = list[tuple[Tensor, Tensor]]  # keys and values [B, H, N, D / H] of each fusion layer
 
 
 @dataclass
@@ -29,8 +29,9 @@ class DualOutput(ModelOutput):
 
 @dataclass(frozen=True)
 class ImageState:
-    """Encoded images: `embeds [B, E]`, `tokens [B, N, D]` and, once projected, the fusion layers' keys and values and
-    what token agreement compares words with: `regions [B, N, A]`, if the model has it.
+    """Encoded images: `embeds [B, E]` and `tokens [B, N, D]`.
+
+    `model.project_images` adds the fusion layers' `keys_values` and, for token agreement, `regions [B, N, A]`.
 
     Example (`model` and `batch` as in the example of `LoopObjective`):
         >>> images = model.encode_images(batch["pixel_values"])
@@ -46,7 +47,7 @@ class ImageState:
 
 @dataclass(frozen=True)
 class TextFeatures:
-    """What the text backbone alone makes of texts: `pooled [T, D']`, `tokens [T, L, D]` that fusion starts from."""
+    """The output of the text backbone alone: `pooled [T, D']` and the tokens `[T, L, D]` that fusion starts from."""
 
     pooled: Tensor
     tokens: Tensor
@@ -54,9 +55,9 @@ class TextFeatures:
 
 @dataclass(frozen=True)
 class TextState:
-    """Encoded texts: `embeds [T, E]`, `tokens [T, L, D]` that fusion starts from, `mask [T, L]` of real tokens.
+    """Encoded texts: `embeds [T, E]`, the tokens `[T, L, D]` that fusion starts from, and their `mask [T, L]`.
 
-    `score_pairs` reads the mask on the CPU: one that lies there already saves waiting for a GPU.
+    `score_pairs` reads the mask on the CPU; a mask that is already there saves waiting for a GPU.
 
     Example (`model` and `batch` as in the example of `LoopObjective`):
         >>> texts = model.encode_texts(batch["input_ids"], batch["attention_mask"])
@@ -71,7 +72,7 @@ class TextState:
 
 @dataclass(frozen=True)
 class PairScores:
-    """`logits [P, 2]` of the ITM head (no match, match); `score [P]`: match score, the log-odds of a match.
+    """The ITM head's `logits [P, 2]` (no match, match), and the match `score [P]`, the log-odds of a match.
 
     Example (`model` and `batch` as in the example of `LoopObjective`):
         >>> images = model.encode_images(batch["pixel_values"])

@@ -1,9 +1,9 @@
-"""Index arithmetic of packed sequences: which rows of a flat token table belong together, without padding.
+"""Index arithmetic of packed sequences: which rows of a flat table of tokens belong together, without padding.
 
-Pairs are sorted by image and their text tokens laid end to end, so every linear layer sees real tokens only. Attention
-needs rectangles: `segments` cuts them out of the flat table, in a few buckets of similar length.
+Pairs are sorted by image, and their text tokens are put end to end, so that linear layers see no padding. Attention
+needs rectangular tensors: `segments` takes them from the flat table, in a few buckets of similar length.
 
-An example of two images and three captions of 2, 3 and 1 tokens, as `lay_out` lays it out:
+The layout that `lay_out` makes for two images and three captions of 2, 3 and 1 tokens:
 
     padded captions [3 * 3]      pairs (image, text), sorted
       a0 a1  .   = 0 1 2           (0, a)  (0, b)  (1, b)  (1, c)
@@ -19,13 +19,13 @@ An example of two images and three captions of 2, 3 and 1 tokens, as `lay_out` l
       `firsts`                    0      2         5         8
       `images`                   |--- image 0 ---|-- image 1 --|  segments of 5 and 4 rows: one query each
 
-    `texts`: segments of 2, 3, 3 and 1 rows. So few stay in one bucket, which is padded with their last rows:
+    `texts`: segments of 2, 3, 3 and 1 rows. So few go into one bucket, which is padded with their last rows:
       rows   0 1 1    mask   1 1 0
              2 3 4           1 1 1
              5 6 7           1 1 1
              8 8 8           1 0 0
-    From `SMALL` segments on they would be cut where most padding is saved. Of these lengths the buckets would be
-      8  |  0 1  |  2 3 4      and nothing is padded.
+    `SMALL` or more segments are split where that saves most padding. For these lengths, the buckets would be
+      8  |  0 1  |  2 3 4      without padding.
                     5 6 7
 """
 
@@ -45,7 +45,10 @@ SMALL = 16
 
 @dataclass(frozen=True)
 class Bucket:
-    """`members [n]`: which segments; `rows [n, M]`: their rows, padded; `mask [n, M]`: real ones, None if all are."""
+    """Segments of similar length: their numbers `members [n]` and padded `rows [n, M]`.
+
+    `mask [n, M]` is false at padding; None: there is no padding.
+    """
 
     members: Tensor
     rows: Tensor
@@ -54,11 +57,13 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Segments:
-    """Consecutive runs of rows in a flat table, in buckets.
+    """Consecutive runs of rows of a flat table, grouped into buckets.
 
-    `back [rows]`: where each row of the table lies in the buckets' padded rows, end to end. None: one bucket that is
-    the table itself, in order and without padding. `order [S]`: where each segment lies among the buckets' members, end
-    to end. `whole`: one bucket of all segments, in order.
+    Attributes:
+        back: `[rows]`, the position of each row of the table in the concatenated padded rows of the buckets; None: the
+            only bucket is the table itself, in order and without padding.
+        order: `[S]`, the position of each segment in the concatenated members of the buckets.
+        whole: whether the only bucket has all segments, in order.
     """
 
     buckets: list[Bucket]
@@ -67,19 +72,19 @@ class Segments:
     whole: bool
 
     def cut(self, table: Tensor, bucket: Bucket) -> Tensor:
-        """A bucket's rows of the table, `[rows, ...]` -> `[n, M, ...]`; padding holds some row of the segment."""
+        """A bucket's rows of the table, `[rows, ...]` -> `[n, M, ...]`; padding repeats a row of the segment."""
         return table.unflatten(0, bucket.rows.shape) if self.back is None else table[bucket.rows]
 
     def pick(self, items: Tensor, bucket: Bucket) -> Tensor:
-        """Of one item per segment `[S, ...]`, those of a bucket `[n, ...]`."""
+        """A bucket's items `[n, ...]` of one item per segment `[S, ...]`."""
         return items if self.whole else items.index_select(0, bucket.members)
 
     def unpick(self, outputs: list[Tensor]) -> Tensor:
-        """Undo the pick: one `[n, ...]` per bucket -> `[S, ...]`."""
+        """Undo `pick`: one `[n, ...]` per bucket -> `[S, ...]`."""
         return outputs[0] if self.whole else torch.cat(outputs).index_select(0, self.order)
 
     def scatter(self, outputs: list[Tensor]) -> Tensor:
-        """Undo the cut: one `[n, M, ...]` per bucket -> `[rows, ...]`."""
+        """Undo `cut`: one `[n, M, ...]` per bucket -> `[rows, ...]`."""
         parts = [output.flatten(0, 1) for output in outputs]
         flat = torch.cat(parts) if len(parts) > 1 else parts[0]
         return flat if self.back is None else flat.index_select(0, self.back)
@@ -90,7 +95,7 @@ class Segments:
         return [x for x in (*every, self.back, self.order) if x is not None]
 
     def replaced(self, tensors: Iterator[Tensor]) -> Segments:
-        """The same with other `tensors`, in the order of `tensors()`."""
+        """A copy with other `tensors`, in the order of `tensors()`."""
         buckets = [
             Bucket(next(tensors), next(tensors), None if bucket.mask is None else next(tensors))
             for bucket in self.buckets
@@ -98,19 +103,19 @@ class Segments:
         return Segments(buckets, None if self.back is None else next(tensors), next(tensors), self.whole)
 
     def among(self, rows: Tensor) -> Segments:
-        """The same segments over a table that holds more: `pick` takes row `rows[s]` for segment s."""
+        """A copy whose `pick` takes item `rows[s]` for segment s, from a table with more items than segments."""
         buckets = [replace(bucket, members=rows[bucket.members]) for bucket in self.buckets]
         return replace(self, buckets=buckets, whole=False)
 
 
 def segments(lengths: Tensor, *, fixed: bool = False) -> Segments:
-    """`lengths [S]` (int64, on the CPU, all >= 1) of consecutive segments -> their buckets.
+    """The buckets of consecutive segments of `lengths [S]` (int64, on the CPU, all >= 1).
 
-    Segments are sorted by length and cut where the padding saved is largest, into at most `MAX_BUCKETS`.
+    Segments are sorted by length and split into at most `MAX_BUCKETS` buckets, where that saves most padding.
 
     Args:
-        fixed: always `MAX_BUCKETS` buckets with masks, of two segments and two rows at least: torch.compile then meets
-            one structure, of changing sizes (it takes a size of 1 for a constant). Some segments are in it twice.
+        fixed: always make `MAX_BUCKETS` buckets with masks, of at least two segments and two rows, some segments
+            repeated. torch.compile then sees one structure of varying sizes (it takes a size of 1 for a constant).
     """
     starts = torch.cumsum(lengths, 0) - lengths
     parts, least = _cut(lengths), 1
@@ -138,16 +143,16 @@ def segments(lengths: Tensor, *, fixed: bool = False) -> Segments:
 
 
 def _cut(lengths: Tensor) -> list[Tensor]:
-    """Greedy cuts of the segments sorted by length, each where it saves most padding."""
+    """The segments of each bucket: greedy cuts of the segments sorted by length, each where it saves most padding."""
     count = len(lengths)
     if count < SMALL or int(lengths.min()) == int(lengths.max()):
-        return [torch.arange(count)]  # One bucket stays in the table's order, so that nothing is selected.
+        return [torch.arange(count)]  # One bucket in the table's order needs no selection of rows.
     by_length = torch.argsort(lengths, stable=True)
     ordered, cuts = lengths[by_length], [0, count]
     while len(cuts) <= MAX_BUCKETS:
         best, best_saving = -1, 0
         for low, high in pairwise(cuts):
-            # Cutting after position m shortens low..m from the longest of the run to ordered[m].
+            # A cut after position m pads low..m to the length ordered[m] instead of the longest of the run.
             sizes = torch.arange(1, high - low)
             saving = sizes * (ordered[high - 1] - ordered[low : high - 1])
             if len(saving) and int(saving.max()) > best_saving:
@@ -159,10 +164,10 @@ def _cut(lengths: Tensor) -> list[Tensor]:
 
 
 def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """`tensors` of the CPU on `device`, in one copy that does not wait for what a GPU has yet to do."""
+    """Copy `tensors` from the CPU to `device`, in one transfer that does not wait for pending work of a GPU."""
     if device.type == "cpu":
         return list(tensors)
-    # Types of larger items come first, so that every type stays aligned.
+    # Larger item sizes come first, so that every tensor stays aligned.
     order = sorted(range(len(tensors)), key=lambda index: -tensors[index].itemsize)
     parts = [tensors[index].contiguous().flatten().view(torch.uint8) for index in order]
     flat = torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -175,19 +180,19 @@ def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class PackedTexts:
-    """Texts without padding: `tokens [R]` what their table takes from the padded one `[T * L]`; their `segments`."""
+    """Texts without padding: the rows `tokens [R]` of real tokens in the padded table `[T * L]`, and `segments`."""
 
     tokens: Tensor
     segments: Segments
 
     def to(self, device: torch.device) -> PackedTexts:
-        """The same with its indices on `device`."""
+        """A copy with its indices on `device`."""
         tokens, *rest = send([self.tokens, *self.segments.tensors()], device)
         return PackedTexts(tokens, self.segments.replaced(iter(rest)))
 
 
 def pack_texts(mask: Tensor) -> PackedTexts:
-    """All texts of real tokens `mask [T, L]`, on the CPU.
+    """All texts whose real tokens are `mask [T, L]`, on the CPU.
 
     Raises:
         ValueError: a text has no token.
@@ -197,7 +202,7 @@ def pack_texts(mask: Tensor) -> PackedTexts:
 
 
 def _lengths(real: Tensor, numbers: Tensor) -> Tensor:
-    """`[t]` tokens of each text of `real [t, L]`; `numbers [t]` are what an error calls them."""
+    """The number of tokens `[t]` of each text of `real [t, L]`; errors name a text by its number in `numbers [t]`."""
     lengths = real.sum(1)
     if len(lengths) and int(lengths.min()) < 1:
         raise ValueError(f"text {int(numbers[lengths.argmin()])} has no token: its attention_mask is all zero")
@@ -206,12 +211,18 @@ def _lengths(real: Tensor, numbers: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PairLayout:
-    """Where every token of every pair lies. Pairs are unique and sorted by (image, text).
+    """Where the tokens of each pair are. Pairs are unique and sorted by (image, text); the module has an example.
 
-    `tokens [sum(lengths)]` what the packed text table takes from the padded one `[T * L]`: the real tokens of the texts
-    in the pairs; `source [R]` row of the packed table behind each row; `firsts [P]` rows of the pairs' first tokens;
-    `alone` segments of the packed table; `texts` segments by pair; `images` segments by image, over all rows;
-    `image_firsts` likewise over first tokens; `fixed` whether the structure is the one that compiled modules need.
+    Attributes:
+        tokens: `[sum(lengths)]`, the rows of the padded table `[T * L]` that make the packed table: the real tokens of
+            the texts in the pairs.
+        source: `[R]`, the row of the packed table for each row of the pairs.
+        firsts: `[P]`, the rows of the pairs' first tokens.
+        alone: segments of the packed table, one per text.
+        texts: segments of the rows by pair.
+        images: segments of the rows by image.
+        image_firsts: segments of the first tokens by image.
+        fixed: whether the structure is the one that compiled modules need.
     """
 
     tokens: Tensor
@@ -234,11 +245,11 @@ class PairLayout:
 
 
 def lay_out(pairs: Tensor, mask: Tensor, *, fixed: bool = False, all_images: bool = False) -> PairLayout:
-    """The layout of `pairs [P, 2]` (unique, sorted by image) with texts of real tokens `mask [T, L]`, on the CPU.
+    """The layout of `pairs [P, 2]` (unique, sorted by image) and texts with real tokens `mask [T, L]`, on the CPU.
 
     Args:
         fixed: as in `segments`.
-        all_images: the fusion encoder will be given every image that there is, not those in the pairs alone.
+        all_images: the fusion encoder will get all images, not only those in the pairs.
 
     Raises:
         ValueError: a text in the pairs has no token.
@@ -269,7 +280,7 @@ def lay_out(pairs: Tensor, mask: Tensor, *, fixed: bool = False, all_images: boo
 
 
 def image_blocks(pairs: Tensor, size: int) -> list[Tensor]:
-    """Cut sorted `pairs [P, 2]` into blocks of at most `size`, between images wherever an image has no more pairs."""
+    """Split sorted `pairs [P, 2]` into blocks of at most `size`; an image with at most `size` pairs is not split."""
     _, counts = torch.unique_consecutive(pairs[:, 0], return_counts=True)
     sizes, filled = [], 0
     for count in counts.tolist():

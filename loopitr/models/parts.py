@@ -1,4 +1,4 @@
-"""Whole parts of a model that are not trained."""
+"""Freezing whole parts of a model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ class FreezableParts(nn.Module):
         raise NotImplementedError
 
     def freeze(self, names: Iterable[str]) -> None:
-        """Stop training whole parts (`vision`, `text`, `dual_head`, `fusion`); their modules stay in eval mode."""
+        """Stop training whole parts (`vision`, `text`, `dual_head`, `fusion`); their modules stay in eval mode.
+
+        Raises:
+            ValueError: there is no such part, or it has LoRA adapters.
+        """
         parts = self.parts()
         for name in names:
             if name not in parts:
@@ -35,6 +39,7 @@ class FreezableParts(nn.Module):
 
     @property
     def frozen(self) -> frozenset[str]:
+        """The names of the frozen parts."""
         return frozenset(self._frozen)
 
     def train(self: Parts, mode: bool = True) -> Parts:
@@ -42,5 +47,5 @@ class FreezableParts(nn.Module):
         for name in getattr(self, "_frozen", ()):
             for item in self.parts()[name]:
                 if isinstance(item, nn.Module):
-                    item.eval()  # Dropout is off, and batch statistics stay as they are.
+                    item.eval()  # This turns dropout off and keeps batch statistics.
         return self

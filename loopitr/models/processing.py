@@ -1,4 +1,4 @@
-"""`LoopITRProcessor`: a stock HF image processor and a stock tokenizer, saved beside the model."""
+"""`LoopITRProcessor`: an image processor and a tokenizer of transformers, saved with the model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loopitr.rgb import to_rgb
 if TYPE_CHECKING:
     from transformers import CLIPImageProcessor
 
-UNLIMITED = 10**6  # tokens; transformers gives a tokenizer without a limit a far larger number
+UNLIMITED = 10**6  # tokens; the limit of a tokenizer without one is a far larger number
 
 
 class LoopITRProcessor(ProcessorMixin):
@@ -37,18 +37,18 @@ class LoopITRProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer)
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
-        """Texts are padded and truncated to the tokenizer's `model_max_length` unless arguments say otherwise.
+        """The model's inputs for images, texts or both.
 
-        PIL images become upright 8-bit RGB ones first, as in training (`to_rgb`); arrays and tensors stay as they are.
+        Texts are padded, and truncated to the tokenizer's `model_max_length`, unless arguments say otherwise. PIL
+        images are first converted to upright 8-bit RGB, as in training (`to_rgb`); arrays and tensors are not.
         """
         if text is not None:
-            # SigLIP's tokenizers give no mask unless they are asked for it.
-            asked = {"return_token_type_ids": False, "return_attention_mask": True}
-            kwargs = {"padding": True, "truncation": True, **asked, **kwargs}
+            # SigLIP's tokenizers return a mask only if asked.
+            returned = {"return_token_type_ids": False, "return_attention_mask": True}
+            kwargs = {"padding": True, "truncation": True, **returned, **kwargs}
             limit = self.tokenizer.model_max_length
             if kwargs["truncation"] and limit < UNLIMITED:
-                # transformers would take a length that the tokenizer was first saved with: 128 of some, whatever
-                # `model_max_length` says.
+                # Otherwise the length in the tokenizer's own file would be used, which can differ: some have 128.
                 kwargs.setdefault("max_length", limit)
         kwargs.setdefault("return_tensors", "pt")
         return super().__call__(images=_upright(images), text=text, **kwargs)
@@ -58,8 +58,8 @@ class LoopITRProcessor(ProcessorMixin):
         """Load the processor of a folder or hub id.
 
         Raises:
-            OSError: a part of it is missing.
-            ValueError: a part of it is damaged, or its tokenizer knows no words or cannot pad.
+            OSError: a file is missing.
+            ValueError: a file is damaged, or the tokenizer has no words or no padding token.
         """
         source = str(pretrained_model_name_or_path)
         folder = Path(source, kwargs.get("subfolder") or "")
@@ -72,13 +72,13 @@ class LoopITRProcessor(ProcessorMixin):
         return processor
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """Save both parts; whoever reads the tokenizer's files, in whichever library, cuts texts at the same length."""
+        """Save image processor and tokenizer, with `model_max_length` in every file that holds a limit."""
         limit_length(self.tokenizer, self.tokenizer.model_max_length)
         return super().save_pretrained(save_directory, *args, **kwargs)
 
 
 def limit_length(tokenizer: Any, max_length: int) -> None:
-    """Make a tokenizer cut texts at so many tokens, without what it was saved with of another length."""
+    """Make a tokenizer cut texts at `max_length` tokens, in place of the limit that it was saved with."""
     tokenizer.model_max_length = max_length
     for name in ("max_length", "stride", "truncation_strategy"):
         tokenizer.init_kwargs.pop(name, None)
@@ -97,7 +97,13 @@ def _upright(images: Any) -> Any:
 def image_processor(
     image_size: int, *, mean: tuple[float, ...], std: tuple[float, ...], interpolation: str
 ) -> CLIPImageProcessor:
-    """Whole image to a square, as ALBEF and BLIP evaluate (no crop: captions describe the borders too)."""
+    """An image processor that resizes the whole image to a square, as in the evaluation of ALBEF and BLIP.
+
+    It does not crop, since captions describe the borders too.
+
+    Raises:
+        ValueError: Pillow has no such interpolation.
+    """
     from transformers import CLIPImageProcessor
 
     resample = getattr(PILImageResampling, interpolation.upper(), None)
@@ -110,7 +116,7 @@ def image_processor(
 
 
 def set_image_size(images: Any, image_size: int) -> None:
-    """Make an image processor give images of another size, cropped or not as before."""
+    """Change the output size of an image processor; whether it crops does not change."""
     square = {"height": image_size, "width": image_size}
     images.size = {"shortest_edge": image_size} if images.size.get("shortest_edge") else square
     if images.crop_size is not None:
@@ -118,13 +124,13 @@ def set_image_size(images: Any, image_size: int) -> None:
 
 
 def interpolation_of(images: Any) -> str:
-    """How an image processor resizes, in torchvision's words; bicubic where torchvision cannot do that to tensors."""
+    """The interpolation of an image processor, by torchvision's name; bicubic if torchvision lacks it for tensors."""
     name = "bilinear" if images.resample is None else PILImageResampling(images.resample).name.lower()
     return name if name in ("nearest", "bilinear", "bicubic") else "bicubic"
 
 
 def word_tokenizer(words: list[str], *, max_length: int) -> PreTrainedTokenizerBase:
-    """A word-level tokenizer with BERT's special tokens, for data of a closed vocabulary (`scenes`)."""
+    """A word-level tokenizer with BERT's special tokens, for data with a closed vocabulary (`scenes`)."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

@@ -1,11 +1,11 @@
-"""The Auto classes of transformers learn of this package's classes when transformers loads them, not before.
+"""Registers this package's classes with transformers' Auto classes when these are first imported.
 
-`AutoModel.register` and its kin want the classes themselves, and importing those takes seconds: transformers' base
-classes import torchvision and accelerate. So `import loopitr` leaves a finder on `sys.meta_path` that lets the others
-find the module of an Auto class, and registers our classes right after that module has run.
+`AutoModel.register` needs the classes themselves, and importing those takes seconds, since transformers' base classes
+import torchvision and accelerate. So `import loopitr` only puts a finder on `sys.meta_path`. When the module of an Auto
+class is imported, the finder registers this package's classes right after that module has run.
 
-For this to work our modules must not import `AutoModel` or `AutoProcessor` at their top: they would be registered in
-the middle of their own import. `transformers.AutoModel`, where it is used, is as good.
+For this reason no module in `models/` may import `AutoModel` or `AutoProcessor` at its top: it would be registered in
+the middle of its own import. Use `transformers.AutoModel` inside a function instead.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 
 def register_configs() -> None:
-    """Make `AutoConfig` know the configs."""
+    """Register the configs with `AutoConfig`."""
     from transformers import AutoConfig
 
     from loopitr.models.config import DualEncoderConfig, ImageTowerConfig, LoopITRConfig, TextTowerConfig
@@ -30,7 +30,7 @@ def register_configs() -> None:
 
 
 def register_models() -> None:
-    """Make `AutoModel` know the models."""
+    """Register the models with `AutoModel`."""
     from transformers import AutoModel
 
     from loopitr.models.dual_encoder import DualEncoder
@@ -42,7 +42,7 @@ def register_models() -> None:
 
 
 def register_processor() -> None:
-    """Make `AutoProcessor` know the processor of both models."""
+    """Register the processor with `AutoProcessor`."""
     from transformers import AutoProcessor
 
     from loopitr.models.config import DualEncoderConfig, LoopITRConfig
@@ -61,7 +61,7 @@ REGISTRATIONS = {
 
 
 def register_when_loaded() -> None:
-    """Register with the Auto classes that are loaded already now, with the others as soon as they are."""
+    """Register now with the Auto classes that are already imported, and with the others when they are."""
     waiting = {name: register for name, register in REGISTRATIONS.items() if name not in sys.modules}
     sys.meta_path.insert(0, _RegisteringFinder(waiting))
     for name, register in REGISTRATIONS.items():
@@ -70,7 +70,7 @@ def register_when_loaded() -> None:
 
 
 class _RegisteringFinder(MetaPathFinder):
-    """Finds nothing by itself; a module in `waiting` that the other finders find calls its function once it has run."""
+    """Lets the other finders find a module in `waiting`, and calls the function for it after the module has run."""
 
     def __init__(self, waiting: dict[str, Callable[[], None]]) -> None:
         self.waiting = waiting
@@ -78,7 +78,7 @@ class _RegisteringFinder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        # The entry is removed, because the search below asks this finder again.
+        # The entry is removed because the search below asks this finder again.
         register = self.waiting.pop(fullname, None)
         if register is None:
             return None

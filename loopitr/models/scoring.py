@@ -1,4 +1,4 @@
-"""The reranking score: what the cross head says of a pair, and what the dual head says, as one number. Pure."""
+"""The reranking score: the fusion head's and the dual head's score of a pair as one number."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ DUAL_ALONE = 1e9
 def reranking_score(match: Tensor, similarity: Tensor, weight: float) -> Tensor:
     """Match score + weight x similarity / temperature, in float64.
 
-    Both summands are log-odds. Weight 0 is the match score alone (ALBEF, arXiv 2107.07651), 1 their sum (as BLIP, arXiv
-    2201.12086, adds the bare cosine), `DUAL_ALONE` the dual head's order. In float32 a large weight would tie close
-    candidates.
+    Weight 0 gives the match score alone (ALBEF, arXiv 2107.07651), 1 the sum (BLIP, arXiv 2201.12086, adds the cosine
+    without temperature), and `DUAL_ALONE` the dual head's order. In float32 a large weight would tie close candidates.
 
     Args:
         match: match scores of any shape.
         similarity: similarity / temperature of the same pairs.
-        weight: w >= 0, in a model's config `similarity_weight` (`evaluation/calibration.py` fits it).
+        weight: w >= 0, a model's `config.similarity_weight` (`evaluation/calibration.py` fits it).
 
     Example:
         >>> import torch

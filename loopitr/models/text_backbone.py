@@ -1,6 +1,6 @@
-"""transformers text encoders behind one face: token ids -> tokens -> pooled vector.
+"""One interface to transformers' text encoders: token ids -> tokens -> pooled vector.
 
-The only file that knows their quirks.
+This is the only module that deals with the differences between them.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from transformers import PreTrainedConfig
 from loopitr.models.config import DualEncoderConfig
 
 QUERY_KEY_VALUE = {"query", "key", "value"}
-MAX_BUCKETS = 4  # Captions are sorted by length into at most so many buckets.
-# Fewer captions than this are slower in two calls than padded in one.
+MAX_BUCKETS = 4  # the most buckets that captions are sorted into by length
+# Fewer captions than this are faster padded in one call than in two calls.
 ROWS = 32
-# Lengths whose ratio is above this are not worth a call of their own.
+# Buckets whose lengths have a higher ratio than this are joined: they do not save a call's cost.
 NEAR = 0.9
 
-# These encoders were trained without an attention mask: they want texts padded on the right to the full length and
-# pool at the last position. AutoModel does not know them: the table leads from model type to transformers' class.
+# These encoders were trained without an attention mask: they need texts padded on the right to the full length, and
+# pool at the last position. AutoModel does not know these model types; the values are transformers' classes.
 ALWAYS_FULL = {"siglip_text_model": "SiglipTextModel", "siglip2_text_model": "Siglip2TextModel"}
 
 
@@ -33,7 +33,7 @@ def _max_length(model: nn.Module) -> int:
     limit = getattr(model.config, "max_position_embeddings", None) or 512
     positions = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
     padding = getattr(positions, "padding_idx", None)
-    return limit if padding is None else limit - padding - 1  # RoBERTa counts positions from its padding index.
+    return limit if padding is None else limit - padding - 1  # RoBERTa's positions start after its padding index.
 
 
 def _is_bert_layer(layer: nn.Module) -> bool:
@@ -41,28 +41,28 @@ def _is_bert_layer(layer: nn.Module) -> bool:
     if not isinstance(attention, nn.Module):
         return False
     parts = {name for name, _ in attention.named_children()} - {"dropout"}
-    # An attention with more parts than these, as in ConvBERT and DeBERTa, is of another kind.
+    # The attention of ConvBERT and DeBERTa has more parts and computes something else.
     return parts == QUERY_KEY_VALUE and hasattr(layer, "intermediate") and hasattr(layer.output, "LayerNorm")
 
 
 def bert_layers(model: nn.Module) -> list[nn.Module] | None:
-    """The encoder layers of a BERT-type model; None of any other."""
+    """The encoder layers of a BERT-type model; None for any other."""
     layers = getattr(getattr(model, "encoder", None), "layer", None)
     return list(layers) if layers is not None and all(_is_bert_layer(layer) for layer in layers) else None
 
 
 def text_class(model_type: str) -> Any:
-    """The class that makes and loads text encoders of this type."""
+    """The class of transformers that makes and loads text encoders of this type."""
     return getattr(transformers, ALWAYS_FULL.get(model_type, "AutoModel"))
 
 
 def _new_text_model(config: PreTrainedConfig) -> Any:
-    known = text_class(config.model_type)
-    return known(config) if config.model_type in ALWAYS_FULL else known.from_config(config)
+    model_class = text_class(config.model_type)
+    return model_class(config) if config.model_type in ALWAYS_FULL else model_class.from_config(config)
 
 
 def _length_buckets(attention_mask: Tensor) -> list[tuple[Tensor, int]]:
-    """Captions of similar length: their rows in the batch and their longest."""
+    """Groups of captions of similar length: their rows in the batch and the longest length of each group."""
     positions = torch.arange(1, attention_mask.shape[1] + 1, device=attention_mask.device)
     lengths, order = (attention_mask.bool() * positions).amax(1).sort()
     count = min(MAX_BUCKETS, len(order) // ROWS + 1)
@@ -76,7 +76,7 @@ def _length_buckets(attention_mask: Tensor) -> list[tuple[Tensor, int]]:
 
 
 def _in_order(parts: list[Tensor], order: Tensor | None) -> Tensor | None:
-    """The rows of all buckets, in the order of the batch; with `order` None they are in it already."""
+    """The rows of all buckets in the order of the batch; `order` None: there is one bucket, already in order."""
     if not parts:
         return None
     return torch.cat(parts)[order] if order is not None else parts[0]
@@ -84,7 +84,7 @@ def _in_order(parts: list[Tensor], order: Tensor | None) -> Tensor | None:
 
 @dataclass
 class TextOutput:
-    """`tokens [T, L, D]` of the last layer; `inner [T, L, D]`: the hidden state that `shared` fusion starts from."""
+    """`tokens [T, L, D]` of the last layer; `inner [T, L, D]`, the hidden states that `shared` fusion starts from."""
 
     tokens: Tensor
     inner: Tensor | None
@@ -94,9 +94,8 @@ class TextOutput:
 class TextBackbone(nn.Module):
     """Any transformers encoder with a `last_hidden_state` as `[T, L] -> tokens [T, L, D] -> pooled [T, D']`.
 
-    Tokens and pooled vectors do not depend on how far the captions are padded on the right. SigLIP's encoder, which
-    looks at its padding, always gets the full length: what the caller left out or masked is filled up, and the tokens
-    that come back are the caller's own.
+    Tokens and pooled vectors do not depend on how far captions are padded on the right. SigLIP's encoder attends to
+    padding, so it always gets texts padded to its full length; only the tokens at the caller's positions are returned.
     """
 
     def __init__(self, config: DualEncoderConfig) -> None:
@@ -112,26 +111,33 @@ class TextBackbone(nn.Module):
         self._always_full = text_config.model_type in ALWAYS_FULL
         if self.pooling == "backbone":
             self.pooled_width = self.model.head.out_features if self._always_full else self.width
-        elif self._always_full:  # A parameter that no output depends on breaks DDP.
+        elif self._always_full:  # An unused head is removed, since DDP needs a gradient for every parameter.
             self.model.head = nn.Identity()
         elif getattr(self.model, "pooler", None) is not None:
             self.model.pooler = None
-        # The poolers of CLIP and SigLIP find the end of a text in its ids.
-        self._by_ids = "inputs_embeds" not in inspect.signature(self.model.forward).parameters
+        # CLIP and SigLIP take only ids, because their poolers find the end of a text by its id.
+        self._needs_ids = "inputs_embeds" not in inspect.signature(self.model.forward).parameters
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, *, inner_layer: int | None = None) -> TextOutput:
-        """Run the backbone once; `inner_layer` also keeps the input of that layer (0: the embeddings)."""
+        """`input_ids`, `attention_mask [T, L]` -> tokens, from one run of the backbone.
+
+        Args:
+            inner_layer: also return the input of this layer (0: the embeddings) as `inner`.
+
+        Raises:
+            ValueError: `L` is more than the backbone takes.
+        """
         if input_ids.shape[1] > self.max_length:
             raise ValueError(
                 f"captions of {input_ids.shape[1]} tokens are longer than the text backbone takes ({self.max_length})"
             )
-        if self._by_ids:
+        if self._needs_ids:
             return self._run_ids(input_ids, attention_mask, inner_layer)
-        # The words are looked up once, because each look-up has a gradient as large as the table.
+        # All buckets share one look-up of the words, because each look-up has a gradient as large as the table.
         words = self.model.get_input_embeddings()(input_ids)
         if torch.compiler.is_compiling():
             return self._run(words, attention_mask, inner_layer)
-        # Short and long captions run apart, each bucket padded to its own longest: one long caption would pad them all.
+        # Short and long captions run separately, so that one long caption does not pad all the others.
         buckets = _length_buckets(attention_mask)
         if len(buckets) == 1:
             order, length = None, buckets[0][1]
@@ -177,13 +183,13 @@ class TextBackbone(nn.Module):
         )
 
     def embed_first(self, token_id: int, count: int) -> Tensor:
-        """What layer 0 reads when `count` texts begin with this token: `[T, 1, D]`."""
+        """The input `[T, 1, D]` of layer 0 for `count` texts that begin with this token."""
         words = self.model.get_input_embeddings()
         ids = torch.full((count, 1), token_id, device=words.weight.device)
         return self.model.embeddings(inputs_embeds=words(ids))  # [T, 1, D]
 
     def pool(self, output: TextOutput, attention_mask: Tensor) -> Tensor:
-        """-> pooled `[T, D']`."""
+        """The output for texts with `attention_mask [T, L]` -> pooled `[T, D']`."""
         if self.pooling == "backbone":
             if output.pooler_output is None:
                 raise ValueError(f"{type(self.model).__name__} has no pooling of its own; use 'first' or 'mean'")

@@ -1,4 +1,4 @@
-"""One side of a dual encoder alone, for the machine that only embeds images, or only texts."""
+"""One side of a dual encoder alone, for deployments that embed only images or only texts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loopitr.models.text_backbone import TextBackbone
 
 
 class ImageTower(LoopITRPreTrainedModel):
-    """The image backbone and its projection: the same embeds as those of the dual encoder that it is from.
+    """The image backbone of a dual encoder and its projection; it gives the same embeds as the dual encoder.
 
     Example:
         >>> import torch
@@ -31,8 +31,8 @@ class ImageTower(LoopITRPreTrainedModel):
 
     def __init__(self, config: ImageTowerConfig) -> None:
         super().__init__(config)
-        described: Any = config  # A backbone reads of a dual encoder's config what a tower's has too.
-        self.vision = VisionBackbone(described)
+        any_config: Any = config  # A backbone reads only those fields of a dual encoder's config that a tower's has.
+        self.vision = VisionBackbone(any_config)
         self.vision_projection = projection(config.projection, self.vision.pooled_width, config.embed_dim)
         if config.lora:
             inject_lora(self, config.lora)
@@ -48,7 +48,7 @@ class ImageTower(LoopITRPreTrainedModel):
 
 
 class TextTower(LoopITRPreTrainedModel):
-    """The text backbone and its projection: the same embeds as those of the dual encoder that it is from.
+    """The text backbone of a dual encoder and its projection; it gives the same embeds as the dual encoder.
 
     Example:
         >>> import torch
@@ -65,8 +65,8 @@ class TextTower(LoopITRPreTrainedModel):
 
     def __init__(self, config: TextTowerConfig) -> None:
         super().__init__(config)
-        described: Any = config
-        self.text = TextBackbone(described)
+        any_config: Any = config
+        self.text = TextBackbone(any_config)
         self.text_projection = projection(config.projection, self.text.pooled_width, config.embed_dim)
         if config.lora:
             inject_lora(self, config.lora)
@@ -86,7 +86,7 @@ TOWERS: dict[str, type[ImageTower] | type[TextTower]] = {"image": ImageTower, "t
 
 
 def tower_config(config: DualEncoderConfig, tower: str) -> ImageTowerConfig | TextTowerConfig:
-    """What a dual encoder's config says of one of its towers, `image` or `text`."""
+    """The config of one of a dual encoder's towers, `image` or `text`."""
     part = "vision" if tower == "image" else "text"
     lora = {name: given for name, given in (config.lora or {}).items() if name == part} or None
     own = {name: getattr(config, name) for name in (part, f"{part}_pooling", "embed_dim", "projection")}
@@ -94,6 +94,6 @@ def tower_config(config: DualEncoderConfig, tower: str) -> ImageTowerConfig | Te
 
 
 def tower_prefixes(tower: str) -> tuple[str, str]:
-    """How the names of a tower's parameters begin, in a dual encoder and in the tower itself."""
+    """The prefixes of a tower's parameter names, the same in a dual encoder and in the tower itself."""
     part = "vision" if tower == "image" else "text"
     return f"{part}.", f"{part}_projection."

@@ -1,1 +1,1 @@
-"""One training step: encode, gather, mine, score, and the losses of all that."""
+"""One training step: encode, gather, mine, score, and the losses on the scores."""

@@ -1,4 +1,4 @@
-"""Options -> the objects of a step: terms, miner, objective."""
+"""Builds the objects of a step from its options: terms, teacher, miner, objective."""
 
 from __future__ import annotations
 
@@ -43,11 +43,12 @@ def build_objective(
     """The objective that the options describe.
 
     Args:
-        masking: hides words for `options.mlm`.
-        pair_block: pairs scored at a time; None: all.
+        masking: the word masking for `options.mlm` (`build_masking`).
+        pair_block: the number of pairs scored at a time; None: all.
+        teacher: None: the one that `options.teacher` names.
 
     Raises:
-        ValueError: a term that the model has no head for.
+        ValueError: the model lacks a head that a term needs.
 
     Example (`model` and `batch` as in the example of `LoopObjective`):
         >>> from loopitr import build_objective
@@ -70,13 +71,13 @@ def build_objective(
 def build_masking(
     tokenizer: PreTrainedTokenizerBase, options: ObjectiveOptions, captions: Iterable[str] | None
 ) -> TokenMasking | None:
-    """Which tokens of the captions are hidden for `options.mlm`; None if the tokenizer has no mask token.
+    """The word masking for `options.mlm`; None if the tokenizer has no mask token.
 
     Args:
-        captions: those of the training data, read for `mlm_words: content` alone; None: a stream.
+        captions: those of the training data, read only for `mlm_words: content`; None: the data are a stream.
 
     Raises:
-        ValueError: content words of a stream.
+        ValueError: `mlm_words: content` with a stream.
     """
     common: tuple[int, ...] = ()
     if options.mlm and options.mlm_words == "content":
@@ -96,7 +97,7 @@ def build_teacher(
         load: reads the model of `options.teacher_model`.
 
     Raises:
-        ValueError: a frozen teacher that does not fit the model, or no `load` to read it.
+        ValueError: a frozen teacher does not fit the model, or there is no `load` to read it.
     """
     if not options.distillation_weight:
         return None
@@ -113,7 +114,7 @@ def build_teacher(
 def build_terms(
     options: ObjectiveOptions, masking: TokenMasking | None = None, teacher: Teacher | None = None
 ) -> list[Term]:
-    """One term for each weight; those of weight 0 are left out."""
+    """The terms whose weight is above 0."""
     contrastive = Contrastive if options.itc_loss == "softmax" else SigmoidContrastive
     terms: list[Term] = [
         contrastive(options.itc, tuple(options.matryoshka_dims)),
@@ -131,6 +132,7 @@ def build_terms(
 
 
 def build_miner(options: ObjectiveOptions) -> Miner:
+    """The miner that `options.mining` names."""
     miners: dict[str, Miner] = {
         "topk": TopK(options.num_negatives),
         "sample": Sample(options.num_negatives),

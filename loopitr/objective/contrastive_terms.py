@@ -1,4 +1,4 @@
-"""The terms that train the dual head's similarities, at its whole width and, where asked for, at prefixes of it."""
+"""Contrastive terms on the dual head's similarities, of the whole embeds and optionally of prefixes of them."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 
 class SimilarityTerm(Term):
-    """A loss of similarities. `dims`: also of the first so many dimensions of the embeds, of unit length again.
+    """A loss on similarities, of the whole embeds and of their prefixes of `dims` dimensions, normalised again.
 
-    It is the mean of one loss for each of `dims` and one for the whole width (Matryoshka Representation Learning,
-    arXiv 2205.13147), all at one temperature, so that vectors can be cut to any of `dims`.
+    The loss is the mean over the prefixes and the whole width, all at one temperature (Matryoshka Representation
+    Learning, arXiv 2205.13147). Trained vectors can be cut to any of `dims`.
     """
 
     dims: Sequence[int]
 
     @abstractmethod
     def of(self, step: Step, similarities: Similarities) -> Tensor:
-        """The loss at one width, of this rank's queries."""
+        """The mean loss over this rank's queries, of similarities at one width."""
 
     def __call__(self, step: Step) -> Tensor:
         width = step.model.config.embed_dim
@@ -49,7 +49,7 @@ class SimilarityTerm(Term):
 class Contrastive(SimilarityTerm):
     """ITC: symmetric InfoNCE of the dual head's similarities, with all positives of a query (`losses.itc_loss`).
 
-    `dims`: at the first so many dimensions, too (`SimilarityTerm`).
+    `dims` are prefixes of the embeds to train too (Matryoshka, arXiv 2205.13147).
 
     Example (`model` and `batch` as in the example of `LoopObjective`):
         >>> from loopitr import Contrastive, LoopObjective
@@ -68,9 +68,9 @@ class Contrastive(SimilarityTerm):
 
 @dataclass(frozen=True)
 class SigmoidContrastive(SimilarityTerm):
-    """Each image-text pair of the batch by itself (`losses.siglip_loss`); needs a model with a logit bias.
+    """Sigmoid loss of each image-text pair of the batch (`losses.siglip_loss`); needs a model with a logit bias.
 
-    `dims`: at the first so many dimensions, too (`SimilarityTerm`).
+    `dims` are prefixes of the embeds to train too (Matryoshka, arXiv 2205.13147).
 
     Example (`config` and `batch` as in the example of `LoopObjective`):
         >>> from loopitr import LoopITRModel, LoopObjective, SigmoidContrastive

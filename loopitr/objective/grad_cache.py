@@ -1,11 +1,11 @@
-"""GradCache (arXiv 2101.06983): the gradient of a batch of any size in the memory of a part of it.
+"""GradCache (arXiv 2101.06983): the gradient of a large batch in the memory of a chunk of it.
 
-The contrastive loss needs every embed of the batch, but not every activation. So: encode the batch in chunks without
-keeping activations; compute the losses from what the backbones gave, and their gradients down to there; then encode
-each chunk again, with gradient, and go on from there. Costs one more forward pass of the backbones.
+The contrastive loss needs every embed of the batch, but not every activation. So the batch is encoded in chunks
+without keeping activations; the losses and their gradients with respect to the encoded batch are computed; then each
+chunk is encoded again, with gradient, and backpropagates its part. This costs one more forward pass of the backbones.
 
-Mining, matching and distillation go with it: the tokens that pairs are made of are kept like the embeds, and an
-objective with a `pair_block` scores pairs in blocks whose activations are computed again in the backward pass.
+It works for mining, matching and distillation too: the tokens are kept like the embeds, and an objective with a
+`pair_block` scores pairs in blocks whose activations are recomputed in the backward pass.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from loopitr.memory import trim_memory
 from loopitr.objective.loop_objective import LoopObjective
 from loopitr.objective.parts import Encoded, StepOutput
 
-# Of `LoopObjective.encode`.
+# Arguments of `LoopObjective.encode`.
 INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_tokens", "text_tokens", "text_pooled")
 
 
@@ -39,23 +39,23 @@ def cached_backward(
 ) -> StepOutput:
     """A forward and backward pass: parameters get the gradients of `objective(**batch).loss`.
 
-    They are this rank's: averaging them over ranks is left to the caller (`distributed.average_gradients`). Dropout
-    is the same in both passes over a chunk.
+    The gradients are this rank's: the caller averages them over ranks (`distributed.average_gradients`). Dropout is
+    the same in both passes over a chunk.
 
     Args:
-        batch: arguments of `LoopObjective.forward`, `[B, ...]` each.
-        chunk_size: pairs encoded at a time.
+        batch: the tensors `[B, ...]` among the arguments of `LoopObjective.forward`.
+        chunk_size: the number of pairs encoded at a time.
         backward: starts the backward pass from the loss.
-        autocast: context of the forward passes.
+        autocast: makes a context for each forward pass.
+        distillation_scale, with_pairs: as in `LoopObjective.forward`.
 
     Raises:
-        ValueError: `chunk_size` below 1, or what `check_batch_statistics` refuses.
+        ValueError: `chunk_size` is below 1, or batch norm is in training mode.
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     check_batch_statistics(objective.model)
-    always = objective.predicts_words or objective.compares_tokens
-    keeps_tokens = (objective.uses_pairs and with_pairs) or always
+    keeps_tokens = (objective.uses_pairs and with_pairs) or objective.predicts_words or objective.compares_tokens
     teaches = with_pairs and distillation_scale > 0
     inputs = {name: batch[name] for name in INPUTS if name in batch}
     starts = range(0, len(batch["input_ids"]), chunk_size)
@@ -65,10 +65,11 @@ def cached_backward(
     parts: list[Encoded] = []
     for chunk in chunks:
         states.append(_random_state(device))
-        with torch.set_grad_enabled(not parts), autocast():  # the first one's graph shows what carries gradient
+        # Only the first chunk has gradient: it shows which tensors require one (`_detached` keeps that).
+        with torch.set_grad_enabled(not parts), autocast():
             encoded = objective.encode(**chunk, with_teacher=teaches)
         parts.append(_map(_detached, encoded if keeps_tokens else _without_tokens(encoded)))
-        del encoded  # and its graph
+        del encoded  # The graph is freed with it.
     leaves: Encoded = _map(_joined, *parts)
     with autocast():
         output = objective.compare(
@@ -87,15 +88,15 @@ def cached_backward(
             _backward_from(encoded, leaves, slice(start, start + chunk_size))
             del encoded
             if device.type == "cpu":
-                trim_memory()  # each chunk would otherwise add to a heap full of holes
+                trim_memory()  # Without this, the fragmented heap grows with each chunk.
     return output
 
 
 def check_batch_statistics(model: nn.Module) -> None:
-    """Refuse what would take its statistics from a chunk.
+    """Check that no module would take the statistics of a chunk for those of the batch.
 
     Raises:
-        ValueError: batch norm in training mode.
+        ValueError: batch norm is in training mode.
     """
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.training:
@@ -109,7 +110,7 @@ def _backward_from(encoded: Encoded, leaves: Encoded, rows: slice) -> None:
     tensors, gradients = [], []
 
     def collect(x: Tensor, leaf: Tensor) -> None:
-        if leaf.grad is not None:  # tokens that nothing was made of have none
+        if leaf.grad is not None:  # Tensors that no loss used have no gradient.
             tensors.append(x)
             gradients.append(leaf.grad[rows])
 
@@ -119,7 +120,7 @@ def _backward_from(encoded: Encoded, leaves: Encoded, rows: slice) -> None:
 
 
 def _map(function: Callable[..., Any], first: Any, *others: Any) -> Any:
-    """`function` of every tensor in nested dataclasses, with those in the same places of `others`."""
+    """Apply `function` to every tensor of nested dataclasses, together with the same tensor of each of `others`."""
     if first is None:
         return None
     if isinstance(first, Tensor):

@@ -1,4 +1,4 @@
-"""`LoopObjective`: the losses of a batch. `step.py` computes its parts, `terms.py` has what it is trained on."""
+"""`LoopObjective` encodes a batch and sums its losses: `terms.py` defines them, `step.py` computes what they need."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from loopitr.models.outputs import TextFeatures
+from loopitr.models.outputs import TextFeatures, TextState
 from loopitr.objective.contrastive_terms import Contrastive, SimilarityTerm
 from loopitr.objective.metrics import step_metrics
 from loopitr.objective.mining import Miner, TopK
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class LoopObjective(nn.Module):
-    """The losses of a batch for a model; the model's parameters are this module's, so DDP or FSDP wrap one thing.
+    """The losses of a batch for a model. It contains the model, so DDP or FSDP wrap this one module.
 
     Example:
         >>> import torch
@@ -59,16 +59,16 @@ class LoopObjective(nn.Module):
     ) -> None:
         """
         Args:
-            terms: what to train on (`terms.py`, or of your own); None: contrastive and matching. A term of weight 0
-                is left out.
+            terms: the losses, from `terms.py` or your own; None: contrastive and matching. Terms of weight 0 are
+                dropped.
             miner: chooses the hard negatives; None: the 4 most similar.
-            mine_across_ranks: mine in the batch of all ranks (tokens are gathered) instead of the local one.
-            pair_block: pairs scored at a time (`score_pairs`); None: all.
-            sum_dropout: train the fusion head on match score + similarity / temperature, the similarity left out for
-                this share of the queries; None: on the match score alone.
+            mine_across_ranks: mine in the batch of all ranks, whose tokens are then gathered, not in this rank's.
+            pair_block: the number of pairs scored at a time (`score_pairs`); None: all.
+            sum_dropout: train the fusion head on match score + similarity / temperature, without the similarity for
+                this share of the queries; None: train it on the match score alone.
 
         Raises:
-            ValueError: two terms of one name, or one that the model has no head for.
+            ValueError: two terms have one name, or the model lacks a head that a term needs.
         """
         super().__init__()
         self.model = model
@@ -89,16 +89,16 @@ class LoopObjective(nn.Module):
 
     @property
     def teacher(self) -> Teacher | None:
-        """Whom the dual head learns from; None without distillation."""
+        """The teacher of the distillation; None without distillation."""
         return next((term.teacher for term in self.terms if term.teacher is not None), None)
 
     @property
     def teacher_margin(self) -> float | None:
-        """How far the teacher must be ahead for the distillation to count; None: it always counts."""
+        """The lead in points of R@1 that the teacher must have for distillation to be on; None: it is always on."""
         return next((term.margin for term in self.terms if isinstance(term, Distillation)), None)
 
     def after_step(self) -> None:
-        """Call this after every optimiser step: a momentum teacher follows the model."""
+        """Update a momentum teacher; call this after every optimiser step."""
         if self.teacher is not None:
             self.teacher.after_step(self.model)
 
@@ -109,7 +109,10 @@ class LoopObjective(nn.Module):
 
     @property
     def matryoshka_dims(self) -> tuple[int, ...] | None:
-        """The prefixes of the embeds that are trained too, in order; None: no term trains the similarities."""
+        """The lengths to which embeds may be cut, since these prefixes are trained too, in ascending order.
+
+        None: no term trains the similarities.
+        """
         return next((tuple(sorted({*t.dims})) for t in self.terms if isinstance(t, SimilarityTerm)), None)
 
     @property
@@ -119,7 +122,7 @@ class LoopObjective(nn.Module):
 
     @property
     def trained_negatives(self) -> int:
-        """How many of a query's K negatives the fusion head learns from; the scores of the others only teach."""
+        """How many of a query's K negatives the fusion head is trained on; the scores of the others only teach."""
         return max((term.trained_negatives(self.miner.num_negatives) for term in self.terms), default=0)
 
     def forward(
@@ -142,11 +145,15 @@ class LoopObjective(nn.Module):
             input_ids, attention_mask: `[B, L]`.
             identities: `[B]` int64: rows with the same number show the same image.
             caption_ids: `[B]` int64: rows with the same number carry the same caption.
-            pixel_values: `[B, 3, S, S]`, or instead `image_tokens [B, N, D]` of a frozen backbone.
-            text_tokens, text_pooled: `[B, L, D]` and `[B, D']` of a frozen text backbone (`TextFeatures`), which then
-                runs for masked captions alone.
-            distillation_scale: factor on the weight of the distillation (its warm-up); 0 leaves it out.
-            with_pairs: False leaves the terms that score pairs out, while the dual head trains alone.
+            pixel_values: `[B, 3, S, S]`.
+            image_tokens: `[B, N, D]`, the output of a frozen image backbone, in place of `pixel_values`.
+            text_tokens, text_pooled: `[B, L, D]` and `[B, D']`, the output of a frozen text backbone (`TextFeatures`),
+                which then runs only for masked captions.
+            distillation_scale: a factor on the weight of the distillation, for its warm-up; 0 leaves it out.
+            with_pairs: False leaves out the terms that score pairs, while the dual head trains alone.
+
+        Raises:
+            ValueError: neither `pixel_values` nor `image_tokens` is given.
         """
         encoded = self.encode(
             input_ids,
@@ -172,10 +179,10 @@ class LoopObjective(nn.Module):
         text_pooled: Tensor | None = None,
         with_teacher: bool = True,
     ) -> Encoded:
-        """One run of each backbone whose tokens are not given; captions and, for word prediction, their masked copies
-        in the same run.
+        """Run each backbone once, unless its tokens are given; arguments as of `forward`.
 
-        A teacher with a model of its own encodes the batch too, unless `with_teacher` is False.
+        The text backbone reads the captions and, for word prediction, their masked copies in one run. A teacher with
+        a model of its own encodes the batch too, unless `with_teacher` is False.
         """
         if pixel_values is not None:
             images = self.model.encode_images(pixel_values)
@@ -183,9 +190,9 @@ class LoopObjective(nn.Module):
             images = self.model.image_state(image_tokens)
         else:
             raise ValueError("a batch needs pixel_values or image_tokens")
-        known = None
+        texts = None
         if text_tokens is not None and text_pooled is not None:
-            known = self.model.text_state(TextFeatures(pooled=text_pooled, tokens=text_tokens), attention_mask)
+            texts = self.model.text_state(TextFeatures(pooled=text_pooled, tokens=text_tokens), attention_mask)
         masking = next((term.masking for term in self.terms if term.masking is not None), None)
         teacher = None
         if self.own_teacher is not None and with_teacher:
@@ -193,15 +200,15 @@ class LoopObjective(nn.Module):
                 input_ids, attention_mask, pixel_values=pixel_values, image_tokens=image_tokens
             )
         if masking is None:
-            return Encoded(images, known or self.model.encode_texts(input_ids, attention_mask), teacher=teacher)
-        changed, labels = masking(input_ids, attention_mask)
-        if known is not None:
-            hidden = self.model.encode_texts(changed, attention_mask)
-            return Encoded(images, known, MaskedTexts(hidden, labels), teacher)
-        both = self.model.encode_texts(torch.cat([input_ids, changed]), attention_mask.repeat(2, 1))
-        size = len(input_ids)
-        texts = type(both)(both.embeds[:size], both.tokens[:size], both.mask[:size])
-        masked = type(both)(both.embeds[size:], both.tokens[size:], both.mask[size:])
+            return Encoded(images, texts or self.model.encode_texts(input_ids, attention_mask), teacher=teacher)
+        masked_ids, labels = masking(input_ids, attention_mask)
+        if texts is not None:
+            masked = self.model.encode_texts(masked_ids, attention_mask)
+        else:
+            both = self.model.encode_texts(torch.cat([input_ids, masked_ids]), attention_mask.repeat(2, 1))
+            size = len(input_ids)
+            texts = TextState(both.embeds[:size], both.tokens[:size], both.mask[:size])
+            masked = TextState(both.embeds[size:], both.tokens[size:], both.mask[size:])
         return Encoded(images, texts, MaskedTexts(masked, labels), teacher)
 
     def compare(
@@ -216,7 +223,7 @@ class LoopObjective(nn.Module):
         """The losses of encoded pairs; arguments as of `forward`."""
         step = Step(self, encoded, identities, caption_ids, distillation_scale=distillation_scale)
         outputs: dict[str, TermOutput] = {}
-        loss = self._touch(step, with_pairs=with_pairs)
+        loss = self._zero_of_unused(step, with_pairs=with_pairs)
         for term in self.terms:
             if (with_pairs or not term.uses_pairs) and (weight := term.weight_in(step)):
                 output = term(step)
@@ -228,11 +235,11 @@ class LoopObjective(nn.Module):
             metrics |= output.metrics
         return StepOutput(loss, {name: output.loss for name, output in outputs.items()}, metrics)
 
-    def _touch(self, step: Step, *, with_pairs: bool) -> Tensor:
-        """Zero, connected to every trained parameter that this step's terms may leave alone: DDP waits for each."""
+    def _zero_of_unused(self, step: Step, *, with_pairs: bool) -> Tensor:
+        """Zero, attached to every trained parameter that this step's terms may not use: DDP waits for each gradient."""
         parameters = [] if self.model.dual.logit_bias is None else [self.model.dual.logit_bias]
         if self.uses_pairs and not with_pairs:
             heads = (self.model.fusion, self.model.itm_head, self.model.agreement)
             parameters += [parameter for head in heads if head is not None for parameter in head.parameters()]
-        zero = step.similarities.per_image.sum() * 0  # so that there is a loss even without a term
+        zero = step.similarities.per_image.sum() * 0  # A step without any term still has a loss to differentiate.
         return sum((parameter.sum() * 0 for parameter in parameters if parameter.requires_grad), zero)

@@ -1,11 +1,11 @@
-"""Hard negatives from a similarity matrix: pure, without gradient, without device synchronisation.
+"""Hard negatives from a similarity matrix: pure functions, without gradient and without device synchronisation.
 
-All functions take `similarity [Q, C]`, `positives [Q, C]` (bool, by identity) and `k`, and return `Mined`. A row gets
-`k` distinct negatives, or all it has: the slots that are left are masked, never filled with a wrong pair. NaN counts
-as the lowest similarity.
+All functions take `similarity [Q, C]`, `positives [Q, C]` (bool, by identity) and `k`, and return `Mined`. A query
+gets `k` distinct negatives. If it has fewer, the remaining slots are masked, never filled with a positive. NaN is
+treated as the lowest similarity.
 
-`groups [C]` (int, optional) marks candidates that are one thing twice, such as a caption that occurs twice in the
-batch: a row gets at most one of a group, and none of a group that holds one of its positives.
+`groups [C]` (int, optional) marks duplicates among the candidates, such as a caption that occurs twice in the batch: a
+query gets at most one candidate of a group, and none of a group that contains one of its positives.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Mined:
-    """Candidates per query: indices `[Q, K]` int64 (0 in masked slots) and valid `[Q, K]` bool."""
+    """The negatives of each query: `indices [Q, K]` int64 (0 in masked slots) and `valid [Q, K]` bool."""
 
     indices: Tensor
     valid: Tensor
@@ -46,8 +46,8 @@ def mine_sample(
 ) -> Mined:
     """`k` negatives drawn without replacement from softmax(similarity / temperature) (ALBEF, arXiv 2107.07651).
 
-    By Gumbel top-k (arXiv 1903.06059), which unlike `torch.multinomial` has no row that sums to zero or has too few
-    non-zero entries. `generator` is on similarity's device.
+    Uses Gumbel top-k (arXiv 1903.06059); `torch.multinomial` fails on rows that sum to zero or have too few non-zero
+    entries. `generator` must be on similarity's device.
     """
     _check(similarity, positives, k, groups)
     if not temperature > 0:
@@ -69,20 +69,20 @@ def mine_stratified(
 ) -> Mined:
     """One negative from each of `k` strata of the row's `pool` most similar negatives, hardest stratum first.
 
-    The strata are consecutive parts of the ranking that grow geometrically (63 negatives in 4: ranks 1-2, 3-7, 8-22,
-    23-63), so that every query has near misses to tell apart at the end and easy negatives to begin with; the one
-    taken is random within. A row with fewer negatives than `pool` is split as far as it goes. `pool == k` is
-    `mine_topk`.
+    The strata are consecutive parts of the ranking that grow geometrically (63 negatives in 4 strata: ranks 1-2, 3-7,
+    8-22, 23-63), so every query gets near misses as well as easy negatives. The choice within a stratum is random. The
+    strata of a row with fewer than `pool` negatives divide those that it has. `pool == k` is `mine_topk`.
     """
     _check(similarity, positives, k, groups)
     if pool < k:
         raise ValueError(f"expected pool >= k, got pool {pool} and k {k}")
     ranked = _take_best(*_rankable(similarity, positives, groups), pool)
     size = ranked.valid.sum(-1, keepdim=True)  # [Q, 1]
-    strata = size.clamp(max=k)  # [Q, 1] fewer than k when the row has fewer negatives
+    strata = size.clamp(max=k)  # [Q, 1]
     edge = torch.arange(k + 1, device=similarity.device)[None]  # [1, K + 1]
-    growth = size.double() ** (edge / strata.clamp(min=1)) + 1e-6  # [Q, K + 1] whole powers must not fall short
-    edges = growth.long().maximum(edge).where(edge > 0, 0)  # [Q, K + 1] no stratum is empty
+    # The small constant keeps a power that is a whole number from being rounded down to the one below.
+    growth = size.double() ** (edge / strata.clamp(min=1)) + 1e-6  # [Q, K + 1]
+    edges = growth.long().maximum(edge).where(edge > 0, 0)  # [Q, K + 1] every stratum has at least one rank
     start, width = edges[:, :-1], edges.diff(dim=-1)  # [Q, K]
     draw = torch.rand(start.shape, generator=generator, device=start.device)  # [Q, K]
     position = start + (draw * width).long()  # [Q, K]
@@ -104,21 +104,21 @@ def _check(similarity: Tensor, positives: Tensor, k: int, groups: Tensor | None)
 
 
 def _rankable(similarity: Tensor, positives: Tensor, groups: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Scores `[Q, C]`, finite for the negatives that may be mined and -inf elsewhere, and the mask of these."""
+    """Scores `[Q, C]`, finite for the negatives that may be mined and -inf elsewhere, and the mask of the former."""
     if similarity.dtype in (torch.float16, torch.bfloat16):
-        similarity = similarity.float()  # Gumbel noise needs the resolution
-    # finite, so that even the worst negative ranks before a positive; half the range leaves room for the noise
+        similarity = similarity.float()  # In half precision, Gumbel noise would tie candidates.
+    # Scores are finite, so that even the worst negative ranks above a positive. Half the range leaves room for noise.
     limit = torch.finfo(similarity.dtype).max / 2
     scores = similarity.nan_to_num(nan=-limit).clamp(-limit, limit)
     negatives = ~positives
     if groups is not None:
-        # positives sort first, so that they are what is kept of their group
+        # Positives sort first, so that no negative of their group is kept.
         negatives = negatives & _first_of_group(scores.masked_fill(positives, torch.inf), groups)
     return scores.masked_fill(~negatives, -torch.inf), negatives
 
 
 def _first_of_group(scores: Tensor, groups: Tensor) -> Tensor:
-    """Mask `[Q, C]` of the best-scored candidate of each group in each row, by two sorts instead of a C x C compare."""
+    """Mask `[Q, C]` of the best-scored candidate of each group in each row; two sorts avoid a `[C, C]` comparison."""
     order = scores.argsort(dim=-1, descending=True, stable=True)  # [Q, C]
     sorted_groups, by_group = groups[order].sort(dim=-1, stable=True)  # [Q, C] each group together, best first
     first = torch.ones_like(sorted_groups, dtype=torch.bool)
@@ -134,7 +134,7 @@ def _take_best(scores: Tensor, negatives: Tensor, k: int) -> Mined:
 
 
 class Miner(Protocol):
-    """Chooses `num_negatives` hard negatives for each query, as the functions above do."""
+    """Chooses `num_negatives` hard negatives for each query; arguments as of the functions of this module."""
 
     @property
     def num_negatives(self) -> int: ...
@@ -161,7 +161,7 @@ class TopK:
 
 @dataclass(frozen=True)
 class Sample:
-    """Negatives drawn by their similarity: `mine_sample`.
+    """Negatives drawn at random, similar ones more often: `mine_sample`.
 
     Example:
         >>> import torch
@@ -179,10 +179,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class Stratified:
-    """Negatives from all over the first `pool` of the ranking: `mine_stratified`.
+    """Negatives from all parts of the first `pool` of the ranking: `mine_stratified`.
 
-    They come in an order in which the first few, which the fusion head may be trained on while the others only teach
-    (`Matching(negatives=...)`), are spread over the pool too.
+    Their order spreads also the first few of them over the pool: `Matching(negatives=...)` trains on these alone.
 
     Example:
         >>> import torch
@@ -200,12 +199,12 @@ class Stratified:
         mined = mine_stratified(similarity, positives, self.num_negatives, pool=pool, groups=groups)
         order = torch.tensor(spread_order(self.num_negatives), device=similarity.device)
         indices, valid = mined.indices[:, order], mined.valid[:, order]
-        first = (~valid).int().argsort(dim=1, stable=True)  # Those that there are come before masked slots.
-        return Mined(indices=indices.gather(1, first), valid=valid.gather(1, first))
+        masked_last = (~valid).int().argsort(dim=1, stable=True)
+        return Mined(indices=indices.gather(1, masked_last), valid=valid.gather(1, masked_last))
 
 
 def spread_order(count: int) -> list[int]:
-    """0 to `count` - 1 in an order whose beginnings are spread over all of them (van der Corput's sequence).
+    """0 to `count` - 1 in an order in which the first few are spread over the whole range (van der Corput sequence).
 
     Example:
         >>> from loopitr.objective.mining import spread_order

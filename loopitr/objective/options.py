@@ -1,4 +1,4 @@
-"""The step's options; `build.py` makes the objects that they name. Light: it imports nothing that takes time."""
+"""The options of the training step; `build.py` makes the objects that they name. This module imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -19,78 +19,83 @@ HardRuleName = Literal["threshold", "mean", "top"]
 class ObjectiveOptions:
     """Weights and choices of the step. A term of weight 0 is not computed.
 
-    What the defaults rest on: `mlm`, `mlm_probability`, `num_negatives`, `train_on_sum`, `agreement`, `distillation`,
-    `distillation_loss`, `hard_rule` and `teacher_margin` have rows in recipes/results/distillation.md; `mining_pool`,
-    `balance_itm` and `lce` in recipes/results/scenes.md. The rest is as published, not studied here.
+    recipes/results/distillation.md has the measurements behind the defaults of `mlm`, `mlm_probability`,
+    `num_negatives`, `train_on_sum`, `agreement`, `distillation`, `distillation_loss`, `hard_rule` and `teacher_margin`;
+    recipes/results/scenes.md those behind `mining_pool`, `balance_itm` and `lce`. The other defaults are as published.
     """
 
     itc: float = 1.0
     """Weight of the contrastive loss of the dual head."""
     itc_loss: ContrastiveName = "softmax"
-    """InfoNCE over a query's candidates (CLIP), or each pair by itself (SigLIP; needs a model with a logit_bias)."""
+    """InfoNCE over the texts or images of the batch (CLIP), or a sigmoid loss per pair (SigLIP; needs a model with a
+    logit_bias)."""
     matryoshka_dims: list[int] = field(default_factory=list)
-    """Train the contrastive loss at the first so many dimensions of the embeds too, as [64, 128]: vectors may then be
-    cut to these (`truncate_dim`). The loss is the mean over them and the whole width (arXiv 2205.13147)."""
+    """Prefixes of the embeds that the contrastive loss trains too, as [64, 128]; vectors can then be cut to these
+    lengths (`truncate_dim`). The loss is the mean over them and the whole width (arXiv 2205.13147)."""
     itm: float = 1.0
     """Weight of the matching loss of the fusion head."""
     train_on_sum: bool = False
-    """Train the fusion head on match score + similarity / temperature: it learns the correction that the dual needs."""
+    """Train the fusion head on match score + similarity / temperature, so that it learns to correct the dual head."""
     sum_dropout: float = 0.3
-    """`train_on_sum`: share of the queries for which the similarity is left out."""
+    """`train_on_sum`: the share of queries for which the similarity is left out."""
     balance_itm: bool = True
-    """Positives and negatives weigh one half each in the matching loss; otherwise every pair weighs the same."""
+    """Give positives and negatives half of the matching loss each; otherwise every pair weighs the same."""
     lce: float = 0.0
-    """Weight of ranking each positive above its own negatives by match score (localized contrastive estimation)."""
+    """Weight of localized contrastive estimation, which ranks each positive above its own negatives by match score."""
     distillation: float | None = None
-    """Weight of the distillation of the fusion head's scores into the dual head. Unset: 1, but 0 in a run whose fusion
-    head starts from scratch and would teach by its own match scores, since a young teacher costs points."""
+    """Weight of the distillation of the teacher's scores into the dual head. Unset: 1, but 0 in a run whose fusion head
+    starts from scratch and teaches with its own match scores, since an untrained teacher lowers the recall."""
     cmd: float = 0.0
-    """Weight of the similarities within one modality teaching those within the other (arXiv 2405.03355)."""
+    """Weight of CMD: similarities within one modality learn from those within the other (arXiv 2405.03355)."""
     cmc: float = 0.0
-    """Weight of the contrast with the embeds of one modality, which get no gradient from it (arXiv 2405.03355)."""
+    """Weight of CMC: InfoNCE against the embeds of one modality, which get no gradient (arXiv 2405.03355)."""
     structure_source: Literal["image", "text"] = "image"
-    """`cmd`, `cmc`: the modality that teaches the other."""
+    """`cmd`, `cmc`: the modality that the other learns from."""
     mlm: float | None = None
     """Weight of masked language modelling on the fused tokens, which teaches a new fusion head which word belongs to
     which region. Unset: 1 in a run whose fusion head starts from scratch, otherwise 0."""
     mlm_probability: float = 0.3
-    """Part of a caption's tokens that `mlm` masks, at least one of each caption. BERT has 0.15; a fusion head from
-    scratch learns faster from 0.3."""
+    """Probability that `mlm` masks a token; at least one token of each caption is masked. BERT has 0.15, but a fusion
+    head from scratch learns faster with 0.3."""
     mlm_words: WordChoice = "all"
-    """Which tokens `mlm` may mask: all, or those of content alone, which few captions share (`mlm_common`)."""
+    """The tokens that `mlm` may mask: all, or only content words, those that few captions contain (`mlm_common`)."""
     mlm_common: float = 0.1
-    """`mlm_words: content`: tokens that stand in at least this part of the training captions are never masked."""
+    """`mlm_words: content`: tokens in at least this share of the training captions are not masked, except in a caption
+    that has no other words."""
     agreement: float | None = None
-    """Weight of InfoNCE on the token agreement of all pairs of the batch (needs a model with fusion.agreement). Unset:
+    """Weight of InfoNCE on the token agreement of all pairs of the batch; needs a model with fusion.agreement. Unset:
     1 in a run whose model has it and starts from scratch, otherwise 0."""
     num_negatives: int = 4
-    """K, hard negatives per image and per text."""
+    """K, the number of hard negatives per image and per text."""
     itm_negatives: int | None = None
-    """Train the matching losses on only so many of them, the first mined; the scores of the others are computed
-    without gradient and only teach. Unset: on all."""
+    """Number of these that the matching losses train on, the first that were mined; the scores of the others are
+    computed without gradient and only teach. Unset: all."""
     mining: MiningName = "topk"
-    """How they are chosen from the dual's similarities."""
+    """How hard negatives are chosen: the most similar (topk), drawn by similarity (sample), or spread over the first
+    `mining_pool` of the ranking (stratified)."""
     mining_pool: int = 32
-    """`stratified`: how deep in the ranking to look. A new fusion head starts slowly on near misses alone: let it see
-    the whole batch."""
+    """`stratified`: how many of the most similar negatives to choose from. A new fusion head learns slowly from near
+    misses alone; for it, use the whole batch."""
     mine_across_ranks: bool = False
-    """Mine in the batch of all ranks (tokens are gathered) instead of the local one."""
+    """Mine in the batch of all ranks, whose tokens are then gathered, instead of this rank's batch."""
     distillation_loss: DistillationName = "cprd"
-    """What the teacher's scores teach: their softmax (kl), the partial ranking of the negatives (cprd), ..."""
+    """The loss between the teacher's scores and the dual head's: the KL divergence of their softmax (kl), the partial
+    ranking of the negatives (cprd), or another of `losses/distillation.py`."""
     teacher: TeacherName = "match"
-    """Whose scores: the match scores, the reranking scores (match_plus_similarity), the match scores of an exponential
-    moving average of the model (momentum), or of another model (frozen, `teacher_model`)."""
+    """The source of the teacher's scores: the match scores, the reranking scores (match_plus_similarity), or the match
+    scores of an exponential moving average of the model (momentum) or of another model (frozen, `teacher_model`)."""
     teacher_model: str | None = None
     """`teacher: frozen`: a model folder or hub id, of the same image size and vocabulary."""
     momentum: float = 0.995
-    """`teacher: momentum`: how much of the average stays at each step."""
+    """`teacher: momentum`: the decay of the moving average."""
     teacher_margin: float | None = 1.0
-    """The gate: distillation counts only while the last validation found the teacher ahead of the dual head by so many
-    points of mean R@1. null: it always counts."""
+    """The gate: distillation is on only while the teacher was ahead of the dual head in the last validation, by this
+    many points of mean R@1. null: it is always on."""
     teacher_temperature: float = 1.0
     """`kl`: temperature of the teacher's softmax."""
     hard_rule: HardRuleName = "mean"
-    """`cprd`: which negatives count as hard: match probability above a constant, above the mean, the first m."""
+    """`cprd`: the negatives that count as hard: those above a match probability (threshold), those above the query's
+    mean score (mean), or the m best (top)."""
     hard_threshold: float = 0.5
     """`hard_rule: threshold`: the match probability."""
     hard_top: int = 2
@@ -156,5 +161,5 @@ class ObjectiveOptions:
 
     @property
     def scores_pairs(self) -> bool:
-        """Whether a term asks for match scores, or trains a part of them."""
+        """Whether a term asks for match scores or trains a part of them."""
         return self.itm > 0 or self.lce > 0 or self.distillation_weight > 0 or bool(self.agreement)

@@ -1,4 +1,4 @@
-"""What the parts of a training step hand to each other (`step.py`)."""
+"""The named outputs of the parts of a training step (`step.py`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """`loss`: weighted sum, what to differentiate. `terms`: each loss by name, unweighted. `metrics`: for the log."""
+    """The weighted sum `loss`, to be differentiated; the unweighted losses `terms` by name; `metrics` for the log."""
 
     loss: Tensor
     terms: dict[str, Tensor]
@@ -23,7 +23,7 @@ class StepOutput:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What the backbones make of a batch: all that the losses need of it."""
+    """An encoded batch: all that the losses need of it. `teacher` is the same batch, encoded by a teacher's model."""
 
     images: ImageState
     texts: TextState
@@ -33,7 +33,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class EncodedPairs:
-    """A batch as a teacher with a model of its own sees it."""
+    """A batch encoded by a teacher that has a model of its own."""
 
     images: ImageState
     texts: TextState
@@ -41,7 +41,7 @@ class EncodedPairs:
 
 @dataclass(frozen=True)
 class MaskedTexts:
-    """The masked captions' state and, at masked tokens, the original ids: `labels [B, L]`, -100 elsewhere."""
+    """The encoded masked captions, and `labels [B, L]`: the original ids of masked tokens, -100 elsewhere."""
 
     state: TextState
     labels: Tensor
@@ -57,7 +57,7 @@ class Gathered:
 
 @dataclass(frozen=True)
 class Embeds:
-    """Unit vectors of all ranks, in rank order, with gradient: `images [G, E]` and `texts [G, E]`, row i a pair."""
+    """Unit vectors of all ranks, in rank order, with gradient: `images [G, E]` and `texts [G, E]`; row i is a pair."""
 
     images: Tensor
     texts: Tensor
@@ -81,8 +81,7 @@ class Agreements:
 
 @dataclass(frozen=True)
 class Positives:
-    """Masks `[B, G]` bool that go with `Similarities` and `Agreements`: images against all texts, texts against all
-    images."""
+    """Bool masks of the positives among the pairs of `Similarities` and `Agreements`, `[B, G]` each."""
 
     per_image: Tensor
     per_text: Tensor
@@ -90,11 +89,15 @@ class Positives:
 
 @dataclass(frozen=True)
 class Candidates:
-    """What each query is compared with: its positive, then its K hard negatives.
+    """The candidates of each query: its positive, then its K hard negatives.
 
-    The first axis is the direction: 0 images that look for texts, 1 texts that look for images. `pairs
-    [2, B, 1 + K, 2]` are (image, text) indices into `images` and `texts`, the states mined from; `valid
-    [2, B, 1 + K]` is false where a query has fewer negatives; `student [2, B, 1 + K]` is similarity / temperature.
+    The first axis is the direction: 0 for images that look for texts, 1 for texts that look for images.
+
+    Attributes:
+        images, texts: the encoded images and texts that were mined from.
+        pairs: `[2, B, 1 + K, 2]`, (image, text) indices into them.
+        valid: `[2, B, 1 + K]` bool, false in the slots of a query that has fewer than K negatives.
+        student: `[2, B, 1 + K]`, similarity / temperature.
     """
 
     images: ImageState
@@ -106,9 +109,9 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Queries:
-    """The dual head's view of the candidates of all ranks, directions as in `Candidates`.
+    """The dual head's scores of the candidates of all ranks, in both directions as in `Candidates`.
 
-    `valid [2, G, 1 + K]`, `student [2, G, 1 + K]`: similarity / temperature.
+    `valid [2, G, 1 + K]` bool; `student [2, G, 1 + K]`, similarity / temperature.
     """
 
     valid: Tensor
@@ -117,9 +120,9 @@ class Queries:
 
 @dataclass(frozen=True)
 class MatchScores:
-    """The cross head's view of the candidates of all ranks, directions as in `Candidates`.
+    """The fusion head's scores of the candidates of all ranks, in both directions as in `Candidates`.
 
-    `logits [2, G, 1 + K, 2]` (no match, match), `valid [2, G, 1 + K]`, `student [2, G, 1 + K]`.
+    `logits [2, G, 1 + K, 2]` (no match, match); `valid` and `student` as in `Queries`.
     """
 
     logits: Tensor
@@ -132,9 +135,9 @@ class MatchScores:
         return self.logits[..., 1] - self.logits[..., 0]
 
     def as_pairs(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits `[P, 2]`, matching and valid `[P]` bool of the first `count` candidates of every query.
+        """The first `count` candidates of every query as pairs: logits `[P, 2]`, matching and valid `[P]` bool.
 
-        The positives are the same pairs in both directions: they are valid once.
+        A positive pair occurs in both directions and is valid in only one of them.
         """
         valid = self.valid[..., :count].clone()
         valid[1, :, 0] = False

@@ -1,4 +1,4 @@
-"""Terms that carry the structure of one modality into the other (arXiv 2405.03355), for data without labels of one."""
+"""Terms that transfer the structure of one modality to the other (arXiv 2405.03355), where only one has labels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StructureTransfer(Term):
-    """CMD: the batch's similarities within the `source` modality teach those within the other (`losses.cmd_loss`).
+    """CMD: similarities within the other modality learn from those within the `source` modality (`losses.cmd_loss`).
 
     Example (`model` and `batch` as in the example of `LoopObjective`):
         >>> from loopitr import LoopObjective, StructureTransfer
@@ -36,9 +36,9 @@ class StructureTransfer(Term):
 
 @dataclass(frozen=True)
 class FrozenContrast(Term):
-    """CMC: each embed picks its own among those of the `source` modality, which gets no gradient (`losses.cmc_loss`).
+    """CMC: InfoNCE against the embeds of the `source` modality, which gets no gradient (`losses.cmc_loss`).
 
-    Only the first of several rows that show one image, or carry one caption, counts: the others are no negatives.
+    Of several rows with the same image or the same caption only the first is used, so that none is a false negative.
 
     Example (`model` and `batch` as in the example of `LoopObjective`):
         >>> from loopitr import FrozenContrast, LoopObjective
@@ -57,7 +57,7 @@ class FrozenContrast(Term):
 
 
 def _source_and_target(step: Step, source: str) -> tuple[Tensor, Tensor]:
-    """Embeds `[G, E]` of the modality that teaches, detached, and of the one that learns."""
+    """The embeds `[G, E]` of the source, detached, and of the other modality."""
     images, texts = step.embeds.images, step.embeds.texts
     return (images.detach(), texts) if source == "image" else (texts.detach(), images)
 

@@ -1,8 +1,8 @@
-"""Who teaches the dual head: the scores that distillation hands it, one interface for each kind of teacher.
+"""Teachers: the scores of a step's candidates that distillation trains the dual head to follow.
 
-A teacher scores the candidates of a step (`Step.candidates`), without gradient. `Match` and `MatchPlusSimilarity` use
-what the model itself says in this step; `Momentum` and `Frozen` carry a model of their own, which sees the same images
-and captions. A teacher of your own is a subclass with a `__call__` that returns `[2, G, 1 + K]`.
+`Match` and `MatchPlusSimilarity` use the scores of the model itself in this step; `Momentum` and `Frozen` have a model
+of their own, which encodes the same images and captions. To add a teacher, subclass `Teacher` with a `__call__` that
+returns scores `[2, G, 1 + K]` without gradient.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 
 class Teacher(ABC):
-    """Scores of a step's candidates that the dual head is to learn from.
+    """Scores the candidates of a step (`Step.candidates`) for the dual head to learn from.
 
     Example (`model` and `batch` as in the example of `LoopObjective`):
         >>> from loopitr import Distillation, LoopObjective, PartialRanking, Teacher
-        >>> class Shy(Teacher):
-        ...     name = "shy"
+        >>> class HalfMatch(Teacher):
+        ...     name = "half_match"
         ...
         ...     def __call__(self, step):
         ...         return 0.5 * step.match.scores.detach()
-        >>> objective = LoopObjective(model, [Distillation(PartialRanking(), teacher=Shy())])
+        >>> objective = LoopObjective(model, [Distillation(PartialRanking(), teacher=HalfMatch())])
         >>> list(objective(**batch).terms)
         ['distillation']
     """
@@ -44,15 +44,18 @@ class Teacher(ABC):
         """Scores `[2, G, 1 + K]` of the candidates of all ranks, as in `MatchScores`, without gradient."""
 
     def held_out_score(self, scores: dict[str, float]) -> float | None:
-        """Its recall among those of a validation, by name; None: it has a model of its own, to be validated."""
+        """This teacher's recall among the `scores` of a validation; None: it has its own model, evaluated separately.
+
+        `scores` has mean R@1 by name: dual, match, reranked.
+        """
         return None
 
     def after_step(self, model: LoopITRModel) -> None:  # noqa: B027  most teachers need nothing
-        """Follow the model after an optimiser step."""
+        """Update the teacher after an optimiser step of `model`."""
 
 
 class Match(Teacher):
-    """The match scores of the model itself (LoopITR, arXiv 2203.05465; CPRD, arXiv 2407.07479).
+    """The match scores of the model itself (LoopITR, arXiv 2203.05465).
 
     Example:
         >>> from loopitr import Distillation, Match, PartialRanking
@@ -70,10 +73,10 @@ class Match(Teacher):
 
 
 class MatchPlusSimilarity(Teacher):
-    """The reranking score of the model itself: better than either head alone where the fusion head is young.
+    """The reranking score of the model itself, which beats either head alone while the fusion head is little trained.
 
-    Its similarity weight w is the one that the last validation fitted. With w above 1 the sum is divided by w, which
-    leaves its order and keeps it on the scale of the student.
+    Its similarity weight w is the one fitted by the last validation. With w above 1 the scores are divided by w, which
+    keeps their order and puts them on the student's scale.
 
     Example:
         >>> from loopitr import Distillation, MatchPlusSimilarity, PartialRanking
@@ -94,9 +97,9 @@ class MatchPlusSimilarity(Teacher):
 
 
 class OwnModel(Teacher, nn.Module):
-    """A teacher with a model of its own, which is never trained; a part of the objective, so that checkpoints have it.
+    """A teacher that gives the match scores of its own model, which gets no gradient.
 
-    Its match scores teach.
+    It is a submodule of the objective, so checkpoints contain it.
     """
 
     def __init__(self, model: LoopITRModel) -> None:
@@ -104,14 +107,14 @@ class OwnModel(Teacher, nn.Module):
         self.model = model.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> OwnModel:
-        """The model stays in eval mode."""
+        """Does nothing: the model stays in eval mode."""
         return self
 
     @torch.no_grad()
     def encode(
         self, input_ids: Tensor, attention_mask: Tensor, *, pixel_values: Tensor | None, image_tokens: Tensor | None
     ) -> EncodedPairs:
-        """What the teacher's model makes of a batch; arguments as of `LoopObjective.forward`."""
+        """Encode a batch with the teacher's model; arguments as of `LoopObjective.forward`."""
         if pixel_values is not None:
             images = self.model.encode_images(pixel_values)
         else:
@@ -147,7 +150,7 @@ class Momentum(OwnModel):
     def __init__(self, model: LoopITRModel, *, decay: float = 0.995) -> None:
         """
         Raises:
-            ValueError: a decay that is not from 0 to below 1.
+            ValueError: `decay` is below 0, or not below 1.
         """
         if not 0 <= decay < 1:
             raise ValueError(f"the decay of a momentum teacher must be from 0 to below 1, got {decay}")
@@ -163,7 +166,7 @@ class Momentum(OwnModel):
 
 
 class Frozen(OwnModel):
-    """Another model's fusion head, which stays as it is: the setting of CPRD (arXiv 2407.07479).
+    """The match scores of another model, which does not change: the setting of CPRD (arXiv 2407.07479).
 
     Example (`model`, `config` and `batch` as in the example of `LoopObjective`):
         >>> from loopitr import Distillation, Frozen, LoopITRModel, LoopObjective, PartialRanking
@@ -178,11 +181,12 @@ class Frozen(OwnModel):
     def __init__(self, model: LoopITRModel, *, student: LoopITRModel, source: str = "the frozen teacher") -> None:
         """
         Args:
-            student: the model that is to be taught; both read the same pixels and token ids.
-            source: what messages call the teacher.
+            model: the teacher's model.
+            student: the model to be trained; both get the same pixels and token ids.
+            source: the name of the teacher in error messages.
 
         Raises:
-            ValueError: the teacher takes images of another size or has another vocabulary, or is not finite.
+            ValueError: the two differ in image size or vocabulary, or the teacher has NaN or infinite weights.
         """
         sizes = [each.config.vision["image_size"] for each in (model, student)]
         if sizes[0] != sizes[1]:

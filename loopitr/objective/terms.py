@@ -1,8 +1,8 @@
-"""What a step is trained on: small objects, each with a name, a weight and a call on the step (`step.py`).
+"""The losses of a step: each term has a name and a weight, and is called on the step (`step.py`).
 
 A term asks the step for what it needs (`similarities`, `positives`, `candidates`, `match`, `words`, `embeds`,
-`agreement`), which the step computes once. A term of your own is a subclass with a `__call__` that returns a scalar:
-see `recipes/examples/own_term.py`.
+`agreement`), which the step computes once. To add a loss, subclass `Term` with a `__call__` that returns a scalar, as
+`recipes/examples/own_term.py` does.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TermOutput:
-    """A scalar `loss`, not weighted, and `metrics` for the log.
+    """What a term returns: the scalar `loss`, not yet weighted, and `metrics` for the log.
 
     Example:
         >>> import torch
@@ -44,10 +44,13 @@ class TermOutput:
 class Term(ABC):
     """One loss of the step.
 
-    `name` is what it is called in the log; `weight` its factor in the total, 0: left out. `uses_pairs` says that it
-    asks for match scores, so that it is left out while the dual head trains alone; `compares_tokens` that it asks for
-    the agreement of tokens, which the step has from its start. `masking` hides words of the
-    captions, whose copies then are in `step.encoded.masked`; `teacher` is whom it learns from (`teachers.py`).
+    Attributes:
+        name: the name in the log.
+        weight: the factor in the total; a term of weight 0 is left out.
+        uses_pairs: whether it asks for match scores; such a term is left out while the dual head trains alone.
+        compares_tokens: whether it asks for token agreement.
+        masking: hides words of the captions; the masked copies are `step.encoded.masked`.
+        teacher: gives the scores that it learns from (`teachers.py`).
 
     Example (`model` and `batch` as in the example of `LoopObjective`):
         >>> from loopitr import Contrastive, LoopObjective, Term
@@ -65,16 +68,18 @@ class Term(ABC):
     uses_pairs: ClassVar[bool] = False
     compares_tokens: ClassVar[bool] = False
     masking: TokenMasking | None = None
-
     teacher: Teacher | None = None
 
     @abstractmethod
     def __call__(self, step: Step) -> Tensor | TermOutput:
-        """The loss of the whole batch, or this rank's share of it, whose mean over ranks is that: `step.share` times
-        the mean over this rank's queries."""
+        """The mean loss over the queries of all ranks.
+
+        A term that computes only this rank's mean returns it times `step.share`: averaged over ranks, that is the mean
+        over all queries.
+        """
 
     def weight_in(self, step: Step) -> float:
-        """The weight in this step; the same in every step unless a term says otherwise."""
+        """The weight in this step. Override it for a weight that changes during the run."""
         return self.weight
 
     def trained_negatives(self, num_negatives: int) -> int:
@@ -87,9 +92,10 @@ class Term(ABC):
 
 @dataclass(frozen=True)
 class Matching(Term):
-    """ITM: does the pair match? Two-way cross entropy of the fusion head on each query's candidates.
+    """ITM: two-way cross entropy of the fusion head, match or no match, on each query's candidates.
 
-    `balanced` gives positives and negatives one half each. `negatives`: train on only so many, the first mined.
+    `balanced` gives positives and negatives half of the loss each. `negatives` is the number of negatives to train on,
+    the first that were mined; None: all.
 
     Example (`model` and `batch` as in the example of `LoopObjective`):
         >>> from loopitr import LoopObjective, Matching
@@ -113,7 +119,9 @@ class Matching(Term):
 
 @dataclass(frozen=True)
 class Ranking(Term):
-    """LCE: each query's positive above its own negatives by match score (`losses.lce_loss`).
+    """LCE: ranks each query's positive above its negatives by match score (`losses.lce_loss`).
+
+    `negatives` is the number of negatives to train on, the first that were mined; None: all.
 
     Example (`model` and `batch` as in the example of `LoopObjective`):
         >>> from loopitr import LoopObjective, Ranking
@@ -137,12 +145,14 @@ class Ranking(Term):
 
 
 class Distillation(Term):
-    """A teacher's scores of a query's candidates teach the dual's similarities of the same candidates.
+    """The dual head's similarities of a query's candidates learn from a teacher's scores of the same candidates.
 
-    `loss` is a function `(student, teacher, valid) -> scalar` on `[Q, 1 + K]`, the positive first, or a
-    `DistillationLoss`, such as `PartialRanking()` (CPRD). `teacher` (`teachers.py`) scores the candidates; None: the
-    detached match scores. With a `margin` a run lets it count only while the teacher is ahead of the dual head by so
-    many points of held-out R@1 (`training/gate.py`).
+    Args:
+        loss: a function `(student, teacher, valid) -> scalar` on `[Q, 1 + K]`, the positive first, or a
+            `DistillationLoss` such as `PartialRanking()` (CPRD, arXiv 2407.07479).
+        teacher: scores the candidates (`teachers.py`); None: the detached match scores (LoopITR, arXiv 2203.05465).
+        margin: the lead over the dual head, in points of held-out R@1, that the teacher must have for the distillation
+            to be on (`training/gate.py`); None: it is always on.
 
     Example (`model` and `batch` as in the example of `LoopObjective`):
         >>> from loopitr import Distillation, LoopObjective, PartialRanking
@@ -173,7 +183,7 @@ class Distillation(Term):
             self.loss.of_ranked(student[side], teacher[side], valid[side], ranked[side]) for side in (0, 1)
         )
         image_length, text_length = (mask.sum(1).float().mean() for mask in ranked)
-        lengths = {"valid_length": (image_length + text_length) / 2}  # candidates per query that were ranked
+        lengths = {"valid_length": (image_length + text_length) / 2}  # ranked candidates per query
         return TermOutput((image_loss + text_loss) / 2, lengths)
 
     def weight_in(self, step: Step) -> float:
@@ -182,7 +192,7 @@ class Distillation(Term):
 
 @dataclass(frozen=True)
 class WordPrediction(Term):
-    """MLM on the fused tokens of masked captions: it teaches the fusion head which word belongs to which region.
+    """MLM on the fused tokens of masked captions: the fusion head learns which word belongs to which region.
 
     Example (`config` and `batch` as in the example of `LoopObjective`):
         >>> from loopitr import LoopITRModel, LoopObjective, WordPrediction, token_masking
@@ -199,7 +209,7 @@ class WordPrediction(Term):
 
     def __call__(self, step: Step) -> Tensor:
         words = step.words
-        # Ranks hold different numbers of masked tokens: weigh so that the average over ranks is the mean over tokens.
+        # Ranks have different numbers of masked tokens; with this factor, the average over ranks is that over tokens.
         count = torch.ones_like(words.labels).sum()
         return losses.mlm_loss(words.logits, words.labels) * count * world_size() / all_sum(count).clamp(min=1)
 
@@ -210,9 +220,9 @@ class WordPrediction(Term):
 
 @dataclass(frozen=True)
 class Agreement(Term):
-    """Symmetric InfoNCE of token agreement, the cheap part of the match score, over all pairs of the batch.
+    """Symmetric InfoNCE of token agreement (`models/agreement.py`) over all pairs of the batch.
 
-    It trains from the first step on: unlike match scores, it costs little enough for every pair.
+    Token agreement is a part of the match score that is cheap enough to compute for every pair.
 
     Example (`config` and `batch` as in the example of `LoopObjective`):
         >>> from loopitr import Agreement, LoopITRModel, LoopObjective

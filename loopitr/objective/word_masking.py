@@ -1,4 +1,4 @@
-"""Which tokens masked language modelling hides (BERT, arXiv 1810.04805)."""
+"""The choice of the tokens that masked language modelling hides (BERT, arXiv 1810.04805)."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from loopitr.objective.losses import IGNORE_INDEX
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-COUNTED = 1000  # captions that are split into tokens at a time
+CAPTIONS_PER_CALL = 1000  # of the tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenMasking:
-    """`(input_ids, attention_mask) -> (changed ids, labels)`: each real, non-special token is to be predicted with
-    `probability`, and at least one of every caption; of these tokens 80% become the mask token, 10% a random one, 10%
-    stay.
+    """Masks tokens: `(input_ids [B, L], attention_mask [B, L]) -> (masked ids, labels)`, labels -100 elsewhere.
 
-    `common_ids` are left alone, except in a caption that has no other word.
+    Each token that is neither padding nor special is chosen with `probability`, and at least one of every caption. Of
+    the chosen tokens, 80% become the mask token, 10% a random token, and 10% stay. `common_ids` are chosen only in
+    captions that have no other words.
     """
 
     mask_token_id: int
@@ -39,20 +39,20 @@ class TokenMasking:
         maskable = torch.where(content.any(1, keepdim=True), content, words)
         draw = torch.rand(input_ids.shape, device=input_ids.device).masked_fill(~maskable, torch.inf)  # [B, L]
         chosen = draw < self.probability
-        at_least = draw == draw.amin(1, keepdim=True)  # the word that came closest, where none was drawn
-        chosen |= at_least & maskable & ~chosen.any(1, keepdim=True)
+        lowest = draw == draw.amin(1, keepdim=True)
+        chosen |= lowest & maskable & ~chosen.any(1, keepdim=True)
         labels = input_ids.where(chosen, IGNORE_INDEX)
         kind = torch.rand_like(draw)
-        others = torch.randint_like(input_ids, self.vocab_size)
-        changed = torch.where(chosen & (kind < 0.8), self.mask_token_id, input_ids)
-        changed = torch.where(chosen & (kind >= 0.8) & (kind < 0.9), others, changed)
-        return changed, labels
+        random_ids = torch.randint_like(input_ids, self.vocab_size)
+        masked = torch.where(chosen & (kind < 0.8), self.mask_token_id, input_ids)
+        masked = torch.where(chosen & (kind >= 0.8) & (kind < 0.9), random_ids, masked)
+        return masked, labels
 
 
 def token_masking(
     tokenizer: PreTrainedTokenizerBase, probability: float = 0.3, *, common_ids: Iterable[int] = ()
 ) -> TokenMasking | None:
-    """The masking of a tokenizer's words, None if it has no mask token.
+    """The masking for a tokenizer; None if it has no mask token. `common_ids` are masked only where nothing else is.
 
     Example:
         >>> import torch
@@ -60,8 +60,8 @@ def token_masking(
         >>> from loopitr.models.processing import word_tokenizer
         >>> tokenizer = word_tokenizer(["a", "red", "dog"], max_length=8)
         >>> inputs = tokenizer(["a red dog"], return_tensors="pt")
-        >>> changed, labels = token_masking(tokenizer, 0.5)(inputs["input_ids"], inputs["attention_mask"])
-        >>> bool((labels != -100).any()), changed.shape == labels.shape
+        >>> masked, labels = token_masking(tokenizer, 0.5)(inputs["input_ids"], inputs["attention_mask"])
+        >>> bool((labels != -100).any()), masked.shape == labels.shape
         (True, True)
     """
     if tokenizer.mask_token_id is None:
@@ -76,9 +76,9 @@ def token_masking(
 
 
 def common_tokens(tokenizer: PreTrainedTokenizerBase, captions: Iterable[str], share: float) -> tuple[int, ...]:
-    """Ids of the tokens that stand in at least `share` of the captions: articles, forms of to be, punctuation, ...
+    """The ids of tokens that occur in at least `share` of the captions, such as articles and punctuation.
 
-    Counting them in the data needs no stop-word list of one language.
+    Unlike a list of stop words, counting works for every language.
     """
     counts: Counter[int] = Counter()
     total = 0
@@ -93,7 +93,7 @@ def common_tokens(tokenizer: PreTrainedTokenizerBase, captions: Iterable[str], s
     for caption in captions:
         batch.append(caption)
         total += 1
-        if len(batch) == COUNTED:
+        if len(batch) == CAPTIONS_PER_CALL:
             count()
     count()
     return tuple(sorted(token for token, number in counts.items() if number >= share * total))

@@ -1,1 +1,1 @@
-"""A trained model in use: lists of images and texts encoded, compared, scored and ranked."""
+"""Using a trained model: encoding, comparing, scoring and ranking images and texts, and searching an index."""

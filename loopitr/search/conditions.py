@@ -1,4 +1,4 @@
-"""SQL conditions on the columns of an index as Qdrant's filters. LanceDB reads them as they are."""
+"""Translates SQL conditions on the columns of an index to Qdrant's filters. LanceDB reads the conditions directly."""
 
 from __future__ import annotations
 
@@ -21,30 +21,33 @@ BOUNDS = {"<": "lt", "<=": "lte", ">": "gt", ">=": "gte"}
 
 @dataclass(frozen=True)
 class Condition:
-    """The filter, and the columns that it is about."""
+    """A Qdrant filter, and the columns that it uses."""
 
     filter: qdrant.Filter
     columns: set[str]
 
 
-def parsed(where: str) -> Condition:
-    """Comparisons (`=`, `<>`, `<`, `<=`, `>`, `>=`, `IN`, `BETWEEN`, `IS NULL`) of columns with numbers, texts,
-    `true`, `false` and `timestamp '...'`, and `caption HAS 'dog beach'`, which texts with all these words fulfil,
-    joined by `AND`, `OR`, `NOT` and parentheses. A server does not look for parts of words, so that there is no `LIKE`.
+def parse_condition(where: str) -> Condition:
+    """Parse a condition.
+
+    It consists of comparisons (`=`, `<>`, `<`, `<=`, `>`, `>=`, `IN`, `BETWEEN`, `IS NULL`) of columns with numbers,
+    texts, `true`, `false` and `timestamp '...'`, joined by `AND`, `OR`, `NOT` and parentheses.
+    `caption HAS 'dog beach'` holds for texts that contain all these words. There is no `LIKE`, since a server does not
+    search for parts of words.
 
     Raises:
-        ValueError: anything else.
+        ValueError: the condition has anything else.
     """
     parser = _Parser(where)
-    found = parser.any_of()
+    condition = parser.any_of()
     parser.end()
-    return Condition(found, parser.columns)
+    return Condition(condition, parser.columns)
 
 
 class _Parser:
     def __init__(self, where: str) -> None:
         self.where, self.columns = where, set[str]()
-        self.words: list[tuple[str, str]] = []  # kind and what is written
+        self.words: list[tuple[str, str]] = []  # (kind, text)
         at = 0
         while where[at:].strip():
             match = WORD.match(where, at)
@@ -63,7 +66,7 @@ class _Parser:
 
     def end(self) -> None:
         if self.at < len(self.words):
-            raise self.error(f"{self.words[self.at][1]!r} is one word too many")
+            raise self.error(f"{self.words[self.at][1]!r} is unexpected")
 
     def take(self, *words: str) -> str | None:
         """The next word, if it is one of these."""
@@ -124,7 +127,7 @@ class _Parser:
             try:
                 moment = datetime.fromisoformat(value)
             except ValueError as error:
-                raise self.error(f"{value!r} is no date and time, such as 2024-12-31 23:59:59") from error
+                raise self.error(f"{value!r} is not a date and time such as 2024-12-31 23:59:59") from error
             return moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
         word = self.take("true", "false")
         if word:
@@ -149,7 +152,7 @@ class _Parser:
         word = self.need(*RELATIONS) if negated else self.take(*RELATIONS)
         if word is None:
             word = self.take("=", "<>", "!=", "<", "<=", ">", ">=")
-            if word is None:  # a column of true and false
+            if word is None:  # The column itself is true or false.
                 return models.Filter(must=[self.compared(column, "=", True)])
             negated = "not" if word in ("<>", "!=") else None
             conditions = [self.compared(column, "=" if negated else word, self.value())]
@@ -166,8 +169,8 @@ class _Parser:
         elif word == "has":
             conditions = [self.has(column, self.value())]
         else:
-            raise self.error(f"a Qdrant server looks for whole words: {column} HAS 'dog beach' in the place of LIKE")
-        # As in SQL, what has no value is neither equal nor unequal.
+            raise self.error(f"a Qdrant server searches for whole words: use {column} HAS 'dog beach' instead of LIKE")
+        # As in SQL, an image without a value is neither equal nor unequal.
         return models.Filter(must_not=[*conditions, empty]) if negated else models.Filter(should=conditions)
 
     def compared(self, column: str, sign: str, value: Any) -> Any:

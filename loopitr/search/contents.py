@@ -1,5 +1,7 @@
-"""What an index keeps of each image so that none has to be opened again: tokens for reranking, and the bytes of images
-that are no files. A LanceDB table of its own, here or in object storage."""
+"""The contents that an index stores of its images: tokens for reranking, and the bytes of images that are not files.
+
+They are in a LanceDB table of their own, on this machine or in object storage.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +27,14 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Content:
-    """Of one image: `tokens [N, D]` or None, and its `encoded` file or None."""
+    """The stored contents of an image: its `tokens [N, D]` or None, and its `encoded` file or None."""
 
     tokens: Tensor | None
     encoded: bytes | None
 
 
 class Contents:
-    """Tokens and encoded images by id."""
+    """The table of tokens and encoded images, by id."""
 
     def __init__(self, table: Any, manifest: Manifest, place: str | Path) -> None:
         self.table, self.place = table, place
@@ -41,9 +43,10 @@ class Contents:
 
     @classmethod
     def open(cls, folder: str | Path, manifest: Manifest, *, create: bool = False) -> Contents:
-        """
+        """Open the table, or create it.
+
         Raises:
-            ValueError: there is no such table, or it is damaged, or the storage does not answer.
+            ValueError: there is no such table, it is damaged, or the storage does not answer.
         """
         import pyarrow as pa
 
@@ -59,17 +62,19 @@ class Contents:
 
     @classmethod
     def check_new(cls, manifest: Manifest) -> None:
-        """
+        """Check that the place for the contents of a new index is free.
+
         Raises:
-            ValueError: another index's contents lie there already.
+            ValueError: it holds the contents of another index.
         """
         if manifest.contents is not None and "contents" in table_names(connect(manifest.contents)):
             raise ValueError(f"{manifest.contents} holds the contents of an index already; choose another place")
 
     def check_room(self, count: int) -> None:
-        """
+        """Check that the disk, if it is one, has room for the tokens of `count` images.
+
         Raises:
-            ValueError: the disk, if it is one, has less room than the tokens of so many images need.
+            ValueError: it has too little space.
         """
         place = Path(str(self.place))
         if self.dtype is None or self.shape is None or not place.is_dir():
@@ -80,12 +85,13 @@ class Contents:
             raise ValueError(f"{place}: keeping the tokens of {count} images needs {sizes}; index with tokens none")
 
     def ids(self) -> list[int]:
+        """The ids of all images with contents."""
         return self.table.search(None).select(["id"]).limit(ALL).to_arrow()["id"].to_pylist()
 
     def put(
         self, ids: Sequence[int], tokens: Tensor | None, encoded: Sequence[bytes | None], replaced: Collection[int]
     ) -> None:
-        """Keep `tokens [n, N, D]` (already in the type that they are kept in) and `encoded` images."""
+        """Store `tokens [n, N, D]`, in the type of the table, and `encoded` images, replacing those in `replaced`."""
         import pyarrow as pa
 
         if tokens is None and not any(encoded):
@@ -98,26 +104,28 @@ class Contents:
         put_rows(self.table, pa.table(columns), replace=bool(replaced))
 
     def get(self, ids: Sequence[int], *, encoded: bool = False) -> dict[int, Content]:
-        """Of the images that there is something of.
+        """The contents of those images that have any.
 
         Args:
-            encoded: read the encoded images rather than the tokens.
+            encoded: read the encoded images instead of the tokens.
         """
         if not ids:
             return {}
-        wanted = "encoded" if encoded else "tokens"
+        column = "encoded" if encoded else "tokens"
         query = self.table.search(None).where(f"id IN ({', '.join(map(str, ids))})")
-        rows = query.select(["id", wanted]).limit(len(ids)).to_arrow()
+        rows = query.select(["id", column]).limit(len(ids)).to_arrow()
         return {
             number.as_py(): self._content(cell.as_buffer(), encoded=encoded)
-            for number, cell in zip(rows["id"], rows[wanted])
+            for number, cell in zip(rows["id"], rows[column])
             if cell.is_valid
         }
 
     def delete(self, ids: Sequence[int]) -> None:
+        """Delete the contents of these images."""
         delete_rows(self.table, ids)
 
     def finish(self) -> None:
+        """Merge the files of many small writes."""
         tidy(self.table)
 
     def _content(self, buffer: Any, *, encoded: bool) -> Content:

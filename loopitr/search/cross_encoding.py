@@ -1,4 +1,4 @@
-"""What lets a `Retriever` stand where sentence-transformers expects a `CrossEncoder`."""
+"""The parts of sentence-transformers' `CrossEncoder` interface that its evaluators need of a `Retriever`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass
 class ReportedMetrics:
-    """What evaluators have reported of a model, by the evaluator's name, where a `CrossEncoder` keeps its model card.
+    """The metrics that evaluators report to a model, by the evaluator's name; a `CrossEncoder` has its card here.
 
     Example:
         >>> from types import SimpleNamespace
@@ -22,10 +22,10 @@ class ReportedMetrics:
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def set_evaluation_metrics(self, evaluator: Any, metrics: dict[str, Any], epoch: int = 0, step: int = 0) -> None:
-        """What an evaluator calls when it is done."""
+        """Store metrics; an evaluator calls this when it has finished."""
         self.metrics[getattr(evaluator, "name", "") or type(evaluator).__name__] = dict(metrics)
 
 
 def shows_progress(show_progress: bool, show_progress_bar: bool | None) -> bool:
-    """Whether there is a bar: a `CrossEncoder`'s argument goes before ours where it is given."""
+    """Whether to show a progress bar; `show_progress_bar`, the argument of a `CrossEncoder`, takes precedence."""
     return show_progress if show_progress_bar is None else show_progress_bar

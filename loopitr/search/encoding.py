@@ -1,6 +1,6 @@
-"""Images and texts through the model, in batches and in order: embeds of the dual head, reranking scores of pairs.
+"""Runs the model on images and texts in batches: embeds of the dual head, reranking scores of pairs.
 
-These are evaluation's own streams and loops, so that the numbers are evaluation's.
+It uses the code of the evaluation, so that the scores are the same.
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ from loopitr.models.processing import LoopITRProcessor
 
 from .inputs import GivenImages
 
-PAIR_BLOCK = 256  # pairs scored at a time
+PAIR_BLOCK = 256  # the number of pairs scored at a time
 
 
 @dataclass(frozen=True, kw_only=True)
-class Portions:
-    """How the work is portioned out; it changes no number.
+class Batching:
+    """How work is divided into batches, which does not affect the results.
 
-    batch_size: images, or texts, that are encoded at a time.
-    num_workers: processes that open images, given as paths or bytes; 0: this one does.
-    progress: a bar, where there is more than one portion.
+    Args:
+        batch_size: the number of images or texts encoded at a time.
+        num_workers: the number of processes that open images given as paths or bytes; 0: none but this one.
+        progress: show a progress bar if there is more than one batch.
 
     Raises:
-        ValueError: a number out of range.
+        ValueError: a number is out of range.
     """
 
     batch_size: int
@@ -48,34 +49,36 @@ class Portions:
         check_at_least(1, batch_size=self.batch_size)
         check_at_least(0, num_workers=self.num_workers)
 
-    def bar(self, count: int, at_a_time: int | None = None) -> bool:
-        return self.progress and count > (at_a_time or self.batch_size)
+    def bar(self, count: int, batch_size: int | None = None) -> bool:
+        """Whether to show a progress bar for `count` items; `batch_size` None: that of this object."""
+        return self.progress and count > (batch_size or self.batch_size)
 
 
 def dual_of(model: LoopITRModel | DualEncoder) -> DualEncoder:
+    """The dual encoder of a model."""
     return model.dual_encoder() if isinstance(model, LoopITRModel) else model
 
 
 @torch.inference_mode()
 def encode_images(
-    model: LoopITRModel | DualEncoder, processor: LoopITRProcessor, images: GivenImages, portions: Portions
+    model: LoopITRModel | DualEncoder, processor: LoopITRProcessor, images: GivenImages, batching: Batching
 ) -> Tensor:
-    """Embeds `[n, E]` (CPU, float32); the pixels and tokens of one batch are held at a time.
+    """Embeds `[n, E]` (CPU, float32); only the pixels and tokens of one batch are in memory at a time.
 
     Raises:
-        UnreadableImage: the first image that cannot be opened.
+        UnreadableImage: an image cannot be opened.
         ValueError: the model gives NaN or infinite values.
     """
-    stream = _stream(model, processor, images, portions)
-    encoded = stream.encode(list(range(len(images))), storage=None, progress=portions.bar(len(images)))
+    stream = _stream(model, processor, images, batching)
+    encoded = stream.encode(list(range(len(images))), storage=None, progress=batching.bar(len(images)))
     return _finite(encoded.embeds)
 
 
 @torch.inference_mode()
 def encode_texts(
-    model: LoopITRModel | DualEncoder, processor: LoopITRProcessor, texts: list[str], portions: Portions
+    model: LoopITRModel | DualEncoder, processor: LoopITRProcessor, texts: list[str], batching: Batching
 ) -> Tensor:
-    """Embeds `[n, E]` (CPU, float32). One warning counts the texts that are longer than the model takes.
+    """Embeds `[n, E]` (CPU, float32). A warning counts the texts that are longer than the model takes.
 
     Raises:
         ValueError: the model gives NaN or infinite values.
@@ -83,8 +86,8 @@ def encode_texts(
     dual = dual_of(model)
     if not texts:
         return torch.empty(0, dual.config.embed_dim)
-    tokens = _tokenized(dual, processor, texts, portions, storage=None)
-    return _finite(tokens.encode(torch.arange(len(texts)), progress=portions.bar(len(texts))))
+    tokens = _tokenized(dual, processor, texts, batching, storage=None)
+    return _finite(tokens.encode(torch.arange(len(texts)), progress=batching.bar(len(texts))))
 
 
 @torch.inference_mode()
@@ -94,32 +97,32 @@ def score_pairs(
     images: GivenImages,
     texts: list[str],
     pairs: Tensor,
-    portions: Portions,
+    batching: Batching,
 ) -> Tensor:
     """Reranking scores `[P]` (CPU, float64) of `pairs [P, 2]` of (image, text), in any order, repeats allowed.
 
-    Each image is opened and encoded once, and the tokens, keys and values of one batch of images are held at a time.
+    Each image is opened and encoded once; the tokens, keys and values of one batch of images are in memory at a time.
 
     Raises:
-        UnreadableImage: the first image that cannot be opened.
+        UnreadableImage: an image cannot be opened.
         ValueError: the model gives NaN or infinite values.
     """
     if not len(pairs):
         return torch.empty(0, dtype=torch.float64)
-    stream = _stream(model, processor, images, portions)
+    stream = _stream(model, processor, images, batching)
     device = stream.parameter.device
-    tokens = _tokenized(model, processor, texts, portions, storage=TokenStorage())
-    text_embeds = tokens.encode(torch.arange(len(texts)), progress=portions.bar(len(texts)))  # [T, E]
+    tokens = _tokenized(model, processor, texts, batching, storage=TokenStorage())
+    text_embeds = tokens.encode(torch.arange(len(texts)), progress=batching.bar(len(texts)))  # [T, E]
     tokens.embeds = text_embeds.to(device)
     image_embeds: list[Tensor] = []
 
     def blocks() -> Iterator[Tensor]:
-        for block in stream.blocks(list(range(len(images))), portions.batch_size):
+        for block in stream.blocks(list(range(len(images))), batching.batch_size):
             image_embeds.append(stream.model.embed_image_tokens(block).float().cpu())
             yield block
 
     unique, place = pairs.unique(dim=0, return_inverse=True)  # [p, 2] sorted by image, [P]
-    progress = portions.bar(len(images)) or portions.bar(len(unique), PAIR_BLOCK)
+    progress = batching.bar(len(images)) or batching.bar(len(unique), PAIR_BLOCK)
     match = score_candidates(model, blocks(), tokens, unique, pair_block=PAIR_BLOCK, progress=progress)  # [p]
     image, text = unique.unbind(1)
     similarity = (torch.cat(image_embeds)[image] * text_embeds[text]).sum(1)  # [p]
@@ -131,24 +134,25 @@ def score_all(
     processor: LoopITRProcessor,
     images: GivenImages,
     texts: list[str],
-    portions: Portions,
+    batching: Batching,
 ) -> Tensor:
-    """Scores `[I * T]` (CPU, float64) of all pairs, image by image: reranking scores, of a dual encoder alone
-    similarities.
+    """Scores `[I * T]` (CPU, float64) of all pairs, image by image.
+
+    They are reranking scores, or similarities if the model is only a dual encoder.
 
     Raises:
-        UnreadableImage: the first image that cannot be opened.
+        UnreadableImage: an image cannot be opened.
         ValueError: the model gives NaN or infinite values.
     """
     if isinstance(model, LoopITRModel):
         pairs = torch.cartesian_prod(torch.arange(len(images)), torch.arange(len(texts)))
-        return score_pairs(model, processor, images, texts, pairs, portions)
-    image_embeds = encode_images(model, processor, images, portions)
-    return (image_embeds @ encode_texts(model, processor, texts, portions).T).flatten().double()
+        return score_pairs(model, processor, images, texts, pairs, batching)
+    image_embeds = encode_images(model, processor, images, batching)
+    return (image_embeds @ encode_texts(model, processor, texts, batching).T).flatten().double()
 
 
 def _stream(
-    model: LoopITRModel | DualEncoder, processor: LoopITRProcessor, images: GivenImages, portions: Portions
+    model: LoopITRModel | DualEncoder, processor: LoopITRProcessor, images: GivenImages, batching: Batching
 ) -> ImageTokens:
     dual = dual_of(model)
     if len(images) >= WORTHWHILE and next(dual.parameters()).device.type == "cpu":
@@ -158,8 +162,8 @@ def _stream(
         images,
         evaluation_transform(processor),
         cache=None,
-        batch_size=portions.batch_size,
-        num_workers=portions.num_workers if images.are_files else 0,
+        batch_size=batching.batch_size,
+        num_workers=batching.num_workers if images.are_files else 0,
         all_readable=True,
         open_in_threads=images.are_files,
     )
@@ -169,11 +173,11 @@ def _tokenized(
     model: LoopITRModel | DualEncoder,
     processor: LoopITRProcessor,
     texts: list[str],
-    portions: Portions,
+    batching: Batching,
     *,
     storage: TokenStorage | None,
 ) -> TextTokens:
-    tokens = TextTokens(model, processor, texts, batch_size=portions.batch_size, storage=storage)
+    tokens = TextTokens(model, processor, texts, batch_size=batching.batch_size, storage=storage)
     if tokens.truncated:
         cut = f"{tokens.truncated} of {len(texts)} texts were cut to the {tokens.limit} tokens that the model takes"
         warnings.warn(cut, stacklevel=5)

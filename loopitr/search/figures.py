@@ -1,4 +1,4 @@
-"""Hits as HTML: pictures within the page, all text escaped."""
+"""HTML of hits, with images as data URIs and all text escaped."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from html import escape
 from loopitr.data import UnreadableImage
 from loopitr.evaluation.thumbnails import thumbnail
 
-from .looking import COLUMN, Placed
+from .cached_searcher import COLUMN, Placed
 from .searcher import Hit, Searcher
 
 SIDE = 256  # pixels of a picture
-KEPT = 2_000  # pictures, about 10 kB each
-CHARACTERS = 200  # of a caption
+KEPT = 2_000  # the number of pictures kept in memory, about 10 kB each
+CHARACTERS = 200  # the most characters of a caption that are shown
 TEMPLATE_SIGNS = {ord(sign): f"&#{ord(sign)};" for sign in "{}$`\\"}
 STYLE = """
 .loopitr { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); }
@@ -29,16 +29,17 @@ STYLE = """
 
 
 class Thumbnails:
-    """Small pictures of hits as data URIs, of which the last ones are kept. Only images of the index are opened."""
+    """Makes small pictures of hits as data URIs, and keeps the latest; only images of the index are opened."""
 
     def __init__(self, searcher: Searcher) -> None:
         self.searcher = searcher
         self._kept: dict[str, str] = {}
 
     def __call__(self, hit: Hit) -> str:
-        """
+        """The data URI of a hit's picture.
+
         Raises:
-            UnreadableImage: its file is gone, or cannot be opened any more.
+            UnreadableImage: its file no longer exists, or cannot be opened.
         """
         if hit.path not in self._kept:
             small = thumbnail(self.searcher.picture(hit, shortest=SIDE), hit.path, side=SIDE)
@@ -49,22 +50,22 @@ class Thumbnails:
 
 
 def grid(placed: Sequence[Placed], picture: Callable[[Hit], str], *, moves: bool) -> str:
-    """A grid of pictures with place, scores, caption and name; with `moves`, by how many places each moved."""
+    """A grid of pictures with place, scores, caption and name; `moves`: also the number of places that each moved."""
     if not placed:
-        return "<p>No image fits.</p>"
+        return "<p>No image found.</p>"
     return '<div class="loopitr">' + "".join(_figure(each, picture, moves=moves) for each in placed) + "</div>"
 
 
 def caption_list(captions: Sequence[tuple[str, float]]) -> str:
-    """Captions with their scores, best first."""
+    """A list of captions with their scores, best first."""
     if not captions:
-        return "<p>The index has no captions: a column of this name.</p>"
+        return "<p>The index has no column 'caption'.</p>"
     items = "".join(f"<li>{text_of(text)} <small>({score:.2f})</small></li>" for text, score in captions)
     return f"<ol>{items}</ol>"
 
 
 def text_of(text: str, characters: int = CHARACTERS) -> str:
-    """Escaped, also for the templates that the page is made with; of bounded length."""
+    """Text escaped for HTML and for the page's templates, and shortened."""
     whole = text if len(text) <= characters else text[: characters - 1] + "\u2026"
     return escape(whole.encode(errors="backslashreplace").decode()).translate(TEMPLATE_SIGNS)
 
@@ -90,4 +91,4 @@ def _move(placed: Placed) -> str:
     if not places:
         return "="
     kind, sign = ("up", "&uarr;") if places > 0 else ("down", "&darr;")
-    return f'<span class="{kind}" title="the dual head has it at {placed.dual_place}">{sign}{abs(places)}</span>'
+    return f'<span class="{kind}" title="place {placed.dual_place} by the dual head">{sign}{abs(places)}</span>'

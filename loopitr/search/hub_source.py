@@ -1,4 +1,4 @@
-"""What is indexed of a `datasets` source: files by their paths, and images that are stored in it by their rows."""
+"""The images of a `datasets` source for an index: files by path, and images stored in the source by row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .sources import Source, Stamp, free_name, shown
 
 @dataclass
 class HubSource(Source):
-    """Rows of a `datasets` split that have an image. Their columns of numbers and text are kept."""
+    """The rows of a `datasets` split that have an image, with their columns of numbers and text."""
 
     dataset: Any = None
     image_column: str = "image"
@@ -69,11 +69,11 @@ class HubSource(Source):
         stamp = (len(image), 0)
         if file is not None:
             try:
-                found = os.stat(file)
+                status = os.stat(file)
             except OSError as error:
                 self.skipped.append((shown(file), error.strerror or type(error).__name__))
                 return
-            stamp = (found.st_size, found.st_mtime_ns // 1000)
+            stamp = (status.st_size, status.st_mtime_ns // 1000)
         self.rows.append(row)
         self.stamps.append(stamp)
         self.files.append(file)
@@ -83,7 +83,7 @@ class HubSource(Source):
 
 
 def hub_source(path: str, split: str, image_column: str | None = None, data_files: DataFiles = None) -> HubSource:
-    """The images of one split. `path` is a hub id, a local folder, or a format name beside `data_files`.
+    """The images of one split. `path` is a hub id, a local folder, or the name of a format, with `data_files`.
 
     Raises:
         DataError: `datasets` cannot load the source, it has no such split, or the image column is unclear.
@@ -94,7 +94,7 @@ def hub_source(path: str, split: str, image_column: str | None = None, data_file
 
 
 def _is_kept(feature: Any) -> bool:
-    """Numbers, text and lists of text."""
+    """Whether a column is kept: numbers, text and lists of text are."""
     inner = getattr(feature, "feature", feature)
     kind = str(getattr(inner, "dtype", ""))
     is_text = kind in ("string", "large_string")

@@ -1,4 +1,4 @@
-"""Making and changing an index: what is new or changed is encoded, all else stays."""
+"""Builds and updates an index: only new and changed images are encoded."""
 
 from __future__ import annotations
 
@@ -34,33 +34,34 @@ def build_index(
     num_workers: int | None = None,
     show_progress: bool = True,
 ) -> IndexReport:
-    """Index the images of a folder, of a table or of another source; go on with an index that is there already.
+    """Index the images of a folder, a table or another source, or update an existing index.
 
-    Images whose files have neither changed in size nor in time are not looked at again, so that an interrupted call is
-    simply made once more, and a later one brings the index up to date. Unreadable images are left out, reported, and
-    listed in the index's `skipped.csv`.
+    Files whose size and modification time have not changed are not opened again. So an interrupted call can simply be
+    repeated, and a later call brings the index up to date. Unreadable images are skipped, reported, and listed in the
+    index's `skipped.csv`.
 
     Args:
-        source: a folder, which is walked through; a CSV, TSV or JSON-lines file of image paths and other columns; or a
-            `Source` (`loopitr/search/sources.py`).
+        source: a folder, which is searched with its subfolders; a CSV, TSV or JSON-lines file of image paths and other
+            columns; or a `Source` (`loopitr/search/sources.py`).
         model: a run folder, an exported dual encoder, a hub id, or a loaded model.
         output: the folder of the index.
-        images: folder that relative paths of a table start from; None: the folder of the table.
-        image_column: of a table.
-        tokens: what image tokens are kept in for reranking, `fp16` or `bf16`; `none`: images are opened again for it.
-        store: address of a Qdrant server for the vectors; None: LanceDB in the index. Its API key is in the environment
-            variable QDRANT_API_KEY.
-        collection: its name there; None: that of the folder of the index.
-        contents: where tokens are kept, a folder or an address such as `s3://bucket/folder`; None: in the index.
-        batch_size: images encoded at a time; None: 64 on a GPU, and 4 for each core of a CPU, since larger ones take
-            more memory and no less time there.
-        num_workers: processes that open images; 0: this one does, None: on a GPU one for each core, on a CPU none,
-            since the threads that encode there open images too.
+        images: the folder that relative paths of a table start from; None: the folder of the table.
+        image_column: the column of a table that has the paths.
+        tokens: the type in which image tokens are stored for reranking, `fp16` or `bf16`; `none`: images are opened
+            again for it.
+        store: the address of a Qdrant server for the vectors, whose API key is in the environment variable
+            QDRANT_API_KEY; None: LanceDB in the index.
+        collection: the name of the collection on that server; None: that of the folder of the index.
+        contents: where tokens are stored, a folder or an address such as `s3://bucket/folder`; None: in the index.
+        batch_size: the number of images encoded at a time; None: 64 on a GPU, and 4 for each core of a CPU, where
+            larger batches take more memory and no less time.
+        num_workers: the number of processes that open images; 0: none but this one, None: one for each core beside a
+            GPU, and none on a CPU, where the threads that encode images open them too.
 
     Raises:
-        ValueError: no image in the source, an index of another model or version, options out of range, a store that
-            does not answer.
-        OSError: no such model; a folder that cannot be written to.
+        ValueError: the source has no image, the index is of another model or version, an option is out of range, or the
+            store does not answer.
+        OSError: there is no such model, or the folder cannot be written to.
         ModuleNotFoundError: LanceDB is not installed.
 
     Example (`photos`, `run` and `index` as in the example of `Searcher`):
@@ -111,10 +112,10 @@ def add_images(
     num_workers: int | None = None,
     show_progress: bool = True,
 ) -> IndexReport:
-    """`build_index` into an index that is there, with its own model.
+    """Add images to an existing index, by `build_index` with the model of the index.
 
     Raises:
-        FileNotFoundError: no index there.
+        FileNotFoundError: there is no such index.
     """
     manifest = read_manifest(index)
     return build_index(

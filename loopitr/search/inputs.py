@@ -1,4 +1,4 @@
-"""What a user hands over as images and texts, one or many, checked before any work; each item has a name for errors."""
+"""Checks the images and texts that a user passes, one or many, and names each of them for errors."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from torch import Tensor
 from loopitr.data import LazyRecords, Record
 
 ImageInput = str | Path | bytes | Image.Image | np.ndarray | Tensor
-CHANNELS = (1, 3, 4)  # grey, RGB, RGB with transparency
+CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
 
 
 class GivenImages(LazyRecords):
-    """Images as records without captions: each is opened when it is read, and named by its path or its position.
+    """Images as records without captions. Each is opened when it is read, and named by its path or its position.
 
-    `positions` are what errors call the images; None: 0, 1, 2, ...
+    `positions` are the numbers of the images in errors; None: 0, 1, 2, ...
     """
 
     def __init__(self, images: Sequence[ImageInput], positions: Sequence[int] | None = None) -> None:
@@ -48,7 +48,10 @@ class GivenImages(LazyRecords):
 
     @property
     def are_files(self) -> bool:
-        """Whether other processes may open them: two that read from one opened PIL image would mix up its bytes."""
+        """Whether all are paths or bytes, so that other processes may open them.
+
+        Two processes that read from one open PIL image would get each other's bytes.
+        """
         return all(isinstance(image, (str, Path, bytes)) for image in self.images)
 
 
@@ -56,10 +59,10 @@ def given_images(images: Any) -> tuple[GivenImages, bool]:
     """The images of a list, or one image, and whether it was one.
 
     An image is a path, the bytes of a file, a PIL image, or an array or tensor `[H, W]`, `[H, W, C]` or `[C, H, W]` of
-    bool, uint8, uint16 or, from 0 to 1, floats.
+    bool, uint8, uint16, or floats from 0 to 1.
 
     Raises:
-        ValueError: something else, which is named by its position; a set, whose order means nothing.
+        ValueError: an item is not an image (the error has its position), or the images are a set, which has no order.
     """
     alone = is_one(images)
     items = [images] if alone else listed(images, "images", "paths, bytes, PIL images or arrays")
@@ -72,7 +75,7 @@ def given_texts(texts: Any) -> tuple[list[str], bool]:
     """The texts of a list, or one text, and whether it was one.
 
     Raises:
-        ValueError: something else, a blank text, or one that is no Unicode, which is named by its position.
+        ValueError: an item is not a text, is blank, or is not valid Unicode; the error has its position.
     """
     alone = isinstance(texts, str)
     items = [texts] if alone else listed(texts, "texts", "str")
@@ -90,9 +93,12 @@ def given_texts(texts: Any) -> tuple[list[str], bool]:
 
 @dataclass(frozen=True, kw_only=True)
 class GivenPairs:
-    """Different images, by object or path, different texts, and `pairs` of their (image, text) indices as given.
+    """Pairs of images and texts.
 
-    `alone`: one pair was given instead of a list.
+    Attributes:
+        images, texts: the distinct images (by object or path) and texts.
+        pairs: (image, text) indices into them, in the order of the given pairs.
+        alone: whether one pair was given instead of a list.
     """
 
     images: GivenImages
@@ -104,11 +110,11 @@ class GivenPairs:
 def given_pairs(pairs: Any) -> GivenPairs:
     """The pairs of a list of (text, image), or one pair.
 
-    What asks with images, sentence-transformers' evaluators for one, gives (image, text): it is taken too where the
-    image is no str, which could be either.
+    A pair may also be (image, text), as sentence-transformers' evaluators give it for image queries, if the image is
+    not a str, which could be a text.
 
     Raises:
-        ValueError: not pairs of a text and an image; the pair is named by its position.
+        ValueError: an item is not a pair of a text and an image; the error has its position.
     """
     items = listed(pairs, "pairs", "(text, image)")
     alone = len(items) == 2 and isinstance(pairs, (list, tuple)) and not isinstance(items[0], (list, tuple))
@@ -121,7 +127,7 @@ def given_pairs(pairs: Any) -> GivenPairs:
     images, _ = given_images([image for _, image in items])
     text_rows: dict[str, int] = {}
     image_rows: dict[str | int, int] = {}
-    first: list[int] = []  # the first pair of each image
+    first: list[int] = []  # the position of the first pair of each image
     rows = []
     for index, (text, image) in enumerate(zip(texts, images.images)):
         row = image_rows.setdefault(str(image) if isinstance(image, (str, Path)) else id(image), len(first))
@@ -138,10 +144,10 @@ def _text_first(pair: Any) -> Any:
 
 
 def listed(items: Any, name: str, wanted: str) -> list[Any]:
-    """The items of anything that has them in an order.
+    """The items of a list or any other ordered iterable.
 
     Raises:
-        ValueError: text, bytes, a dictionary, a set, or nothing that can be listed.
+        ValueError: `items` is text, bytes, a dictionary or a set, or is not iterable.
     """
     unlisted = isinstance(items, (str, bytes, Mapping, Set)) or not isinstance(items, Iterable)
     if unlisted or getattr(items, "ndim", 1) == 0:
@@ -150,15 +156,17 @@ def listed(items: Any, name: str, wanted: str) -> list[Any]:
 
 
 def is_one(items: Any) -> bool:
-    """Whether this is one text or one image and not a list of them."""
+    """Whether this is one text or image, and not a list of them."""
     if isinstance(items, (np.ndarray, Tensor)):
         return items.ndim in (2, 3)
     return isinstance(items, (str, Path, bytes, Image.Image))
 
 
 def is_text(item: Any) -> bool:
-    """Whether this is a text and not an image: a str is the path of one if it ends as the names of image files do, or
-    if it is the path of a file in some folder."""
+    """Whether this is a text and not an image.
+
+    A str is the path of an image if it has the suffix of an image file, or is the path of an existing file in a folder.
+    """
     if not isinstance(item, str):
         return False
     ends_as_image = os.path.splitext(item)[1].lower() in Image.registered_extensions()
@@ -166,10 +174,10 @@ def is_text(item: Any) -> bool:
 
 
 def kind_of(candidates: Sequence[Any]) -> str:
-    """`text` or `image`, whichever all candidates are; `text` of none.
+    """`text` or `image`, the kind of all candidates; `text` if there are none.
 
     Raises:
-        ValueError: some are texts, some images.
+        ValueError: some are texts and some images.
     """
     kinds = ["text" if is_text(candidate) else "image" for candidate in candidates]
     if len({*kinds}) > 1:
@@ -179,7 +187,7 @@ def kind_of(candidates: Sequence[Any]) -> str:
 
 
 def picture_of(pixels: np.ndarray | Tensor) -> Image.Image:
-    """A checked array or tensor as an 8-bit PIL image; 16 bits and floats are rounded as those of files are."""
+    """A checked array or tensor as an 8-bit PIL image; 16 bits and floats are rounded as for files."""
     values = _array(pixels)
     if values.ndim == 3 and values.shape[-1] not in CHANNELS:
         values = np.moveaxis(values, 0, -1)  # [H, W, C]
@@ -209,17 +217,17 @@ def _check_image(image: Any, name: str) -> None:
         raise ValueError(f"{name} must be an array [H, W], [H, W, C] or [C, H, W] with 1, 3 or 4 channels, got {shape}")
     if pixels.dtype.kind == "f":
         low, high = float(pixels.min()), float(pixels.max())
-        if not (low >= 0 and high <= 1):  # This is the case of NaN too.
+        if not (low >= 0 and high <= 1):  # This is also true for NaN.
             raise ValueError(f"{name}: floating-point pixels must be from 0 to 1, got {low:.4g} to {high:.4g}")
     elif pixels.dtype not in (np.bool_, np.uint8, np.uint16):
         raise ValueError(f"{name} must have pixels of bool, uint8, uint16 or floats, got {pixels.dtype}")
 
 
 def floating_type(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A dtype or the name of one.
+    """The floating-point dtype given as such or by its name; None stays None.
 
     Raises:
-        ValueError: no floating-point type.
+        ValueError: it is not a floating-point type.
     """
     known = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is not None and not (isinstance(known, torch.dtype) and known.is_floating_point):
@@ -228,10 +236,10 @@ def floating_type(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def vector_rows(vectors: Any) -> Tensor:
-    """`[n, E]` or `[E]`, a tensor or an array -> float32 `[n, E]` on the CPU.
+    """A tensor or an array, `[n, E]` or `[E]`, as a float32 tensor `[n, E]` on the CPU.
 
     Raises:
-        ValueError: vectors of integers, or of another shape.
+        ValueError: the vectors have integers or another shape.
     """
     rows = vectors.detach().cpu() if isinstance(vectors, Tensor) else torch.from_numpy(np.array(vectors))
     if not rows.is_floating_point():

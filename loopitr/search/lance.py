@@ -1,8 +1,7 @@
-"""An index in LanceDB: the vectors of images with the columns that searches filter by, and, apart, their tokens."""
+"""The images of an index in LanceDB: their vectors, and the columns that searches can filter by."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,15 +17,15 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 ALL = 2**32 - 1  # no limit
-KEPT = timedelta(hours=1)  # versions of a table that nobody needs any more, but for a search that goes on
-INDEXED_FROM = 20_000  # images: searching so many one by one takes longer than an index does
+KEPT = timedelta(hours=1)  # how long old versions of a table are kept, for searches that still read them
+INDEXED_FROM = 20_000  # the number of images from which a vector index is faster than comparing with all
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
-HIDDEN = ("id", "file", "embed")  # columns that are no one's business
+HIDDEN = ("id", "file", "embed")  # internal columns, which are not in results
 
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """An image of an index: its `id`, the bytes of its path, how it is shown, and its other columns."""
+    """An image of an index: its `id`, the bytes of its path (`file`), its path as text, and its other columns."""
 
     id: int
     file: bytes
@@ -37,7 +36,7 @@ class Found:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """An image to keep, with its embed `[E]`."""
+    """An image to store, with its embed `[E]`."""
 
     id: int
     file: bytes
@@ -50,7 +49,8 @@ class Row:
 
 
 def connect(folder: str | Path) -> Any:
-    """
+    """Open a LanceDB database.
+
     Raises:
         ModuleNotFoundError: LanceDB is not installed.
     """
@@ -58,19 +58,20 @@ def connect(folder: str | Path) -> Any:
         import lancedb
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError('searching needs LanceDB: pip install "loopitr[search]"') from error
-    # Every read looks whether there is a newer version.
+    # With this interval, every read checks for a newer version of the table.
     return lancedb.connect(str(folder), read_consistency_interval=timedelta(0))
 
 
 class LanceImages:
-    """The table of an index's images. What is written is there completely or not at all."""
+    """The table of an index's images, whose writes are atomic."""
 
     def __init__(self, table: Any, embed_dim: int) -> None:
         self.table, self.embed_dim = table, embed_dim
 
     @classmethod
     def open(cls, folder: str | Path, embed_dim: int, *, create: bool = False) -> LanceImages:
-        """
+        """Open the table, or create it.
+
         Raises:
             ValueError: there is no such table, or it is damaged.
         """
@@ -88,19 +89,19 @@ class LanceImages:
         return self.table.count_rows()
 
     def stamps(self) -> dict[int, Stamp]:
-        """Of all images, by id."""
+        """The stamps of all images, by id."""
         rows = self.table.search(None).select(["id", "size", "mtime"]).limit(ALL).to_arrow()
         micros = rows["mtime"].cast("int64").to_pylist()
         return dict(zip(rows["id"].to_pylist(), zip(rows["size"].to_pylist(), micros)))
 
     def listed(self, where: str | None = None) -> list[Found]:
-        """All images, or those that an SQL condition holds for."""
+        """All images, or those for which an SQL condition holds."""
         query = self.table.search(None)
         rows = _asked(query if where is None else query.where(_whole(where)), where, limit=ALL, names=self._names())
         return [_found(row, 0.0) for row in rows]
 
     def put(self, rows: Sequence[Row], replaced: Collection[int] = ()) -> None:
-        """Add images; of those whose ids are `replaced` the earlier rows go."""
+        """Add images; those with ids in `replaced` replace their earlier rows."""
         import pyarrow as pa
 
         self._add_columns(rows)
@@ -121,6 +122,7 @@ class LanceImages:
         put_rows(self.table, arrow, replace=bool(replaced))
 
     def delete(self, ids: Sequence[int]) -> None:
+        """Delete images by id."""
         delete_rows(self.table, ids)
 
     def search(self, vector: np.ndarray, limit: int, where: str | None = None, *, exact: bool = False) -> list[Found]:
@@ -128,10 +130,10 @@ class LanceImages:
 
         Args:
             where: an SQL condition on the columns.
-            exact: compare with every image even where there is a vector index.
+            exact: compare with every image, even if there is a vector index.
 
         Raises:
-            ValueError: a condition that is no SQL, or on a column that is not there.
+            ValueError: the condition is not valid SQL, or has an unknown column.
         """
         query = self.table.search(vector.astype(np.float32), vector_column_name="embed").distance_type("dot")
         query = query.bypass_vector_index() if exact else query.nprobes(_probes(len(self)))
@@ -140,7 +142,7 @@ class LanceImages:
         return [_found(row, 1.0 - row.pop("_distance")) for row in rows]
 
     def finish(self) -> None:
-        """Put many small writes together, and index the vectors where there are many."""
+        """Merge many small writes, and make a vector index if there are many images."""
         from lancedb.index import IvfFlat
 
         tidy(self.table)
@@ -151,19 +153,19 @@ class LanceImages:
                 self.table.create_index("embed", config=config)
 
     def columns(self) -> list[str]:
-        """Those that searches can filter by."""
+        """The columns that searches can filter by."""
         return [name for name in self.table.schema.names if name not in HIDDEN]
 
     def vector_index(self) -> str | None:
-        """Its type, if there is one."""
-        found = [index for index in self.table.list_indices() if "embed" in index.columns]
-        return str(found[0].index_type) if found else None
+        """The type of the vector index; None: there is none."""
+        indices = [index for index in self.table.list_indices() if "embed" in index.columns]
+        return str(indices[0].index_type) if indices else None
 
     def _names(self) -> list[str]:
         return [name for name in self.table.schema.names if name != "embed"]
 
     def _add_columns(self, rows: Sequence[Row]) -> None:
-        """Make room for columns that the table does not have yet."""
+        """Add the columns of these rows that the table lacks."""
         import pyarrow as pa
 
         known = set(self.table.schema.names)
@@ -177,6 +179,7 @@ class LanceImages:
 
 
 def table_names(database: Any) -> list[str]:
+    """The names of a database's tables."""
     return list(database.list_tables().tables)
 
 
@@ -226,10 +229,10 @@ def _vectors(embeds: np.ndarray) -> pa.FixedSizeListArray:
 
 @contextmanager
 def writing_to(table: Any) -> Iterator[None]:
-    """Turns LanceDB's errors into one that names the table: a full disk is a RuntimeError of hers.
+    """A context in which LanceDB's errors, which are RuntimeErrors even for a full disk, become one OSError.
 
     Raises:
-        OSError: what is written in the block cannot be.
+        OSError: the table, which it names, cannot be written to.
     """
     try:
         yield
@@ -238,12 +241,13 @@ def writing_to(table: Any) -> Iterator[None]:
 
 
 def tidy(table: Any) -> None:
-    """Many small writes become few files, which the vector index, if there is one, takes in."""
+    """Merge the files of many small writes, and add them to the vector index if there is one."""
     with writing_to(table):
         table.optimize(cleanup_older_than=KEPT)
 
 
 def put_rows(table: Any, rows: pa.Table, *, replace: bool) -> None:
+    """Add rows; with `replace`, they replace rows of the same id."""
     with writing_to(table):
         if replace:
             table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(rows)
@@ -252,6 +256,7 @@ def put_rows(table: Any, rows: pa.Table, *, replace: bool) -> None:
 
 
 def delete_rows(table: Any, ids: Sequence[int]) -> None:
+    """Delete rows by id."""
     with writing_to(table):
         for start in range(0, len(ids), 10_000):
             table.delete(f"id IN ({', '.join(map(str, ids[start : start + 10_000]))})")
@@ -267,12 +272,12 @@ def _asked(query: Any, where: str | None, *, limit: int, names: list[str]) -> li
 
 
 def _whole(where: str) -> str:
-    """In parentheses: LanceDB would leave out what stands behind a complete condition."""
+    """The condition in parentheses; otherwise LanceDB ignores anything after a complete condition."""
     return f"({where})"
 
 
 def line_of(error: Exception) -> str:
-    """LanceDB's message without the place in its own source."""
+    """LanceDB's message without the position in its source."""
     text = " ".join(str(error).split())
     return text.removeprefix("Invalid input, ").partition(", /")[0]
 
@@ -287,9 +292,5 @@ def _partitions(count: int) -> int:
 
 
 def _probes(count: int) -> int:
-    """Partitions that are searched: so many that the exact top 100 is found (recipes/benchmarks/search.py)."""
+    """The number of partitions to search, enough to find the exact top 100 (recipes/benchmarks/search.py)."""
     return max(20, _partitions(count) // 8)
-
-
-def path_of(file: bytes) -> str:
-    return os.fsdecode(file)

@@ -1,4 +1,4 @@
-"""What an index says of itself: its `manifest.json`, the lock of those who write to it, the images it left out."""
+"""The `manifest.json` of an index, its lock for writing, and its list of skipped images."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ from .retriever import Retriever
 
 MANIFEST, LOCK, SKIPPED = "manifest.json", "index.lock", "skipped.csv"
 FORMAT = 1
-_HELD: set[str] = set()  # the indexes that this process writes to
+_HELD: set[str] = set()  # the indexes that this process is writing to
 TOKEN_TYPES = {"fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What `manifest.json` says of an index.
+    """The content of an index's `manifest.json`.
 
-    model, model_hash: where the model came from, and the digest of all that its embeds depend on.
-    embed_dim: `E`.
-    tokens: the type of the image tokens that are kept (`fp16`, `bf16`), or None.
-    token_shape: `[N, D]`, of the image tokens that are kept.
-    store: the address of a Qdrant server, or a folder of its client's local mode; None: LanceDB in the index itself.
-    collection: its name there.
-    contents: where the image tokens lie; None: in the index itself.
-    complete: False from the start of building until its end.
+    Attributes:
+        model, model_hash: the folder or hub id of the model, and a digest of everything that its embeds depend on.
+        embed_dim: `E`.
+        tokens, token_shape: the type of the stored image tokens (`fp16`, `bf16`) and their shape `[N, D]`, or None.
+        store: the address of a Qdrant server, or a folder for its client's local mode; None: LanceDB in the index.
+        collection: the name of the collection on the server.
+        contents: where image tokens are stored; None: in the index.
+        complete: False while the index is being built, or if that was interrupted.
+        format: the version of the format.
     """
 
     model: str
@@ -57,15 +58,15 @@ def manifest_of(
     collection: str | None,
     contents: str | None,
 ) -> Manifest:
-    """Of a new index."""
+    """The manifest of a new index."""
     vision = dual_of(retriever.model).vision
-    kept = tokens if isinstance(retriever.model, LoopITRModel) else None  # Nothing else reads tokens.
+    tokens = tokens if isinstance(retriever.model, LoopITRModel) else None  # Only a fusion head reads tokens.
     return Manifest(
         model=model,
         model_hash=model_hash(retriever),
         embed_dim=dual_of(retriever.model).config.embed_dim,
-        tokens=kept,
-        token_shape=(vision.num_tokens, vision.width) if kept else None,
+        tokens=tokens,
+        token_shape=(vision.num_tokens, vision.width) if tokens else None,
         store=store,
         collection=collection if store else None,
         contents=contents,
@@ -73,25 +74,26 @@ def manifest_of(
 
 
 def model_hash(retriever: Retriever) -> str:
-    """Of the dual encoder: of a run and of the dual encoder exported from it the same."""
+    """A digest of the dual encoder, the same for a run and for the dual encoder exported from it."""
     return dual_key(dual_of(retriever.model), retriever.processor)
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """
+    """Read the manifest of an index.
+
     Raises:
-        FileNotFoundError: no such folder, or no index in it.
-        ValueError: a manifest that is damaged, or of another version of this package.
+        FileNotFoundError: there is no such folder, or no index in it.
+        ValueError: the manifest is damaged, or of another version of this package.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        what = f"there is no {MANIFEST} in it" if Path(folder).is_dir() else "no such folder"
-        raise FileNotFoundError(f"{folder} is no search index: {what}; `loopitr search index` makes one")
+        reason = f"there is no {MANIFEST} in it" if Path(folder).is_dir() else "no such folder"
+        raise FileNotFoundError(f"{folder} is not a search index: {reason}; `loopitr search index` makes one")
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        found = int(content["format"])
-        if found != FORMAT:
-            raise ValueError(f"it has format {found}, this version of loopitr reads format {FORMAT}; index it again")
+        version = int(content["format"])
+        if version != FORMAT:
+            raise ValueError(f"it has format {version}, this version of loopitr reads format {FORMAT}; index it again")
         known = {field.name for field in fields(Manifest)}
         manifest = Manifest(**{name: value for name, value in content.items() if name in known})
         shape = manifest.token_shape
@@ -103,47 +105,48 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Complete or not at all."""
+    """Write the manifest atomically."""
     partial = folder / (MANIFEST + ".partial")
     partial.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
     partial.replace(folder / MANIFEST)
 
 
 def check_model(folder: str | Path, manifest: Manifest, retriever: Retriever) -> None:
-    """
+    """Check that a model is the one that an index was made with.
+
     Raises:
-        ValueError: the model is not the one that the index was made with.
+        ValueError: it is another one.
     """
     own = model_hash(retriever)
     if own != manifest.model_hash:
         raise ValueError(
             f"{folder} was indexed with another model ({manifest.model}, {manifest.model_hash[:12]}) than this one "
-            f"({own[:12]}): their vectors do not compare; give that model, or index again into another folder"
+            f"({own[:12]}), so their vectors cannot be compared; give that model, or index again into another folder"
         )
 
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Within it, nobody else writes to the index; the system lets go of the lock of a process that is killed.
+    """A context with the lock for writing to an index, which the system releases if the process is killed.
 
     Raises:
-        ValueError: another process writes to it.
+        ValueError: another process is writing to the index.
         OSError: the folder cannot be written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
     taken = f"{folder} is being written to by another process; wait for it to end"
     key = str(folder.resolve())
-    if key in _HELD:  # A process is not kept out by its own lock.
+    if key in _HELD:  # The lock of the system does not work within one process.
         raise ValueError(taken)
     with open(folder / LOCK, "a", encoding="utf-8") as file:
         try:
             import fcntl
 
-            # Other than those of `flock`, workers of a process that was killed do not hold this lock on.
+            # Unlike that of `flock`, this lock is not inherited by worker processes, which may outlive a killed parent.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             raise ValueError(taken) from error
-        except (ImportError, OSError):  # Neither Windows nor every network file system has it.
+        except (ImportError, OSError):  # Windows and some network file systems do not have it.
             pass
         _HELD.add(key)
         try:
@@ -153,7 +156,7 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def read_skipped(folder: str | Path) -> dict[str, str]:
-    """The images that were left out: path -> reason."""
+    """The skipped images: path -> reason."""
     path = Path(folder) / SKIPPED
     if not path.is_file():
         return {}
@@ -162,6 +165,7 @@ def read_skipped(folder: str | Path) -> dict[str, str]:
 
 
 def write_skipped(folder: Path, skipped: Mapping[str, str]) -> None:
+    """Write the list of skipped images atomically."""
     partial = folder / (SKIPPED + ".partial")
     with open(partial, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("path", "reason"), *skipped.items()])

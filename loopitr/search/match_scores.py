@@ -1,4 +1,4 @@
-"""The fusion head's scores of a text with the candidates of a search, from kept tokens or from the images."""
+"""The fusion head's scores of a text with the candidates of a search, from stored tokens or from the images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .contents import Contents
 from .lance import Found
 from .retriever import Retriever
 
-BLOCK = 64  # images whose tokens, keys and values are held at a time
+BLOCK = 64  # the number of images whose tokens, keys and values are in memory at a time
 
 
 @torch.inference_mode()
@@ -38,28 +38,28 @@ def match_scores(
     for start in range(0, len(candidates), BLOCK):
         block = candidates[start : start + BLOCK]
         tokens = _tokens(retriever, block, contents)
-        known = [place for place, own in enumerate(tokens) if own is not None]
+        places = [place for place, own in enumerate(tokens) if own is not None]
         match: list[float | None] = [None] * len(block)
-        if known:
+        if places:
             stacked = torch.stack([own for own in tokens if own is not None])  # [b, N, D]
             (stacked,) = send([stacked], retriever.device)
             images = model.project_images(model.image_state(stacked))
-            pairs = torch.tensor([[row, 0] for row in range(len(known))])
+            pairs = torch.tensor([[row, 0] for row in range(len(places))])
             values = model.score_pairs(images, texts, pairs).score.float().cpu()
             if not values.isfinite().all():
                 raise ValueError("the model gives NaN or infinite values: it cannot be used")
-            for place, value in zip(known, values.tolist()):
+            for place, value in zip(places, values.tolist()):
                 match[place] = value
         scores += match
     return scores
 
 
 def _tokens(retriever: Retriever, images: Sequence[Found], contents: Contents) -> list[Tensor | None]:
-    """Tokens `[N, D]` of each image (CPU), as they are kept, or computed anew where they are not."""
-    kept = contents.get([image.id for image in images]) if contents.dtype is not None else {}
-    missing = [image for image in images if image.id not in kept]
+    """The tokens `[N, D]` of each image (CPU), as stored, or else computed; None: the image cannot be opened."""
+    stored = contents.get([image.id for image in images]) if contents.dtype is not None else {}
+    missing = [image for image in images if image.id not in stored]
     computed = dict(_computed(retriever, missing, contents)) if missing else {}
-    return [kept[image.id].tokens if image.id in kept else computed.get(image.id) for image in images]
+    return [stored[image.id].tokens if image.id in stored else computed.get(image.id) for image in images]
 
 
 def _computed(retriever: Retriever, images: Sequence[Found], contents: Contents) -> Iterator[tuple[int, Tensor]]:

@@ -1,4 +1,4 @@
-"""A model in mteb's benchmarks: the dual encoder alone, and its best candidates reranked by both heads.
+"""Evaluates a model on mteb's benchmarks: the dual encoder alone, or with its best candidates reranked.
 
 import mteb
 
@@ -28,20 +28,20 @@ from loopitr.checks import check_at_least
 from loopitr.data import Record
 from loopitr.models.loop_model import LoopITRModel
 
-from .encoding import Portions, score_pairs
+from .encoding import Batching, score_pairs
 from .inputs import GivenImages, given_texts
 
 if TYPE_CHECKING:
     from .retriever import Retriever
 
-QUERY_BLOCK = 256  # queries whose similarities with the whole corpus are held at a time
+QUERY_BLOCK = 256  # the number of queries whose similarities with the whole corpus are in memory at a time
 INSTALL = 'mteb is not installed: pip install "loopitr[mteb]"'
 
 
 class MtebEncoder:
-    """The dual encoder as mteb's `EncoderProtocol`: texts, images, or both, whose vectors are added.
+    """The dual encoder as an `EncoderProtocol` of mteb, for texts, images, or both, whose vectors are added.
 
-    Results are kept by mteb under the model's name and a hash of its weights, so that another model never gets them.
+    mteb stores results under the model's name and a hash of its weights, so that they are not used for another model.
     """
 
     stage = ""
@@ -49,7 +49,7 @@ class MtebEncoder:
     def __init__(self, retriever: Retriever, *, truncate_dim: int | None = None) -> None:
         """
         Args:
-            truncate_dim: the first so many dimensions of the vectors alone.
+            truncate_dim: the length to which vectors are cut; None: they are not cut.
 
         Raises:
             ModuleNotFoundError: mteb is not installed.
@@ -61,11 +61,11 @@ class MtebEncoder:
 
     @cached_property
     def mteb_model_meta(self) -> Any:
-        """What mteb writes beside the results."""
+        """The description of the model that mteb stores with the results."""
         from mteb.models import ModelMeta
 
         model, width = self.retriever.model, self.retriever.model.config.embed_dim
-        known = {
+        fields = {
             "name": f"{_hub_name(self.retriever.source)}{self.stage}",
             "revision": _fingerprint(model),
             "n_parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -77,8 +77,8 @@ class MtebEncoder:
             "use_instructions": False,
         }
         if self.truncate_dim is not None:
-            known["name"] += f"-{self.truncate_dim}-dimensions"
-        return ModelMeta.create_empty(known)
+            fields["name"] += f"-{self.truncate_dim}-dimensions"
+        return ModelMeta.create_empty(fields)
 
     def encode(
         self,
@@ -93,7 +93,8 @@ class MtebEncoder:
         """Unit vectors `[n, E]` (CPU, float32) of batches of `text`, `image` or both.
 
         Raises:
-            ValueError: a blank text, an image that does not open, batches of something else, or `precision`.
+            ValueError: a text is blank, an image cannot be opened, a batch has neither texts nor images, or `precision`
+                is not float32.
         """
         if kwargs.get("precision") not in (None, "float32"):
             raise ValueError(f"precision must be float32 in mteb's tasks, got {kwargs['precision']!r}")
@@ -105,7 +106,7 @@ class MtebEncoder:
         return self.retriever.similarity(embeddings1, embeddings2)
 
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Tensor:
-        """Dot products `[n]` of rows of equal number."""
+        """Dot products `[n]` of the rows of two matrices."""
         return (torch.as_tensor(embeddings1).float() * torch.as_tensor(embeddings2).float()).sum(-1)
 
     def _embeds(self, batch: Mapping[str, Any]) -> Tensor:
@@ -121,17 +122,17 @@ class MtebEncoder:
 
 
 class MtebTwoStage(MtebEncoder):
-    """The dual encoder, and its `rerank` best candidates ordered by the reranking score, as mteb's `SearchProtocol`.
+    """The dual encoder with its `rerank` best candidates reranked, as a `SearchProtocol` of mteb.
 
-    Text queries over images and image queries over texts are reranked; other pairs have no match score and stay as the
-    dual encoder ranks them. In a reranking task (`task.convert_to_reranking`) the candidates are the task's. An image
-    is decoded and encoded once for all its pairs, which mteb's cross encoders, who are handed pair by pair, cannot do.
+    Text queries over images and image queries over texts are reranked. Other pairs have no match score and keep the
+    dual encoder's order. In a reranking task (`task.convert_to_reranking`) the candidates are those of the task. An
+    image is decoded and encoded once for all its pairs, unlike in mteb's cross encoders, which get single pairs.
     """
 
     def __init__(self, retriever: Retriever, *, rerank: int = 100) -> None:
         """
         Raises:
-            ValueError: a dual encoder alone, or no candidates.
+            ValueError: the model is only a dual encoder, or `rerank` is below 1.
             ModuleNotFoundError: mteb is not installed.
         """
         super().__init__(retriever)
@@ -143,7 +144,7 @@ class MtebTwoStage(MtebEncoder):
         self.corpus: Any = None
 
     def index(self, corpus: Any, **kwargs: Any) -> None:
-        """Keep the corpus; it is encoded when it is searched."""
+        """Store the corpus, which is encoded when it is searched."""
         self.corpus = corpus
 
     def search(
@@ -157,54 +158,54 @@ class MtebTwoStage(MtebEncoder):
         num_proc: int | None = None,
         **kwargs: Any,
     ) -> dict[str, dict[str, float]]:
-        """Query id -> document id -> score, of the `top_k` best, or of all that `top_ranked` names."""
+        """The scores of the `top_k` best documents, or of all in `top_ranked`, as query id -> document id -> score."""
         from mteb._create_dataloaders import create_dataloader
         from mteb.types import PromptType
 
-        portions = {"batch_size": 32, **encode_kwargs}
-        asked, searched = (
-            create_dataloader(data, task_metadata=task_metadata, prompt_type=kind, num_proc=num_proc, **portions)
+        loading = {"batch_size": 32, **encode_kwargs}
+        query_loader, document_loader = (
+            create_dataloader(data, task_metadata=task_metadata, prompt_type=kind, num_proc=num_proc, **loading)
             for data, kind in ((queries, PromptType.query), (self.corpus, PromptType.document))
         )
         query_ids, document_ids = list(queries["id"]), list(self.corpus["id"])
         self.corpus = None
-        query_embeds, document_embeds = (self.encode(loader, **encode_kwargs) for loader in (asked, searched))
+        query_embeds, document_embeds = (self.encode(x, **encode_kwargs) for x in (query_loader, document_loader))
         if top_ranked is None:
-            found = _nearest(query_embeds, document_embeds, max(top_k, self.rerank))
-            reranked, kept = self.rerank, top_k
+            nearest = _nearest(query_embeds, document_embeds, max(top_k, self.rerank))
+            reranked, returned = self.rerank, top_k
         else:
             row = {name: number for number, name in enumerate(document_ids)}
             chosen = [[row[name] for name in top_ranked.get(query, ())] for query in query_ids]
-            found = [_ordered(embeds @ document_embeds[rows].T, rows) for embeds, rows in zip(query_embeds, chosen)]
-            reranked = kept = max(map(len, chosen), default=0)
-        scores = self._rescored(found, asked.dataset, searched.dataset, reranked, portions["batch_size"])
+            nearest = [_ordered(embeds @ document_embeds[rows].T, rows) for embeds, rows in zip(query_embeds, chosen)]
+            reranked = returned = max(map(len, chosen), default=0)
+        scores = self._rescored(nearest, query_loader.dataset, document_loader.dataset, reranked, loading["batch_size"])
         results = {}
-        for query, candidates, values in zip(query_ids, found, scores, strict=True):
-            best = sorted(zip(values, candidates.rows, strict=True), key=lambda pair: -pair[0])[:kept]
+        for query, candidates, values in zip(query_ids, nearest, scores, strict=True):
+            best = sorted(zip(values, candidates.rows, strict=True), key=lambda pair: -pair[0])[:returned]
             results[query] = {document_ids[row]: value for value, row in best}
         return results
 
     def _rescored(
-        self, found: list[_Candidates], queries: Any, documents: Any, count: int, batch_size: int
+        self, nearest: list[_Candidates], queries: Any, documents: Any, count: int, batch_size: int
     ) -> list[list[float]]:
         """Scores of all candidates: the first `count` by the reranking score, and below them the rest by similarity."""
         kinds = [[kind for kind in ("text", "image") if kind in data.column_names] for data in (queries, documents)]
         if sorted(kinds) != [["image"], ["text"]]:
-            return [candidates.similarity for candidates in found]
-        pairs = torch.tensor([(q, row) for q, candidates in enumerate(found) for row in candidates.rows[:count]])
+            return [candidates.similarity for candidates in nearest]
+        pairs = torch.tensor([(q, row) for q, candidates in enumerate(nearest) for row in candidates.rows[:count]])
         if not len(pairs):
-            return [[] for _ in found]
+            return [[] for _ in nearest]
         if kinds[0] == ["text"]:
             pairs = pairs.flip(1)  # (image, text)
         used, places = pairs[:, 0].unique(return_inverse=True)
         images = _Rows(queries if kinds[0] == ["image"] else documents, used.tolist())
         texts, _ = given_texts(list((documents if kinds[0] == ["image"] else queries)["text"]))
         model: Any = self.retriever.model
-        portions = Portions(batch_size=batch_size, progress=False)
+        batching = Batching(batch_size=batch_size, progress=False)
         pairs = torch.stack([places, pairs[:, 1]], 1)
-        scores = iter(score_pairs(model, self.retriever.processor, images, texts, pairs, portions).tolist())
+        scores = iter(score_pairs(model, self.retriever.processor, images, texts, pairs, batching).tolist())
         result = []
-        for candidates in found:
+        for candidates in nearest:
             first = [next(scores) for _ in candidates.rows[:count]]
             rest = candidates.similarity[count:]
             result.append(first + [min(first) - 1 - (rest[0] - similarity) for similarity in rest])
@@ -235,11 +236,12 @@ class _Rows(GivenImages):
 
 
 def _nearest(queries: Tensor, documents: Tensor, k: int) -> list[_Candidates]:
-    found = []
+    """The `k` most similar documents of each query."""
+    nearest = []
     for start in range(0, len(queries), QUERY_BLOCK):
         top = (queries[start : start + QUERY_BLOCK] @ documents.T).topk(min(k, len(documents)), dim=1)
-        found += [_Candidates(*rows) for rows in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
-    return found
+        nearest += [_Candidates(*rows) for rows in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
+    return nearest
 
 
 def _ordered(similarity: Tensor, rows: list[int]) -> _Candidates:
@@ -248,7 +250,7 @@ def _ordered(similarity: Tensor, rows: list[int]) -> _Candidates:
 
 
 def _hub_name(source: str | Path | None) -> str:
-    """`OWNER/NAME`, as mteb wants it; a folder is its name."""
+    """The model's name as `OWNER/NAME`, which mteb needs; that of a folder is its own name."""
     if source is None:
         return "loopitr/model"
     folder = Path(source).expanduser()
@@ -256,7 +258,7 @@ def _hub_name(source: str | Path | None) -> str:
 
 
 def _fingerprint(model: torch.nn.Module) -> str:
-    """12 hex digits of the weights and of what else a score depends on."""
+    """A digest, of 12 hex digits, of the weights and the similarity weight."""
     digest = hashlib.sha256(repr(getattr(model.config, "similarity_weight", None)).encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())

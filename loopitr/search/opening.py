@@ -1,4 +1,4 @@
-"""Images of a source opened and encoded by all cores, batch by batch, in their order."""
+"""Opens and encodes the images of a source in threads or worker processes, in batches and in order."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """Of the images at `positions`, `pixels [b, 3, S, S]` and upright `sizes` (width, height); `failed`:
-    (position, why)."""
+    """A batch of images: their `positions`, `pixels [b, 3, S, S]` and upright `sizes` (width, height).
+
+    `failed` has (position, reason) of images that cannot be opened.
+    """
 
     positions: list[int]
     pixels: Tensor
@@ -65,18 +67,18 @@ def opened_and_encoded(
     shares: Shares,
     num_workers: int | None,
 ) -> Iterator[Made]:
-    """`encode` of the images at these positions, a few at a time.
+    """Open the images at `positions` and `encode` them, `shares.size` at a time, in order.
 
     Args:
         encode: may be called by several threads at once.
-        num_workers: processes that open images; 0: this one does, None: one for each core, but none where several
-            threads encode, which open images too.
+        num_workers: the number of processes that open images; 0: none but this one, None: one for each core, but none
+            where several threads encode images, which open them too.
     """
     batches = [list(positions[start : start + shares.size]) for start in range(0, len(positions), shares.size)]
     if num_workers is None:
         num_workers = 0 if shares.encoders > 1 else cores()
     with warnings.catch_warnings():
-        # The workers do nothing with LanceDB, which does nothing while they start.
+        # The warning does not apply: the workers do not use LanceDB, and it is not in use while they start.
         warnings.filterwarnings("ignore", message="lancedb fork support")
         return side_by_side(
             _Images(source, transform),
@@ -90,5 +92,5 @@ def opened_and_encoded(
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""The page on which an index is searched: gradio's interface over `Looking`."""
+"""The search page: a gradio interface to a `CachedSearcher`."""
 
 from __future__ import annotations
 
@@ -13,20 +13,19 @@ from loopitr.data import decode_image
 from loopitr.evaluation.report import weight_text
 from loopitr.models.scoring import DUAL_ALONE
 
+from .cached_searcher import CachedSearcher
 from .figures import Thumbnails, caption_list, grid
-from .looking import Looking
 
-TOP = 24  # images
-MOST = 96
-CAPTIONS = 10
+TOP, MOST = 24, 96  # images that are shown by default, and at most
+CAPTIONS = 10  # captions that are shown for an image
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
 
 
 def weight_of(share: float) -> float:
-    """The similarity weight at a place of the slider: 0 is the match score alone, 1/2 the sum, 1 the similarity alone.
+    """The similarity weight for a position of the slider: 0 is the match score, 1/2 the sum, 1 the similarity.
 
     Raises:
-        ValueError: no place from 0 to 1.
+        ValueError: `share` is not from 0 to 1.
 
     Example:
         >>> from loopitr.search.page import weight_of
@@ -34,67 +33,67 @@ def weight_of(share: float) -> float:
         (0.0, 1.0, 3.0)
     """
     if not 0 <= share <= 1:
-        raise ValueError(f"the share of the similarity is from 0 to 1, got {share}")
+        raise ValueError(f"the share of the similarity must be from 0 to 1, got {share}")
     return DUAL_ALONE if share == 1 else share / (1 - share)
 
 
 def share_of(weight: float) -> float:
-    """The place on the slider of a similarity weight, to its third decimal."""
+    """The position of the slider for a similarity weight, rounded to three decimals."""
     return 1.0 if weight >= DUAL_ALONE else round(weight / (1 + weight), 3)
 
 
-def build_page(looking: Looking, uploads: Path) -> Any:
-    """A `gradio.Blocks` with a tab for texts and one for images; as endpoints `/search` and `/similar`.
+def build_page(cached: CachedSearcher, uploads: Path) -> Any:
+    """A `gradio.Blocks` with a tab for text queries and one for images, and endpoints `/search` and `/similar`.
 
-    Results are HTML in which the pictures lie, so that the page needs no file of the index by its path. The only files
-    that it opens by a path from outside are those in `uploads`, gradio's folder for them.
+    Results are HTML that contains the pictures, so that no file of the index is served. The only paths from outside
+    that the page opens are those of uploaded files, in gradio's folder `uploads`.
 
     Raises:
         ModuleNotFoundError: gradio is not installed.
     """
     gradio = import_gradio()
-    picture = Thumbnails(looking.searcher)
-    own_share = share_of(looking.own_weight)
+    picture = Thumbnails(cached.searcher)
+    own_share = share_of(cached.own_weight)
 
     def search(text: str, reranked: bool, share: float, top: float, where: str) -> tuple[str, str]:
-        """Find images by text: the grid as HTML, and what it was ordered by."""
-        # The slider has no place that is the model's own weight to the last digit.
-        weight = looking.own_weight if share == own_share else weight_of(share)
-        found = looking.by_text(text, top=_count(top), reranked=reranked, weight=weight, where=where.strip() or None)
-        reranks = reranked and looking.reranks
+        """Find images by text. Returns the grid as HTML, and a line that says how it is ordered."""
+        # The slider's positions are rounded, so that of the model's own weight would give a slightly different one.
+        weight = cached.own_weight if share == own_share else weight_of(share)
+        placed = cached.by_text(text, top=_count(top), reranked=reranked, weight=weight, where=where.strip() or None)
+        reranks = reranked and cached.reranks
         order = f"reranked, {weight_text(weight)}" if reranks else "by the dual head's similarity"
-        return grid(found, picture, moves=reranks), f"{len(found)} of {len(looking.searcher)} images, {order}"
+        return grid(placed, picture, moves=reranks), f"{len(placed)} of {len(cached.searcher)} images, {order}"
 
     def similar(image: str | None, top: float) -> tuple[str, str]:
-        """Find similar images and captions for an image: the grid, and the captions, as HTML."""
+        """Find similar images and captions for an image. Returns the grid and the captions as HTML."""
         if image is None:
             raise ValueError("no image is given")
         opened = decode_image(Path(_uploaded(image, uploads)), "the image")
-        found = looking.by_image(opened, top=_count(top))
-        return grid(found, picture, moves=False), caption_list(looking.captions(opened, top=CAPTIONS))
+        placed = cached.by_image(opened, top=_count(top))
+        return grid(placed, picture, moves=False), caption_list(cached.captions(opened, top=CAPTIONS))
 
     search, similar = (_with_short_errors(function, gradio.Error) for function in (search, similar))
     with gradio.Blocks(title="loopitr", analytics_enabled=False, fill_width=True, delete_cache=(600, 600)) as page:
-        gradio.Markdown(f"## {len(looking.searcher):,} images")
+        gradio.Markdown(f"## {len(cached.searcher):,} images")
         with gradio.Tab("By text"):
             with gradio.Row():
                 text = gradio.Textbox(label="Query", placeholder="a dog on a beach", scale=4, autofocus=True)
                 button = gradio.Button("Search", variant="primary", scale=1)
             with gradio.Row():
                 reranked = gradio.Checkbox(
-                    value=looking.reranks,
+                    value=cached.reranks,
                     label="Rerank",
-                    info=f"the fusion head orders the first {looking.rerank}; arrows: places moved"
-                    if looking.reranks
-                    else "this model is a dual encoder alone",
-                    interactive=looking.reranks,
+                    info=f"the fusion head orders the first {cached.rerank}; arrows: places moved"
+                    if cached.reranks
+                    else "this model is only a dual encoder",
+                    interactive=cached.reranks,
                 )
                 share = gradio.Slider(
                     *(0, 1, own_share),
                     step=0.001,
                     label="Similarity weight",
                     info=f"0: match score alone, 1: similarity alone; the model's: {own_share:g}",
-                    interactive=looking.reranks,
+                    interactive=cached.reranks,
                 )
                 top = gradio.Slider(1, MOST, TOP, step=1, label="Images")
                 where = gradio.Textbox("", label="Only where", placeholder="width > 800", info="as in SQL")
@@ -142,14 +141,15 @@ def build_page(looking: Looking, uploads: Path) -> Any:
 
 
 async def _checked_upload(path: str | None, *, uploads: Path) -> str | None:
-    """In place of gradio's own, which takes any file of this machine, or of any address, into a mounted page."""
+    """Replaces a method of gradio that would accept any file of this machine, or of any address, in a mounted page."""
     return None if path is None else _uploaded(path, uploads)
 
 
 def _uploaded(path: str, uploads: Path) -> str:
-    """
+    """The path of an uploaded file, after checking that it is in `uploads`.
+
     Raises:
-        ValueError: the file lies somewhere else.
+        ValueError: the file is somewhere else.
     """
     if not Path(path).resolve().is_relative_to(uploads.resolve()):
         raise ValueError("the image was not uploaded")
@@ -157,7 +157,8 @@ def _uploaded(path: str, uploads: Path) -> str:
 
 
 def import_gradio() -> Any:
-    """
+    """Import gradio when it is needed.
+
     Raises:
         ModuleNotFoundError: gradio is not installed.
     """
@@ -170,18 +171,19 @@ def import_gradio() -> Any:
 
 def _count(top: float) -> int:
     if not (math.isfinite(top) and 1 <= top <= MOST):
-        raise ValueError(f"from 1 to {MOST} images are shown, got {top:g}")
+        raise ValueError(f"the number of images must be from 1 to {MOST}, got {top:g}")
     return int(top)
 
 
 def _with_short_errors(function: Callable[..., Any], kind: type[Exception]) -> Callable[..., Any]:
-    """What the user can mend is one line on the page, which shows HTML; anything else is for the terminal."""
+    """`function`, but errors that the user can correct are shown on the page as one line; others go to the terminal."""
 
-    @wraps(function)  # Its parameters are those of the endpoint.
-    def shown(*given: Any) -> Any:
+    @wraps(function)  # gradio reads the parameters of the endpoint from it.
+    def with_short_errors(*arguments: Any) -> Any:
         try:
-            return function(*given)
+            return function(*arguments)
         except (ValueError, OSError) as error:
+            # The page shows the text as HTML.
             raise kind(escape(" ".join(str(error).split())), print_exception=False) from error  # type: ignore[call-arg]
 
-    return shown
+    return with_short_errors

@@ -1,4 +1,4 @@
-"""An index whose vectors lie on a Qdrant server, for more images or more readers than one machine takes."""
+"""An index whose vectors are on a Qdrant server, for more images or readers than one machine can serve."""
 
 from __future__ import annotations
 
@@ -11,29 +11,33 @@ from typing import Any
 
 import numpy as np
 
-from .conditions import parsed
+from .conditions import parse_condition
 from .lance import EPOCH, Found, Row
 from .manifest import Manifest
 from .sources import Stamp
 
-PAGE = 1000  # points that are read or written at a time
+PAGE = 1000  # the number of points that are read or written at a time
 TIMEOUT = 30  # seconds
 OWN = ("path", "size", "mtime", "width", "height")
-_LOCAL: dict[str, Any] = {}  # clients of folders, which no second one may open
+_LOCAL: dict[str, Any] = {}  # clients of local folders, each of which only one client may open
 
 
 class QdrantImages:
-    """The same as `LanceImages`, in a collection of its own. Conditions are those of `conditions.py`."""
+    """The images of an index in a Qdrant collection, with the methods of `LanceImages`.
+
+    `conditions.py` says which conditions are possible.
+    """
 
     def __init__(self, client: Any, collection: str, store: str) -> None:
         self.client, self.collection, self.store = client, collection, store
 
     @classmethod
     def open(cls, manifest: Manifest, *, create: bool = False) -> QdrantImages:
-        """
+        """Open the collection, or create it.
+
         Raises:
             ValueError: the server does not answer, or does not have the collection.
-            ModuleNotFoundError: its client is not installed.
+            ModuleNotFoundError: Qdrant's client is not installed.
         """
         store, collection = str(manifest.store), str(manifest.collection)
         images = cls(_client(store), collection, store)
@@ -53,9 +57,10 @@ class QdrantImages:
 
     @classmethod
     def check_new(cls, manifest: Manifest) -> None:
-        """
+        """Check that the collection of a new index does not exist.
+
         Raises:
-            ValueError: the server does not answer, or has the collection already.
+            ValueError: it exists, or the server does not answer.
         """
         client = _client(str(manifest.store))
         with _answering(str(manifest.store)):
@@ -74,7 +79,7 @@ class QdrantImages:
         return [_found(point, 0.0) for point in self._scroll(self._filter(where), with_payload=True)]
 
     def put(self, rows: Sequence[Row], replaced: Collection[int] = ()) -> None:
-        """Points of the same id are replaced in any case."""
+        """Add images. Points of the same id are always replaced, so `replaced` is not used."""
         from qdrant_client import models
 
         for start in range(0, len(rows), PAGE):
@@ -109,10 +114,10 @@ class QdrantImages:
         return [_found(point, point.score) for point in points]
 
     def finish(self) -> None:
-        """The server indexes the vectors by itself."""
+        """Does nothing, since the server indexes the vectors by itself."""
 
     def columns(self) -> list[str]:
-        """Those of the first images: a collection has no list of them."""
+        """The columns of the first 100 images, since a collection has no list of its columns."""
         with _answering(self.store):
             points, _ = self.client.scroll(self.collection, limit=100, with_payload=True)
         names = dict.fromkeys(name for point in points for name in point.payload if name != "file")
@@ -122,15 +127,16 @@ class QdrantImages:
         return "HNSW"
 
     def _filter(self, where: str | None) -> Any:
-        """
+        """The Qdrant filter for a condition.
+
         Raises:
-            ValueError: a condition that cannot be read, or on a column that no image has.
+            ValueError: the condition is not valid, or no image has one of its columns.
         """
         from qdrant_client import models
 
         if where is None:
             return None
-        condition = parsed(where)
+        condition = parse_condition(where)
         for column in sorted(condition.columns):
             empty = models.IsEmptyCondition(is_empty=models.PayloadField(key=column))
             with _answering(self.store):
@@ -170,7 +176,7 @@ def _client(store: str) -> Any:
 
 @contextmanager
 def _answering(store: str) -> Iterator[None]:
-    """Turns the many errors of a client into one line that names the server."""
+    """A context in which the errors of a client become a ValueError that names the server."""
     import httpx
     from qdrant_client.http.exceptions import ApiException
 
@@ -184,7 +190,7 @@ def _answering(store: str) -> Iterator[None]:
 
 
 def _payload(row: Row) -> dict[str, Any]:
-    """Bytes of a path are not always text, and are kept as Latin-1."""
+    """The payload of a point; the bytes of a path may not be valid text, and are stored as Latin-1."""
     moment = EPOCH + timedelta(microseconds=row.stamp[1])
     own = {"file": row.file.decode("latin-1"), "path": row.path, "size": row.stamp[0], "mtime": moment.isoformat()}
     others: Mapping[str, Any] = {name: value for name, value in row.columns.items() if value is not None}

@@ -1,4 +1,4 @@
-"""Shorter and smaller vectors: the first dimensions alone, one byte or one bit per dimension."""
+"""Smaller vectors: cut to their first dimensions, or quantised to one byte or one bit per dimension."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import numpy as np
 from loopitr.checks import check_known
 
 PRECISIONS = ("float32", "int8", "binary")
-STEPS = 255  # between the 256 values of a byte
+STEPS = 255  # the number of steps between the 256 values of a byte
 
 
 @dataclass(frozen=True)
 class VectorForm:
-    """What vectors are turned into.
+    """The form of vectors: their length and precision.
 
-    truncate_dim: keep so many of the first dimensions, and make the vectors unit length again; None: all.
-    precision: float32, int8 or binary, see `quantize`.
-    ranges: `[2, E]`, the least and the greatest value of each dimension for int8; None: of the vectors themselves.
+    Args:
+        truncate_dim: cut vectors to this length and normalise them again; None: do not cut them.
+        precision: float32, int8 or binary, see `quantize`.
+        ranges: for int8, the least and the greatest value of each dimension, `[2, E]`; None: those of the vectors.
     """
 
     truncate_dim: int | None = None
@@ -26,11 +27,11 @@ class VectorForm:
     ranges: np.ndarray | None = None
 
     def check(self, count: int, width: int) -> None:
-        """Whether `count` vectors of `width` dimensions can have this form; asked before they are computed.
+        """Check that `count` vectors of `width` dimensions can have this form, before they are computed.
 
         Raises:
-            ValueError: an unknown precision, a number of dimensions that they do not have, ranges of another shape or
-                upside down, or the ranges of int8 taken from a single vector.
+            ValueError: the precision is unknown, the vectors are shorter than `truncate_dim`, ranges have another shape
+                or are reversed, or int8 has only a single vector to take ranges from.
         """
         check_known(PRECISIONS, precision=self.precision)
         kept = width if self.truncate_dim is None else self.truncate_dim
@@ -45,30 +46,30 @@ class VectorForm:
             raise ValueError("int8 needs ranges for a single vector: ranges=np.stack([a.min(0), a.max(0)]) of others")
 
     def of(self, embeds: np.ndarray) -> np.ndarray:
-        """Unit vectors `[n, E]` in this form."""
+        """Convert unit vectors `[n, E]` to this form."""
         if self.truncate_dim is not None:
             embeds = shorten(embeds, self.truncate_dim)
         return quantize(embeds, self.precision, ranges=self.ranges)
 
 
 def shorten(embeds: np.ndarray, dim: int) -> np.ndarray:
-    """The first `dim` dimensions of vectors `[n, E]`, of unit length again: `[n, dim]`.
+    """Cut vectors `[n, E]` to `[n, dim]`, and normalise them again, so that their dot products are cosines.
 
-    A dot product is a cosine of unit vectors only (Matryoshka representations, arXiv 2205.13147).
+    This is meant for Matryoshka representations (arXiv 2205.13147).
     """
     cut = embeds[:, :dim]
     return cut / np.maximum(np.linalg.norm(cut, axis=1, keepdims=True), 1e-12)
 
 
 def quantize(embeds: np.ndarray, precision: str, *, ranges: np.ndarray | None = None) -> np.ndarray:
-    """Vectors `[n, E]` in fewer bits, the same values as of sentence-transformers' `quantize_embeddings`.
+    """Quantise vectors `[n, E]`, to the same values as sentence-transformers' `quantize_embeddings`.
 
-    - float32: as they are.
-    - int8: each dimension's range, from its least to its greatest value, is cut into 256 steps, numbered -128 to 127
-      (floor); values outside the ranges get the last step. The steps of two sets of vectors mean the same only where
-      both have the same `ranges`; without, they are those of `embeds`.
-    - binary: one bit per dimension, 1 where the value is above 0, eight to a byte, the first in the highest bit, less
-      128: `[n, ceil(E / 8)]` int8. The Hamming distance of two is their number of unequal signs.
+    - float32: unchanged.
+    - int8: the range of each dimension is divided into 255 steps, numbered -128 to 127 (rounded down); values outside
+      of it get the first or the last number. Two sets of vectors can only be compared if they have the same `ranges`;
+      None: those of `embeds`.
+    - binary: one bit per dimension, 1 for values above 0, eight to a byte with the first in the highest bit, minus 128:
+      `[n, ceil(E / 8)]` int8. The Hamming distance of two vectors is the number of dimensions whose signs differ.
 
     Example:
         >>> import numpy as np
@@ -87,5 +88,5 @@ def quantize(embeds: np.ndarray, precision: str, *, ranges: np.ndarray | None = 
         ranges = np.stack([embeds.min(0), embeds.max(0)])
     low, high = np.asarray(ranges, dtype=np.float32)
     step = (high - low) / STEPS
-    step = np.where(step == 0, 1, step)  # A dimension may have one value only.
+    step = np.where(step == 0, 1, step)  # A dimension may have only one value.
     return (np.clip(np.floor((embeds - low) / step), 0, STEPS) - 128).astype(np.int8)

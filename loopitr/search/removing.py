@@ -1,4 +1,4 @@
-"""Images taken out of an index; their files stay."""
+"""Removes images from an index, but not their files."""
 
 from __future__ import annotations
 
@@ -15,51 +15,55 @@ from .stores import open_images
 def remove_images(
     index: str | Path, paths: Sequence[str | Path] = (), *, where: str | None = None, missing: bool = False
 ) -> int:
-    """Remove images from an index; returns how many there were.
+    """Remove images from an index; returns their number.
+
+    Of several criteria, images must meet all.
 
     Args:
-        paths: of images, or of folders with all that is in them.
-        where: an SQL condition on the columns; with `paths`, both must hold.
-        missing: those whose files are gone; with the others, all must hold.
+        paths: paths of images, or of folders, for all images in them.
+        where: an SQL condition on the columns.
+        missing: remove images whose files no longer exist.
 
     Raises:
-        FileNotFoundError: no index there.
-        ValueError: neither paths nor a condition; a path that no image of the index has, of which none is removed then.
+        FileNotFoundError: there is no such index.
+        ValueError: no criterion is given, or the index has no image at one of the paths; then none is removed.
     """
     if not paths and where is None and not missing:
-        raise ValueError("nothing is named that could be removed: give paths, a condition (where), or missing")
+        raise ValueError("nothing is named to remove: give paths, a condition (where), or missing")
     manifest = read_manifest(index)
     folder = Path(index).expanduser()
     with writing(folder):
         images = open_images(folder, manifest)
-        found = images.listed(where)
+        chosen = images.listed(where)
         if paths:
             files = [os.fsencode(os.path.abspath(path)) for path in paths]
             names = [str(path) for path in paths]
-            held = {
-                path: {image.id for image in found if _under(image.file, image.path, path, name)}
+            ids_of_paths = {
+                path: {image.id for image in chosen if _under(image.file, image.path, path, name)}
                 for path, name in zip(files, names)
             }
-            for file, ids in held.items():
+            for file, ids in ids_of_paths.items():
                 if not ids:
                     raise ValueError(f"{index} holds no image {shown(os.fsdecode(file))}")
-            chosen = set().union(*held.values())
-            found = [image for image in found if image.id in chosen]
+            ids_of_any = set().union(*ids_of_paths.values())
+            chosen = [image for image in chosen if image.id in ids_of_any]
         if missing:
-            found = [image for image in found if image.file and not os.path.exists(image.file)]
-        gone = [image.id for image in found]
-        images.delete(gone)  # An image without contents is found, contents without an image are not.
-        Contents.open(folder, manifest).delete(gone)
+            chosen = [image for image in chosen if image.file and not os.path.exists(image.file)]
+        removed = [image.id for image in chosen]
+        # Images go first: if this is interrupted, contents without an image are harmless.
+        images.delete(removed)
+        Contents.open(folder, manifest).delete(removed)
         skipped = read_skipped(folder)
         roots = [shown(os.path.abspath(path)) for path in paths]
         write_skipped(folder, {p: why for p, why in skipped.items() if not any(_inside(p, root) for root in roots)})
-    return len(gone)
+    return len(removed)
 
 
-def _under(file: bytes, name: str, wanted: bytes, given: str) -> bool:
+def _under(file: bytes, name: str, path: bytes, given: str) -> bool:
+    """Whether an image is at `path` or in that folder; an image that is not a file is identified by its name."""
     if not file:
         return name == given
-    return file == wanted or file.startswith(wanted.rstrip(b"/") + b"/")
+    return file == path or file.startswith(path.rstrip(b"/") + b"/")
 
 
 def _inside(path: str, root: str) -> bool:

@@ -1,4 +1,4 @@
-"""A page of search results: one HTML file that holds the pictures."""
+"""A page of search results: one HTML file that contains the pictures."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ small {{ color: #555 }}
 
 
 def write_page(searcher: Searcher, query: str, hits: Sequence[Hit], output: str | Path | None = None) -> Path:
-    """Write the page of these hits.
+    """Write a page of these hits; returns its path.
 
     Args:
-        output: None: a file of its own in the system's temporary folder.
+        output: the path of the file; None: a new file in the system's temporary folder.
 
     Raises:
         OSError: the file cannot be written.
     """
     figures = "\n".join(_figure(searcher, rank, hit) for rank, hit in enumerate(hits, start=1))
-    page = PAGE.format(title=html.escape(query), figures=figures or "<p>no image fits</p>")
+    page = PAGE.format(title=html.escape(query), figures=figures or "<p>no image found</p>")
     if output is None:
         words = re.sub(r"\W+", "-", query)[:40].strip("-")
         with tempfile.NamedTemporaryFile(prefix=f"loopitr-{words}-", suffix=".html", delete=False) as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +27,14 @@ from .stores import ImageStore, open_images
 
 @dataclass(frozen=True, kw_only=True)
 class Hit:
-    """An image that was found.
+    """An image that a search has found.
 
-    path: of its file; of an image from a `datasets` source, its name there.
-    similarity: dot product of its embed with the query's.
-    match: match score of image and text; None where the fusion head was not asked.
-    score: what hits are ordered by: the reranking score, and the similarity where there is no match score.
-    columns: size in bytes, mtime, width, height in pixels, and what else was indexed, such as the caption.
+    Attributes:
+        path: the path of its file; for an image stored in a `datasets` source, its name there.
+        similarity: the dot product of its embed and the query's.
+        match: the match score of image and text; None: the fusion head did not score it.
+        score: the score that hits are ordered by: the reranking score, or the similarity if there is no match score.
+        columns: size in bytes, mtime, width and height in pixels, and other indexed columns such as the caption.
     """
 
     path: str
@@ -43,11 +45,10 @@ class Hit:
 
 
 class Searcher:
-    """Searches an index that `build_index` or `loopitr search index` has made.
+    """Searches an index made by `build_index` or `loopitr search index`.
 
-    The dual head finds candidates by their vectors; of a text, the fusion head scores them again. Kept image tokens
-    make that possible without opening an image. What is added or removed meanwhile is seen by the next
-    search.
+    The dual head finds candidates by their vectors, and for a text the fusion head reranks them, from stored image
+    tokens or by opening the images. A search sees all images that were added or removed before it.
 
     Example:
         >>> import tempfile
@@ -64,7 +65,7 @@ class Searcher:
         >>> photos.mkdir()
         >>> for colour in ("red", "blue", "green"):
         ...     Image.new("RGB", (40, 30), colour).save(photos / f"{colour}.jpg")
-        >>> for part in build_model(options, vocabulary=["a", "dog", "red", "card"]):  # in the place of training
+        >>> for part in build_model(options, vocabulary=["a", "dog", "red", "card"]):  # an untrained model
         ...     _ = part.save_pretrained(run)
         >>> build_index(photos, run, index, device="cpu", num_workers=0, show_progress=False).added
         3
@@ -90,18 +91,18 @@ class Searcher:
         device: str | torch.device | None = None,
         model: str | Path | Retriever | None = None,
     ) -> Searcher:
-        """An index and the model that it was made with.
+        """Open an index and load its model.
 
         Args:
             device: None: a GPU if there is one, else the CPU.
-            model: a run folder, hub id or loaded model to search with; None: the one that the index names.
+            model: a run folder, hub id or loaded model to search with; None: the one that the manifest names.
 
         Raises:
-            FileNotFoundError: no index there.
+            FileNotFoundError: there is no such index.
             OSError: the model cannot be loaded.
-            ValueError: a damaged index or one of another version, a model that it was not made with, a store that does
+            ValueError: the index is damaged or of another version, it was made with another model, or its store does
                 not answer.
-            ModuleNotFoundError: the store's package is not installed.
+            ModuleNotFoundError: the package of its store is not installed.
         """
         manifest = read_manifest(folder)
         images = open_images(folder, manifest)
@@ -109,7 +110,8 @@ class Searcher:
         if not manifest.complete:
             count = len(images)
             warnings.warn(
-                f"{folder} is not complete: it has {count} images so far; `loopitr search index` goes on", stacklevel=2
+                f"{folder} is not complete: it has {count} images so far; continue with `loopitr search index`",
+                stacklevel=2,
             )
         if not isinstance(model, Retriever):
             model = Retriever.from_pretrained(model or manifest.model, device=device)
@@ -129,21 +131,21 @@ class Searcher:
         similarity_weight: float | None = None,
         as_text: bool = False,
     ) -> list[Hit]:
-        """The `top` best images, best first; fewer where there are no more.
+        """The `top` best images, best first; fewer if there are not as many.
 
         Args:
-            query: a text, or an image: a path or a PIL image. A str is an image's path where its ending says so (.jpg,
-                .png, ...) or where it names a file in a folder.
-            rerank: so many candidates of a text are scored by the fusion head; hits that were not follow after those
-                that were. 0: by similarity alone, as an image's neighbours always are.
-            where: an SQL condition on the columns, such as `"width > 800 AND caption LIKE '%dog%'"`; over Qdrant one of
-                those in `loopitr/search/conditions.py`.
-            similarity_weight: of the similarity in the reranking score; None: the model's own.
-            as_text: a str is a text, whatever it looks like: what strangers type must not open a file.
+            query: a text, or an image as a path or a PIL image. A str is the path of an image if it has the suffix of
+                an image file (.jpg, .png, ...) or is the path of an existing file in a folder.
+            rerank: the number of candidates for a text that the fusion head scores; other hits come after these. 0:
+                rank by similarity alone, as is always done for an image.
+            where: an SQL condition on the columns, such as `"width > 800 AND caption LIKE '%dog%'"`; for an index on
+                Qdrant, see `loopitr/search/conditions.py`.
+            similarity_weight: the weight in the reranking score; None: the model's own.
+            as_text: take a str for a text even if it looks like a path, so that strangers cannot open files.
 
         Raises:
-            ValueError: an empty query, an image that cannot be opened, a number out of range, a condition that is no
-                SQL or on a column that is not there.
+            ValueError: the query is empty or an image that cannot be opened, a number is out of range, or the condition
+                is not valid.
         """
         check_at_least(1, top=top)
         check_at_least(0, rerank=rerank, similarity_weight=similarity_weight)
@@ -152,11 +154,11 @@ class Searcher:
         vector, text = self._embed(query, as_text=as_text)
         model = self.retriever.model
         reranks = text is not None and rerank > 0 and isinstance(model, LoopITRModel)
-        found = self._images.search(vector, max(top, rerank if reranks else 0), where)
-        if not reranks or not found:
-            return [_hit(image) for image in found[:top]]
+        nearest = self._images.search(vector, max(top, rerank if reranks else 0), where)
+        if not reranks or not nearest:
+            return [_hit(image) for image in nearest[:top]]
         assert text is not None and isinstance(model, LoopITRModel)
-        candidates, rest = found[:rerank], found[rerank:]
+        candidates, rest = nearest[:rerank], nearest[rerank:]
         match = match_scores(self.retriever, text, candidates, self._contents)
         weight = model.config.similarity_weight if similarity_weight is None else similarity_weight
         scored, unscored = [], [*rest]
@@ -172,24 +174,22 @@ class Searcher:
         return [*scored, *map(_hit, unscored)][:top]
 
     def picture(self, hit: Hit, *, shortest: int | None = None) -> Image.Image:
-        """The image of a hit, upright and RGB; with `shortest` as `decode_image` has it.
+        """The image of a hit, upright and RGB; `shortest` as in `decode_image`.
 
         Raises:
-            UnreadableImage: its file is gone, or cannot be opened any more.
+            UnreadableImage: its file no longer exists, or cannot be opened.
         """
-        (found,) = self._images.listed(f"path = '{hit.path.replace(chr(39), chr(39) * 2)}'")[:1] or (None,)
-        if found is None:
+        (image,) = self._images.listed(f"path = '{hit.path.replace(chr(39), chr(39) * 2)}'")[:1] or (None,)
+        if image is None:
             raise UnreadableImage(hit.path, "not in the index")
-        if found.file:
-            import os
-
-            return decode_image(os.fsdecode(found.file), found.path, shortest=shortest)
-        kept = self._contents.get([found.id], encoded=True)
-        encoded = (kept[found.id].encoded if found.id in kept else None) or b""
-        return decode_image(encoded, found.path, shortest=shortest)
+        if image.file:
+            return decode_image(os.fsdecode(image.file), image.path, shortest=shortest)
+        contents = self._contents.get([image.id], encoded=True)
+        encoded = (contents[image.id].encoded if image.id in contents else None) or b""
+        return decode_image(encoded, image.path, shortest=shortest)
 
     def info(self) -> dict[str, Any]:
-        """What the index holds: images, columns, model, tokens, store, and how many images were left out."""
+        """Facts on the index: images, columns, model, tokens, store, and the number of skipped images."""
         return index_info(self.folder, self.manifest, self._images)
 
     def _embed(self, query: Any, *, as_text: bool) -> tuple[Any, str | None]:
@@ -202,7 +202,7 @@ class Searcher:
 
 
 def index_info(folder: str | Path, manifest: Manifest, images: ImageStore) -> dict[str, Any]:
-    """See `Searcher.info`; no model is needed for it."""
+    """See `Searcher.info`; this needs no model."""
     return {
         "images": len(images),
         "complete": manifest.complete,

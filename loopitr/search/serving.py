@@ -1,4 +1,4 @@
-"""The search page on a port of this machine. No file is served by its path, and no other site may use the page."""
+"""Serves the search page on a port of this machine, without access to files or for other sites."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .cached_searcher import CachedSearcher
 from .figures import STYLE
-from .looking import Looking
 from .page import build_page, import_gradio
 
 Scope = MutableMapping[str, Any]
@@ -21,19 +21,19 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-# gradio's addresses of files, and of what it would fetch for others. The page has its pictures within itself.
+# gradio's paths for serving files and for fetching from other addresses, which the page does not need.
 FILES = re.compile(r"/(file|proxy)(=|/|$)")
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; base-uri 'self'"
 LARGEST_UPLOAD = 64 * 2**20  # bytes
 
 
 class Guard:
-    """In front of the page: no addresses of files, and on loopback no other host's name.
+    """Refuses requests for gradio's paths of files and, on loopback, requests to other host names.
 
-    A site in the same browser could otherwise let its name lead to this machine and read the page (DNS rebinding).
+    Otherwise a site in the same browser could point its name to this machine and read the page (DNS rebinding).
 
     Args:
-        names: hosts that a request may ask for; empty: any.
+        names: the host names that requests may have; empty: any.
     """
 
     def __init__(self, app: App, names: frozenset[str]) -> None:
@@ -45,7 +45,7 @@ class Guard:
         headers = dict(scope["headers"])
         host = headers.get(b"host", b"").decode("latin-1")
         if self.names and host_name(host) not in self.names:
-            return await _refuse(send, 421, "this page is for this machine alone")
+            return await _refuse(send, 421, "this page is only for this machine")
         if FILES.search(scope["path"]):
             return await _refuse(send, 404, "no files are served")
 
@@ -70,6 +70,7 @@ def host_name(host: str) -> str:
 
 
 def is_loopback(host: str) -> bool:
+    """Whether an address or name is one that only this machine can reach."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -77,13 +78,13 @@ def is_loopback(host: str) -> bool:
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
-    """A socket that nobody else has.
+    """A socket that listens on a port.
 
     Args:
-        port: 0: any free one.
+        port: 0: any free port.
 
     Raises:
-        OSError: the port is in use or not this user's, or the address is not this machine's.
+        OSError: the port is in use or not allowed for this user, or the address is not one of this machine.
     """
     if not 0 <= port < 2**16:
         raise OSError(f"port must be from 0 to 65535, got {port}")
@@ -96,7 +97,7 @@ def bound_socket(host: str, port: int) -> socket.socket:
         if os.name == "posix":
             own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         own.bind(address)
-        own.listen(128)  # From here on nobody else can have it.
+        own.listen(128)  # This reserves the port.
     except OSError as error:
         own.close()
         raise OSError(f"port {port} of {host}: {error.strerror}; choose another with --port") from error
@@ -104,10 +105,10 @@ def bound_socket(host: str, port: int) -> socket.socket:
 
 
 @contextmanager
-def page_server(looking: Looking, own: socket.socket, host: str) -> Iterator[Any]:
-    """A `uvicorn.Server` with the page, whose `run(sockets=[own])` serves it until `should_exit` is set.
+def page_server(cached: CachedSearcher, own: socket.socket, host: str) -> Iterator[Any]:
+    """A `uvicorn.Server` with the page; its `run(sockets=[own])` serves it until `should_exit` is set.
 
-    What is uploaded lies in a temporary folder that is removed at the end.
+    Uploaded files go to a temporary folder that is deleted at the end.
 
     Raises:
         ModuleNotFoundError: gradio is not installed.
@@ -123,7 +124,7 @@ def page_server(looking: Looking, own: socket.socket, host: str) -> Iterator[Any
         try:
             app = gradio.mount_gradio_app(
                 FastAPI(openapi_url=None),
-                build_page(looking, Path(uploads)),
+                build_page(cached, Path(uploads)),
                 path="",
                 server_name=host,
                 server_port=own.getsockname()[1],

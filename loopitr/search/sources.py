@@ -1,4 +1,4 @@
-"""What is indexed: the images of a folder, of a table, or of a `datasets` source, named and stamped but not opened."""
+"""Sources of images for an index: a folder or a table (`hub_source.py` has `datasets` sources)."""
 
 from __future__ import annotations
 
@@ -19,16 +19,12 @@ from .manifest import MANIFEST
 
 RESERVED = ("id", "file", "path", "size", "mtime", "width", "height", "embed")
 TABLES = (*DELIMITERS, *JSON_LINES)
-Stamp = tuple[int, int]  # bytes, and microseconds of the last change since 1970
+Stamp = tuple[int, int]  # the size in bytes, and the time of the last change in microseconds since 1970
 
 
 @dataclass
 class Source:
-    """Images in an order. `skipped` are (path, reason) of those that are known to be unreadable before any is opened.
-
-    By position: `name`, the path for people; `file`, the path's bytes, empty where there is none; `stamp`, what changes
-    when the image does; `columns`, what else is known of it; `image`, what opens it.
-    """
+    """A sequence of images. `skipped` has (path, reason) of those that are known to be unreadable without opening."""
 
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
@@ -36,31 +32,37 @@ class Source:
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def name(self, position: int) -> str: ...
+    def name(self, position: int) -> str:
+        """The path as text, for display."""
 
     @abstractmethod
-    def file(self, position: int) -> bytes: ...
+    def file(self, position: int) -> bytes:
+        """The bytes of the path; empty if the image is not a file."""
 
     @abstractmethod
-    def stamp(self, position: int) -> Stamp: ...
+    def stamp(self, position: int) -> Stamp:
+        """A value that changes when the image does."""
 
     @abstractmethod
-    def columns(self, position: int) -> Mapping[str, Any]: ...
+    def columns(self, position: int) -> Mapping[str, Any]:
+        """Other columns to index, such as a caption."""
 
     @abstractmethod
-    def image(self, position: int) -> str | bytes: ...
+    def image(self, position: int) -> str | bytes:
+        """The path or the encoded bytes of the image."""
 
     def id(self, position: int) -> int:
-        """63 bits: what an image is known by."""
+        """The id of the image in the index."""
         return image_id(self.file(position) or self.name(position).encode())
 
 
 def image_id(key: bytes) -> int:
+    """An id of 63 bits for the bytes of a path."""
     return stable_hash(key) & (2**63 - 1)
 
 
 def shown(path: str) -> str:
-    """A path as text: bytes of a name that are no UTF-8 as \\xNN."""
+    """A path as text, in which bytes that are not UTF-8 become \\xNN."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
@@ -91,29 +93,29 @@ class FileSource(Source):
         return self.paths[position]
 
     def look_at(self, path: str, row: dict[str, Any] | None = None) -> None:
-        """Take the file in if it is one; if not, say why."""
+        """Add a path with its other columns, or skip it with a reason if it is not a file."""
         try:
-            found = os.stat(path)
+            status = os.stat(path)
         except OSError as error:
-            self.skipped.append((shown(path), _why(error)))
+            self.skipped.append((shown(path), _reason(error)))
             return
-        if not stat.S_ISREG(found.st_mode):
-            self.skipped.append((shown(path), f"not a file but {_kind(found.st_mode)}"))
+        if not stat.S_ISREG(status.st_mode):
+            self.skipped.append((shown(path), f"not a file but {_kind(status.st_mode)}"))
             return
         self.paths.append(path)
-        self.stamps.append((found.st_size, found.st_mtime_ns // 1000))
+        self.stamps.append((status.st_size, status.st_mtime_ns // 1000))
         if self.rows is not None:
             self.rows.append(row or {})
 
 
 def folder_source(folder: str | Path) -> FileSource:
-    """The images in a folder and the folders in it, by the endings of their names, in the order of their names.
+    """The images in a folder and its subfolders, by the suffixes of their names, in the order of their names.
 
-    Links are followed, to each folder once, so that a loop ends. Hidden files and folders are left out, and so is a
-    search index that lies there.
+    Links are followed, but each folder is visited only once. Hidden files and folders are left out, and so are search
+    indexes.
 
     Raises:
-        DataError: no such folder, or one that cannot be read.
+        DataError: there is no such folder, or it cannot be read.
     """
     root = os.path.abspath(folder)
     if not os.path.isdir(root):
@@ -129,19 +131,19 @@ def folder_source(folder: str | Path) -> FileSource:
 
 
 def _walk(root: str, source: FileSource, seen: set[tuple[int, int]]) -> Iterator[str]:
-    """The files under `root`, in order. Deep trees are no recursion."""
+    """The files under `root`, in order, without recursion, so that the depth of folders has no limit."""
     waiting = [root]
     while waiting:
         folder = waiting.pop()
         try:
-            found = os.stat(folder)
-            if (found.st_dev, found.st_ino) in seen:
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
                 continue
-            seen.add((found.st_dev, found.st_ino))
+            seen.add((status.st_dev, status.st_ino))
             with os.scandir(folder) as scan:
                 entries = sorted((entry for entry in scan if not entry.name.startswith(".")), key=lambda e: e.name)
         except OSError as error:
-            source.skipped.append((shown(folder), _why(error)))
+            source.skipped.append((shown(folder), _reason(error)))
             continue
         if folder != root and any(entry.name == MANIFEST for entry in entries):
             continue
@@ -149,50 +151,50 @@ def _walk(root: str, source: FileSource, seen: set[tuple[int, int]]) -> Iterator
         for entry in entries:
             try:
                 is_folder = entry.is_dir()
-            except OSError:  # A link that leads to itself is no folder.
+            except OSError:  # A link may lead to itself.
                 is_folder = False
             if is_folder:
                 inner.append((entry.is_symlink(), entry.path))
             else:
                 yield entry.path
-        # A folder is met under its own name rather than under that of a link beside it.
+        # Folders come before links, so that a folder is listed under its own name and not under that of a link.
         waiting += [path for _, path in sorted(inner, reverse=True)]
 
 
 def table_source(path: str | Path, images: str | Path | None = None, image_column: str = "image") -> FileSource:
     """The images that a CSV, TSV or JSON-lines file names, with its other columns.
 
-    Relative paths start at `images`, or at the folder of the table. Rows of the same image become one: its captions,
-    and whatever other texts differ, one per line. A column that is called as one of the index's own (`RESERVED`) gets
-    an underscore behind its name.
+    Relative paths start at `images`, or at the folder of the table. Rows of the same image are joined: its captions,
+    and other texts that differ, become one text with a line for each. A column with the name of one of the index's own
+    (`RESERVED`) gets an underscore after its name.
 
     Raises:
-        DataError: a table that cannot be read, without the column, or without rows.
+        DataError: the table cannot be read, or lacks the column.
     """
     rows, columns = read_table(path)
     if image_column not in columns:
         raise DataError(f"{path}: no column {image_column!r}; it has {', '.join(columns) or 'none'}")
     folder = Path(path).parent if images is None else Path(images)
     source = FileSource(rows=[])
-    found: dict[str, list[dict[str, Any]]] = {}
+    rows_of_files: dict[str, list[dict[str, Any]]] = {}
     for number, row in enumerate(rows, start=1):
         image = row.pop(image_column)
         if not isinstance(image, str) or not image.strip() or "\0" in image:
             source.skipped.append((f"{Path(path).name} row {number}", "no image path"))
             continue
-        found.setdefault(os.path.abspath(folder / image.strip()), []).append(row)
-    typed = {name: _typed([row.get(name) for row in rows]) for name in columns if name != image_column}
-    for file, own in found.items():
-        cells = {name: _joined([row.get(name) for row in own], kind) for name, kind in typed.items()}
+        rows_of_files.setdefault(os.path.abspath(folder / image.strip()), []).append(row)
+    types = {name: _type_of([row.get(name) for row in rows]) for name in columns if name != image_column}
+    for file, own in rows_of_files.items():
+        cells = {name: _joined([row.get(name) for row in own], kind) for name, kind in types.items()}
         source.look_at(file, {free_name(name): cell for name, cell in cells.items()})
     return source
 
 
 def open_source(source: str | Path, images: str | Path | None = None, image_column: str = "image") -> Source:
-    """A folder, or a table by its ending.
+    """The source for a table, recognised by its suffix, or for a folder.
 
     Raises:
-        DataError: neither, or one that cannot be read.
+        DataError: it is neither, or cannot be read.
     """
     if Path(source).suffix.lower() in TABLES and not Path(source).is_dir():
         return table_source(source, images, image_column)
@@ -218,8 +220,8 @@ def _texts(cell: Any) -> list[str]:
     return [str(text) for text in texts if text is not None] if isinstance(texts, (list, tuple)) else [str(texts)]
 
 
-def _typed(values: Sequence[Any]) -> type:
-    """What all cells of a column are: bool, int, float, or else text."""
+def _type_of(values: Sequence[Any]) -> type:
+    """The type of all cells of a column: bool, int, float, or else text."""
     cells = [str(value).strip() for value in values if value is not None and value != ""]
     if cells and all(cell.lower() in ("true", "false") for cell in cells):
         return bool
@@ -233,7 +235,7 @@ def _typed(values: Sequence[Any]) -> type:
     return str
 
 
-def _why(error: OSError) -> str:
+def _reason(error: OSError) -> str:
     return "no such file" if isinstance(error, FileNotFoundError) else error.strerror or type(error).__name__
 
 

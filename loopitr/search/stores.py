@@ -1,4 +1,4 @@
-"""Where the vectors of an index lie: what a store is asked, and which one a manifest names."""
+"""The interface of the stores for the vectors of an index, and the choice of the one that a manifest names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .sources import Stamp
 
 
 class ImageStore(Protocol):
-    """The images of an index with their vectors and columns. `LanceImages` says what each method does."""
+    """The images of an index with their vectors and columns; `LanceImages` documents the methods."""
 
     def __len__(self) -> int: ...
 
@@ -38,10 +38,11 @@ class ImageStore(Protocol):
 
 
 def open_images(folder: str | Path, manifest: Manifest, *, create: bool = False) -> ImageStore:
-    """
+    """Open the store of an index, or create it.
+
     Raises:
-        ValueError: a damaged index, or a store that does not answer.
-        ModuleNotFoundError: its package is not installed.
+        ValueError: the index is damaged, or its store does not answer.
+        ModuleNotFoundError: the package of its store is not installed.
     """
     if manifest.store is None:
         return LanceImages.open(folder, manifest.embed_dim, create=create)
@@ -51,9 +52,10 @@ def open_images(folder: str | Path, manifest: Manifest, *, create: bool = False)
 
 
 def check_new(manifest: Manifest) -> None:
-    """
+    """Check that the store of a new index has no such collection yet.
+
     Raises:
-        ValueError: a store that does not answer, or that has this collection already.
+        ValueError: it has this collection already, or does not answer.
     """
     if manifest.store is not None:
         from .qdrant import QdrantImages

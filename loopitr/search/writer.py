@@ -1,4 +1,4 @@
-"""The one who writes to an index: images are encoded in batches and written in larger portions."""
+"""Writes to an index: images are encoded in batches and written in larger blocks."""
 
 from __future__ import annotations
 
@@ -29,12 +29,13 @@ from .retriever import Retriever
 from .sources import Source
 from .stores import open_images
 
-COMMIT_IMAGES, COMMIT_BYTES = 1024, 2**26  # written at a time: what a killed process has to do again
+COMMIT_IMAGES, COMMIT_BYTES = 1024, 2**26  # The size of a block; a killed process loses at most one or two.
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexReport:
-    """Images `added`, `updated` since their files had changed, `unchanged`, and `skipped`: path -> reason."""
+    """The number of images `added`, `updated` (because they had changed) and `unchanged`, and the `skipped`: path ->
+    reason."""
 
     added: int
     updated: int
@@ -43,6 +44,7 @@ class IndexReport:
     seconds: float
 
     def summary(self) -> str:
+        """The report in one line."""
         done = self.added + self.updated
         rate = f", {done / self.seconds:.1f} images/s" if done else ""
         parts = f"{self.added} added, {self.updated} updated, {self.unchanged} unchanged, {len(self.skipped)} skipped"
@@ -51,8 +53,7 @@ class IndexReport:
 
 @dataclass(frozen=True)
 class _Written:
-    """What is to be written of a few images: `rows`, kept `tokens [b, N, D]`, and the bytes of those that are no
-    files."""
+    """What is to be written of a few images: `rows`, `tokens [b, N, D]`, and the bytes of images that are no files."""
 
     rows: list[Row]
     tokens: Tensor | None
@@ -64,18 +65,18 @@ class _Written:
 
 
 class Writer:
-    """The one who writes to an index."""
+    """Encodes images and writes them to an index; only one may do so at a time (`manifest.writing`)."""
 
     def __init__(self, folder: Path, manifest: Manifest, retriever: Retriever) -> None:
         self.folder, self.manifest, self.retriever = folder, manifest, retriever
         self.images = open_images(folder, manifest, create=True)
         self.contents = Contents.open(folder, manifest, create=True)
         self.known = self.images.stamps()
-        self.contents.delete([*{*self.contents.ids()} - self.known.keys()])  # of a process that was killed
+        self.contents.delete([*{*self.contents.ids()} - self.known.keys()])  # A killed process may have left some.
 
     def index(self, source: Source, batch_size: int, num_workers: int | None, progress: bool) -> IndexReport:
         started = time.perf_counter()
-        todo: dict[int, int] = {}  # position by id: an image that is named twice is one
+        todo: dict[int, int] = {}  # id -> position, so that an image that occurs twice is indexed once
         ids = [source.id(position) for position in range(len(source))]
         for position, own in enumerate(ids):
             if self.known.get(own) != source.stamp(position):
@@ -127,14 +128,14 @@ class Writer:
                 bar.update(len(opened.positions) + len(opened.failed))
                 if size > COMMIT_BYTES or sum(len(own.rows) for own in waiting) >= COMMIT_IMAGES:
                     if writer is not None:
-                        writer.result()  # One is written while the next one is computed.
+                        writer.result()  # A block is written while the next one is computed.
                     writer, waiting, size = pool.submit(self._write, waiting), [], 0
             if writer is not None:
                 writer.result()
             self._write(waiting)
 
     def _encoded(self, source: Source, vision: VisionBackbone, opened: Opened) -> tuple[Opened, Tensor, Tensor | None]:
-        """What was opened, without its pixels; its embeds `[b, E]`, and its tokens `[b, N, D]` as they are kept."""
+        """The opened images without their pixels, their embeds `[b, E]`, and the tokens `[b, N, D]` to store, if any."""
         described = replace(opened, pixels=torch.empty(0))
         if not opened.positions:
             return described, torch.empty(0), None
@@ -164,7 +165,7 @@ class Writer:
         return _Written(rows, tokens, encoded)
 
     def _kept(self, tokens: Tensor, names: Sequence[str]) -> Tensor | None:
-        """Tokens in the type that they are kept in, on the CPU."""
+        """The tokens in the type in which they are stored, on the CPU; None: they are not stored."""
         if self.contents.dtype is None:
             return None
         kept = tokens.to(self.contents.dtype)
@@ -175,7 +176,7 @@ class Writer:
         return kept.cpu()
 
     def _write(self, waiting: list[_Written]) -> None:
-        """Contents first: an image that is found has its own."""
+        """Write contents first, so that every image that a search finds has its contents."""
         if not waiting:
             return
         rows = [row for own in waiting for row in own.rows]

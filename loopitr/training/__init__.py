@@ -1,1 +1,1 @@
-"""A run: its options, its parts, its loop and what it leaves behind."""
+"""A training run: its options, its loop, its checkpoints and its results."""

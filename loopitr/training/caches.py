@@ -1,50 +1,58 @@
-"""What a run computes once and keeps on disk: decoded images, tokens of frozen backbones."""
+"""The caches of a run on disk: decoded images, and tokens of frozen backbones."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+import hashlib
+import json
+from collections.abc import Callable, Sequence
 
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor
 
 from loopitr.building.build import text_cache_key, token_cache_key
 from loopitr.data import ImageCache, Record, TextTokenCache, TokenCache
 from loopitr.data.cache_folder import make_folder
 from loopitr.data.sources import DataOptions
+from loopitr.data.transforms import TrainTransform
 from loopitr.evaluation.retrieval import evaluation_transform
 from loopitr.models.loop_model import LoopITRModel
 from loopitr.models.processing import LoopITRProcessor
 
 
 def check_caches(model: LoopITRModel, data: DataOptions) -> None:
-    """
+    """Check that the caches that `data` asks for are possible.
+
     Raises:
-        ValueError: a cache of what changes, or of data without an end, or one that is of no use beside another.
+        ValueError: a cache needs a frozen backbone or data of known length, or is of no use together with another.
     """
-    for option, part, what in (("cache_tokens", "vision", "image"), ("cache_text_tokens", "text", "text")):
+    for option, part, kind in (("cache_tokens", "vision", "image"), ("cache_text_tokens", "text", "text")):
         if getattr(data, option) is None:
             continue
         if part in (model.config.lora or ()):
-            raise ValueError(f"data.{option} needs tokens that stay the same; the {what} backbone has LoRA adapters")
+            raise ValueError(f"data.{option} needs tokens that do not change; the {kind} backbone has LoRA adapters")
         if part not in model.frozen:
-            raise ValueError(f"data.{option} needs a frozen {what} backbone: model.freeze must name {part}")
+            raise ValueError(f"data.{option} needs a frozen {kind} backbone: model.freeze must name {part}")
     for option in ("cache_images", "cache_text_tokens"):
         if getattr(data, option) and data.streaming:
             raise ValueError(f"data.{option} needs data of known length: it cannot be used with data.streaming")
+    if data.cached_views < 1:
+        raise ValueError(f"data.cached_views must be at least 1, got {data.cached_views}")
+    if data.cached_views > 1 and not data.cache_tokens:
+        raise ValueError("data.cached_views are views kept in data.cache_tokens, which is unset")
     if data.cache_images and data.cache_tokens:
         raise ValueError("data.cache_images is of no use with data.cache_tokens, which reads no image in training")
 
 
 class Caches:
-    """Tokens of frozen backbones, and decoded images: each computed once, by the main process."""
+    """Opens the caches of a run; the main process builds those that do not exist."""
 
     def __init__(
         self, model: LoopITRModel, processor: LoopITRProcessor, data: DataOptions, accelerator: Accelerator
     ) -> None:
         """
         Raises:
-            DataError: a folder that cannot be made.
+            DataError: a folder cannot be made.
         """
         self.model, self.processor, self.data, self.accelerator = model, processor, data, accelerator
         self._tokens: dict[int, TokenCache] = {}
@@ -53,27 +61,54 @@ class Caches:
             make_folder(folder)
 
     def tokens(self, records: Sequence[Record]) -> TokenCache | None:
-        """Image tokens of `records`; None without `data.cache_tokens`."""
-        folder = self.data.cache_tokens
-        if folder is None:
+        """The image tokens of `records`; None without `data.cache_tokens`."""
+        if self.data.cache_tokens is None:
             return None
         if id(records) not in self._tokens:
-            with self.accelerator.main_process_first():
-                vision = self.model.dual.vision.to(self.accelerator.device).eval()
-                self._tokens[id(records)] = TokenCache.open_or_build(
-                    Path(folder),
-                    key=token_cache_key(self.model, self.processor),
-                    records=records,
-                    transform=evaluation_transform(self.processor),
-                    encode=vision,
-                    num_workers=self.data.num_workers,
-                    device=self.accelerator.device,
-                    progress=self.accelerator.is_main_process,
-                )
+            key = token_cache_key(self.model, self.processor)
+            self._tokens[id(records)] = self._tokens_of(records, key, evaluation_transform(self.processor))
         return self._tokens[id(records)]
 
+    def views(self, records: Sequence[Record], transform: TrainTransform, shortest: int | None) -> list[TokenCache]:
+        """Image tokens of each of `data.cached_views` views of the training images; none without `data.cache_tokens`.
+
+        The first view is the image as in evaluation, the others are what `transform` makes of it.
+        """
+        first = self.tokens(records)
+        if first is None:
+            return []
+        views, data = [first], self.data
+        for number in range(1, data.cached_views):
+            described = [first.key, data.crop_scale_min, data.flip, data.randaugment, shortest, number]
+            key = hashlib.blake2b(json.dumps(described).encode(), digest_size=16).hexdigest()
+            views.append(self._tokens_of(records, key, transform, seed=number, shortest=shortest))
+        return views
+
+    def _tokens_of(
+        self,
+        records: Sequence[Record],
+        key: str,
+        transform: Callable[[Image.Image], Tensor],
+        *,
+        seed: int | None = None,
+        shortest: int | None = None,
+    ) -> TokenCache:
+        with self.accelerator.main_process_first():
+            return TokenCache.open_or_build(
+                str(self.data.cache_tokens),
+                key=key,
+                records=records,
+                transform=transform,
+                encode=self.model.dual.vision.to(self.accelerator.device).eval(),
+                num_workers=self.data.num_workers,
+                device=self.accelerator.device,
+                progress=self.accelerator.is_main_process,
+                seed=seed,
+                shortest=shortest,
+            )
+
     def texts(self, records: Sequence[Record]) -> TextTokenCache | None:
-        """Tokens of all captions of `records`; None without `data.cache_text_tokens`."""
+        """The tokens of all captions of `records`; None without `data.cache_text_tokens`."""
         folder = self.data.cache_text_tokens
         if folder is None:
             return None
@@ -90,7 +125,7 @@ class Caches:
         return self._texts[id(records)]
 
     def images(self, records: Sequence[Record], shortest: int) -> ImageCache | None:
-        """Training images, decoded and shrunk; None without `data.cache_images`."""
+        """The training images, decoded and shrunk; None without `data.cache_images`."""
         if self.data.cache_images is None:
             return None
         with self.accelerator.main_process_first():
@@ -106,7 +141,7 @@ class Caches:
 def open_text_cache(
     model: LoopITRModel, processor: LoopITRProcessor, folder: str, records: Sequence[Record], *, progress: bool
 ) -> TextTokenCache:
-    """Caption tokens of `records` in `folder`, computed by the model's text backbone where it lies if need be."""
+    """The cache of caption tokens of `records` in `folder`, built with the model's text backbone if missing."""
 
     def encode(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         features = model.text_features(input_ids, attention_mask)

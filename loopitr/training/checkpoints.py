@@ -1,4 +1,4 @@
-"""Training checkpoints: each is whole or absent, the newest is known by its step, older ones are deleted."""
+"""Training checkpoints, written atomically; only the newest are kept."""
 
 from __future__ import annotations
 
@@ -25,15 +25,25 @@ REPLACED, DELETED = ".replaced", ".deleted"
 
 @dataclass
 class Progress:
-    """Where a run stands: optimiser `step`, `epoch`, batches done in it, best validation so far (its score, its
-    dual head's, its step), rows of its history, what was skipped (counts by reason, and the reason of each file)
-    and how many captions were cut. `places` has epoch and batch of every rank: streams of different length end at
-    different batches. `similarity_weight`: of the reranking score, as last fitted. `teaching_since`: the step from
-    which distillation counts, None while it does not; `has_taught`: whether it ever did; `best_lead`: how far the
-    teacher was ahead at most. `windows`: of every rank the values that wait for the next log line; of a run at
-    work, its own alone. `validates_next`: a validation was due. `bad_steps`: steps left out since their loss or
-    gradient was not finite, the last `bad_in_row` of them in a row. `watch`: what the run has noticed of itself
-    (`watch.py`)."""
+    """The progress of a run.
+
+    Attributes:
+        step, epoch, batch: optimiser steps, epochs, and batches of the current epoch that are done.
+        best, best_dual, best_step: the best validation so far: its score, its dual head's score, and its step.
+        rows: the number of rows of the history.
+        skipped, skipped_files: the number of skipped files by reason, and the reason of each file.
+        truncated: the number of captions that were cut.
+        places: epoch and batch of every rank, since streams of different length end at different batches.
+        similarity_weight: the weight in the reranking score, as last fitted.
+        teaching_since: the step from which distillation is on; None while it is off.
+        has_taught: whether distillation has ever been on.
+        best_lead: the largest lead of the teacher over the dual head so far.
+        windows: the values of every rank for the next log line; while the run is going, only those of this rank.
+        validates_next: whether a validation is due.
+        bad_steps, bad_in_row: the number of steps left out because their loss or gradient was not finite, and how many
+            of the latest steps these are.
+        watch: the memory of `Watch`.
+    """
 
     step: int = 0
     epoch: int = 0
@@ -58,7 +68,7 @@ class Progress:
 
 
 class HasState(Protocol):
-    """What a scheduler is here: something whose state is numbers, texts, lists and dictionaries."""
+    """A scheduler: its state consists of numbers, texts, lists and dictionaries, so that it can be saved as JSON."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -67,7 +77,7 @@ class HasState(Protocol):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that is whole, and where the run stood."""
+    """An undamaged checkpoint, and the progress of its run."""
 
     path: Path
     progress: Progress
@@ -76,14 +86,14 @@ class Checkpoint:
 def save_checkpoint(
     accelerator: Accelerator, folder: Path, progress: Progress, *, keep: int, scheduler: HasState | None = None
 ) -> Path:
-    """Write `folder/step-N` and delete all but the newest `keep`.
+    """Write `folder/step-N`, then delete all but the newest `keep` checkpoints.
 
-    The files are written to a `.partial` folder, forced onto the disk, listed with their digests in `manifest.json`,
-    and the folder renamed: whatever kills the process, the checkpoint is whole or not there, and the one before is.
-    The scheduler's state is JSON: accelerate would load what is registered with it from a pickle, which can run code.
+    The files are written to a `.partial` folder, synced to the disk and listed with their digests in `manifest.json`;
+    then the folder is renamed. So the checkpoint is complete or does not exist, whatever kills the process. The
+    scheduler's state is saved as JSON, because accelerate would save it as a pickle, which can run code when loaded.
 
     Raises:
-        OSError: on all ranks: one of them could not write. Nothing of this checkpoint is left, and all others are.
+        OSError: a rank could not write (raised on all ranks). This checkpoint is removed; earlier ones are unchanged.
     """
     final = folder / f"step-{progress.step:08d}"
     partial_folder = final.with_suffix(PARTIAL)
@@ -97,7 +107,7 @@ def save_checkpoint(
         first_rank(partial(_complete, partial_folder, final, progress, scheduler))
     except OSError:
         if accelerator.is_main_process:
-            shutil.rmtree(partial_folder, ignore_errors=True)  # the little space it has is wanted
+            shutil.rmtree(partial_folder, ignore_errors=True)  # The disk may be full, so its space is needed.
         raise
     if accelerator.is_main_process:
         for old in _all(folder)[: -max(1, keep)]:
@@ -119,7 +129,9 @@ def _complete(folder: Path, final: Path, progress: Progress, scheduler: HasState
     write_file(folder / STATE_FILE, json.dumps(asdict(progress)))
     write_manifest(folder)
     replaced = final.with_suffix(REPLACED)
-    if (final / STATE_FILE).is_file():  # No folder takes the place of another; a crash in between leaves the replaced.
+    if (
+        final / STATE_FILE
+    ).is_file():  # A folder cannot replace another; after a crash, the replaced one is still used.
         final.rename(replaced)
     shutil.rmtree(final, ignore_errors=True)
     folder.rename(final)
@@ -128,20 +140,20 @@ def _complete(folder: Path, final: Path, progress: Progress, scheduler: HasState
 
 
 def newest_checkpoint(folder: Path, *, log: Callable[[str], None] = print) -> Checkpoint | None:
-    """The newest checkpoint whose files are those that were written; None where there is none at all.
+    """The newest checkpoint that is not damaged; None: there is no checkpoint.
 
-    A damaged one is named in the log and renamed to `step-N.damaged`. One of an older version, without a manifest,
-    counts as whole.
+    Newer ones that are damaged are logged and renamed to `step-N.damaged`. Checkpoints of older versions have no
+    manifest and are taken to be undamaged.
 
     Raises:
-        ValueError: there are checkpoints, and all of them are damaged.
+        ValueError: all checkpoints are damaged.
     """
     damaged: list[tuple[Path, str]] = []
     for path in reversed(_all(folder)):
         problem = fault(path)
         if problem is None:
             try:
-                found = Checkpoint(path, _progress(path))
+                checkpoint = Checkpoint(path, _progress(path))
             except (OSError, ValueError, TypeError) as error:
                 problem = f"{STATE_FILE} cannot be read ({error})"
         if problem is None:
@@ -150,7 +162,7 @@ def newest_checkpoint(folder: Path, *, log: Callable[[str], None] = print) -> Ch
                 shutil.rmtree(aside, ignore_errors=True)
                 old.rename(aside)
                 log(f"warning: the checkpoint {old} is damaged ({why}): it is now {aside.name}, {path.name} is used")
-            return found
+            return checkpoint
         damaged.append((path, problem))
     if damaged:
         listed = "; ".join(f"{path.name}: {why}" for path, why in damaged)
@@ -159,12 +171,12 @@ def newest_checkpoint(folder: Path, *, log: Callable[[str], None] = print) -> Ch
 
 
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path, *, scheduler: HasState | None = None) -> Progress:
-    """Restore a checkpoint into what `accelerator` has prepared.
+    """Restore the state of everything that `accelerator` has prepared, and return the progress of the run.
 
-    Every rank gets its own place in the data; if their number is another than before, all get rank 0's.
+    Every rank continues at its own place in the data; if the number of ranks has changed, all continue at rank 0's.
 
     Raises:
-        ValueError: it is of another model or optimiser, damaged, or holds something else than tensors and numbers.
+        ValueError: it is damaged, of another model or optimiser, or holds anything but tensors and numbers.
     """
     try:
         if scheduler is not None:
@@ -174,8 +186,8 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, *, scheduler: Ha
             scheduler.load_state_dict(json.loads((checkpoint / SCHEDULER_FILE).read_text()))
         random_states = checkpoint / f"{RNG_STATE_NAME}_{accelerator.process_index}.pkl"
         if random_states.is_file():
-            load(random_states)  # accelerate says nothing where it cannot, and then the run would be another one
-    except Exception as error:  # A file that is damaged raises any error of its format.
+            load(random_states)  # accelerate has ignored errors in this file, which would change the run.
+    except Exception as error:  # Damaged files raise errors of many kinds.
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{checkpoint} does not fit this run's model, or is damaged: {reason}") from error
     progress = _progress(checkpoint)
@@ -187,7 +199,7 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, *, scheduler: Ha
 
 
 def _convert_older(checkpoint: Path) -> None:
-    """An older version left the scheduler to accelerate, which would run what a pickle says; make it JSON."""
+    """Convert the scheduler's state of an older version, a pickle that accelerate would run, to JSON."""
     older = checkpoint / "custom_checkpoint_0.pkl"
     if older.is_file() and not (checkpoint / SCHEDULER_FILE).is_file():
         state = torch.load(older, weights_only=True)
@@ -201,13 +213,13 @@ def _progress(checkpoint: Path) -> Progress:
 
 
 def _all(folder: Path) -> list[Path]:
-    """Oldest first. Of one step, what was to be replaced comes before what replaced it."""
-    found = [p for p in folder.glob("step-*") if (p / STATE_FILE).is_file() and p.suffix in ("", REPLACED)]
-    return sorted(found, key=lambda p: (p.stem, p.suffix == ""))
+    """All checkpoints, the oldest first; a replaced one comes before its replacement."""
+    paths = [p for p in folder.glob("step-*") if (p / STATE_FILE).is_file() and p.suffix in ("", REPLACED)]
+    return sorted(paths, key=lambda p: (p.stem, p.suffix == ""))
 
 
 def _remove(checkpoint: Path) -> None:
-    """Rename it first, so that what is half deleted is no checkpoint."""
+    """Delete a checkpoint, renamed first so that a partly deleted one is not taken for a checkpoint."""
     if checkpoint.exists():
         deleted = checkpoint.with_name(checkpoint.name + DELETED)
         checkpoint.rename(deleted)
@@ -215,7 +227,7 @@ def _remove(checkpoint: Path) -> None:
 
 
 def _remove_remains(folder: Path) -> None:
-    """What killed processes left behind while they wrote or deleted."""
+    """Delete what processes left behind that were killed while they wrote or deleted checkpoints."""
     for suffix in (PARTIAL, DELETED):
         for path in folder.glob(f"step-*{suffix}"):
             shutil.rmtree(path, ignore_errors=True)

@@ -18,6 +18,7 @@ from loopitr.data import Batch
 from loopitr.distributed import all_sum
 from loopitr.objective.parts import StepOutput
 from loopitr.training.checkpoints import Progress
+from loopitr.training.sharding import local_part
 
 SKIPPED_STEPS = "skipped_steps.jsonl"
 PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)  # weights are whole on each rank
@@ -25,12 +26,18 @@ NAMED = 3  # images in a message; the file has all
 
 
 def check_finite(model: nn.Module, *, step: int) -> None:
-    """
+    """Call this on all ranks: each may hold a shard.
+
     Raises:
         ValueError: a weight or a buffer of the model is not finite; the first one is named.
     """
+    names, bad = [], []
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point():
+            names.append(name)
+            bad.append(~torch.isfinite(local_part(tensor)).all())
+    for name, is_bad in zip(names, all_sum(torch.stack(bad).float()).tolist(), strict=True):
+        if is_bad:
             raise ValueError(
                 f"the model has diverged: {name} is not finite at step {step}; lower the learning rate or use fp32"
             )

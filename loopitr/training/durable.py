@@ -1,4 +1,4 @@
-"""Files that are whole or as they were: written aside, forced onto the disk, then renamed."""
+"""Atomic writing of files: to a temporary name, synced to the disk, then renamed."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ PARTIAL = ".partial"
 
 
 def write_file(path: Path, text: str) -> None:
-    """A reader, and whoever comes after a crash, sees the old text or the new one.
+    """Write a text file atomically: readers see the old or the new content, also after a crash.
 
     Raises:
-        OSError: the disk is full, or the folder cannot be written to; the old file is as it was.
+        OSError: the disk is full, or the folder cannot be written to; the old file is unchanged.
 
     Example:
         >>> import tempfile
@@ -32,59 +32,58 @@ def write_file(path: Path, text: str) -> None:
         ...     print(Path(folder, "a.txt").read_text())
         whole
     """
-    aside = path.with_name(path.name + PARTIAL)
+    partial = path.with_name(path.name + PARTIAL)
     try:
-        with aside.open("w", encoding="utf-8") as file:
+        with partial.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        aside.replace(path)
+        partial.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
-            aside.unlink()
+            partial.unlink()
         raise
     sync(path.parent)
 
 
 def write_files(folder: Path, write: Callable[[Path], None], *, seen: tuple[str, ...] = ()) -> None:
-    """Let `write` fill an empty folder, then move each file into `folder`, where it replaces the one of its name.
+    """Let `write` fill an empty temporary folder, then move its files to `folder`, replacing those of the same names.
 
     Args:
-        seen: names of files in `folder` that `write` is to find, so that it can leave them as they are.
+        seen: names of files in `folder` to copy to the temporary folder first, for `write` to decide on.
 
     Raises:
-        OSError: writing failed; the files in `folder` are as they were.
+        OSError: writing failed; the files in `folder` are unchanged.
     """
-    aside = folder / f".saving{PARTIAL}"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    temporary = folder / f".saving{PARTIAL}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
     try:
         for name in seen:
             if (folder / name).is_file():
-                shutil.copy2(folder / name, aside / name)
+                shutil.copy2(folder / name, temporary / name)
         with as_os_error():
-            write(aside)
-            sync_all(aside)
-        for path in sorted(aside.iterdir()):
+            write(temporary)
+            sync_all(temporary)
+        for path in sorted(temporary.iterdir()):
             target = folder / path.name
             if target.is_dir() and not target.is_symlink():
                 shutil.rmtree(target)
             path.replace(target)
         sync(folder)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def as_os_error() -> Iterator[None]:
-    """torch and safetensors say that a disk is full by errors of their own; here it is an `OSError`, whose cause they
-    are."""
+    """A context in which the errors that torch and safetensors raise on a full disk become an `OSError`."""
     try:
         yield
     except SafetensorError as error:
         raise OSError(str(error)) from error
     except RuntimeError as error:
-        # torch's writer notices that something failed when it closes the file; what failed is the error before.
+        # torch's writer raises a second error when it closes the file; the cause is the error before it.
         first: BaseException | None = error
         while first is not None and not isinstance(first, OSError):
             first = first.__context__
@@ -96,15 +95,15 @@ def as_os_error() -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Force a file's content, or a folder's list of names, onto the disk."""
+    """Sync a file's content, or a folder's list of names, to the disk."""
     try:
         handle = os.open(path, os.O_RDONLY)
-    except OSError:  # A folder cannot be opened everywhere.
+    except OSError:  # Some systems cannot open folders.
         return
     try:
         os.fsync(handle)
     except OSError as error:
-        # Some file systems cannot do it; those that can and fail are full or broken.
+        # These two mean that the file system does not support it; any other error means that it is full or broken.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
@@ -112,7 +111,7 @@ def sync(path: Path) -> None:
 
 
 def sync_all(folder: Path) -> None:
-    """`sync` every file in `folder`, then its folders."""
+    """`sync` all files in `folder`, then its folders."""
     for parent, _, names in os.walk(folder, topdown=False):
         for name in names:
             sync(Path(parent, name))
@@ -120,28 +119,28 @@ def sync_all(folder: Path) -> None:
 
 
 def write_manifest(folder: Path) -> None:
-    """Write `manifest.json`: size and BLAKE2b digest of every file in `folder`."""
+    """Write `manifest.json`, with size and BLAKE2b digest of every file in `folder`."""
     files = {name: {"bytes": path.stat().st_size, "blake2b": digest(path)} for name, path in _files(folder).items()}
     write_file(folder / MANIFEST, json.dumps({"files": files}, indent=1) + "\n")
 
 
 def fault(folder: Path) -> str | None:
-    """What differs between a folder and its manifest, in words; None: nothing, or it has no manifest."""
+    """The first difference between a folder and its manifest, in words; None: no difference, or no manifest."""
     try:
-        wanted = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError):
         return f"{MANIFEST} cannot be read"
     try:
-        found = _files(folder)
-        for name, entry in wanted.items():
-            if name not in found:
+        files = _files(folder)
+        for name, entry in manifest.items():
+            if name not in files:
                 return f"{name} is missing"
-            size = found[name].stat().st_size
+            size = files[name].stat().st_size
             if size != entry["bytes"]:
                 return f"{name} has {size} bytes of {entry['bytes']}"
-            if digest(found[name]) != entry["blake2b"]:
+            if digest(files[name]) != entry["blake2b"]:
                 return f"{name} has another content than was written"
         return None
     except (OSError, KeyError, TypeError, AttributeError) as error:
@@ -149,15 +148,15 @@ def fault(folder: Path) -> str | None:
 
 
 def digest(path: Path) -> str:
-    """BLAKE2b of a file, read in blocks."""
-    hashed = hashlib.blake2b(digest_size=20)
+    """The BLAKE2b digest of a file, read in blocks."""
+    blake = hashlib.blake2b(digest_size=20)
     with path.open("rb") as file:
         while block := file.read(1 << 20):
-            hashed.update(block)
-    return hashed.hexdigest()
+            blake.update(block)
+    return blake.hexdigest()
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """The files of a folder and those below it by their relative names, the manifest left out."""
+    """The files in a folder and its subfolders by relative name, except for the manifest."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder).as_posix()): path for path in paths if path.name != MANIFEST}

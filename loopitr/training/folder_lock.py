@@ -1,4 +1,4 @@
-"""One run at a time in a folder: a lock file that names the process that holds it."""
+"""A lock file for run folders, which names the process that holds it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import IO, Any
 import psutil
 
 LOCK = "run.lock"
-_HELD: set[Path] = set()  # what this process itself has locked
-PRECISION = 2.0  # seconds; a process's start is not known more exactly on every system
+_HELD: set[Path] = set()  # the locks that this process holds
+PRECISION = 2.0  # seconds; some systems do not know a process's start more exactly
 
 
 class FolderLock:
     """The lock of a run folder, from `acquire` to `release`.
 
-    The file holds the pid, the host and the start of the process that made it. A process that is gone, or another one
-    that has the same pid by now, holds no lock; what runs on another host cannot be seen, and is believed to run.
+    The file has the pid, host and start time of its process. The lock of a process that no longer runs is ignored, even
+    if its pid has been given to another process. A process on another host is assumed to be running.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -28,7 +28,8 @@ class FolderLock:
         self._held = False
 
     def acquire(self) -> None:
-        """
+        """Take the lock.
+
         Raises:
             ValueError: another process has the lock.
             OSError: the file cannot be written.
@@ -42,10 +43,10 @@ class FolderLock:
             json.dump(_this_process(), file)
             file.flush()
             self._held = True
-            _HELD.add(self.path.resolve())  # before the file is another thread's to read
+            _HELD.add(self.path.resolve())  # This comes before another thread can read the file.
 
     def release(self) -> None:
-        """Delete the file; nothing happens where this lock was not acquired, or is another process's by now."""
+        """Delete the file, if this process has acquired the lock and still holds it."""
         if not self._held:
             return
         self._held = False
@@ -57,7 +58,7 @@ class FolderLock:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Any:
-    """The lock file, read and written by one process at a time: of two that start together, one sees the other."""
+    """The lock file, opened by only one process at a time, so that two that start together see each other."""
     while True:
         with open(path, "a+", encoding="utf-8") as file:
             _wait_for(file)
@@ -65,7 +66,7 @@ def _opened(path: Path) -> Any:
                 if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                     yield file
                     return
-        # Meanwhile its holder deleted it, or moved its folder aside.
+        # The file was deleted, or its folder renamed, while this process waited; try again with a new file.
 
 
 def _wait_for(file: IO[str]) -> None:
@@ -73,7 +74,7 @@ def _wait_for(file: IO[str]) -> None:
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX)
-    except (ImportError, OSError):  # Neither Windows nor every network file system has it.
+    except (ImportError, OSError):  # Windows and some network file systems do not have it.
         pass
 
 
@@ -86,7 +87,7 @@ def _holder(file: IO[str]) -> dict[str, Any] | None:
     try:
         holder = json.load(file)
         return {"pid": int(holder["pid"]), "host": str(holder["host"]), "started": float(holder["started"])}
-    except (ValueError, KeyError, TypeError):  # A process died before it had written it.
+    except (ValueError, KeyError, TypeError):  # Its process died before it had written the file.
         return None
 
 
@@ -106,7 +107,7 @@ def _runs(holder: dict[str, Any], path: Path) -> bool:
 
 
 def _refusal(path: Path, holder: dict[str, Any]) -> str:
-    text = f"another run is at work in {path.parent}: process {holder['pid']} on {holder['host']}"
+    text = f"another run is active in {path.parent}: process {holder['pid']} on {holder['host']}"
     if holder["host"] == socket.gethostname():
         return f"{text}; choose another train.output_dir"
-    return f"{text}; if that one is gone, delete {path}, else choose another train.output_dir"
+    return f"{text}; if that one has ended, delete {path}, else choose another train.output_dir"

@@ -1,6 +1,6 @@
-"""The gate of the distillation: it counts only while the teacher is ahead of its student on held-out queries.
+"""The gate: distillation is on only while the teacher is ahead of the dual head on held-out queries.
 
-A teacher that ranks worse than its student costs points (recipes/results/distillation.md).
+A teacher that ranks worse than its student makes the student worse (recipes/results/distillation.md).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 class Gate:
-    """Compares teacher and student at each validation, and weighs the distillation in between.
+    """Compares teacher and student at each validation, and sets the weight of the distillation in between.
 
-    Whether it is open is kept in the run's `Progress`, so that a resumed run goes on alike.
+    The run's `Progress` has the state of the gate, so that a resumed run continues with it.
     """
 
     def __init__(
@@ -32,9 +32,9 @@ class Gate:
     ) -> None:
         """
         Args:
-            fusion_start: the step from which pairs are scored; without a margin distillation counts from there on.
-            warmup: steps over which its weight rises from 0, each time that it begins to count.
-            log: where it says that it opens or closes.
+            fusion_start: the step from which pairs are scored; without a margin, distillation is on from there.
+            warmup: the number of steps over which the weight rises from 0, each time that distillation is turned on.
+            log: logs when the gate opens or closes.
         """
         self.teacher: Teacher | None = objective.teacher
         self.margin = objective.teacher_margin
@@ -42,11 +42,11 @@ class Gate:
 
     @property
     def is_used(self) -> bool:
-        """Whether there is a teacher that has to be ahead."""
+        """Whether there is a teacher, and it has to be ahead by a margin."""
         return self.teacher is not None and self.margin is not None
 
     def next_scale(self, progress: Progress) -> float:
-        """Factor on the weight of the distillation in the step that comes next."""
+        """The factor on the weight of the distillation in the next step."""
         since = progress.teaching_since if self.is_used else self.fusion_start
         if since is None:
             return 0.0
@@ -54,44 +54,47 @@ class Gate:
         return min(1.0, (progress.step + 1 - since) / self.warmup) if self.warmup > 0 else 1.0
 
     def stage(self, progress: Progress) -> dict[str, Any]:
-        """What the objective is called with in the step that comes next, beside the batch."""
-        scored = progress.step >= self.fusion_start
-        return {"with_pairs": scored, "distillation_scale": self.next_scale(progress)}
+        """The arguments of the objective in the next step, besides the batch."""
+        with_pairs = progress.step >= self.fusion_start
+        return {"with_pairs": with_pairs, "distillation_scale": self.next_scale(progress)}
 
     def update(
         self, progress: Progress, scores: dict[str, float], measure: Callable[[LoopITRModel], dict[str, float]]
     ) -> dict[str, float]:
-        """Open or close after a validation; returns what is worth logging.
+        """Open or close the gate after a validation; returns the teacher's score, for the log.
 
         Args:
-            scores: mean R@1 of the student's model by head (`dual`, `match`, `reranked`).
-            measure: the same of another model: a teacher's own.
+            scores: mean R@1 of the model by head (`dual`, `match`, `reranked`).
+            measure: computes these scores for a teacher's own model.
         """
         if self.teacher is None or progress.step < self.fusion_start:
             return {}
         if self.margin is None and progress.watch.get("teacher") is not None:
-            return {}  # It has been said.
+            return {}  # The warning has already been given.
         own = getattr(self.teacher, "model", None)
         score = self.teacher.held_out_score(scores) if own is None else measure(own).get("match")
         if score is None:
             return {}
         lead = score - scores["dual"]
         if self.margin is None:
-            self._say_behind(progress, lead, once=own is not None)
+            self._warn_if_behind(progress, lead, once=own is not None)
             return {}
         progress.best_lead = lead if progress.best_lead is None else max(lead, progress.best_lead)
         was_open, is_open = progress.teaching_since is not None, lead >= self.margin
         if is_open != was_open:
             progress.teaching_since = progress.step if is_open else None
-            change = "distillation counts from here on" if is_open else "distillation no longer counts"
+            change = "distillation is on from here" if is_open else "distillation is off"
             self.log(
                 f"step {progress.step}: the teacher ({self.teacher.name}) is {lead:+.1f} points from the dual head, "
                 f"wanted {self.margin:+.1f}: {change}"
             )
         return {"teacher": score}
 
-    def _say_behind(self, progress: Progress, lead: float, *, once: bool) -> None:
-        """Without a margin a teacher that is behind teaches all the same; `once`: to ask again costs a validation."""
+    def _warn_if_behind(self, progress: Progress, lead: float, *, once: bool) -> None:
+        """Warn once of a teacher that is behind and teaches all the same, since there is no margin.
+
+        `once`: do not compare again, because that costs a validation of the teacher.
+        """
         assert self.teacher is not None
         if lead >= 0 and not once:
             return
@@ -99,12 +102,12 @@ class Gate:
         if lead < 0:
             self.log(
                 f"warning: step {progress.step}: the teacher ({self.teacher.name}) is {-lead:.1f} points of R@1 behind "
-                "the dual head that learns from it, which costs points: let distillation wait for it "
+                "the dual head that learns from it, which makes the dual head worse: let distillation wait for it "
                 "(objective.teacher_margin 1), or choose another objective.teacher"
             )
 
     def warning(self, progress: Progress) -> str | None:
-        """What to say at the end of a run whose distillation never counted; None if it did, or was not asked for."""
+        """A warning at the end of a run in which distillation was never on; None if it was, or was not asked for."""
         if not self.is_used or progress.has_taught:
             return None
         assert self.teacher is not None
@@ -114,7 +117,7 @@ class Gate:
         else:
             seen = f"the teacher ({name}) was at most {progress.best_lead:+.1f} points from the dual head"
         return (
-            f"warning: distillation never counted: {seen}, wanted {self.margin:+.1f}. Train longer with word "
+            f"warning: distillation was never on: {seen}, wanted {self.margin:+.1f}. Train longer with word "
             "prediction, validate more often, try objective.teacher match_plus_similarity, or set "
             "objective.teacher_margin to null"
         )

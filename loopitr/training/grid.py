@@ -1,4 +1,4 @@
-"""A grid of runs: rows of changed options times seeds, read from YAML; what each run is, and how far it has come."""
+"""A grid of runs (rows of changed options times seeds) read from YAML, its runs, and their state."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ import yaml
 from loopitr.training.options import PretrainOptions
 
 Parser = Callable[[list[str]], PretrainOptions]
-TABLE = "ablation"  # the stem of the files beside the rows' folders
+TABLE = "ablation"  # the name of the files with the tables, without their suffix
 NAME = re.compile(rf"(?!{TABLE}\.)\w[\w .,+=%-]*")
 OF_THE_GRID = {"--train.seed", "--train.output_dir", "--resume", "--print_config", "--help", "-h"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of the table: its name and the options that it changes, as words of a command line."""
+    """One row of the table: its name, and the options that it changes, as words of a command line."""
 
     name: str
     words: tuple[str, ...]
@@ -31,7 +31,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """What an ablation is made of; `base` holds the words that every row begins with."""
+    """A grid; `base` has the words of a command line that all rows begin with."""
 
     base: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -39,7 +39,7 @@ class Grid:
 
 
 class Progress(Enum):
-    """How far a run has come."""
+    """The state of a run."""
 
     NEW = "new"
     HALF = "half-finished"
@@ -48,7 +48,7 @@ class Progress(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class GridRun:
-    """One row with one seed; it trains in `folder`, and beside it lie the options it is started with and its log."""
+    """One row with one seed. It trains in `folder`; its options and its log are files next to that folder."""
 
     row: str
     seed: int
@@ -56,37 +56,40 @@ class GridRun:
 
     @property
     def folder(self) -> Path:
+        """The run folder."""
         return Path(self.options.train.output_dir)
 
     @property
     def config(self) -> Path:
+        """The file with the options that the run is started with."""
         return self.folder.with_name(f"{self.folder.name}.yaml")
 
     @property
     def log(self) -> Path:
+        """The file with the output of the run."""
         return self.folder.with_name(f"{self.folder.name}.log")
 
     def metrics(self) -> dict[str, Any] | None:
-        """What the run was measured at; None before its end."""
+        """The content of the run's `metrics.json`; None before its end."""
         path = self.folder / "metrics.json"
         return json.loads(path.read_text()) if path.is_file() else None
 
 
 def read_grid(path: Path) -> Grid:
-    """A grid from a YAML file.
+    """Read a grid from a YAML file.
 
-        base: {config: ../scenes.yaml, overrides: {train.epochs: 24}}   # or the path of the config alone
+        base: {config: ../scenes.yaml, overrides: {train.epochs: 24}}   # or only the path of the config
         seeds: [0, 1, 2]
         rows:
           - {name: base}
           - {name: without MLM, overrides: [--objective.mlm 0, --model.mlm_head false]}
           - {name: K 8, overrides: {objective.num_negatives: 8}}
 
-    The config's path is relative to the file; differences are to the first row.
+    The config's path is relative to the file. The table compares each row with the first one.
 
     Raises:
-        OSError: a file that cannot be read.
-        ValueError: a file that is not a grid; the message names the file and the row.
+        OSError: the file cannot be read.
+        ValueError: the file is not a grid; the message names the file and the row.
     """
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -98,31 +101,31 @@ def read_grid(path: Path) -> Grid:
     if not isinstance(seeds, list) or not seeds or any(type(s) is not int or s < 0 for s in seeds):
         raise ValueError(f"{path}: seeds must be a list of integers >= 0, got {_shown(seeds)}")
     if len({*seeds}) < len(seeds):
-        raise ValueError(f"{path}: a seed stands twice in {_shown(seeds)}")
+        raise ValueError(f"{path}: a seed occurs twice in {_shown(seeds)}")
     if not isinstance(tree["rows"], list) or not tree["rows"]:
         raise ValueError(
             f"{path}: rows must be a list of mappings with a name and overrides, got {_shown(tree['rows'])}"
         )
     rows = tuple(_row(entry, path) for entry in tree["rows"])
     names = [row.name for row in rows]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"{path}: two rows are named {twice[0]!r}")
+    duplicates = sorted({name for name in names if names.count(name) > 1})
+    if duplicates:
+        raise ValueError(f"{path}: two rows are named {duplicates[0]!r}")
     return Grid(base=_base(tree.get("base"), path), seeds=tuple(seeds), rows=rows)
 
 
 def plan_runs(
     grid: Grid, output: Path, parse: Parser, *, extra: Sequence[str] = (), by_row: bool = False
 ) -> list[GridRun]:
-    """Every run of the grid in the order in which they are made.
+    """All runs of the grid, in the order in which they are executed.
 
     Args:
-        parse: words of a command line -> options.
-        extra: words that go over the base, and that the rows go over.
-        by_row: all seeds of the first row come first; otherwise all rows with the first seed.
+        parse: turns the words of a command line into options.
+        extra: words that override those of the base, and that those of the rows override.
+        by_row: execute all seeds of the first row first, instead of all rows with the first seed.
 
     Raises:
-        ValueError: options that no run can have; the message names the row.
+        ValueError: a row has invalid options; the message names the row.
     """
     _refuse_own(extra, "the options after --")
     runs = []
@@ -140,16 +143,16 @@ def plan_runs(
 
 
 def progress_of(run: GridRun, parse: Parser) -> Progress:
-    """How far the run has come, by what lies in its folder.
+    """The state of a run, from the content of its folder.
 
-    Options that were added to the package since then have their defaults in the recorded ones, and those that a run
-    decides by itself are compared as it decides them.
+    The recorded options are compared with the grid's after unset ones got the values that a run chooses for them.
+    Recorded options may lack some that were added to the package later; these have their defaults.
 
     Raises:
-        ValueError: what lies there was trained with other options.
+        ValueError: the run in the folder was trained with other options.
     """
     recorded = run.folder / "config.yaml"
-    if not recorded.is_file() or not recorded.read_text().strip():  # the run was killed before it wrote them
+    if not recorded.is_file() or not recorded.read_text().strip():  # A killed run may not have written its options.
         return Progress.NEW
     try:
         before = parse([f"--config={recorded}"])
@@ -189,7 +192,7 @@ def _base(entry: Any, path: Path) -> tuple[str, ...]:
 
 
 def _words(overrides: Any, where: str) -> tuple[str, ...]:
-    """`{train.lr: 0.1}`, `[--train.lr 0.1]`, `[--train.lr=0.1]` and `[--train.lr, 0.1]` are the same."""
+    """The words of overrides: `{train.lr: 0.1}`, `[--train.lr 0.1]` and `[--train.lr, 0.1]` mean the same."""
     if isinstance(overrides, dict):
         words = [f"--{name}={_text(value)}" for name, value in overrides.items()]
     elif isinstance(overrides, list):
@@ -210,7 +213,7 @@ def _refuse_own(words: Iterable[str], where: str) -> None:
     for word in words:
         if word.split("=")[0] in OF_THE_GRID:
             name = word.split("=")[0]
-            raise ValueError(f"{where}: {name} cannot be given here; the grid itself says which seeds, and where to")
+            raise ValueError(f"{where}: {name} cannot be given here; the grid sets the seeds and the output folders")
 
 
 def _text(value: Any) -> str:
@@ -218,7 +221,7 @@ def _text(value: Any) -> str:
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options by dotted names; tuples, which YAML does not have, as lists."""
+    """Nested options by dotted names; tuples become lists, since YAML has no tuples."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, dict) and value:

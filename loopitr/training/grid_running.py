@@ -1,4 +1,4 @@
-"""The runs of a grid, one process after the other; each writes to a log of its own, and one that crashes ends alone."""
+"""Executes the runs of a grid in processes, one after the other; each has its own log, and one may fail alone."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from loopitr.training.grid import GridRun
 
 try:
     import fcntl
-except ImportError:  # on Windows nothing keeps two processes from making the same run
+except ImportError:  # On Windows, nothing prevents two processes from executing the same run.
     fcntl = None  # type: ignore[assignment]
 
 START, END = "== started: ", "== exit status "
-PATIENCE = 10  # seconds that a process has to end by itself
+PATIENCE = 10  # seconds that a terminated process has before it is killed
 
 
 def execute(run: GridRun, command: Sequence[str], *, resume: bool) -> int:
     """Run `command --config=CONFIG [--resume]` to its end and return its exit status; its output goes to the run's log.
 
-    When this process is interrupted, the run ends with it.
+    If this process is interrupted, the run is terminated too.
 
     Raises:
-        ValueError: another process is at this run.
+        ValueError: another process is executing this run.
     """
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     words = [*command, f"--config={run.config}", *(["--resume"] if resume else [])]
     with run.log.open("a", encoding="utf-8") as log:
-        # The run inherits the file and with it the lock, which is held even if only this process is killed.
+        # The run inherits the file and so the lock, which lasts even if this process is killed and the run is not.
         _lock(log.fileno(), run)
         if not resume:
             log.truncate(0)
@@ -54,12 +54,12 @@ def execute(run: GridRun, command: Sequence[str], *, resume: bool) -> int:
 
 
 def stop_when_terminated() -> None:
-    """SIGTERM ends this process as Ctrl-C does: the run that it waits for ends too."""
+    """Make SIGTERM end this process like Ctrl-C, so that the run that it waits for is terminated too."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def failure(run: GridRun) -> str | None:
-    """Why the latest attempt at a run without metrics failed, in one line; None if it has not ended by itself."""
+    """Why the latest attempt at a run without metrics failed, in one line; None: the attempt was interrupted."""
     if run.metrics() is not None or not run.log.is_file():
         return None
     lines = [line.strip() for line in _lines(run.log)]
@@ -70,18 +70,18 @@ def failure(run: GridRun) -> str | None:
     if status < 0:
         return f"ended by {signal.Signals(-status).name}"
     start = max((i for i, line in enumerate(lines) if line.startswith(START)), default=0)
-    said = [line for line in lines[start + 1 : -1] if line]
-    errors = [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
-    return (errors or said or [f"exit status {status}"])[-1]
+    output = [line for line in lines[start + 1 : -1] if line]
+    errors = [line.removeprefix("error: ") for line in output if line.startswith("error: ")]
+    return (errors or output or [f"exit status {status}"])[-1]
 
 
 def attempts(run: GridRun) -> int:
-    """How often the run was started since it began from nothing."""
+    """How often the run was started or resumed, since it last began from scratch."""
     return sum(line.startswith(START) for line in _lines(run.log)) if run.log.is_file() else 0
 
 
 def _lines(path: Path) -> list[str]:
-    """Progress bars move back to the start of their line."""
+    """The lines of a log; each state of a progress bar counts as a line."""
     return path.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").splitlines()
 
 
@@ -91,11 +91,11 @@ def _lock(file: int, run: GridRun) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise ValueError(f"row {run.row!r}: another process is at {run.folder}; wait for it or end it") from error
+        raise ValueError(f"row {run.row!r}: another process uses {run.folder}; wait for it or end it") from error
 
 
 def _end(pid: int) -> None:
-    """The process and all that it has started."""
+    """End a process and its descendants."""
     try:
         parent = psutil.Process(pid)
         processes = [*parent.children(recursive=True), parent]

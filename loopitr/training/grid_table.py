@@ -1,4 +1,4 @@
-"""What the runs of a grid were measured at: means and standard deviations over seeds, as Markdown, CSV and a plot."""
+"""The results of a grid: means and standard deviations over seeds, as Markdown, CSV and a plot."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from loopitr.evaluation.report import HEADS, markdown_table
 from loopitr.training.grid import TABLE, GridRun
 from loopitr.training.grid_running import attempts, failure
 
-SCORES = {**HEADS, "reranked": "reranked"}  # the last where a run has fitted a similarity weight
+SCORES = {**HEADS, "reranked": "reranked"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """Mean over seeds and, of two or more, the sample standard deviation."""
+    """The mean over seeds and, for two or more, the sample standard deviation."""
 
     mean: float
     deviation: float | None
@@ -34,11 +34,12 @@ class RowSummary:
     """One row of the table.
 
     Attributes:
+        runs, finished: the number of runs, and of those with metrics.
         scores: mean R@1 in percent, by score.
-        differences: to the first row, of the seeds that both rows have: the mean and the standard deviation of the
-            differences of each seed. A seed is the same in all rows, so what it does to both of them cancels out.
-        steps, seconds: of training. A run that was resumed does not know the seconds before, and does not count.
-        failures: seed -> why it failed, of runs that have ended without metrics.
+        differences: the differences to the first row for each seed that both rows have. The effect of a seed on both
+            rows cancels out.
+        steps, seconds: of training. Resumed runs are left out of the seconds, since they do not know the time before.
+        failures: seed -> reason, for runs that ended without metrics.
     """
 
     name: str
@@ -52,7 +53,8 @@ class RowSummary:
 
 
 def spread(values: Sequence[float]) -> Spread | None:
-    """
+    """The spread of values; None if there are none.
+
     Example:
         >>> print(spread([1.0, 2.0, 3.0]))
         2.0 ± 1.0
@@ -64,17 +66,17 @@ def spread(values: Sequence[float]) -> Spread | None:
 
 
 def summarize(runs: Sequence[GridRun]) -> list[RowSummary]:
-    """The table's rows, in the order of the runs."""
+    """The rows of the table, in the order of the runs."""
     by_row: dict[str, list[GridRun]] = {}
     for run in runs:
         by_row.setdefault(run.row, []).append(run)
-    measured = {name: {run.seed: run.metrics() for run in of_row} for name, of_row in by_row.items()}
-    done = {name: {seed: m for seed, m in of_row.items() if m is not None} for name, of_row in measured.items()}
-    first = next(iter(done.values()), {})
+    results = {name: {run.seed: run.metrics() for run in of_row} for name, of_row in by_row.items()}
+    finished = {name: {seed: m for seed, m in of_row.items() if m is not None} for name, of_row in results.items()}
+    first = next(iter(finished.values()), {})
     summaries = []
     for name, of_row in by_row.items():
-        own = done[name]
-        whole = [own[run.seed]["training"]["seconds"] for run in of_row if run.seed in own and attempts(run) < 2]
+        own = finished[name]
+        seconds = [own[run.seed]["training"]["seconds"] for run in of_row if run.seed in own and attempts(run) < 2]
         failures = {run.seed: reason for run in of_row if (reason := failure(run)) is not None}
         summaries.append(
             RowSummary(
@@ -84,7 +86,7 @@ def summarize(runs: Sequence[GridRun]) -> list[RowSummary]:
                 scores=_spreads({s: [*_by_seed(own, s).values()] for s in SCORES}),
                 differences=_spreads({s: _differences(_by_seed(own, s), _by_seed(first, s)) for s in SCORES}),
                 steps=spread([metrics["training"]["steps"] for metrics in own.values()]),
-                seconds=spread(whole),
+                seconds=spread(seconds),
                 failures=failures,
             )
         )
@@ -92,7 +94,7 @@ def summarize(runs: Sequence[GridRun]) -> list[RowSummary]:
 
 
 def markdown(summaries: Sequence[RowSummary], *, title: str) -> str:
-    """Two tables, mean R@1 and what it differs from the first row by; then what failed or is not there yet."""
+    """A table of mean R@1, one of the differences to the first row, and the runs that failed or are not finished."""
     scores = [s for s in SCORES if any(s in row.scores for row in summaries)]
     names = [SCORES[s] for s in scores]
     rows = []
@@ -103,7 +105,7 @@ def markdown(summaries: Sequence[RowSummary], *, title: str) -> str:
     parts = [f"# {title}", "Mean R@1 in percent, mean and standard deviation over seeds."]
     parts.append(markdown_table(["", "runs", *names, "steps", "seconds"], rows))
     if len(summaries) > 1:
-        parts.append(f"Difference to {summaries[0].name}, seed by seed: mean and standard deviation.")
+        parts.append(f"Difference to {summaries[0].name} for each seed: mean and standard deviation.")
         rows = [[row.name, *(_signed(row.differences.get(s)) for s in scores)] for row in summaries[1:]]
         parts.append(markdown_table(["", *names], rows))
     failures = [f"- {row.name}, seed {seed}: {text}" for row in summaries for seed, text in row.failures.items()]
@@ -134,8 +136,8 @@ def table_csv(summaries: Sequence[RowSummary]) -> str:
 
 
 def plot(summaries: Sequence[RowSummary], path: Path, *, title: str) -> None:
-    """Mean R@1 of every row, with the standard deviation as a bar."""
-    from matplotlib.figure import Figure  # no global state, no display
+    """Plot the mean R@1 of each row, with the standard deviation as a bar."""
+    from matplotlib.figure import Figure  # Unlike pyplot, it has no global state and needs no display.
 
     figure = Figure(figsize=(9, 1.5 + 0.4 * len(summaries)), layout="constrained")
     axes = figure.subplots()
@@ -161,7 +163,7 @@ def plot(summaries: Sequence[RowSummary], path: Path, *, title: str) -> None:
 
 
 def write_tables(runs: Sequence[GridRun], output: Path) -> list[RowSummary]:
-    """`ablation.md`, `.csv` and `.png` in `output`, each complete or as it was before."""
+    """Write `ablation.md`, `.csv` and `.png` to `output`, each atomically."""
     summaries = summarize(runs)
     output.mkdir(parents=True, exist_ok=True)
     for suffix in ("md", "csv", "png"):

@@ -21,7 +21,7 @@ class LogWindow:
 
     def add(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
-            self.values.setdefault(name, []).append(value.detach().float())
+            self.values.setdefault(name, []).append(value.detach().float().reshape(()))
 
     def state(self) -> dict[str, list[float]]:
         """Exact in JSON."""

@@ -1,4 +1,4 @@
-"""Optimiser groups and the learning-rate schedule."""
+"""Parameter groups, optimiser and learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from loopitr.models.lora import is_adapter
 from loopitr.training.options import TrainOptions
 
 BACKBONES = ("vision", "text")
-# LoRA learns best at ten times the rate that is best for all weights (thinkingmachines.ai/blog/lora, 2025).
+# LoRA's best learning rate is about ten times that of full fine-tuning (thinkingmachines.ai/blog/lora, 2025).
 LORA_FACTOR = 10.0
 
 
 def parameter_groups(
     model: LoopITRModel, *, backbone_lr: float, lr: float, weight_decay: float, lora_lr: float | None = None
 ) -> list[dict]:
-    """AdamW's groups: backbones, their LoRA adapters and new layers, each with and without weight decay.
+    """The parameter groups: backbones, their LoRA adapters, and new layers, each with and without weight decay.
 
-    Biases, norms, embeddings of positions and the temperature (all of one dimension, or called so) do not decay.
+    Biases, norms, positional embeddings and the temperature have no weight decay.
 
     Args:
-        lora_lr: None: ten times `backbone_lr`.
+        backbone_lr, lr, lora_lr: the learning rates of backbones, new layers and adapters; `lora_lr` None: ten times
+            `backbone_lr`.
     """
     rates = {"backbones": backbone_lr, "adapters": LORA_FACTOR * backbone_lr if lora_lr is None else lora_lr, "new": lr}
     chosen: dict[tuple[str, bool], list[nn.Parameter]] = {(label, d): [] for label in rates for d in (True, False)}
@@ -49,7 +50,7 @@ def _decays(name: str, parameter: nn.Parameter) -> bool:
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, *, steps: int, warmup: int, floor: float = 0.0) -> LambdaLR:
-    """Linear warm-up over `warmup` steps, then a cosine down to `floor` times the rate at `steps`."""
+    """A linear warm-up over `warmup` steps, then a cosine down to `floor` times the peak rate at `steps`."""
     return LambdaLR(optimizer, lambda step: _factor(step, steps=steps, warmup=warmup, floor=floor))
 
 
@@ -63,17 +64,17 @@ def warmup_stable_decay(
     backbones: float,
     floor: float = 0.0,
 ) -> LambdaLR:
-    """A linear warm-up, the full rate, then a linear fall to `floor` times the rate at `steps` (arXiv 2404.06395).
+    """A linear warm-up, the peak rate, then a linear fall to `floor` times the peak at `steps` (arXiv 2404.06395).
 
     Args:
-        first: steps before the fusion head scores pairs; from there on `backbones` counts.
-        warmup, decay_start: parts of the steps, up to which the rate rises and from which it falls.
-        backbones: factor on the rate of the backbones' groups (see `parameter_groups`) from step `first` on.
+        first: the step from which the fusion head scores pairs, and `backbones` applies.
+        warmup, decay_start: the fractions of the steps at which the rise ends and the fall begins.
+        backbones: a factor on the rate of the backbones' groups (see `parameter_groups`) from step `first` on.
     """
     rise, fall = max(1, int(warmup * steps)), int(decay_start * steps)
 
     def factor(step: int, scale: float) -> float:
-        left = max(0.0, (steps - step) / max(1, steps - fall))  # This part of the fall is left.
+        left = max(0.0, (steps - step) / max(1, steps - fall))  # the fraction of the fall that is left
         value = min(1.0, (step + 1) / rise, floor + (1 - floor) * left)
         return value if step < first else scale * value
 
@@ -87,12 +88,12 @@ def _scales(optimizer: torch.optim.Optimizer, backbones: float) -> list[float]:
 def two_cycles(
     optimizer: torch.optim.Optimizer, *, steps: int, first: int, warmup: float, backbones: float, floor: float = 0.0
 ) -> LambdaLR:
-    """A warm-up and cosine of its own for the `first` steps, another for the rest of `steps`.
+    """Two cycles of warm-up and cosine: one for the `first` steps, another for the rest of `steps`.
 
     Args:
-        warmup: part of each cycle over which the rate rises.
-        floor: where each cosine ends, as a part of the rate.
-        backbones: factor on the second cycle's rate of the backbones' groups (see `parameter_groups`).
+        warmup: the fraction of each cycle over which the rate rises.
+        floor: the rate at the end of each cosine, as a fraction of the peak.
+        backbones: a factor on the backbones' rates in the second cycle (see `parameter_groups`).
     """
 
     def factor(step: int, scale: float) -> float:
@@ -111,10 +112,10 @@ def _factor(step: int, *, steps: int, warmup: int, floor: float) -> float:
 
 
 def make_optimizer(model: LoopITRModel, options: TrainOptions) -> torch.optim.AdamW:
-    """AdamW on the groups of `parameter_groups`.
+    """AdamW with the groups of `parameter_groups`.
 
     Raises:
-        ValueError: every part is frozen.
+        ValueError: all parts are frozen.
     """
     groups = parameter_groups(
         model,
@@ -131,7 +132,7 @@ def make_optimizer(model: LoopITRModel, options: TrainOptions) -> torch.optim.Ad
 def make_scheduler(
     optimizer: torch.optim.Optimizer, options: TrainOptions, *, steps: int, fusion_start: int
 ) -> LambdaLR:
-    """The schedule that the options name, for `steps` in all, of which `fusion_start` go before the fusion head."""
+    """The schedule that the options name, for `steps` in total; the fusion head joins at step `fusion_start`."""
     later = options.backbone_lr if options.loop_backbone_lr is None else options.loop_backbone_lr
     scale = later / options.backbone_lr if options.backbone_lr else 1.0
     if options.schedule == "warmup_stable_decay":

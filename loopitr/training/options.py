@@ -1,4 +1,4 @@
-"""The option tree of `recipes/pretrain.py`; the same tree is written into the run folder as `config.yaml`."""
+"""The options of `recipes/pretrain.py`, which the run folder has as `config.yaml`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loopitr.objective.options import ObjectiveOptions
 
 @dataclass
 class TrainOptions:
-    """The run.
+    """The options of a training run.
 
     Example:
         >>> from loopitr import TrainOptions
@@ -22,19 +22,19 @@ class TrainOptions:
     """
 
     output_dir: str = "runs/pretrain"
-    """Where the model, metrics, curves and checkpoints go. An older run there is moved aside, never overwritten;
-    a folder that holds anything else is refused."""
+    """Folder for the model, metrics, curves and checkpoints. An earlier run there is renamed, never overwritten; a
+    folder that holds anything else is refused."""
     epochs: int = 10
     """Passes over the training images (or captions)."""
     max_steps: int | None = None
-    """Stop after so many optimiser steps; needed with streaming data, whose length is unknown."""
+    """Number of optimiser steps, instead of `epochs`; needed with streaming data, whose length is unknown."""
     batch_size: int = 64
     """Image-caption pairs per process and step; negatives come from this batch."""
     chunk_size: int | None = None
-    """Encode so many pairs at a time (GradCache): the gradient of the whole batch in less memory, for one more forward
-    pass of the backbones. Unset: all at once."""
+    """Number of pairs encoded at a time (GradCache): the gradient of the whole batch in less memory, for one more
+    forward pass of the backbones. Unset: all at once."""
     accumulation: int = 1
-    """Batches per optimiser step (negatives are not shared between them)."""
+    """Batches per optimiser step; negatives are not shared between them."""
     backbone_lr: float = 5e-5
     """Peak learning rate of the two backbones."""
     lora_lr: float | None = None
@@ -42,51 +42,50 @@ class TrainOptions:
     lr: float = 5e-4
     """Peak learning rate of the projections, the temperature and the fusion head."""
     weight_decay: float = 0.02
-    """AdamW's, on matrices only."""
+    """Weight decay of AdamW, only on matrices."""
     warmup: float = 0.1
-    """Part of the steps over which the learning rate rises."""
+    """Fraction of the steps over which the learning rate rises."""
     schedule: Literal["cosine", "warmup_stable_decay"] = "cosine"
-    """After the warm-up: a cosine down to `min_lr`, one before `fusion_start` and another from there on; or one
-    schedule for the whole run, which stays at the peak until `decay_start` and then falls linearly to `min_lr`."""
+    """After the warm-up: a cosine down to `min_lr`, with one cycle before `fusion_start` and another after it (cosine);
+    or one schedule for the whole run, at the peak until `decay_start`, then falling linearly to `min_lr`."""
     decay_start: float = 0.7
-    """`schedule: warmup_stable_decay`: part of the steps after which the learning rate falls."""
+    """`schedule: warmup_stable_decay`: fraction of the steps after which the learning rate falls."""
     min_lr: float = 0.0
-    """Where the learning rate ends, as a part of its peak."""
+    """Learning rate at the end, as a fraction of its peak."""
     clip: float = 1.0
-    """Gradient norm is clipped to this."""
+    """Maximum norm of the gradient; larger ones are scaled down."""
     fusion_start: float = 0.0
-    """Part of the steps before the fusion head scores pairs. Until then the dual head trains alone (beside word
-    prediction, if there is any), with `schedule: cosine` to the end of a schedule of its own. A new fusion head learns
-    little from the tokens of backbones that have not learned anything yet."""
+    """Fraction of the steps before the fusion head scores pairs. Until then the dual head trains alone (with word
+    prediction, if used). A new fusion head learns little from the tokens of untrained backbones."""
     loop_backbone_lr: float | None = None
-    """Peak learning rate of the backbones from `fusion_start` on; unset: `backbone_lr`. A tenth of it keeps the tokens
-    still that the fusion head learns to read."""
+    """Peak learning rate of the backbones from `fusion_start` on; unset: `backbone_lr`. With a tenth of it, the tokens
+    that the fusion head learns to read change little."""
     distillation_warmup: float = 0.1
-    """Part of the steps over which the distillation's weight rises from 0, once the fusion head has joined."""
+    """Fraction of the steps over which the weight of the distillation rises from 0, each time it is turned on."""
     precision: Literal["fp32", "bf16", "fp16"] | None = None
-    """Autocast, in training and evaluation; unset: what `accelerate launch` says."""
+    """Autocast in training and evaluation; unset: as `accelerate launch` says."""
     compile: bool = False
     """torch.compile the backbones and the fusion encoder; the first steps then take minutes."""
     seed: int = 0
-    """Of weights, order, augmentation, dropout."""
+    """Seed of weights, order, augmentation and dropout."""
     gradient_checkpointing: bool = False
-    """Trade time for memory."""
+    """Recompute activations in the backward pass, to save memory."""
     checkpoint_every: int = 500
-    """Optimiser steps between checkpoints, beside the one at the end of every epoch; 0: only those."""
+    """Optimiser steps between checkpoints, besides the one at the end of every epoch; 0: only those."""
     checkpoint_minutes: float = 10.0
-    """Minutes after which there is one in any case; 0: none by the clock."""
+    """Minutes between checkpoints, if no other was due; 0: no limit."""
     keep_checkpoints: int = 2
-    """Older ones are deleted."""
+    """Number of checkpoints to keep; older ones are deleted."""
     max_bad_steps: int = 10
-    """A step whose loss or gradient is not finite is left out; so many in a row, or half of all steps, stop the run. 0:
-    they never do."""
+    """A step whose loss or gradient is not finite is left out; this many in a row, or half of all steps, stop the run.
+    0: never stop."""
     log_every: int = 10
     """Optimiser steps between log lines."""
     tracker: str = "auto"
     """accelerate tracker: tensorboard, wandb, ...; auto: tensorboard if installed; none."""
     license: str | None = None
-    """Licence in the model's card, in the hub's words (apache-2.0, cc-by-nc-4.0, ...). Unset: apache-2.0 of a model of
-    the built-in scenes that started from nothing, otherwise unknown."""
+    """Licence in the model card, by its hub name (apache-2.0, cc-by-nc-4.0, ...). Unset: apache-2.0 for a model trained
+    from scratch on the built-in scenes, otherwise unknown."""
 
     def __post_init__(self) -> None:
         check_at_least(
@@ -134,16 +133,16 @@ class TrainOptions:
 
 @dataclass
 class ValidationOptions:
-    """Recall on held-out data; the best model by mean R@1 is the one that is kept."""
+    """Evaluation on held-out data, which chooses the best model by mean R@1."""
 
     every_epochs: int = 1
-    """0: only at the end."""
+    """Epochs between validations; 0: only at the end."""
     every_steps: int = 0
-    """Optimiser steps between validations; 0: by epochs."""
+    """Optimiser steps between validations, in addition to those by epochs; 0: none."""
     rerank: int = 16
-    """Candidates per query for the fusion head; 0: dual only."""
+    """Candidates per query for the fusion head; 0: evaluate the dual head alone."""
     max_images: int | None = None
-    """Validate on the first so many images, for speed."""
+    """Number of images to validate on, the first ones; unset: all."""
     batch_size: int = 64
     """Images encoded at a time."""
     final_split: str | None = None
@@ -151,12 +150,11 @@ class ValidationOptions:
     final_rerank: int = 32
     """Candidates per query in the final table."""
     gallery_queries: int = 16
-    """Queries of each direction on the page beside it, gallery.html, with small copies of the images; 0: no page."""
+    """Queries of each direction on the page gallery.html, with small copies of the images; 0: no page."""
     select: Literal["auto", "dual", "match", "match_plus_similarity", "reranked"] = "auto"
-    """Whose mean R@1 chooses the best model; auto: reranked (by match score and the fitted weight of the similarity)
-    where pairs are scored, else dual."""
+    """The score whose mean R@1 chooses the best model; auto: reranked if pairs are scored, else dual."""
     keep_mlm_head: bool = False
-    """Keep the masked-language-model head in the model that is saved for use; checkpoints always have it."""
+    """Keep the masked-language-model head in the saved model; checkpoints always have it."""
 
     def __post_init__(self) -> None:
         check_at_least(
@@ -175,7 +173,7 @@ class ValidationOptions:
 
 @dataclass
 class RunOptions:
-    """The options of a trainer that was made of objects, without a whole tree of them."""
+    """The options of a `Trainer` that was made from objects; they are its `config.yaml`."""
 
     train: TrainOptions
     data: DataOptions
@@ -184,7 +182,7 @@ class RunOptions:
 
 @dataclass
 class PretrainOptions:
-    """Everything a run is made of."""
+    """All options of a run."""
 
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
@@ -192,26 +190,25 @@ class PretrainOptions:
     train: TrainOptions = field(default_factory=TrainOptions)
     validation: ValidationOptions = field(default_factory=ValidationOptions)
     resume: bool = False
-    """Continue from the newest checkpoint in train.output_dir; a finished run there is left as it is. The options must
-    be those that the run was begun with, but for where things go and how often something is said or kept."""
+    """Continue from the newest checkpoint in train.output_dir; a finished run is left as it is. Options that change the
+    training must be the same as at the start of the run."""
     resume_with_changes: bool = False
-    """Continue although options that change the run (data, batch, seed, schedule, model) are others now."""
+    """Continue although options that change the training (data, batch, seed, schedule, model) have changed."""
 
     def decided(self) -> PretrainOptions:
-        """A copy in which `objective.mlm`, `agreement` and `distillation` are numbers, and `model.mlm_head` is there
-        where words are predicted.
+        """A copy with numbers for unset weights (`mlm`, `agreement`, `distillation`), and `mlm_head` if `mlm` is used.
 
-        A fusion head that starts from scratch learns grounding from word prediction and from token agreement, and does
-        not teach (recipes/results/distillation.md).
+        A fusion head that starts from scratch learns grounding from word prediction and token agreement, and does not
+        teach (recipes/results/distillation.md).
         """
-        starts = self.model.init is None and self.objective.scores_pairs and "fusion" not in self.model.freeze
+        from_scratch = self.model.init is None and self.objective.scores_pairs and "fusion" not in self.model.freeze
         mlm, agreement, distillation = self.objective.mlm, self.objective.agreement, self.objective.distillation
         if mlm is None:
-            mlm = 1.0 if starts else 0.0
+            mlm = 1.0 if from_scratch else 0.0
         if agreement is None:
-            agreement = 1.0 if starts and self.model.fusion.agreement else 0.0
+            agreement = 1.0 if from_scratch and self.model.fusion.agreement else 0.0
         if distillation is None:
-            distillation = 0.0 if starts and self.objective.teacher == "match" else 1.0
+            distillation = 0.0 if from_scratch and self.objective.teacher == "match" else 1.0
         model = replace(self.model, mlm_head=self.model.mlm_head or mlm > 0)
         objective = replace(self.objective, mlm=mlm, agreement=agreement, distillation=distillation)
         return replace(self, model=model, objective=objective)

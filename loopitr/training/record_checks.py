@@ -1,4 +1,4 @@
-"""What a run says about its records before it trains: images of the training set in others, few to choose by."""
+"""Warnings about the records of a run: held-out images that are also trained on, and too few validation images."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Sequence
 from loopitr.data import HubStream, LazyRecords, Record, SceneRecords, shared_images
 from loopitr.data.overlap import listed
 
-FEW = 100  # images; below it, one query more or less is over a point of R@1
-MOST_READ = 50_000  # lazy records: an image has to be read before its size is known
+FEW = 100  # With fewer images, one query more or less changes R@1 by over a point.
+MOST_READ = 50_000  # With more lazy records, reading every image to compare its size would take too long.
 
 
 def record_warnings(
     train: Sequence[Record] | HubStream, held_out: dict[str, Sequence[Record]], *, chooses: str, max_images: int | None
 ) -> list[str]:
-    """Lines that warn of held-out images that are trained on, and of too few that choose the best model.
+    """Warnings about held-out images that are trained on, and about too few images to choose the best model by.
 
     Args:
-        held_out: records by the name of their split; `chooses` is the one that chooses the best model, by its first
-            `max_images`.
+        held_out: records by the name of their split.
+        chooses: the split that chooses the best model, by its first `max_images` images.
     """
     lines = []
     for split, records in held_out.items():

@@ -1,4 +1,4 @@
-"""What a run leaves behind: history, `metrics.json`, a Markdown table, a page of examples, a PNG of the curves."""
+"""The results that a run writes: history, `metrics.json`, a Markdown table, a page of examples, a PNG of the curves."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ HISTORY, METRICS, GALLERY = "history.jsonl", "metrics.json", "gallery.html"
 
 
 class History:
-    """One JSON line per logged step, in the run folder; a resumed run drops what lies after its checkpoint."""
+    """The history of a run: one JSON line per logged step; a resumed run drops lines after its checkpoint."""
 
     def __init__(self, folder: Path, *, keep: int = 0, log: Callable[[str], None] = print) -> None:
         """
         Args:
-            keep: how many rows of an earlier history stay.
-            log: where it says that the disk is full.
+            keep: the number of rows to keep of an earlier history.
+            log: logs that the file cannot be written.
         """
         self.path, self.log = folder / HISTORY, log
         self.rows = read_history(folder)[:keep]
-        self.is_behind = False  # whether the file lacks rows
+        self.is_behind = False  # whether rows are missing in the file
         self.flush()
 
     def add(self, step: int, values: dict[str, float]) -> None:
-        """Rows that a full disk does not take are written with later ones."""
+        """Add a row; if the disk is full, it is written together with later rows."""
         row = {"step": step, **values}
         self.rows.append(row)
         try:
@@ -49,11 +49,11 @@ class History:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
             if not self.is_behind:
-                self.log(f"warning: {self.path} cannot be written ({error.strerror}): its rows wait for space")
+                self.log(f"warning: {self.path} cannot be written ({error.strerror}); its rows are written later")
             self.is_behind = True
 
     def sync(self) -> None:
-        """Force the rows onto the disk: a checkpoint counts on them.
+        """Sync the rows to the disk, before a checkpoint that relies on them.
 
         Raises:
             OSError: they cannot be written.
@@ -67,14 +67,14 @@ class History:
         """Write the whole file.
 
         Raises:
-            OSError: it cannot be written; it is as it was.
+            OSError: it cannot be written, and is unchanged.
         """
         write_file(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
         self.is_behind = False
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
-    """The history's rows; a last line that a killed process left incomplete is ignored."""
+    """The rows of the history in `folder`; an incomplete last line, of a killed process, is ignored."""
     path = folder / HISTORY
     rows = []
     for line in path.read_text().splitlines() if path.is_file() else []:
@@ -86,12 +86,12 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Complete or not at all: a reader never sees half a file."""
+    """Write a JSON file atomically."""
     write_file(path, json.dumps(content, indent=2) + "\n")
 
 
 def named_values(output: StepOutput) -> dict[str, Tensor]:
-    """What a step is logged as: `loss/total`, `loss/TERM`, `train/METRIC`."""
+    """The values of a step by their names in the log: `loss/total`, `loss/TERM`, `train/METRIC`."""
     terms = {f"loss/{name}": value for name, value in output.terms.items()}
     return {"loss/total": output.loss, **terms, **{f"train/{name}": value for name, value in output.metrics.items()}}
 
@@ -104,7 +104,7 @@ def run_metrics(
     skipped: dict[str, int],
     truncated: int,
 ) -> dict[str, Any]:
-    """What `metrics.json` holds: the figures of the final table on `split`, and what the training was."""
+    """The content of `metrics.json`: the results on `split`, and facts on the training."""
     return {
         "split": split,
         **result.to_json(),
@@ -127,9 +127,12 @@ def write_results(
     rows: list[dict[str, Any]],
     model: LoopITRModel,
 ) -> None:
-    """`metrics.json`, `results.md` with the table of `result` on `records`, `gallery.html` with its examples, if it has
-    any, `curves.png` of the history's rows, and the card of the model, whose weights are saved there already."""
-    from loopitr.building.card import write_card  # Options are read without what a model needs.
+    """Write the results of a run to its folder, in which the model is already saved.
+
+    These are `metrics.json`, `results.md` with the table of `result`, `gallery.html` if it has examples (of `records`),
+    `curves.png` of the history's `rows`, and the model card.
+    """
+    from loopitr.building.card import write_card  # These imports are heavy; options are read without them.
     from loopitr.evaluation.gallery_page import gallery_page
 
     title = f"{folder.name}: {metrics['split']}"
@@ -142,8 +145,8 @@ def write_results(
 
 
 def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """Losses over steps on the left, recall on the right."""
-    from matplotlib.figure import Figure  # A figure of its own needs no global state and no display.
+    """Plot losses over steps on the left, recalls on the right."""
+    from matplotlib.figure import Figure  # Unlike pyplot, it has no global state and needs no display.
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)

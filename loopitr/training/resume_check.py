@@ -1,4 +1,4 @@
-"""Whether a run that goes on is the run that was begun: its options against those in the folder's `config.yaml`."""
+"""Compares the options of a resumed run with those in the folder's `config.yaml`."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ import yaml
 
 from loopitr.training.options import PretrainOptions
 
-# Options of the command line, not of the run; they are never written to `config.yaml`.
+# Options of one command, not of the run, which are not written to `config.yaml`.
 NOT_STORED = ("resume", "resume_with_changes")
-# Options that change neither a step nor which model is the best: where things go, how often something is said or kept.
+# Options that change neither a training step nor the choice of the best model.
 FREE = (
     *("train.output_dir", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every", "train.tracker"),
     *("train.checkpoint_minutes", "train.max_bad_steps", "train.license"),
-    "data.scenes",  # Older runs do not have it; that there is another source, or was one, shows by its own option.
+    "data.scenes",  # Older runs do not have it; another source shows by its own option.
     *("data.max_skipped_fraction", "validation.batch_size", "validation.final_rerank", "validation.final_split"),
     "validation.gallery_queries",
 )
-FOLDERS = ("data.cache_images", "data.cache_tokens", "data.cache_text_tokens")  # only whether there is one matters
+FOLDERS = ("data.cache_images", "data.cache_tokens", "data.cache_text_tokens")  # Only whether they are set matters.
 MISSING = object()
 
 
 def stored_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What is written to `config.yaml`, as it reads when it is loaded again."""
-    kept = {name: value for name, value in config.items() if name not in NOT_STORED}
-    loaded: dict[str, Any] = yaml.safe_load(yaml.safe_dump(kept))
+    """The options to write to `config.yaml`, in the types that they have when loaded from there."""
+    stored = {name: value for name, value in config.items() if name not in NOT_STORED}
+    loaded: dict[str, Any] = yaml.safe_load(yaml.safe_dump(stored))
     return loaded
 
 
 def changed_options(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """`name: old -> new` of every option that changes the run; an option that one side lacks has its default there.
+    """`name: old -> new` for each changed option that affects training; an option missing in one has its default.
 
     Example:
         >>> from loopitr.training.resume_check import changed_options
@@ -42,7 +42,7 @@ def changed_options(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]
     before, after = _flat(stored_config(old)), _flat(stored_config(new))
     defaults = _flat(stored_config(asdict(PretrainOptions())))
     streams = bool(before.get("data.streaming") or after.get("data.streaming"))
-    # The workers of a loader share the files of a stream, so that their number is part of its order.
+    # The workers of a loader share the files of a stream, so their number affects its order.
     free = FREE if streams else (*FREE, "data.num_workers", "data.shuffle_buffer")
     changes = []
     for name in {**before, **after}:

@@ -1,4 +1,4 @@
-"""The folder of a run: nobody else's while the run is at work, and an earlier run in it is kept."""
+"""The folder of a run: locked while the run is active; an earlier run in it is renamed, not overwritten."""
 
 from __future__ import annotations
 
@@ -26,8 +26,13 @@ CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"
 
 @dataclass(frozen=True, kw_only=True)
 class Entered:
-    """What was in a run's folder: the figures of a finished run with nothing left to do, or None; the checkpoint to go
-    on from, or None; lines for the log."""
+    """The result of entering a run folder.
+
+    Attributes:
+        finished: the metrics of a finished run that is resumed and has nothing left to do, or None.
+        checkpoint: the checkpoint to continue from, or None.
+        lines: lines for the log.
+    """
 
     finished: dict[str, Any] | None = None
     checkpoint: Path | None = None
@@ -44,25 +49,26 @@ def run_folder(
     resume: bool,
     with_changes: bool = False,
 ) -> Iterator[Entered]:
-    """Within it, `folder` is this run's alone; nothing is written there but the lock.
+    """A context in which this run has `folder` to itself; only the lock is written there.
 
-    An earlier run there is moved aside, unless it is resumed and has a checkpoint. Yields that checkpoint, and the
-    metrics of a run that is resumed and has made its `total_steps` already: it is left as it is, with nothing to do.
+    An earlier run in the folder is renamed, unless it is resumed and has a checkpoint.
 
     Args:
-        config: the options of this run. Those of a resumed one must be the same, but for what changes nothing in it.
-        with_changes: accept other options.
+        config: the options of this run. Those of a resumed run must be the same, except for some that do not affect
+            training (`resume_check.py`).
+        total_steps: the number of steps of this run; a resumed run that has made them has nothing left to do.
+        with_changes: accept changed options.
 
     Raises:
-        ValueError: the folder holds something else than a run, another run is at work there, a finished one without a
-            checkpoint is to go on, or one with other options, or one whose checkpoints are all damaged.
+        ValueError: the folder holds something other than a run, or another run is active in it; or the run cannot be
+            resumed because its options differ, its checkpoints are damaged, or it is finished and has no checkpoint.
         OSError: the folder cannot be made or written to.
     """
-    accelerator.wait_for_everyone()  # to have read model.init, which may lie there
+    accelerator.wait_for_everyone()  # Other ranks may still be reading `model.init` in this folder.
     locks: list[FolderLock] = []
     try:
-        asked = _Asked(resume, with_changes, total_steps, accelerator.num_processes)
-        entered = first_rank(partial(_enter, folder, stored_config(config), locks, asked))
+        request = _Request(resume, with_changes, total_steps, accelerator.num_processes)
+        entered = first_rank(partial(_enter, folder, stored_config(config), locks, request))
         for line in entered.lines:
             accelerator.print(line)
         yield entered
@@ -72,23 +78,23 @@ def run_folder(
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Request:
     resume: bool
     with_changes: bool
     total_steps: int
     num_processes: int
 
 
-def _enter(folder: Path, config: dict[str, Any], locks: list[FolderLock], asked: _Asked) -> Entered:
-    check_run_folder(folder)  # before the lock is written there
-    _locked(folder, locks)
+def _enter(folder: Path, config: dict[str, Any], locks: list[FolderLock], request: _Request) -> Entered:
+    check_run_folder(folder)  # This must come before the lock is written there.
+    _lock(folder, locks)
     lines: list[str] = []
-    total_steps = asked.total_steps
-    newest = newest_checkpoint(folder / CHECKPOINTS, log=lines.append) if asked.resume else None
+    total_steps = request.total_steps
+    newest = newest_checkpoint(folder / CHECKPOINTS, log=lines.append) if request.resume else None
     progress = newest.progress if newest else None
-    if asked.resume:
-        changes = _changes(folder, config, progress, asked.num_processes)
-        if changes and not asked.with_changes:
+    if request.resume:
+        changes = _changes(folder, config, progress, request.num_processes)
+        if changes and not request.with_changes:
             raise ValueError(
                 f"{folder} was begun with other options ({'; '.join(changes)}); resume it with its own, or accept "
                 "these with --resume_with_changes"
@@ -105,19 +111,20 @@ def _enter(folder: Path, config: dict[str, Any], locks: list[FolderLock], asked:
             )
         lines.append(f"resuming from {f'step {done}' if progress else f'scratch: no checkpoint in {folder}'}")
     if progress is None:
-        # A run that was killed before its first checkpoint may have validated: its model is kept too.
+        # A run that was killed before its first checkpoint is renamed too, since it may have saved a validated model.
         aside = move_aside(folder)
         if aside is not None:
-            _locked(folder, locks)
+            _lock(folder, locks)
             (aside / LOCK).unlink(missing_ok=True)
             lines.append(f"moved the earlier run in {folder} to {aside}")
     return Entered(checkpoint=newest.path if newest else None, lines=tuple(lines))
 
 
 def store_config(folder: Path, config: dict[str, Any], *, step: int) -> None:
-    """Write `config.yaml`, once the run is ready for its next step, which it makes after `step` others.
+    """Write `config.yaml` at the start or when the run is resumed after `step` steps.
 
-    Options that are changed stay in `config.before-STEP.yaml`: an evaluation asks what a run was trained on.
+    If options have changed, the earlier ones are kept in `config.before-STEP.yaml`, since evaluations look up the data
+    that a run was trained on.
     """
     path, config = folder / CONFIG, stored_config(config)
     if path.is_file() and changed_options(yaml.safe_load(path.read_text(encoding="utf-8")), config):
@@ -126,7 +133,7 @@ def store_config(folder: Path, config: dict[str, Any], *, step: int) -> None:
 
 
 def _changes(folder: Path, config: dict[str, Any], progress: Progress | None, num_processes: int) -> list[str]:
-    """How this run differs from the one in the folder; nothing where there is none."""
+    """The differences between this run and the one in the folder; empty if there is none."""
     if not (folder / CONFIG).is_file():
         return []
     begun: dict[str, Any] = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
@@ -137,7 +144,7 @@ def _changes(folder: Path, config: dict[str, Any], progress: Progress | None, nu
 
 
 def _finished(folder: Path) -> dict[str, Any] | None:
-    """The metrics of a run that came to its end; None for any other."""
+    """The metrics of a finished run; None: the run in the folder is not finished."""
     try:
         metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
         return metrics if isinstance(metrics["training"]["steps"], int) else None
@@ -145,7 +152,7 @@ def _finished(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _locked(folder: Path, locks: list[FolderLock]) -> None:
+def _lock(folder: Path, locks: list[FolderLock]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     lock = FolderLock(folder)
     lock.acquire()
@@ -153,10 +160,10 @@ def _locked(folder: Path, locks: list[FolderLock]) -> None:
 
 
 def move_aside(folder: Path) -> Path | None:
-    """Rename the folder of a run to the first free `NAME.1`, `NAME.2`, ...; None if there is nothing in it.
+    """Rename a run folder to the first free `NAME.1`, `NAME.2`, ...; returns its new path, or None if it is empty.
 
     Raises:
-        ValueError: it holds something else, see `check_run_folder`.
+        ValueError: it is not a run folder (`check_run_folder`), or it is the current folder.
     """
     check_run_folder(folder)
     if not _content(folder):
@@ -170,10 +177,10 @@ def move_aside(folder: Path) -> Path | None:
 
 
 def check_run_folder(folder: Path) -> None:
-    """Only the folder of a run, an empty one, or none at all may become a run's: nothing else is moved or written to.
+    """Check that a run may use `folder`: it does not exist, is empty, or holds an earlier run.
 
     Raises:
-        ValueError: a file, or a folder that holds something but no run's `config.yaml`.
+        ValueError: it is a file, or a folder that holds something other than a run.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"train.output_dir {folder} is not a folder")
@@ -186,7 +193,7 @@ def check_run_folder(folder: Path) -> None:
 
 
 def _content(folder: Path) -> list[str]:
-    """What a run killed before its `config.yaml` was written leaves behind does not count."""
+    """The names in a folder, except for files that a run leaves that is killed before it has written `config.yaml`."""
     own = (LOCK, CONFIG + PARTIAL)
     return sorted(entry.name for entry in folder.iterdir() if entry.name not in own) if folder.exists() else []
 
@@ -196,5 +203,5 @@ def _is_run(folder: Path) -> bool:
         config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return False
-    # Other programs have a file of this name too; what a run writes beside it is its history.
+    # Other programs have a config.yaml too; that of a run has options of training, or a history next to it.
     return isinstance(config, dict) and ("train" in config or (folder / HISTORY).is_file())

@@ -1,4 +1,4 @@
-"""What a run says of itself as it goes: a line of means every few steps, in its history, its tracker and its watch."""
+"""The log of a run: means over a few steps, for its history, its tracker and its warnings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from loopitr.training.watch import Watch
 
 
 class RunLog:
-    """The log of a run that stands at `progress`."""
+    """The log of a run, continued from `progress`."""
 
     def __init__(
         self,
@@ -28,39 +28,39 @@ class RunLog:
         watch: Watch,
         log: Callable[[str], None] = print,
     ) -> None:
-        """`log`: where warnings go."""
+        """`log`: a function for warnings."""
         self.accelerator, self.watch = accelerator, watch
         self.window = LogWindow(progress.windows[0] if progress.windows else None, device=accelerator.device)
         self.history = History(folder, keep=progress.rows, log=log) if accelerator.is_main_process else None
 
     def add(self, output: StepOutput) -> None:
-        """A batch's losses and metrics; they stay where they are."""
+        """Add the losses and metrics of a batch; they stay on their device."""
         self.window.add(named_values(output))
 
     def write(self, progress: Progress, more: dict[str, float]) -> dict[str, float]:
-        """Log the means since the last time, and `more`; returns all of it."""
+        """Log the means since the last call, and the values in `more`; returns both."""
         values = self.window.close(self.accelerator) | more
         self.record(progress.step, values)
         self.watch.look(progress, values)
         return values
 
     def record(self, step: int, values: dict[str, float]) -> None:
-        """Log `values` as they are."""
+        """Log `values`."""
         if self.history is not None:
             self.history.add(step, values)
         self.accelerator.log(values, step=step)
 
     def keep(self, progress: Progress) -> None:
-        """Force the history onto the disk, and note in `progress` what goes on from here.
+        """Sync the history to the disk, and store in `progress` what a resumed run needs of the log.
 
         Raises:
-            OSError: on all ranks: it cannot be written.
+            OSError: the history cannot be written (raised on all ranks).
         """
         progress.windows = [self.window.state()]
         progress.rows = first_rank(partial(_keep, self.history))
 
 
 def _keep(history: History | None) -> int:
-    assert history is not None  # on the main process, which is the first rank
+    assert history is not None  # The main process, which is the first rank, has one.
     history.sync()
     return len(history.rows)

@@ -1,4 +1,4 @@
-"""When a run saves a checkpoint, and what becomes of it where the disk is full."""
+"""When a run saves checkpoints, and what it does if the disk is full."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loopitr.training.run_folder import CHECKPOINTS
 
 
 class Saver:
-    """Saves checkpoints every so many steps and minutes; one that does not fit on the disk is said and tried again."""
+    """Saves checkpoints at intervals of steps and minutes; a failure is logged, and saving is tried again later."""
 
     def __init__(
         self,
@@ -27,7 +27,7 @@ class Saver:
     ) -> None:
         self.accelerator, self.folder, self.options = accelerator, folder / CHECKPOINTS, options
         self.scheduler, self.log = scheduler, log
-        self.step = 0  # of the newest checkpoint
+        self.step = 0  # the step of the newest checkpoint
         self.last = time.monotonic()
 
     def is_late(self) -> bool:
@@ -36,19 +36,19 @@ class Saver:
         return minutes > 0 and time.monotonic() - self.last >= 60 * minutes
 
     def is_due(self, step: int) -> bool:
-        """Whether `checkpoint_every` asks for one after this step."""
+        """Whether `checkpoint_every` asks for a checkpoint after this step."""
         every = self.options.checkpoint_every
         return every > 0 and step % every == 0
 
     def save(self, progress: Progress, *, first: Callable[[], None] = lambda: None, needed: bool = False) -> bool:
-        """Save one, all ranks together; returns whether it is there.
+        """Save a checkpoint, on all ranks together; returns whether it was written.
 
         Args:
-            first: what has to be on the disk before it.
-            needed: raise the error, since nobody would try again.
+            first: writes what has to be on the disk before it.
+            needed: raise an error if it cannot be written, since there will be no later attempt.
 
         Raises:
-            OSError: it could not be written, and it is `needed`.
+            OSError: it could not be written, and is `needed`.
         """
         self.last = time.monotonic()
         try:
@@ -64,13 +64,13 @@ class Saver:
             kept = f"the one of step {self.step} is kept" if self.step else "there is none yet"
             text = f"step {progress.step}: no checkpoint could be written to {self.folder} ({reason(error)}), {kept}"
             if needed:
-                raise OSError(f"{text}; free space and go on with --resume") from error
-            self.log(f"warning: {text}; the run goes on and tries again")
+                raise OSError(f"{text}; free space and continue with --resume") from error
+            self.log(f"warning: {text}; the run continues and tries again")
             return False
         self.step = progress.step
         return True
 
 
 def reason(error: OSError) -> str:
-    """Such as `No space left on device`."""
+    """The reason in words, such as `No space left on device`."""
     return error.strerror or str(error)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, parse_flag_from_env, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch import nn
 
 from loopitr.data import (
@@ -36,18 +36,18 @@ from loopitr.training.caches import Caches, check_caches
 from loopitr.training.options import TrainOptions, ValidationOptions
 from loopitr.training.record_checks import record_warnings
 from loopitr.training.run_folder import check_run_folder
-
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+from loopitr.training.sharding import SHARDED, prepare_environment, settle
 
 
 def start(train: TrainOptions) -> Accelerator:
     """accelerate with the run's precision, accumulation and tracker; the seed of weights and dropout is set.
 
     Raises:
-        ValueError: a tracker that is not installed, FSDP on CPUs, chunks where weights are sharded, or an `output_dir`
-            that holds something else than a run.
+        ValueError: a tracker that is not installed, an FSDP that is not supported, chunks or compilation where weights
+            are sharded, or an `output_dir` that holds something else than a run.
     """
     check_run_folder(Path(train.output_dir))
+    prepare_environment()
     accelerator = Accelerator(
         mixed_precision={"fp32": "no", None: None}.get(train.precision, train.precision),
         gradient_accumulation_steps=train.accumulation,
@@ -59,11 +59,11 @@ def start(train: TrainOptions) -> Accelerator:
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],
     )
-    if parse_flag_from_env("ACCELERATE_USE_FSDP") and accelerator.device.type == "cpu":
-        raise ValueError("accelerate was asked for FSDP, which it leaves out on CPUs without a word: launch without it")
-    if train.chunk_size is not None and accelerator.distributed_type in SHARDED:
-        # FSDP gathers and frees weights in a forward pass of its own, which chunks go around.
-        raise ValueError(f"train.chunk_size works with DDP, not with {accelerator.distributed_type.value}")
+    settle(accelerator)
+    for option, is_set in (("chunk_size", train.chunk_size is not None), ("compile", train.compile)):
+        if is_set and accelerator.distributed_type in SHARDED:
+            # FSDP gathers and frees weights around a forward pass of the whole, which chunks go around.
+            raise ValueError(f"train.{option} works with DDP, not with {accelerator.distributed_type.value}")
     if train.tracker not in ("auto", "none") and not accelerator.log_with:
         raise ValueError(f"train.tracker {train.tracker} is not installed")
     set_seed(train.seed)
@@ -120,19 +120,6 @@ def all_captions(records: Sequence[Record] | HubStream) -> Iterator[str] | None:
     if isinstance(records, HubStream):
         return None
     return (caption for position in range(len(records)) for caption in captions_of(records, position))
-
-
-def check_sharding(objective: LoopObjective, accelerator: Accelerator) -> None:
-    """
-    Raises:
-        ValueError: FSDP 2, or a teacher with a model of its own where weights are sharded.
-    """
-    kind = accelerator.distributed_type
-    if getattr(accelerator, "is_fsdp2", False):
-        raise ValueError("FSDP 2 cannot shard a scalar parameter, and the temperature is one: launch with DDP")
-    if objective.own_teacher is not None and kind in SHARDED:
-        name = objective.own_teacher.name
-        raise ValueError(f"objective.teacher {name!r} works with DDP, not with {kind.value}")
 
 
 def _check_teacher_reads(objective: LoopObjective) -> None:
@@ -232,7 +219,7 @@ def make_loader(records: Sequence[Record] | HubStream, train: TrainOptions, cach
             transform=transform,
             captions=data.captions,
             seed=train.seed,
-            tokens=caches.tokens(records),
+            tokens=caches.views(records, transform, shortest),
             images=caches.images(records, transform.shortest),
             shortest=shortest,
         )

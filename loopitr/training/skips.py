@@ -1,4 +1,4 @@
-"""What a run could not read, counted over all ranks."""
+"""Counts over all ranks of files that could not be read and captions that were cut."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from loopitr.training.checkpoints import Progress
 
 
 def lost_in_all(progress: Progress, skips: SkipCounter) -> tuple[dict[str, int], int]:
-    """How many files were skipped, by reason, and how many captions were cut, on all ranks since the run's start."""
-    # A checkpoint of an older version has counts without names.
+    """The number of skipped files by reason, and of cut captions, on all ranks since the start of the run."""
+    # Checkpoints of older versions have counts without names.
     unnamed = Counter(progress.skipped) - Counter(progress.skipped_files.values())
     files, truncated = files_in_all(progress, skips), progress.truncated
     for cut in gather_object([skips.truncated]):
@@ -24,7 +24,7 @@ def lost_in_all(progress: Progress, skips: SkipCounter) -> tuple[dict[str, int],
 
 
 def files_in_all(progress: Progress, skips: SkipCounter) -> dict[str, str]:
-    """The reason of every file that any rank could not read, once, since the very start of the run."""
+    """The reason for each file that a rank could not read, since the start of the run."""
     files = dict(progress.skipped_files)
     for part in gather_object([skips.files]):
         files = {**part, **files}
@@ -32,7 +32,7 @@ def files_in_all(progress: Progress, skips: SkipCounter) -> dict[str, str]:
 
 
 def check_skips(skips: SkipCounter, loader: EpochLoader, *, accumulation: int) -> None:
-    """Judge data of fewer examples than `SkipCounter` waits for, once the ranks have read all of it.
+    """Check the number of skips after an epoch, for data with fewer examples than `SkipCounter` waits for.
 
     Raises:
         DataError: more than the limit were skipped.
@@ -48,7 +48,7 @@ def check_skips(skips: SkipCounter, loader: EpochLoader, *, accumulation: int) -
 
 
 def lost_so_far(progress: Progress, skips: SkipCounter, accelerator: Accelerator) -> dict[str, float]:
-    """What is logged of all ranks: examples left out and captions cut, earlier parts of the run included."""
+    """The logged numbers of skipped examples and cut captions of all ranks since the start of the run."""
     lost = torch.tensor([skips.report.skipped, skips.truncated], device=accelerator.device)
     skipped, truncated = accelerator.reduce(lost, "sum").tolist()
     return {

@@ -19,6 +19,7 @@ from loopitr.objective.loop_objective import LoopObjective
 from loopitr.objective.parts import StepOutput
 from loopitr.training.divergence import StepGuard
 from loopitr.training.options import TrainOptions
+from loopitr.training.sharding import SHARDED
 
 
 class Stepper:
@@ -57,7 +58,9 @@ class Stepper:
         self.micro += 1
         with nullcontext() if self.is_full and chunk_size is None else accelerator.no_sync(self.prepared):
             if chunk_size is None:
-                output: StepOutput = self.prepared(**inputs, **stage)  # Autocast is inside.
+                # Autocast is inside, but where weights are sharded.
+                with accelerator.autocast() if accelerator.distributed_type in SHARDED else nullcontext():
+                    output: StepOutput = self.prepared(**inputs, **stage)
                 self._backward_from(output)
             else:
                 output = cached_backward(
@@ -88,7 +91,9 @@ class Stepper:
     def step(self) -> None:
         """A step that the guard leaves out is one of the schedule all the same."""
         self.micro = 0
-        self.guard.step(self.accelerator.clip_grad_norm_(self._parameters, self.options.clip))
+        sharded = self.accelerator.distributed_type in SHARDED  # accelerate then takes all parameters in their order.
+        parameters = self.prepared.parameters() if sharded else self._parameters
+        self.guard.step(self.accelerator.clip_grad_norm_(parameters, self.options.clip))
         self.optimizer.zero_grad()
         self.scheduler.step()
         self.bare.after_step()

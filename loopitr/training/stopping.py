@@ -1,4 +1,4 @@
-"""A run that is told to stop (SIGTERM, Ctrl-C) makes its step, saves and ends with one line: all ranks alike."""
+"""Stops a run on SIGTERM or Ctrl-C: all ranks finish their step, save a checkpoint, and end with one line."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ import torch.distributed as dist
 from loopitr.distributed import world_size
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-AGAIN = 3.0  # seconds; launchers pass on what the terminal has sent already, which is not a second wish to stop
+AGAIN = 3.0  # seconds; a signal that follows sooner is a copy that a launcher passed on, not a second request
 
 
 class Stopped(SystemExit):
-    """The run was told to stop, and has. Its `code` is the exit status that shells give the signal."""
+    """The run was stopped by a signal; `code` is the exit status that shells use for it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
@@ -29,19 +29,19 @@ class Stopped(SystemExit):
 
     @property
     def name(self) -> str:
-        """Such as `SIGTERM`."""
+        """The name of the signal, such as `SIGTERM`."""
         return signal.Signals(self.signal).name
 
     def line(self, step: int, folder: Path) -> str:
-        """What to say where the newest checkpoint in `folder` is of this step; 0: there is none."""
-        whence = f"from step {step}, saved in {folder}" if step else "from the start: no step is saved yet"
-        return f"stopped by {self.name}: --resume goes on {whence}"
+        """The line to log; `step` is that of the newest checkpoint in `folder`, 0: there is none."""
+        start = f"from step {step}, saved in {folder}" if step else "from the start: no step is saved yet"
+        return f"stopped by {self.name}: --resume continues {start}"
 
 
 class Stopping:
-    """Keeps a signal until the run can stop. Within `with stopping:` the process does not end by itself.
+    """Holds a signal until the run can stop. Within `with stopping:` a signal does not end the process.
 
-    A second signal some seconds after the first raises `Stopped` at once, wherever the run is.
+    A second signal, some seconds after the first, raises `Stopped` immediately.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class Stopping:
         self._earlier: dict[int, Any] = {}
 
     def __enter__(self) -> Stopping:
-        if threading.current_thread() is threading.main_thread():  # Python gives signals to no other.
+        if threading.current_thread() is threading.main_thread():  # Python handles signals only there.
             self._earlier = {number: signal.signal(number, self._receive) for number in SIGNALS}
         return self
 
@@ -61,7 +61,7 @@ class Stopping:
 
     @contextlib.contextmanager
     def at_once(self, allowed: bool = True) -> Iterator[None]:
-        """Within it a signal raises `Stopped` where it arrives: there is nothing to finish first."""
+        """A context in which a signal raises `Stopped` immediately, since nothing has to be finished first."""
         before, self._at_once = self._at_once, allowed
         try:
             if allowed:
@@ -71,9 +71,10 @@ class Stopping:
             self._at_once = before
 
     def check(self) -> None:
-        """
+        """Stop if a signal has arrived.
+
         Raises:
-            Stopped: a signal has come.
+            Stopped: a signal has arrived.
         """
         if self.signal:
             raise Stopped(self.signal)
@@ -84,21 +85,21 @@ class Stopping:
         if not self.signal:
             self.signal, self._since = number, now
         if again or self._at_once:
-            self._at_once = False  # What cleans up is not to be stopped.
+            self._at_once = False  # Code that cleans up must not be interrupted.
             raise Stopped(self.signal)
 
 
 class AcrossRanks:
-    """The ranks agree on small numbers between their CPUs, so that no step waits for a GPU."""
+    """Exchanges small numbers between the CPUs of all ranks, so that no step waits for a GPU."""
 
     def __init__(self, device: torch.device) -> None:
-        """All ranks make it together."""
-        self._group: Any = None  # the default one
+        """All ranks must construct it together."""
+        self._group: Any = None  # the default group
         if world_size() > 1 and device.type != "cpu":
             self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=4))
 
     def highest(self, *values: int) -> list[int]:
-        """Of each value, the largest that any rank has."""
+        """The largest value on any rank, for each of `values`."""
         if world_size() == 1:
             return list(values)
         highest = torch.tensor(values)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from timm.layers import convert_sync_batchnorm
 from tqdm.auto import tqdm
 
 from loopitr.data import HubStream, Record
@@ -28,7 +27,8 @@ from loopitr.training.reporting import run_metrics, write_results
 from loopitr.training.run_folder import run_folder, store_config
 from loopitr.training.run_log import RunLog
 from loopitr.training.saving import Saver
-from loopitr.training.setup import Caches, check_sharding, count_parameters, make_loader, prepare_model, start
+from loopitr.training.setup import Caches, count_parameters, make_loader, prepare_model, start
+from loopitr.training.sharding import WholeModel, ready_for_ranks
 from loopitr.training.skips import check_skips, files_in_all, lost_in_all, lost_so_far
 from loopitr.training.stepping import Stepper
 from loopitr.training.stopping import AcrossRanks, Stopped, Stopping
@@ -99,9 +99,9 @@ class Trainer:
         self.log = self.accelerator.print
         self.bare_objective, self.model, self.processor = objective, objective.model, processor
         self.test, self.test_split = val if test is None else test, test_split
-        check_sharding(objective, self.accelerator)
+        self.whole = WholeModel(objective, self.accelerator)
         prepare_model(objective, self.options, self.data)
-        self.caches = Caches(self.model, processor, self.data, self.accelerator)
+        self.caches = Caches(self.whole.model, processor, self.data, self.accelerator)
         self.loader = make_loader(train, self.options, self.caches)
         self._prepare()
         warmup = self.options.distillation_warmup * self.total_steps
@@ -109,17 +109,14 @@ class Trainer:
         self.saver = Saver(self.accelerator, self.folder, self.options, scheduler=self.scheduler, log=self.log)
         parts = self.accelerator, self.objective, objective, self.optimizer, self.scheduler, self.options
         self.stepper = Stepper(*parts, folder=self.folder, total_steps=self.total_steps, log=self.log)
-        self.validator = Validator(
-            objective, self.caches, self.validation, folder=self.folder, records=val, fusion_start=self.fusion_start
-        )
+        rest: dict[str, Any] = {"folder": self.folder, "records": val, "fusion_start": self.fusion_start}
+        self.validator = Validator(objective, self.whole, self.caches, self.validation, **rest)
 
     def _prepare(self) -> None:
         options, accelerator = self.options, self.accelerator
         self.total_steps = options.max_steps or options.epochs * (len(self.loader) // options.accumulation)
         self.fusion_start = int(options.fusion_start * self.total_steps)
-        if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-            # Batch statistics are those of all ranks. torch's own conversion would drop timm's fused activations.
-            convert_sync_batchnorm(self.model)
+        ready_for_ranks(self.bare_objective, accelerator)
         optimizer = make_optimizer(self.model, options)
         self.objective, self.optimizer = accelerator.prepare(self.bare_objective, optimizer)
         # The scheduler is not prepared: accelerate would step it once per process.

@@ -20,6 +20,7 @@ from loopitr.training.checkpoints import Progress
 from loopitr.training.divergence import check_finite
 from loopitr.training.durable import write_files
 from loopitr.training.options import ValidationOptions
+from loopitr.training.sharding import WholeModel
 
 
 class Validator:
@@ -28,6 +29,7 @@ class Validator:
     def __init__(
         self,
         objective: LoopObjective,
+        whole: WholeModel,
         caches: Caches,
         options: ValidationOptions,
         *,
@@ -35,7 +37,7 @@ class Validator:
         records: Sequence[Record],
         fusion_start: int = 0,
     ) -> None:
-        self.model, self.caches, self.options, self.folder = objective.model, caches, options, folder
+        self.whole, self.caches, self.options, self.folder = whole, caches, options, folder
         self.records, self.fusion_start = records, fusion_start
         self.uses_pairs = objective.uses_pairs or objective.compares_tokens
         self.starts_early = objective.compares_tokens  # token agreement, a part of match scores, waits for no one
@@ -103,10 +105,14 @@ class Validator:
 
         The weight of the similarity in the reranking score is fitted on the validation records, too.
         """
-        check_finite(self.model, step=progress.step)
-        result = self.evaluate(self.model, self.records, step=progress.step, calibrate=True)
+        with self.whole.at_hand() as model:
+            return self._validate(model, progress, keep=keep)
+
+    def _validate(self, model: LoopITRModel, progress: Progress, *, keep: bool) -> dict[str, float]:
+        check_finite(model, step=progress.step)
+        result = self.evaluate(model, self.records, step=progress.step, calibrate=True)
         if result.similarity_weight is not None:
-            self.model.config.similarity_weight = progress.similarity_weight = result.similarity_weight
+            model.config.similarity_weight = progress.similarity_weight = result.similarity_weight
         scores = result.mean_r1()
         shown = ", ".join(f"{name} {value:.1f}" for name, value in scores.items())
         self.accelerator.print(f"step {progress.step}: mean R@1 {shown}")
@@ -115,14 +121,14 @@ class Validator:
         if keep and score is not None and (score, scores["dual"]) > tuple(so_far):
             progress.best, progress.best_dual, progress.best_step = score, scores["dual"], progress.step
             if self.accelerator.is_main_process:
-                self._save()
+                self._save(model)
         return scores
 
-    def _save(self) -> None:
+    def _save(self, model: LoopITRModel) -> None:
         """The best model is the earlier one until this one is whole."""
 
         def write(folder: Path) -> None:
-            save_for_use(self.model, self.caches.processor, folder, keep_mlm_head=self.options.keep_mlm_head)
+            save_for_use(model, self.caches.processor, folder, keep_mlm_head=self.options.keep_mlm_head)
 
         write_files(self.folder, write, seen=("README.md",))
 

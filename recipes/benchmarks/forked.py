@@ -1,4 +1,7 @@
-"""Training processes that soak.py forks, looks at and kills: what they are doing, and what they have trained on."""
+"""Training processes that soak.py forks, looks at and kills: what they are doing, and what they have trained on.
+
+A run of several ranks is as many processes, which meet over gloo on this machine.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,13 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.other import get_free_port
 
 # Before the first fork: every training process has them without importing them again.
 from loopitr.building import build as _build  # noqa: F401
@@ -88,13 +93,17 @@ def note_samples(path: Path) -> None:
     EpochLoader.epoch, trainer.Trainer._step = noted_epoch, noted_step  # type: ignore[method-assign]
 
 
-def samples(path: Path) -> dict[int, list[str]]:
-    """The images of each step."""
-    steps = {}
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(ValueError):  # A killed process did not come to the line's end.
-            row = json.loads(line)
-            steps[row["step"]] = row["images"]
+def samples(folder: Path) -> dict[int, list[str]]:
+    """The images of each step, of all ranks."""
+    steps: dict[int, list[str]] = {}
+    for path in sorted(folder.glob("samples-*.jsonl")):
+        own = {}
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(ValueError):  # A killed process did not come to the line's end.
+                row = json.loads(line)
+                own[row["step"]] = row["images"]
+        for step, images in own.items():
+            steps.setdefault(step, []).extend(images)
     return steps
 
 
@@ -129,33 +138,51 @@ def fork(work: Callable[[], None], log: Path) -> int:
         os._exit(status)
 
 
-def train(folder: Path, words: list[str], *, phase: Phase, resume: bool) -> int:
-    """Fork a training process; returns its pid."""
-    folder.mkdir(parents=True, exist_ok=True)
-    words = [*TINY, *words, f"--train.output_dir={folder / 'run'}", *(["--resume=true"] if resume else [])]
-    phase.shared[0] = 0
+class Launch:
+    """A run at work: its processes, one for each rank."""
 
-    def work() -> None:
-        note_samples(folder / "samples.jsonl")
-        phase.wrap(saving.Saver, "save", "save")
-        phase.wrap(validation.Validator, "validate", "validation")
-        phase.wrap(trainer.Trainer, "_finish", "final table")
-        phase.wrap(trainer.Trainer, "_epoch", "step")
-        phase.wrap(trainer.Caches, "images", "cache")
-        runpy.run_path(str(RECIPE))["make_trainer"](parse(PretrainOptions, words)).run()
+    def __init__(self, folder: Path, words: list[str], *, phase: Phase, resume: bool, ranks: int = 1) -> None:
+        """Fork them; `phase` is rank 0's."""
+        folder.mkdir(parents=True, exist_ok=True)
+        words = [*TINY, *words, f"--train.output_dir={folder / 'run'}", *(["--resume=true"] if resume else [])]
+        phase.shared[0] = 0
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port())}
 
-    return fork(work, folder / "log")
+        def work(rank: int) -> None:
+            if ranks > 1:
+                own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+                os.environ.update(meeting | {name: str(value) for name, value in own.items()})
+            note_samples(folder / f"samples-{rank}.jsonl")
+            if rank == 0:
+                phase.wrap(saving.Saver, "save", "save")
+                phase.wrap(validation.Validator, "validate", "validation")
+                phase.wrap(trainer.Trainer, "_finish", "final table")
+                phase.wrap(trainer.Trainer, "_epoch", "step")
+                phase.wrap(trainer.Caches, "images", "cache")
+            runpy.run_path(str(RECIPE))["make_trainer"](parse(PretrainOptions, words)).run()
 
+        self.pids = [fork(partial(work, rank), folder / "log") for rank in range(ranks)]
+        self.statuses: dict[int, int] = {}
 
-def ended(pid: int, *, until: float = float("inf"), look: Callable[[], None] = lambda: None) -> int | None:
-    """The exit status; None: it runs at the time `until` (`time.monotonic`)."""
-    while time.monotonic() < until:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        look()
-        time.sleep(0.002)
-    return None
+    def ended(self, *, until: float = float("inf"), look: Callable[[], None] = lambda: None) -> list[int] | None:
+        """The exit statuses of all ranks; None: one of them runs at the time `until` (`time.monotonic`)."""
+        while time.monotonic() < until:
+            for pid in set(self.pids) - set(self.statuses):
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    self.statuses[pid] = os.waitstatus_to_exitcode(status)
+            if len(self.statuses) == len(self.pids):
+                return [self.statuses[pid] for pid in self.pids]
+            look()
+            time.sleep(0.002)
+        return None
+
+    def kill(self, number: int, ranks: Iterable[int]) -> None:
+        """Signal these ranks' processes and those that they have started."""
+        for rank in ranks:
+            if self.pids[rank] not in self.statuses:
+                with contextlib.suppress(ProcessLookupError):  # It has ended by now.
+                    os.killpg(self.pids[rank], number)
 
 
 def last_words(folder: Path) -> str:

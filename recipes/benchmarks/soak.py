@@ -1,9 +1,11 @@
-"""python recipes/benchmarks/soak.py [--minutes 10] [--kills 100] [--output F.json]
+"""python recipes/benchmarks/soak.py [--minutes 10] [--kills 100] [--ranks 2] [--source tars] [--output F.json]
 
 Trains tiny models on the built-in scenes for a set time while it kills the training at random moments (SIGKILL, every
 fifth time SIGTERM) and starts it again with --resume, in several settings by turns. What comes out is compared with a
 run of the same options that nobody disturbed: `history.jsonl` and `model.safetensors` byte by byte, and the images of
-every step. The undisturbed runs are also watched: growth of memory per 1,000 steps, open files. Linux and macOS, CPU.
+every step. Of several ranks one, by turns, or all are killed; those that are left have to end within a minute. With
+`--source tars` they stream WebDataset tars. An undisturbed run is also watched: growth of memory per 1,000 steps, open
+files. Linux and macOS, CPU.
 """
 
 from __future__ import annotations
@@ -21,31 +23,17 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import torch
-from forked import Phase, ended, last_words, samples, train
+from forked import Launch, Phase, last_words, samples
+from soak_settings import SETTINGS, words_of
 
 from loopitr.checks import check_at_least
 from loopitr.cli import check_output_file, parse, run
 from loopitr.evaluation.report import markdown_table
 from loopitr.training.reporting import write_json
-
-SETTINGS = {
-    "all at once": ["--objective.mlm=1"],
-    "momentum teacher, accumulation": [
-        *("--objective.teacher=momentum", "--objective.teacher_margin=-100", "--train.accumulation=2"),
-        "--train.batch_size=4",
-    ],
-    "worker, image cache": ["--data.num_workers=1", "--data.cache_images={cache}"],
-    "gate, fusion later": ["--objective.teacher=match_plus_similarity", "--train.fusion_start=0.3"],
-    "in chunks": [
-        "--train.chunk_size=4",
-        "--model.hold_batch_statistics=true",
-        "--data.captions=all",
-        "--train.max_steps=64",
-    ],
-}
 
 
 @dataclass
@@ -54,6 +42,10 @@ class Options:
     """Starts no other run after so long."""
     kills: int = 100
     """Stops after so many."""
+    ranks: int = 1
+    """Processes of a run."""
+    source: Literal["scenes", "tars"] = "scenes"
+    """`tars`: scenes in WebDataset tars, which are streamed."""
     images: int = 256
     """Training scenes."""
     epochs: int = 2
@@ -67,7 +59,7 @@ class Options:
     """JSON file for the figures."""
 
     def __post_init__(self) -> None:
-        check_at_least(1, kills=self.kills, images=self.images, epochs=self.epochs)
+        check_at_least(1, kills=self.kills, ranks=self.ranks, images=self.images, epochs=self.epochs)
         check_at_least(0, minutes=self.minutes, memory_steps=self.memory_steps)
         if not hasattr(os, "fork"):
             raise ValueError("soak.py forks its training processes, which this system cannot")
@@ -88,12 +80,12 @@ class Tally:
     problems: list[str] = field(default_factory=list)
 
 
-def undisturbed(folder: Path, words: list[str], phase: Phase) -> float:
+def undisturbed(folder: Path, words: list[str], phase: Phase, ranks: int) -> float:
     """The run to compare with; returns its seconds."""
     started = time.monotonic()
-    status = ended(train(folder, words, phase=phase, resume=False))
-    if status:
-        raise ValueError(f"the undisturbed run ended with status {status}: {last_words(folder)}")
+    statuses = Launch(folder, words, phase=phase, resume=False, ranks=ranks).ended()
+    if statuses != [0] * ranks:
+        raise ValueError(f"the undisturbed run ended with status {statuses}: {last_words(folder)}")
     return time.monotonic() - started
 
 
@@ -107,37 +99,44 @@ def disturb(
     end: float,
     kills_left: Callable[[], int],
     draw: random.Random,
+    ranks: int,
 ) -> None:
     """One run, killed at random moments until it is through, and compared."""
     shutil.rmtree(folder, ignore_errors=True)
     tally.rounds += 1
     resume, patience = False, 0.4 * seconds
     while True:
-        pid = train(folder, words, phase=phase, resume=resume)
+        launch = Launch(folder, words, phase=phase, resume=resume, ranks=ranks)
         resume = True
         may_kill = kills_left() > 0 and time.monotonic() < end
         moment = time.monotonic() + draw.uniform(0, patience) if may_kill else float("inf")
-        status = ended(pid, until=moment)
-        if status is None:
-            number = signal.SIGTERM if sum(tally.kills.values()) % 5 == 4 else signal.SIGKILL
+        statuses = launch.ended(until=moment)
+        if statuses is None:
+            turn = sum(tally.kills.values())
+            number = signal.SIGTERM if turn % 5 == 4 else signal.SIGKILL
+            alone = turn % (ranks + 1)  # this rank alone; every so often, as with SIGTERM, all of them
+            killed = range(ranks) if number == signal.SIGTERM or alone == ranks else [alone]
             tally.kills[phase.read()] += 1
-            os.killpg(pid, number)
-            status = ended(pid, until=time.monotonic() + 60)
-            if status is None:
-                os.kill(pid, signal.SIGKILL)
-                tally.problems.append(f"it ignored signal {number} for a minute")
-            elif number == signal.SIGTERM and status == 128 + number:
-                tally.stopped += 1
-            elif status not in (-number, 0):
-                tally.problems.append(f"signal {number} ended it with status {status}: {last_words(folder)}")
-            patience *= 1.05  # The later a run is, the longer it needs to come further than its newest checkpoint.
-            if status != 0:
+            launch.kill(number, killed)
+            statuses = launch.ended(until=time.monotonic() + 60)
+            if statuses is None:
+                launch.kill(signal.SIGKILL, range(ranks))
+                launch.ended()
+                tally.problems.append(f"signal {number} to {[*killed]} of {ranks} did not end it within a minute")
                 continue
-        if status:
-            tally.problems.append(f"resumed, it ended with status {status}: {last_words(folder)}")
+            by_signal = [statuses[rank] for rank in killed]
+            if number == signal.SIGTERM and 128 + number in by_signal:
+                tally.stopped += 1
+            elif not {*by_signal} <= {-number, 0}:
+                tally.problems.append(f"signal {number} ended it with status {statuses}: {last_words(folder)}")
+            patience *= 1.05  # The later a run is, the longer it needs to come further than its newest checkpoint.
+            if any(statuses):
+                continue
+        if any(statuses):
+            tally.problems.append(f"resumed, it ended with status {statuses}: {last_words(folder)}")
             return
         break
-    if "Traceback" in (folder / "log").read_text():
+    if ranks == 1 and "Traceback" in (folder / "log").read_text():  # Ranks that are left alone say where that was.
         tally.problems.append("a traceback in its log")
     same = all(
         (folder / "run" / name).read_bytes() == (whole / "run" / name).read_bytes()
@@ -146,7 +145,7 @@ def disturb(
     tally.equal += same
     if not same:
         tally.problems.append("its weights or its history differ")
-    wanted, had = (samples(path / "samples.jsonl") for path in (whole, folder))
+    wanted, had = samples(whole), samples(folder)
     for step in {**wanted, **had}:
         a, b = Counter(wanted.get(step, [])), Counter(had.get(step, []))
         tally.lost += (a - b).total()
@@ -159,8 +158,8 @@ def watch_memory(folder: Path, steps: int, phase: Phase) -> dict[str, float]:
     files: list[int] = []
     words = [f"--train.max_steps={steps}", "--train.epochs=1000", "--data.scenes_train=256", "--train.log_every=10"]
     words += ["--validation.every_steps=0", "--validation.every_epochs=0", "--train.checkpoint_every=100"]
-    pid = train(folder, words, phase=phase, resume=False)
-    process, last = psutil.Process(pid), [0.0]
+    launch = Launch(folder, words, phase=phase, resume=False)
+    process, last = psutil.Process(launch.pids[0]), [0.0]
 
     def look() -> None:
         if time.monotonic() - last[0] < 0.5:
@@ -171,7 +170,7 @@ def watch_memory(folder: Path, steps: int, phase: Phase) -> dict[str, float]:
             points.append((json.loads(lines[-1])["step"], process.memory_info().rss / 2**20))
             files.append(process.num_fds())
 
-    if ended(pid, look=look):
+    if launch.ended(look=look) != [0]:
         raise ValueError(f"the watched run failed: {last_words(folder)}")
     later = [(step, mib) for step, mib in points if step > steps / 4]
     slope = statistics.linear_regression(*zip(*later)).slope if len({step for step, _ in later}) > 1 else 0.0
@@ -197,26 +196,28 @@ def soak(options: Options, root: Path) -> None:
     phase, draw = Phase(), random.Random(options.seed)
     end = time.monotonic() + 60 * options.minutes
     memory = watch_memory(root / "memory", options.memory_steps, phase) if options.memory_steps else {}
-    tallies = {name: Tally() for name in SETTINGS}
+    settings = SETTINGS[options.source]
+    tallies = {name: Tally() for name in settings}
     seconds: dict[str, float] = {}
 
     def kills_left() -> int:
         return options.kills - sum(sum(tally.kills.values()) for tally in tallies.values())
 
     for number in range(10**6):
-        name = list(SETTINGS)[number % len(SETTINGS)]
+        name = list(settings)[number % len(settings)]
         if kills_left() <= 0 or time.monotonic() >= end:
             break
         place = root / name.replace(", ", "-").replace(" ", "_")
-        words = [word.format(cache=place / "cache") if "{cache}" in word else word for word in SETTINGS[name]]
-        words += [f"--data.scenes_train={options.images}", f"--train.epochs={options.epochs}"]
+        amount = {"source": options.source, "images": options.images, "epochs": options.epochs}
+        words = words_of(settings[name], place, **amount)
         try:
-            seconds[name] = seconds.get(name) or undisturbed(place / "whole", words, phase)
+            seconds[name] = seconds.get(name) or undisturbed(place / "whole", words, phase, options.ranks)
         except ValueError as error:
             tallies[name].problems.append(str(error))
             break
         shutil.rmtree(place / "cache", ignore_errors=True)
-        disturb(place / "parts", words, place / "whole", seconds[name], phase, tallies[name], end, kills_left, draw)
+        paths = place / "parts", words, place / "whole", seconds[name]
+        disturb(*paths, phase, tallies[name], end, kills_left, draw, options.ranks)
         print(
             f"{name}: {sum(tallies[name].kills.values())} kills, {tallies[name].problems or 'no problem'}", flush=True
         )

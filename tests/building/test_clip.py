@@ -170,7 +170,7 @@ def test_images_of_another_size(pair):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f: {"pair": f, "init": f}, "are two starts; give one"),
+        (lambda f: {"pair": f, "init": f}, "exclude each other; give only one"),
         (lambda f: {"pair": "./no-such-pair"}, "no model folder './no-such-pair' for the pair"),
         (lambda f: {"pair": "no/such-pair"}, "no/such-pair.*pip install"),
         (lambda f: {"pair": save_bert(Path(f, "bert"))}, "holds a 'bert' model, wanted 'clip' or 'siglip'"),

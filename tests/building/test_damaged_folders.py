@@ -54,7 +54,7 @@ def test_a_missing_part_of_the_processor(folder, name, match):
     with pytest.raises((OSError, ValueError)):
         AutoProcessor.from_pretrained(folder)
     (folder / name).write_text("[")
-    refused(folder, f"{name} is damaged: it is no JSON")
+    refused(folder, f"{name} is damaged: it is not JSON")
     (folder / name).write_text("[]")
     refused(folder, f"{name} is damaged: it holds a list, wanted an object")
 
@@ -67,7 +67,7 @@ def test_a_tokenizer_of_special_tokens_alone_is_not_made_up(folder):
     BertTokenizerFast(
         vocab={name: i for i, name in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"))}
     ).save_pretrained(folder)
-    refused(folder, "knows no words: it has 5 special tokens alone")
+    refused(folder, "knows no words: it has only 5 special tokens")
 
 
 def test_a_tokenizer_that_cannot_pad(folder):

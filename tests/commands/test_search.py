@@ -55,7 +55,7 @@ def test_index_and_query(made, capsys, tmp_path):
     (hit,) = json.loads(run(capsys, "query", made / "index", made / "photos" / "002.jpg", "--top", 1, "--json"))
     assert hit["path"] == f"{made}/photos/002.jpg" and hit["match"] is None and hit["columns"]["width"] == 40
     assert hit["similarity"] == pytest.approx(1, abs=1e-5)
-    assert run(capsys, "query", made / "index", "a dog", "--where", "width > 4000") == "no image fits\n"
+    assert run(capsys, "query", made / "index", "a dog", "--where", "width > 4000") == "no image found\n"
 
 
 def test_a_page_of_results(made, capsys, tmp_path, monkeypatch):
@@ -85,21 +85,21 @@ def test_add_remove_and_info(made, capsys, tmp_path):
         (["find"], "unknown command 'find'; known: index"),
         (["index"], "no source is given: loopitr search index SOURCE --model RUN --output INDEX"),
         (["index", "{made}/photos"], "no model is given"),
-        (["index", "{made}/photos", "more"], "one too many: 'more'"),
+        (["index", "{made}/photos", "more"], "unexpected argument 'more'"),
         (["index", "{made}/none", "--model", "{made}/run", "--output", "{tmp}/out"], "{made}/none: no such folder"),
         (["index", "{made}/photos", "--model", "{made}/none", "--output", "{tmp}/out"], "no model folder {made}/none"),
         (["index", "{made}/photos", "--model", "{made}/run", "--output", "{made}/photos"], "no search index"),
-        (["query", "{tmp}", "a dog"], "{tmp} is no search index"),
-        (["query", "{made}/index", "a", "dog"], "one too many: 'dog'; wanted are INDEX QUERY, and quotes"),
+        (["query", "{tmp}", "a dog"], "{tmp} is not a search index"),
+        (["query", "{made}/index", "a", "dog"], "unexpected argument 'dog'; wanted INDEX QUERY, with quotes"),
         (["query", "{made}/index"], "the query is empty"),
         (["query", "{made}/index", "nowhere.jpg"], "nowhere.jpg: unreadable image (no such file)"),
         (["query", "{made}/index", "a dog", "--top", "0"], "top must be at least 1, got 0"),
         (["query", "{made}/index", "a dog", "--where", "widht > 3"], "where 'widht > 3': Schema error: No field"),
         (["query", "{made}/index", "a dog", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
         (["add", "{made}/index", "{tmp}/none.csv"], "none.csv: No such file"),
-        (["remove", "{made}/index"], "nothing is named that could be removed"),
+        (["remove", "{made}/index"], "nothing is named to remove"),
         (["remove", "{made}/index", "{tmp}/x.jpg"], "holds no image {tmp}/x.jpg"),
-        (["info", "{tmp}/none"], "{tmp}/none is no search index: no such folder"),
+        (["info", "{tmp}/none"], "{tmp}/none is not a search index: no such folder"),
         (
             [
                 "index",

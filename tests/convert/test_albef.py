@@ -250,11 +250,11 @@ def test_a_file_that_is_no_checkpoint_is_named_in_one_line(tmp_path):
     for name, kind, complaint in (
         ("none.pth", OSError, "no checkpoint file"),
         (".", OSError, "is a folder"),
-        ("objects.pth", ValueError, "Python objects beside its tensors"),
-        ("cut.pth", ValueError, "not a whole one"),
+        ("objects.pth", ValueError, "Python objects besides tensors"),
+        ("cut.pth", ValueError, "or is incomplete"),
         ("text.pth", ValueError, "is not a checkpoint"),
         ("empty.bin", ValueError, "is not a checkpoint"),
-        ("broken.safetensors", ValueError, "not a whole safetensors file"),
+        ("broken.safetensors", ValueError, "not a complete safetensors file"),
         ("list.pth", ValueError, "holds a list"),
         ("epoch.pth", ValueError, "holds no weights, only epoch"),
     ):

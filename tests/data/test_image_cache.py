@@ -158,7 +158,7 @@ def test_the_dataset_refuses_what_does_not_fit(files, folder, tmp_path):
         progress=False,
     )
     with pytest.raises(ValueError, match="got both"):
-        CaptionDataset(files, transform=TRANSFORM, images=cache, tokens=tokens)
+        CaptionDataset(files, transform=TRANSFORM, images=cache, tokens=[tokens])
 
 
 def test_pickling_drops_the_maps(folder):

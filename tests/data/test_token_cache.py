@@ -9,23 +9,12 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 import torch
+from helpers.tiny_tokens import KEY, encode, to_tensor
 from torch.utils.data import DataLoader
 
 from loopitr.data import CaptionDataset, DataError, Record, SceneRecords, TokenCache, decode_image, names_digest
-
-KEY = "0123456789abcdef0123"
-
-
-def to_tensor(image):
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-
-
-def encode(pixels):
-    """Patch means: [B, 3, 64, 64] -> [B, 16, 3]."""
-    return torch.nn.functional.avg_pool2d(pixels, 16).flatten(2).transpose(1, 2)
 
 
 def build(folder, records, key=KEY, encode=encode, **options):
@@ -73,14 +62,14 @@ def test_training_on_cached_tokens_skips_unreadable(tmp_path):
     records = broken(SceneRecords("val", 6), 2)
     cache = build(tmp_path, records, batch_size=1)
     assert cache.unreadable == {2} and build(tmp_path, records, encode=never).unreadable == {2}
-    dataset = CaptionDataset(records, transform=None, tokens=cache)
+    dataset = CaptionDataset(records, transform=None, tokens=[cache])
     item = dataset[2]
     assert item["identity"] == records[3].identity and torch.equal(item["image_tokens"], cache[3])
     assert item["skipped"] == [(records[2].name, "unreadable image: no cached tokens")]
     loaded = list(DataLoader(dataset, batch_size=None, num_workers=2))
     assert all(torch.equal(loaded[i]["image_tokens"], cache[i]) for i in range(6) if i != 2)
     with pytest.raises(ValueError, match="6 images, the records are 5"):
-        CaptionDataset(records[:5], transform=None, tokens=cache)
+        CaptionDataset(records[:5], transform=None, tokens=[cache])
 
 
 def test_pickling_drops_the_map(tmp_path):

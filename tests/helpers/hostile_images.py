@@ -188,8 +188,8 @@ def _strange() -> Named:
     for name, value in (("nan", np.nan), ("inf", np.inf), ("huge", 1e38), ("negative", -5.0)):
         yield f"{name}.tiff", encode(Image.fromarray(np.full((9, 9), value, np.float32)), "TIFF"), True, ""
     yield "profile.jpg", encode(picture(), "JPEG", icc_profile=b"no profile"), True, ""
-    yield "program.eps", encode(picture(), "EPS"), False, "EPS, which is a program and no picture"
-    yield "program.jpg", encode(picture(), "EPS"), False, "EPS, which is a program and no picture"
+    yield "program.eps", encode(picture(), "EPS"), False, "EPS, which is a program and not a picture"
+    yield "program.jpg", encode(picture(), "EPS"), False, "EPS, which is a program and not a picture"
 
 
 def _not_images() -> Named:

@@ -14,7 +14,7 @@ from typing import Any
 
 from helpers.small_index import open_small_index
 
-from loopitr.search.looking import Looking
+from loopitr.search.cached_searcher import CachedSearcher
 from loopitr.search.serving import bound_socket, page_server
 
 
@@ -23,7 +23,7 @@ def served(folder: Path) -> Iterator[SimpleNamespace]:
     """The page of an index on a free port of this machine, in a thread."""
     with (
         bound_socket("127.0.0.1", 0) as own,
-        page_server(Looking(open_small_index(folder)), own, "127.0.0.1") as server,
+        page_server(CachedSearcher(open_small_index(folder)), own, "127.0.0.1") as server,
     ):
         uploads = os.environ["GRADIO_TEMP_DIR"]
         thread = threading.Thread(target=server.run, kwargs={"sockets": [own]}, daemon=True)

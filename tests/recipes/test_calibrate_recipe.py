@@ -39,7 +39,7 @@ def test_the_fitted_weight_is_kept_and_used(folder, tmp_path, monkeypatch, capsy
     ("changes", "message"),
     [
         (["--rerank", 0], "rerank must be at least 1, got 0"),
-        (["--model", "someone/model"], "someone/model is not a folder here"),
+        (["--model", "someone/model"], "someone/model is not a local folder"),
         (["--model", "{folder}/images"], "holds no model"),
     ],
 )

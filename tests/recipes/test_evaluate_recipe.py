@@ -63,7 +63,7 @@ def test_export_then_evaluate_gives_the_duals_figures(folder, tmp_path, monkeypa
 def test_the_training_split_is_warned_about(folder, monkeypatch, capsys):
     given = data(folder, "--data.split", "train", "--data.num_workers", 0, "--rerank", 0)
     status, errors = call(monkeypatch, capsys, "evaluate.py", "--model", folder / "run", *given)
-    assert status == 0 and "warning: these are figures on the training split" in errors
+    assert status == 0 and "warning: this is the training split" in errors
 
 
 def test_cached_tokens_and_bf16(folder, tmp_path, monkeypatch, capsys):

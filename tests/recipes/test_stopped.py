@@ -49,7 +49,7 @@ def test_sigterm_to_the_launcher_saves_the_run_and_what_is_resumed_equals_what_w
     psutil.wait_procs(below, timeout=60)
     output = (folders[1] / "output").read_text()
     assert not any(process.is_running() for process in below), output[-3000:]
-    (line,) = re.findall(r"stopped by SIGTERM: --resume goes on from step (\d+), saved in", output)
+    (line,) = re.findall(r"stopped by SIGTERM: --resume continues from step (\d+), saved in", output)
     assert (folders[1] / "run" / "checkpoints" / f"step-{int(line):08d}").is_dir()
     assert "Traceback" not in output, output[-3000:]
     done = subprocess.run([*words, "--resume"], env=environment(), capture_output=True, text=True, timeout=600)

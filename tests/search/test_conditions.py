@@ -2,7 +2,7 @@
 
 import pytest
 
-from loopitr.search.conditions import parsed
+from loopitr.search.conditions import parse_condition
 
 qdrant_client = pytest.importorskip("qdrant_client", reason="conditions become those of Qdrant (extra `qdrant`)")
 ROWS = [
@@ -52,34 +52,34 @@ def client():
     ],
 )
 def test_conditions(client, where, found):
-    points, _ = client.scroll("x", scroll_filter=parsed(where).filter, limit=10)
+    points, _ = client.scroll("x", scroll_filter=parse_condition(where).filter, limit=10)
     assert {point.id for point in points} == found
 
 
 def test_the_columns_of_a_condition():
-    assert parsed("year = 2020 AND (public OR NOT caption HAS 'dog')").columns == {"year", "public", "caption"}
+    assert parse_condition("year = 2020 AND (public OR NOT caption HAS 'dog')").columns == {"year", "public", "caption"}
 
 
 @pytest.mark.parametrize(
     ("where", "problem"),
     [
         ("year =", "expected a number or a text in single quotes, got 'the end'"),
-        ("year = 3 4", "'4' is one word too many"),
+        ("year = 3 4", "'4' is unexpected"),
         ("= 3", "expected a column, got '='"),
         ("year ~ 3", "'~ 3' is not understood"),
         ("(year = 3", "expected ), got the end"),
         ("year IN 3", "expected (, got '3'"),
         ("year IN (3", "expected , or ), got the end"),
         ("year NOT 3", "expected IN or BETWEEN or LIKE or HAS, got '3'"),
-        ("caption LIKE '%dog%'", "caption HAS 'dog beach' in the place of LIKE"),
+        ("caption LIKE '%dog%'", "caption HAS 'dog beach' instead of LIKE"),
         ("caption < 'dog'", "'dog' has no order on a Qdrant server"),
         ("caption HAS 3", "expected words in single quotes, got 3"),
-        ("mtime > timestamp 'yesterday'", "'yesterday' is no date and time"),
+        ("mtime > timestamp 'yesterday'", "'yesterday' is not a date and time"),
         ("mtime > timestamp 3", "expected a date and time in quotes, got 3"),
         ("year = 'open", "is not understood"),
     ],
 )
 def test_what_is_no_condition(where, problem):
     with pytest.raises(ValueError) as raised:
-        parsed(where)
+        parse_condition(where)
     assert str(raised.value).startswith(f"where {where!r}: ") and problem in str(raised.value)

@@ -230,7 +230,7 @@ def test_outputs_and_sources_that_cannot_be_used(tmp_path):
         with pytest.raises((ValueError, OSError), match=message):
             index(source, retriever, tmp_path / output, **options)
         assert not (tmp_path / "index").exists()
-    with pytest.raises(FileNotFoundError, match="is no search index"):
+    with pytest.raises(FileNotFoundError, match="is not a search index"):
         add_images(photos, tmp_path / "index", model=retriever)
     index(photos, retriever, tmp_path / "index")
     with pytest.raises(ValueError, match="was indexed with another model"):

@@ -187,7 +187,7 @@ def test_an_index_says_which_model_it_wants(tmp_path, photos):
 
 
 def test_what_is_no_index(tmp_path, photos, retriever):
-    with pytest.raises(FileNotFoundError, match="is no search index: no such folder"):
+    with pytest.raises(FileNotFoundError, match="is not a search index: no such folder"):
         Searcher.open(tmp_path / "none", model=retriever)
     with pytest.raises(FileNotFoundError, match="there is no manifest.json in it"):
         Searcher.open(tmp_path, model=retriever)

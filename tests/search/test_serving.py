@@ -74,7 +74,7 @@ def test_a_text_gives_the_searchers_images_with_their_moves(folder, client):
 def test_a_condition_filters(client):
     html, status = search(client, where=f"caption LIKE '%{EVIL[:12]}%'")
     assert titles(html) == ["3.jpg"] and status.startswith("1 of")
-    assert "No image fits" in search(client, where="width > 10000")[0]
+    assert "No image found" in search(client, where="width > 10000")[0]
 
 
 def test_an_image_gives_similar_images_and_captions(folder, client, tmp_path):

@@ -31,7 +31,7 @@ def other():
 def test_a_lock_is_held_until_it_is_released(tmp_path):
     first, second = FolderLock(tmp_path), FolderLock(tmp_path)
     first.acquire()
-    with pytest.raises(ValueError, match=f"another run is at work in {tmp_path}: process {os.getpid()} on "):
+    with pytest.raises(ValueError, match=f"another run is active in {tmp_path}: process {os.getpid()} on "):
         second.acquire()
     second.release()  # which it never had
     assert (tmp_path / LOCK).exists()
@@ -50,7 +50,7 @@ def test_a_living_process_is_refused(tmp_path, other):
 
 def test_a_process_on_another_host_is_believed_to_run(tmp_path):
     (tmp_path / LOCK).write_text(json.dumps(holder(psutil.Process(), host="elsewhere")))
-    with pytest.raises(ValueError, match=f"on elsewhere; if that one is gone, delete {tmp_path / LOCK}"):
+    with pytest.raises(ValueError, match=f"on elsewhere; if that one has ended, delete {tmp_path / LOCK}"):
         FolderLock(tmp_path).acquire()
 
 
@@ -109,7 +109,7 @@ def test_the_second_run_in_a_folder_is_refused_and_the_first_goes_on(tmp_path, m
     for second in done:
         assert second.returncode == 2
         (line,) = error_lines(second.stderr)
-        assert f"another run is at work in {tmp_path / 'run'}: process {os.getpid()} " in line
+        assert f"another run is active in {tmp_path / 'run'}: process {os.getpid()} " in line
     assert len(logged(tmp_path, "loss/total")) == 2 and not (tmp_path / "run.1").exists()
     assert not (tmp_path / "run" / LOCK).exists()
 

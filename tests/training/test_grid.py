@@ -77,7 +77,7 @@ def test_there_are_grids():
         ({"seeds": 3}, "seeds must be a list of integers >= 0, got 3"),
         ({"seeds": []}, "seeds must be a list"),
         ({"seeds": [True]}, "seeds must be a list"),
-        ({"seeds": [1, 1]}, "a seed stands twice"),
+        ({"seeds": [1, 1]}, "a seed occurs twice"),
         ({"lines": []}, "must be a mapping of base, seeds and rows"),
     ],
 )

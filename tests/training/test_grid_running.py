@@ -72,4 +72,4 @@ runs = plan_runs(read_grid(Path({str(tmp_path / "grid.yaml")!r})), Path({str(tmp
 execute(runs[0], ["false"], resume=True)
 """
     assert script(run, inner) == 1
-    assert failure(run) == f"ValueError: row 'base': another process is at {run.folder}; wait for it or end it"
+    assert failure(run) == f"ValueError: row 'base': another process uses {run.folder}; wait for it or end it"

@@ -107,7 +107,7 @@ def test_a_run_that_is_told_to_stop_saves_and_says_how_to_go_on(tmp_path, whole,
     (saved,) = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))[-1:]
     step = int(saved.removeprefix("step-"))
     name = signal.Signals(number).name
-    assert f"stopped by {name}: --resume goes on from step {step}, saved in {tmp_path / 'run'}" in log
+    assert f"stopped by {name}: --resume continues from step {step}, saved in {tmp_path / 'run'}" in log
     assert "Traceback" not in log and "Error" not in log
     assert not (tmp_path / "run" / "run.lock").exists()
     assert resumed(tmp_path) == files(whole)
@@ -132,5 +132,5 @@ def test_a_run_stopped_in_its_last_validation_has_saved_its_last_step(tmp_path, 
     wait_until(mark.exists)
     os.kill(pid, signal.SIGTERM)
     assert wait(pid) == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM: --resume goes on from step 12" in (tmp_path / "log").read_text()
+    assert "stopped by SIGTERM: --resume continues from step 12" in (tmp_path / "log").read_text()
     assert resumed(tmp_path) == files(whole)

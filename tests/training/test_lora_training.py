@@ -119,7 +119,7 @@ def test_fine_tuning_goes_on_with_the_adapters_or_gives_a_plain_model_its_first(
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert all(is_adapter(name) for name in moved if name.startswith(("dual.vision.", "dual.text.")))
     assert any(map(is_adapter, moved))
-    with pytest.raises(ValueError, match="has LoRA adapters already: go on with them, or merge them first"):
+    with pytest.raises(ValueError, match="has LoRA adapters already: train those, or merge them first"):
         run(tmp_path / "fourth", model__init=first, model__lora__text_rank=2)
     LoopITRModel.from_pretrained(first).merge_lora().save_pretrained(tmp_path / "first" / "run")
     merged = weights(tmp_path / "first")

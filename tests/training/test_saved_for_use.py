@@ -16,6 +16,7 @@ from loopitr.evaluation.calibration import WEIGHTS
 from loopitr.objective.options import ObjectiveOptions
 from loopitr.training.checkpoints import Progress
 from loopitr.training.options import PretrainOptions, ValidationOptions
+from loopitr.training.sharding import WholeModel
 from loopitr.training.validation import Validator
 
 
@@ -36,7 +37,7 @@ def test_a_table_about_the_data_of_the_fit_says_so(tmp_path):
     metrics = run(tmp_path, train__max_steps=2, validation__final_split="val")
     assert metrics["calibrated"] is True
     assert metrics["reranked"]["mean_r1"] >= max(metrics[head]["mean_r1"] for head in ("dual", "match"))
-    assert "fitted on these very queries" in (tmp_path / "run" / "results.md").read_text()
+    assert "fitted on these same queries" in (tmp_path / "run" / "results.md").read_text()
 
 
 def test_without_candidates_the_weight_stays_and_that_is_said_once(tmp_path, capsys):
@@ -117,7 +118,8 @@ def test_of_equally_good_validations_the_better_dual_is_kept(tmp_path, monkeypat
     monkeypatch.setattr("loopitr.training.validation.save_for_use", lambda *args, **kinds: saved.append(progress.step))
     objective = LoopObjective(tiny_model(), [Contrastive(), Matching()])
     caches = SimpleNamespace(accelerator=Accelerator(cpu=True), processor=None)
-    validator = Validator(objective, caches, ValidationOptions(), folder=tmp_path, records=[])
+    whole = WholeModel(objective, caches.accelerator)
+    validator = Validator(objective, whole, caches, ValidationOptions(), folder=tmp_path, records=[])
     progress = Progress()
     for progress.step in range(5):
         validator.validate(progress)

@@ -75,7 +75,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on_until_it_has_space(tmp_path, mo
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: step")]
     assert said == [
         f"warning: step {step}: no checkpoint could be written to {folder} (No space left on device), the one of step "
-        "2 is kept; the run goes on and tries again"
+        "2 is kept; the run continues and tries again"
         for step in (4, 6)
     ]
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000008"]
@@ -91,7 +91,7 @@ def test_the_last_checkpoint_has_to_be_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoints, "write_manifest", once)
     changes = {"train__max_steps": 4, "train__checkpoint_every": 2, "validation__every_epochs": 0}
-    with pytest.raises(OSError, match="step 4: no checkpoint .* the one of step 2 is kept; free space and go on with"):
+    with pytest.raises(OSError, match="step 4: no checkpoint .* the one of step 2 is kept; free space and"):
         run(tmp_path / "parts", **changes)
     monkeypatch.undo()
     assert run(tmp_path / "parts", **changes, resume=True)["dual"] == expected["dual"]
@@ -135,7 +135,7 @@ def test_rows_that_a_full_disk_does_not_take_are_written_later(tmp_path, monkeyp
         with pytest.raises(OSError, match="No space"):
             history.sync()
     assert lines == [
-        f"warning: {tmp_path / 'history.jsonl'} cannot be written (No space left on device): its rows wait for space"
+        f"warning: {tmp_path / 'history.jsonl'} cannot be written (No space left on device); its rows are written later"
     ]
     assert [row["step"] for row in read_history(tmp_path)] == [1]
     history.add(4, {"a": 4.0})

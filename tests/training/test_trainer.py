@@ -187,6 +187,33 @@ def test_caching_a_backbone_that_is_trained_is_refused(tmp_path):
         run(tmp_path, data__cache_tokens=str(tmp_path / "cache"))
 
 
+def test_cached_views_are_built_once_and_by_what_makes_them(tmp_path):
+    views = {"model__freeze": ["vision"], "data__cache_tokens": str(tmp_path / "cache"), "train__max_steps": 2}
+
+    def caches(name, **changes):
+        run(tmp_path / name, **views, **changes)
+        return len(list((tmp_path / "cache").iterdir()))
+
+    plain = caches("a")
+    assert caches("b", data__cached_views=3) == plain + 2  # The training images have two more.
+    assert caches("c", data__cached_views=3) == plain + 2
+    assert caches("d", data__cached_views=2, data__flip=True) == plain + 3
+    losses = {name: logged(tmp_path / name, "loss/itc") for name in "abc"}
+    assert losses["a"] != losses["b"] == losses["c"]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"data__cached_views": 2}, "data.cached_views are views kept in data.cache_tokens, which is unset"),
+        ({"data__cached_views": 0}, "data.cached_views must be at least 1, got 0"),
+    ],
+)
+def test_views_without_a_cache_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, **options)
+
+
 # What is refused
 
 

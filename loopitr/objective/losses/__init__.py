@@ -1,7 +1,6 @@
 """Pure loss functions on score tensors: no modules, no collectives, no device synchronisation.
 
-Every loss is a scalar that stays finite and attached to the graph when nothing is valid, and is computed in at
-least float32.
+Every loss is a scalar computed in at least float32. With no valid entry it is zero, finite and attached to the graph.
 """
 
 from .agreement import kendall_tau

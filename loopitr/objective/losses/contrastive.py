@@ -12,11 +12,11 @@ from .means import at_least_float32, check_same_shape, masked_mean
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy with target distributions: mean over rows of -sum_j targets_ij log softmax(logits_i)_j.
 
-    logits, targets `[Q, C]`; a row of targets sums to 1, or is all zero: such a row is not counted.
+    logits, targets `[Q, C]`; each row of targets sums to 1, or is all zero and is left out of the mean.
     """
     check_same_shape(logits=logits, targets=targets)
     log_probs = at_least_float32(logits).log_softmax(dim=-1)  # [Q, C]
-    # `where` and not a product: a column masked with -inf would give 0 * -inf
+    # A product alone would give NaN for a column masked with -inf, as 0 * -inf.
     losses = -torch.where(targets > 0, targets * log_probs, 0.0).sum(-1)  # [Q]
     return masked_mean(losses, (targets > 0).any(-1))
 
@@ -26,9 +26,9 @@ def itc_loss(
 ) -> Tensor:
     """Symmetric InfoNCE (CLIP, arXiv 2103.00020) whose targets are 1/#positives on each positive of a row.
 
-    All `[Q, C]`: Q local queries against C candidates, which are those of all ranks when distributed (Q < C). The
-    positives are masks by identity. A row without a positive is not counted. Equals `F.cross_entropy` on the
-    diagonal when all identities differ.
+    All `[Q, C]`: Q queries of this rank against the C candidates of all ranks. The positives are bool masks. Rows
+    without a positive are left out of the mean. Equals `F.cross_entropy` with the diagonal as targets when only the
+    pairs of the batch are positives.
     """
     check_same_shape(logits_per_image=logits_per_image, positives_per_image=positives_per_image)
     check_same_shape(logits_per_text=logits_per_text, positives_per_text=positives_per_text)
@@ -40,7 +40,8 @@ def itc_loss(
 def siglip_loss(logits: Tensor, positives: Tensor) -> Tensor:
     """Pairwise sigmoid loss (SigLIP, arXiv 2303.15343): -1/Q sum_ij log sigmoid(z_ij l_ij), z = +-1 by positive.
 
-    logits (similarity / temperature + bias) and positives `[Q, C]`. One direction covers both: the sum is over pairs.
+    logits (similarity / temperature + bias) and positives `[Q, C]`. The sum is over pairs, so it covers both
+    directions.
     """
     check_same_shape(logits=logits, positives=positives)
     logits = at_least_float32(logits)

@@ -1,9 +1,8 @@
-"""What the cross encoder's scores teach the dual encoder: `(student [Q, C], teacher [Q, C], valid [Q, C]) -> scalar`.
+"""Distillation losses `(student [Q, C], teacher [Q, C], valid [Q, C]) -> scalar`, from the cross to the dual encoder.
 
-A row is a query, a column one of its candidates. `student` is similarity / temperature; `teacher` is a score whose
-gradient the caller has cut off; a slot outside `valid` is ignored whatever it holds, NaN included. Losses are means
-over the queries that have something to teach; a query without is not counted, and none at all gives zero, finite
-and attached to the graph. Equal teacher scores keep the order of their columns.
+A row is a query, a column one of its candidates. `student` is similarity / temperature; `teacher` is a score that the
+caller has detached. Slots outside `valid` are ignored, even if they hold NaN. A loss is the mean over the queries that
+its docstring says count; with none it is zero. Candidates of equal teacher score are ranked in column order.
 """
 
 from __future__ import annotations
@@ -48,10 +47,9 @@ def cprd(student: Tensor, teacher: Tensor, valid: Tensor, hard: Tensor) -> Tenso
 
     With a query's K valid candidates sorted by teacher, descending, and its first J being hard:
         L_i = -1/J sum_{j=1..J} log( exp(s_j) / sum_{k=j..K} exp(s_k) ),  averaged over the queries with J > 0.
-    The candidates that are not hard stand in the denominators, but their own order teaches nothing. `hard` `[Q, C]`
-    comes from one of the `hard_*` rules, on candidates without the query's positive. When J = K the last term has
-    only itself in the denominator: it is 0 and counted. Should `hard` skip a candidate that the teacher ranks
-    higher, that one counts as easy.
+    Easy candidates occur in the denominators, but their own order has no effect. `hard [Q, C]` comes from one of the
+    `hard_*` rules, applied to candidates without the query's positive. When J = K the last term is always 0, and
+    still counts in the mean. A candidate that is not in `hard` is easy even if the teacher ranks it above a hard one.
     """
     check_same_shape(valid=valid, hard=hard)
     student, teacher = _prepare(student, teacher, valid)
@@ -75,8 +73,8 @@ def listmle(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
 def margin_mse(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
     """Margin-MSE (arXiv 2010.02666): mean over negatives j of ((s_0 - s_j) - (t_0 - t_j))^2.
 
-    Candidate 0 is the query's positive. Queries whose positive and at least one negative are valid count. The two
-    scores must be on one scale.
+    Candidate 0 is the query's positive. Queries whose positive and at least one negative are valid count. Student and
+    teacher scores must be on one scale.
     """
     student, teacher = _prepare(student, teacher, valid, fill=0.0)
     gap = (student[:, :1] - student[:, 1:]) - (teacher[:, :1] - teacher[:, 1:])  # [Q, C - 1]
@@ -112,7 +110,7 @@ def adr_mse(student: Tensor, teacher: Tensor, valid: Tensor, *, temperature: flo
 
 
 def hard_above_threshold(teacher_log_odds: Tensor, valid: Tensor, *, probability: float = 0.5) -> Tensor:
-    """Hard where sigmoid(teacher) > probability: the negatives that the cross encoder takes for matches. `[Q, C]`."""
+    """Hard are the negatives that the cross encoder takes for matches: sigmoid(teacher) > probability. `[Q, C]`."""
     check_same_shape(teacher_log_odds=teacher_log_odds, valid=valid)
     if not 0 < probability < 1:
         raise ValueError(f"expected 0 < probability < 1, got {probability}")
@@ -120,7 +118,7 @@ def hard_above_threshold(teacher_log_odds: Tensor, valid: Tensor, *, probability
 
 
 def hard_above_mean(teacher: Tensor, valid: Tensor) -> Tensor:
-    """Hard where above the mean of the query's valid candidates: none of them when all are equal. `[Q, C]`."""
+    """Hard are those above the mean of the query's valid candidates; none if all scores are equal. `[Q, C]`."""
     check_same_shape(teacher=teacher, valid=valid)
     total = torch.where(valid, at_least_float32(teacher), 0.0).sum(-1, keepdim=True)  # [Q, 1]
     return valid & (teacher > total / valid.sum(-1, keepdim=True).clamp(min=1))
@@ -136,9 +134,10 @@ def hard_top(teacher: Tensor, valid: Tensor, m: int) -> Tensor:
 
 
 class DistillationLoss(ABC):
-    """A loss on all candidates of a query, `[Q, 1 + K]`, the positive first, which knows which of them it ranks.
+    """A loss on the candidates of each query, `[Q, 1 + K]`, the positive first.
 
-    Who needs that mask too computes it first and calls `of_ranked`; a call of the loss itself does both.
+    Calling it computes the loss. A caller that also needs the mask of the ranked candidates calls `ranked` and then
+    `of_ranked`, which does not compute the mask again.
     """
 
     def __call__(self, student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
@@ -147,16 +146,16 @@ class DistillationLoss(ABC):
 
     @abstractmethod
     def ranked(self, teacher: Tensor, valid: Tensor) -> Tensor:
-        """The candidates whose order is taught: bool, `[Q, C]`."""
+        """Bool mask `[Q, C]` of the candidates whose order the student learns."""
 
     @abstractmethod
     def of_ranked(self, student: Tensor, teacher: Tensor, valid: Tensor, ranked: Tensor) -> Tensor:
-        """The scalar loss; `ranked` is what the method of that name returned for this teacher."""
+        """The scalar loss; `ranked` is the mask that the method `ranked` returned."""
 
 
 @dataclass(frozen=True)
 class WholeList(DistillationLoss):
-    """A function of this file on all candidates, the positive included."""
+    """One of the functions of this module, on all candidates, the positive included."""
 
     function: Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -200,7 +199,7 @@ WHOLE_LIST_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 def _masked(scores: Tensor, valid: Tensor, fill: float | None = None) -> Tensor:
-    # replaced before any arithmetic: a NaN or inf that meets even a zero gradient would spread
+    # Invalid slots are replaced before any arithmetic: NaN times a gradient of zero would still be NaN.
     return torch.where(valid, scores, lowest(scores) if fill is None else fill)
 
 
@@ -210,13 +209,13 @@ def _prepare(student: Tensor, teacher: Tensor, valid: Tensor, fill: float | None
 
 
 def _teacher_order(teacher: Tensor, valid: Tensor, *, first: Tensor) -> Tensor:
-    """Column indices `[Q, C]`: those in `first` by teacher, descending, then other valid ones, then the rest."""
+    """Column indices `[Q, C]`: those in `first`, the other valid ones, the rest; each part by descending teacher."""
     order = _masked(teacher, valid).argsort(dim=-1, descending=True, stable=True)  # [Q, C]
     block = torch.where(first, 0, torch.where(valid, 1, 2))  # [Q, C]
     return order.gather(-1, block.gather(-1, order).argsort(dim=-1, stable=True))
 
 
 def _plackett_luce_terms(student: Tensor, order: Tensor) -> Tensor:
-    """log sum_{k >= j} exp(s_k) - s_j for the j-th candidate in `order` `[Q, C]`; masked scores come last."""
+    """log sum_{k >= j} exp(s_k) - s_j for the j-th candidate in `order [Q, C]`, in which masked ones come last."""
     ordered = student.gather(-1, order)  # [Q, C]
     return ordered.flip(-1).logcumsumexp(dim=-1).flip(-1) - ordered

@@ -14,8 +14,8 @@ IGNORE_INDEX = -100
 def itm_loss(logits: Tensor, matching: Tensor, valid: Tensor) -> Tensor:
     """Two-way cross entropy (ALBEF, arXiv 2107.07651, eq. 4), mean over the valid pairs.
 
-    logits `[P, 2]` (0 = does not match, 1 = matches), matching and valid `[P]` bool. A slot that is not valid is
-    ignored whatever it holds; with no valid pair the loss is zero.
+    logits `[P, 2]` (no match, match), matching and valid `[P]` bool. Pairs that are not valid are ignored, even if they
+    hold NaN; with no valid pair the loss is zero.
     """
     _check_pairs(logits, matching, valid)
     logits = torch.where(valid[:, None], at_least_float32(logits), 0.0)  # [P, 2]
@@ -23,23 +23,23 @@ def itm_loss(logits: Tensor, matching: Tensor, valid: Tensor) -> Tensor:
 
 
 def balanced_itm_loss(logits: Tensor, matching: Tensor, valid: Tensor) -> Tensor:
-    """Like `itm_loss`, but matching and non-matching pairs weigh one half each, however many there are of either.
+    """Like `itm_loss`, but matching and non-matching pairs weigh half each, however many there are of each.
 
-    With K negatives per query the plain mean is about 1 : 2K, and a head that always says no is a plateau it takes
-    long to leave. Where one kind is missing the other counts whole.
+    With K negatives per query, positives are only about 1 in 2K + 1 pairs, and training stays long on the plateau of
+    always answering "no match". If one kind is missing, the loss is that of the other.
     """
     _check_pairs(logits, matching, valid)
     parts = [(itm_loss(logits, matching, valid & kind), (valid & kind).any()) for kind in (matching, ~matching)]
-    present = torch.stack([there for _, there in parts]).sum().clamp(min=1)
+    present = torch.stack([any_valid for _, any_valid in parts]).sum().clamp(min=1)
     return (parts[0][0] + parts[1][0]) / present
 
 
 def lce_loss(scores: Tensor, valid: Tensor) -> Tensor:
     """Localized contrastive estimation (arXiv 2101.08751, eq. 3): a query's positive against its own hard negatives.
 
-    Softmax cross entropy over match scores (log-odds) `[Q, 1 + K]`, the positive first; valid `[Q, 1 + K]` bool. Where
-    `itm_loss` asks for yes or no, this asks for the order that reranking uses: what all candidates of a query share
-    cancels out. Mean over the queries with a negative, zero with none.
+    Softmax cross entropy over match scores (log-odds) `[Q, 1 + K]`, the positive first; valid `[Q, 1 + K]` bool. Unlike
+    `itm_loss` it depends only on the differences within a query, as the order of reranking does. The mean is over the
+    queries with a negative; zero with none.
     """
     check_same_shape(scores=scores, valid=valid)
     scores = at_least_float32(scores)
@@ -48,18 +48,18 @@ def lce_loss(scores: Tensor, valid: Tensor) -> Tensor:
 
 
 def itm_accuracy(logits: Tensor, matching: Tensor, valid: Tensor) -> Tensor:
-    """Share of valid pairs whose larger logit is the right one (equal logits are wrong); 0 with none. No gradient."""
+    """The share of valid pairs whose larger logit is the right one (ties are wrong); 0 with none. No gradient."""
     _check_pairs(logits, matching, valid)
     log_odds = (logits[:, 1] - logits[:, 0]).detach()  # [P]
-    # an untrained head that gives equal logits must not score the prior of either class
+    # Ties count as wrong, so that an untrained head with equal logits does not get the share of either class.
     correct = torch.where(matching, log_odds > 0, log_odds < 0)  # [P]
     return masked_mean(correct.float(), valid)
 
 
 def mlm_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Masked language modelling (BERT, arXiv 1810.04805): cross entropy, mean over tokens whose label is not -100.
+    """Masked language modelling (BERT, arXiv 1810.04805): mean cross entropy over tokens whose label is not -100.
 
-    logits `[T, V]`, labels `[T]` int64; zero when every token is ignored, where `F.cross_entropy` gives NaN.
+    logits `[T, V]`, labels `[T]` int64; zero if every token is ignored, where `F.cross_entropy` gives NaN.
     """
     if logits.dim() != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(f"expected logits [T, V] and labels [T], got {tuple(logits.shape)} and {tuple(labels.shape)}")

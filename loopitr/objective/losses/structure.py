@@ -1,7 +1,6 @@
-"""Cross-modality contrastive distillation (arXiv 2405.03355): a labelled or frozen source modality teaches another.
+"""Cross-modality contrastive distillation (arXiv 2405.03355): a target modality learns from a source modality.
 
-Row i of `source` and of `target` embed two views of one thing; both are L2-normalised, and the caller cuts the
-gradient of the frozen source.
+Row i of `source` and row i of `target` are a pair. Both are L2-normalised, and the caller detaches the source.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from .means import at_least_float32, check_positive, lowest
 def cmd_loss(
     source: Tensor, target: Tensor, *, source_temperature: float = 0.07, target_temperature: float = 0.07
 ) -> Tensor:
-    """CMD: mean over i of KL(softmax_j(a_i . a_j / t_a) || softmax_j(b_i . b_j / t_b)), a source and b target.
+    """CMD: mean over i of KL(softmax_j(a_i . a_j / t_a) || softmax_j(b_i . b_j / t_b)), with a source, b target.
 
-    source `[B, D]`, target `[B, E]` (widths may differ): the target learns which items of the batch are alike.
+    source `[B, D]`, target `[B, E]`; the widths may differ. The target learns which items of the batch are similar.
     """
     _check_paired(source, target)
     check_positive("source_temperature", source_temperature)
@@ -30,10 +29,10 @@ def cmd_loss(
 
 
 def cmc_loss(source: Tensor, target: Tensor, *, temperature: float = 0.07, valid: Tensor | None = None) -> Tensor:
-    """CMC: InfoNCE that picks, for each target, its own source among the batch's.
+    """CMC: InfoNCE of each target against all sources of the batch.
 
-    -mean_i log( exp(b_i . a_i / t) / sum_j exp(b_i . a_j / t) ), source a and target b `[B, E]`. Only the rows in
-    `valid [B]` (bool) are there, both as i and as j; None: all.
+    -mean_i log( exp(b_i . a_i / t) / sum_j exp(b_i . a_j / t) ), source a and target b `[B, E]`. Only rows in
+    `valid [B]` (bool) are used, both as i and as j; None: all.
     """
     _check_paired(source, target)
     if source.shape != target.shape:
@@ -41,7 +40,7 @@ def cmc_loss(source: Tensor, target: Tensor, *, temperature: float = 0.07, valid
     check_positive("temperature", temperature)
     logits = at_least_float32(target) @ at_least_float32(source).T / temperature  # [B, B]
     own = torch.eye(len(source), dtype=logits.dtype, device=logits.device)  # [B, B]
-    if valid is not None:  # by masks: to select the rows, a GPU would have to be waited for
+    if valid is not None:  # Selecting rows instead of masking them would make the host wait for a GPU.
         if valid.shape != source.shape[:1] or valid.dtype != torch.bool:
             raise ValueError(
                 f"expected valid to be a bool mask [{len(source)}], got {valid.dtype} {tuple(valid.shape)}"

@@ -12,8 +12,8 @@ from helpers.tiny_index import index
 from loopitr import Retriever, Searcher
 from loopitr.export.dual import export_dual
 from loopitr.models.scoring import DUAL_ALONE
+from loopitr.search.cached_searcher import CachedSearcher
 from loopitr.search.figures import Thumbnails, caption_list, grid, text_of
-from loopitr.search.looking import Looking
 from loopitr.search.page import share_of, weight_of
 from loopitr.search.sources import open_source
 
@@ -22,7 +22,7 @@ QUERY = "a small red circle above a blue square"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_small_index(tmp_path_factory.mktemp("looking"))
+    return write_small_index(tmp_path_factory.mktemp("cached"))
 
 
 @pytest.fixture(scope="module")
@@ -40,34 +40,34 @@ def test_the_order_is_the_searchers_for_every_weight_from_one_search(searcher, r
     expected = [[h.path for h in searcher.search(QUERY, top=8, rerank=rerank, similarity_weight=w)] for w in weights]
     dual = [hit.path for hit in searcher.search(QUERY, top=IMAGES, rerank=0)]
     assert len({*map(tuple, expected)}) > 1  # or else the weight shows nothing
-    looking, calls = Looking(searcher, rerank=rerank), []
+    cached, calls = CachedSearcher(searcher, rerank=rerank), []
     search = searcher.search
     monkeypatch.setattr(searcher, "search", lambda *given, **named: calls.append(named) or search(*given, **named))
     for weight, order in zip(weights, expected):
-        placed = looking.by_text(QUERY, top=8, reranked=True, weight=weight)
+        placed = cached.by_text(QUERY, top=8, reranked=True, weight=weight)
         assert paths(placed) == order
         assert [each.place for each in placed] == [*range(1, 9)]
         assert [each.dual_place for each in placed] == [dual.index(path) + 1 for path in order]
-    assert paths(looking.by_text(QUERY, top=8, reranked=True)) == expected[weights.index(looking.own_weight)]
+    assert paths(cached.by_text(QUERY, top=8, reranked=True)) == expected[weights.index(cached.own_weight)]
     assert len(calls) == 1
-    plain = looking.by_text(QUERY, top=8, reranked=False)
+    plain = cached.by_text(QUERY, top=8, reranked=False)
     assert paths(plain) == dual[:8] and all(each.place == each.dual_place for each in plain)
     assert all(each.hit.match is None for each in plain) and len(calls) == 2
 
 
 def test_a_text_is_never_the_path_of_an_image(folder, searcher):
-    looking, path = Looking(searcher), str(folder / "photos" / "4.jpg")
+    cached, path = CachedSearcher(searcher), str(folder / "photos" / "4.jpg")
     assert searcher.search(path)[0].similarity == pytest.approx(1.0, abs=1e-4)  # the searcher takes it for the image
-    found = looking.by_text(path, top=3, reranked=False)
+    found = cached.by_text(path, top=3, reranked=False)
     assert max(each.hit.similarity for each in found) < 0.999
-    assert looking.by_text("/nowhere/at/all.png", top=3, reranked=True)[0].hit.match is not None
+    assert cached.by_text("/nowhere/at/all.png", top=3, reranked=True)[0].hit.match is not None
 
 
 def test_an_image_finds_itself_and_the_best_captions_of_its_neighbours(folder, searcher):
-    looking, image = Looking(searcher), picture(4)
-    found = looking.by_image(image, top=3)
+    cached, image = CachedSearcher(searcher), picture(4)
+    found = cached.by_image(image, top=3)
     assert Path(found[0].hit.path).name == "4.jpg" and len(found) == 3
-    captions = looking.captions(image, top=5)
+    captions = cached.captions(image, top=5)
     texts = [line for hit in searcher.search(image, top=IMAGES) for line in hit.columns["caption"].splitlines()]
     scores = Retriever.from_pretrained(folder / "run").predict([(text, image) for text in texts], show_progress=False)
     best = np.argsort(-scores)[:5]
@@ -77,14 +77,14 @@ def test_an_image_finds_itself_and_the_best_captions_of_its_neighbours(folder, s
 
 def test_without_captions_and_without_a_fusion_head(tmp_path):
     write_small_index(tmp_path, with_captions=False)
-    assert Looking(open_small_index(tmp_path)).captions(picture(1), top=3) == []
+    assert CachedSearcher(open_small_index(tmp_path)).captions(picture(1), top=3) == []
     export_dual(tmp_path / "run", tmp_path / "dual")
     source = open_source(tmp_path / "photos.csv", tmp_path / "photos")
     index(source, tmp_path / "dual", tmp_path / "other", device="cpu")
-    looking = Looking(Searcher.open(tmp_path / "other", device="cpu"))
-    assert not looking.reranks and looking.own_weight == DUAL_ALONE
-    assert paths(looking.by_text(QUERY, top=5, reranked=True)) == paths(looking.by_text(QUERY, top=5, reranked=False))
-    scores = [score for _, score in looking.captions(picture(1), top=4)]
+    cached = CachedSearcher(Searcher.open(tmp_path / "other", device="cpu"))
+    assert not cached.reranks and cached.own_weight == DUAL_ALONE
+    assert paths(cached.by_text(QUERY, top=5, reranked=True)) == paths(cached.by_text(QUERY, top=5, reranked=False))
+    scores = [score for _, score in cached.captions(picture(1), top=4)]
     assert scores == sorted(scores, reverse=True) and all(-1 <= score <= 1 for score in scores)
 
 
@@ -100,7 +100,7 @@ def test_without_captions_and_without_a_fusion_head(tmp_path):
 )
 def test_what_is_asked_wrongly_is_one_line(searcher, given, message):
     with pytest.raises(ValueError, match=message) as raised:
-        Looking(searcher).by_text(**{"text": QUERY, "top": 3, "reranked": True, **given})
+        CachedSearcher(searcher).by_text(**{"text": QUERY, "top": 3, "reranked": True, **given})
     assert "\n" not in str(raised.value)
 
 
@@ -128,7 +128,7 @@ class Tags(HTMLParser):
 
 
 def test_figures_have_pictures_moves_and_texts_that_are_no_markup(searcher):
-    placed = Looking(searcher).by_text(QUERY, top=IMAGES, reranked=True, weight=0.0)
+    placed = CachedSearcher(searcher).by_text(QUERY, top=IMAGES, reranked=True, weight=0.0)
     html = grid(placed, Thumbnails(searcher), moves=True)
     page = Tags(html)
     assert page.names.count("figure") == page.names.count("img") == IMAGES
@@ -143,13 +143,13 @@ def test_figures_have_pictures_moves_and_texts_that_are_no_markup(searcher):
         assert all(f"{sign}{places}" in page.text for places in moved if places > 0)
     assert "\u2191" not in Tags(grid(placed, Thumbnails(searcher), moves=False)).text
     assert EVIL in Tags(caption_list([(EVIL, 1.0)])).text
-    assert "No image fits" in grid([], Thumbnails(searcher), moves=True)
+    assert "No image found" in grid([], Thumbnails(searcher), moves=True)
 
 
 def test_thumbnails_are_kept_and_a_file_that_is_gone_is_said(tmp_path, monkeypatch):
     write_small_index(tmp_path)
     searcher = open_small_index(tmp_path)
-    placed, picture_of = Looking(searcher).by_text(QUERY, top=4, reranked=False), Thumbnails(searcher)
+    placed, picture_of = CachedSearcher(searcher).by_text(QUERY, top=4, reranked=False), Thumbnails(searcher)
     before = grid(placed, picture_of, moves=False)
     for path in (tmp_path / "photos").iterdir():
         path.unlink()

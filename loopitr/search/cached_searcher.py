@@ -1,4 +1,4 @@
-"""Searches of somebody who looks on: the candidates of a query stay, so that another order of them costs nothing."""
+"""A searcher for interactive use: it keeps the candidates of queries, so that changing their order costs nothing."""
 
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ from loopitr.models.scoring import DUAL_ALONE, reranking_score
 
 from .searcher import Hit, Searcher
 
-KEPT = 32  # queries
-SIMILAR = 30  # images whose captions are looked through for an image, and of those captions
-CAPTIONS = 100  # at most so many
-COLUMN = "caption"  # of an index, one caption a line
+KEPT = 32  # the number of queries whose candidates are kept
+SIMILAR = 30  # the number of similar images whose captions are candidates for an image
+CAPTIONS = 100  # the most of these captions that are scored
+COLUMN = "caption"  # the column of an index with captions, one per line
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placed:
-    """A hit at its place, from 1; `dual_place` is where the dual head alone has it."""
+    """A hit with its place, from 1, and its place by the dual head alone."""
 
     hit: Hit
     place: int
     dual_place: int
 
 
-class Looking:
-    """A searcher that remembers its last queries' candidates and match scores.
+class CachedSearcher:
+    """A searcher that keeps the candidates and match scores of its latest queries.
 
-    `reranks`: whether its model has a fusion head; `own_weight`: that model's similarity weight; `has_captions`:
-    whether the index has any.
+    Attributes:
+        reranks: whether its model has a fusion head.
+        own_weight: the similarity weight of its model.
+        has_captions: whether the index has captions.
     """
 
     def __init__(self, searcher: Searcher, *, rerank: int = 100) -> None:
@@ -43,32 +45,33 @@ class Looking:
         self.reranks = isinstance(model, LoopITRModel)
         self.own_weight = float(model.config.similarity_weight) if isinstance(model, LoopITRModel) else DUAL_ALONE
         self.has_captions = COLUMN in searcher.info()["columns"]
-        self._found = lru_cache(maxsize=KEPT)(self._search)
+        self._candidates = lru_cache(maxsize=KEPT)(self._search)
 
     def by_text(
         self, text: str, *, top: int, reranked: bool, weight: float | None = None, where: str | None = None
     ) -> list[Placed]:
-        """The `top` best images for a text, best first. A text is never taken for the path of an image.
+        """The `top` best images for a text, best first. The text is never taken for the path of an image.
 
         Args:
             reranked: order by the reranking score instead of the similarity.
-            weight: of the similarity in it; None: the model's own.
+            weight: the similarity weight in that score; None: the model's own.
+            where: a condition as in `Searcher.search`.
 
         Raises:
-            ValueError: an empty text, a number out of range, a condition that does not fit the index.
+            ValueError: the text is empty, a number is out of range, or the condition is not valid.
         """
         if not text.strip():
             raise ValueError("the query is empty")
         check_at_least(1, top=top)
         check_at_least(0, weight=weight)
         reranked = reranked and self.reranks
-        found = self._found(text, reranked, max(top, self.rerank if reranked else 0), where)
-        by_dual = sorted(found, key=lambda hit: -hit.similarity)
+        candidates = self._candidates(text, reranked, max(top, self.rerank if reranked else 0), where)
+        by_dual = sorted(candidates, key=lambda hit: -hit.similarity)
         dual_place = {id(hit): place for place, hit in enumerate(by_dual, 1)}
         order = by_dual
         if reranked:
             scores = self._scores(by_dual, self.own_weight if weight is None else weight)
-            # Images that could not be scored follow after those that were.
+            # Images that could not be scored come last.
             order = sorted(by_dual, key=lambda hit: (hit.match is None, -scores.get(id(hit), hit.similarity)))
         return [
             Placed(hit=hit, place=place, dual_place=dual_place[id(hit)]) for place, hit in enumerate(order[:top], 1)
@@ -78,14 +81,16 @@ class Looking:
         """The `top` images most similar to an image, by the dual head.
 
         Raises:
-            ValueError: a number out of range, a condition that does not fit the index.
+            ValueError: a number is out of range, or the condition is not valid.
         """
-        found = self.searcher.search(image, top=top, rerank=0, where=where)
-        return [Placed(hit=hit, place=place, dual_place=place) for place, hit in enumerate(found, 1)]
+        hits = self.searcher.search(image, top=top, rerank=0, where=where)
+        return [Placed(hit=hit, place=place, dual_place=place) for place, hit in enumerate(hits, 1)]
 
     def captions(self, image: Image.Image, *, top: int) -> list[tuple[str, float]]:
-        """The `top` best of the captions of the most similar images, with their scores: reranking scores, of a dual
-        encoder alone similarities. Empty where the index has no captions.
+        """The `top` best among the captions of the most similar images, with their scores, best first.
+
+        Scores are reranking scores, or similarities if the model is only a dual encoder. The result is empty if the
+        index has no captions.
         """
         texts: dict[str, None] = {}
         for hit in self.searcher.search(image, top=SIMILAR, rerank=0) if self.has_captions else ():
