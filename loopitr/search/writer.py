@@ -135,7 +135,7 @@ class Writer:
             self._write(waiting)
 
     def _encoded(self, source: Source, vision: VisionBackbone, opened: Opened) -> tuple[Opened, Tensor, Tensor | None]:
-        """The opened images without their pixels, their embeds `[b, E]`, and the tokens `[b, N, D]` to store, if any."""
+        """The opened images without their pixels, their embeds `[b, E]`, and their tokens `[b, N, D]` to store."""
         described = replace(opened, pixels=torch.empty(0))
         if not opened.positions:
             return described, torch.empty(0), None
