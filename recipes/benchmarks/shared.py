@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,12 +42,12 @@ def check_options(options: Any) -> None:
 
 @dataclass(frozen=True)
 class Timing:
-    """`seconds` and `cpu_seconds` of each round, the latter of all threads and ended child processes, and the `flops`
-    of one call that are of its own thread."""
+    """`seconds` of each round, the `flops` of one call in its own thread, and the `cpu_seconds` of each round, of all
+    threads and of child processes that ended."""
 
     seconds: list[float]
-    cpu_seconds: list[float]
     flops: int
+    cpu_seconds: list[float] = field(default_factory=list)
 
     @property
     def median(self) -> float:
@@ -90,7 +90,7 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], *, rounds: int, device: 
             seconds[name].append(seconds_of(calls[name], device))
             cpu[name].append(_cpu_seconds() - before)
         order.reverse()  # who comes after whom must not matter
-    return {name: Timing(seconds[name], cpu[name], flops[name]) for name in calls}
+    return {name: Timing(seconds[name], flops[name], cpu[name]) for name in calls}
 
 
 def seconds_of(call: Callable[[], Any], device: str) -> float:
