@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import sys
@@ -49,13 +50,10 @@ def parse(
     given = sys.argv[1:] if arguments is None else arguments
     for path in _configs(given):
         _check_config(path)
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=program, description=description, exit_on_error=False)  # Its usage would be 30 lines.
-    parser.add_argument("--config", action="config", help="YAML file of options")
-    parser.add_class_arguments(options, as_group=False)
     if any(word in (*HELP, *HELP_ALL) for word in given):
-        print(_help(parser, given), end="")
+        print(_help(_parser.__wrapped__(options, program, description), given), end="")
         sys.exit(0)
+    parser = _parser(options, program, description)  # type: ignore[arg-type]  # A class is hashable.
     try:
         namespace = parser.parse_args(_flags(given))
     except ArgumentError as error:
@@ -102,6 +100,16 @@ def check_output_file(output: str | Path) -> None:
             pass
     except OSError as error:
         raise ValueError(f"output {output} cannot be written: {error}") from error
+
+
+@functools.cache
+def _parser(options: Any, program: str | None, description: str | None) -> ArgumentParser:
+    """Made once for all rows of a grid: reading every option's type takes several times longer than parsing them."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog=program, description=description, exit_on_error=False)  # Its usage would be 30 lines.
+    parser.add_argument("--config", action="config", help="YAML file of options")
+    parser.add_class_arguments(options, as_group=False)
+    return parser
 
 
 def _help(parser: ArgumentParser, words: Sequence[str]) -> str:

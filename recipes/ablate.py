@@ -1,9 +1,9 @@
 """python recipes/ablate.py recipes/configs/ablations/X.yaml [--output runs/ablations/X] [-- --train.epochs 3 ...]
 
-Trains every row of a grid of options with every seed, one run after the other, and tabulates them: `ablation.md`,
-`.csv` and `.png` in the output folder, each run in `ROW/seed-N` below it with its log beside it. The same command again
-goes on where it was stopped: finished runs stay, a half-finished one is resumed. What stands after `--` goes to every
-run, and the rows go over it.
+Trains every row of a grid of options with every seed, one run after the other, and writes tables of the results:
+`ablation.md`, `.csv` and `.png` in the output folder, which has each run in `ROW/seed-N` and its log next to it. After
+an interruption, the same command continues: finished runs are kept, and a half-finished one is resumed. Options after
+`--` apply to every run; those of the rows override them.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ PRETRAIN = Path(__file__).with_name("pretrain.py")
 
 @dataclass
 class AblateOptions:
-    """Which runs, and where to."""
+    """The grid, the output, and how to execute the runs."""
 
     grid: str
-    """YAML file of base, seeds and rows (`loopitr.training.grid.read_grid`); the first argument is it."""
+    """YAML file of base, seeds and rows (`loopitr.training.grid.read_grid`); it may be the first argument."""
     output: str | None = None
-    """Folder of runs and tables; unset: runs/ablations/ and the grid's name."""
+    """Folder for runs and tables; unset: runs/ablations/ and the grid's name."""
     order: Literal["by_seed", "by_row"] = "by_seed"
     """by_seed: all rows with the first seed, then all with the next, so that there is a table early; by_row: all seeds
     of the first row, then those of the next."""
     accelerate: str | None = None
     """Start each run by `accelerate launch` with these arguments, e.g. '--cpu --num_processes 2'; unset: by python."""
     table_only: bool = False
-    """Write the tables of what is there, and train nothing."""
+    """Write the tables of the runs so far, without training."""
 
 
 def main() -> None:
@@ -50,8 +50,8 @@ def main() -> None:
     output = Path(options.output or f"runs/ablations/{Path(options.grid).stem}")
     parse_run = partial(parse, PretrainOptions)
     runs = plan_runs(grid, output, parse_run, extra=extra, by_row=options.order == "by_row")
-    progress = [progress_of(one, parse_run) for one in runs]  # all are looked at before the first one starts
-    from loopitr.training.grid_table import markdown, write_tables  # torch: not for --help or a wrong option
+    progress = [progress_of(one, parse_run) for one in runs]  # All are checked before the first one starts.
+    from loopitr.training.grid_table import markdown, write_tables  # It imports torch, which --help does not need.
 
     stop_when_terminated()
     failed = 0
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def train(one: GridRun, state: Progress, accelerate: str | None, *, where: str) -> bool:
-    """Whether the run has come to its end."""
+    """Execute a run; returns whether it finished."""
     launcher = [] if accelerate is None else ["-m", "accelerate.commands.launch", *shlex.split(accelerate)]
     resume = state is Progress.HALF
     print(f"{where} {one.row}, seed {one.seed}: {'resumed' if resume else 'started'}, log in {one.log}", flush=True)
@@ -78,7 +78,7 @@ def train(one: GridRun, state: Progress, accelerate: str | None, *, where: str) 
 
 
 def split_at_dashes(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """What stands before `--`, and what after it."""
+    """The arguments before and after `--`."""
     at = arguments.index("--") if "--" in arguments else len(arguments)
     return arguments[:at], arguments[at + 1 :]
 

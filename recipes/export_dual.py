@@ -1,8 +1,8 @@
 """python recipes/export_dual.py --model RUN --output DIR
 
-Writes the dual encoder of a trained model, without the fusion head: DIR loads with `DualEncoder.from_pretrained` and
-`AutoProcessor.from_pretrained` and gives the same embeds, bit for bit. With `--to onnx` or `--to sentence-transformers`
-it is in their form; `loopitr export RUN DIR` is the same.
+Writes the dual encoder of a trained model, without the fusion head. `DualEncoder.from_pretrained` and
+`AutoProcessor.from_pretrained` load DIR, which gives bit-identical embeds. `--to onnx` and `--to sentence-transformers`
+write other forms. `loopitr export RUN DIR` does the same.
 """
 
 from loopitr.cli import parse, run

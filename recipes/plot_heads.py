@@ -1,8 +1,8 @@
 """python recipes/plot_heads.py --model RUN --data.karpathy FILE.json --data.images DIR [--output heads.png]
 
-Draws what the two heads know of held-out data, for text queries: match scores against similarities of right, hard and
-easy pairs; how often candidates of a match probability are right; R@1 over the weight of the similarity in the
-reranking score; and, for a run folder, how far the heads agreed on hard and on easy negatives while it trained.
+Plots the scores of the two heads on held-out data, for text queries: match scores against similarities of right, hard
+and easy pairs; a reliability diagram of match probabilities; R@1 against the similarity weight of the reranking score;
+and, for a run folder, the rank correlation of the heads on hard and easy negatives during training.
 """
 
 from __future__ import annotations
@@ -27,33 +27,33 @@ if TYPE_CHECKING:
 
 @dataclass
 class PlotOptions:
-    """Which model, on what."""
+    """The model, the data, and the output."""
 
     model: str
     """Run folder or hub id, with a fusion head."""
     data: DataOptions = field(default_factory=lambda: DataOptions(split="val"))
     max_images: int = 200
-    """Only the first so many images, each with its first caption."""
+    """Number of images to use, the first ones, each with its first caption."""
     rerank: int = 16
-    """Candidates per caption, its nearest by the dual: the wrong ones are the hard pairs. As many are drawn as easy."""
+    """Nearest candidates per caption, whose wrong ones are the hard pairs; as many others are drawn as easy pairs."""
     output: str = "heads.png"
-    """The image file."""
+    """Image file to write."""
     device: str | None = None
     """cpu, cuda, ...; unset: a GPU if there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Heads:
-    """Scores of each caption's candidates `[T, C]`: the nearest by similarity, then `easy` ones drawn of the rest."""
+    """Scores of each caption's candidates `[T, C]`: the nearest by similarity, then `easy` others drawn at random."""
 
-    similarity: Tensor  # / temperature
+    similarity: Tensor  # divided by the temperature
     match: Tensor
     right: Tensor
     easy: int
 
 
 def score_heads(options: PlotOptions) -> Heads:
-    """Both heads' scores, and which candidates show the caption's own image."""
+    """The scores of both heads, and whether each candidate is right."""
     import torch
 
     model, processor = loopitr.load(options.model, device=options.device)
@@ -76,8 +76,8 @@ def score_heads(options: PlotOptions) -> Heads:
     order = all_similarities.argsort(1, descending=True)
     generator = torch.Generator().manual_seed(0)
     places = torch.rand(order[:, number:].shape, generator=generator).argsort(1)[:, :number]
-    drawn = order[:, number:].gather(1, places)  # [T, easy]
-    chosen = torch.cat([order[:, :number], drawn], 1)  # [T, C]
+    easy = order[:, number:].gather(1, places)  # [T, easy]
+    chosen = torch.cat([order[:, :number], easy], 1)  # [T, C]
     identities = torch.tensor([record.identity for record in own])
     pairs = [(texts[row], images[column]) for row, columns in enumerate(chosen.tolist()) for column in columns]
     match = torch.as_tensor(retriever.predict(pairs, convert_to_tensor=True)).view_as(chosen)
@@ -90,21 +90,21 @@ def score_heads(options: PlotOptions) -> Heads:
 
 
 def readable(records: Sequence[Record]) -> tuple[list[Record], list[Image.Image]]:
-    """The records whose images open, and these; how many do not is printed."""
+    """The records whose images can be opened, and these images; prints the number of the others."""
     from loopitr.data.images import UnreadableImage, decode_image
 
-    kept, images = [], []
+    opened, images = [], []
     for record in records:
         with suppress(UnreadableImage):
             images.append(decode_image(record.image, name=record.name))
-            kept.append(record)
-    if len(kept) < len(records):
-        print(f"skipped {len(records) - len(kept)} unreadable images")
-    return kept, images
+            opened.append(record)
+    if len(opened) < len(records):
+        print(f"skipped {len(records) - len(opened)} unreadable images")
+    return opened, images
 
 
 def draw(heads: Heads, rows: list[dict[str, Any]], path: Path) -> None:
-    """The four panels; `rows` are those of the run's history."""
+    """Plot the four panels; `rows` are those of the run's history."""
     import torch
     from matplotlib.figure import Figure
 
@@ -125,14 +125,15 @@ def draw(heads: Heads, rows: list[dict[str, Any]], path: Path) -> None:
     reliability.plot(mean, share, marker="o")
     reliability.set(title="calibration, the nearest candidates", xlabel="match probability", ylabel="share right")
 
-    tried = torch.logspace(-2, 2, 81, dtype=torch.float64)
-    sums = match.double() + tried[:, None, None] * heads.similarity[:, near].double()  # [W, T, k]
-    first = right.expand(len(tried), -1, -1).gather(2, sums.argmax(2, keepdim=True))  # [W, T, 1]
-    weights.semilogx(tried.tolist(), (100 * first.double().mean((1, 2))).tolist())
+    grid = torch.logspace(-2, 2, 81, dtype=torch.float64)
+    sums = match.double() + grid[:, None, None] * heads.similarity[:, near].double()  # [W, T, k]
+    first = right.expand(len(grid), -1, -1).gather(2, sums.argmax(2, keepdim=True))  # [W, T, 1]
+    weights.semilogx(grid.tolist(), (100 * first.double().mean((1, 2))).tolist())
     weights.set(title="reranking score, text to image", xlabel="weight of the similarity", ylabel="R@1, percent")
 
-    apart = any("train/rank_agreement_hard" in row for row in rows)  # as of more than two negatives
-    for name in ("rank_agreement_hard", "rank_agreement_easy") if apart else ("rank_agreement",):
+    # With two negatives, only the correlation of both together is logged.
+    separately = any("train/rank_agreement_hard" in row for row in rows)
+    for name in ("rank_agreement_hard", "rank_agreement_easy") if separately else ("rank_agreement",):
         points = [(row["step"], row[f"train/{name}"]) for row in rows if f"train/{name}" in row]
         if points:
             agreement.plot(*zip(*points), label=name.removeprefix("rank_agreement_"))
@@ -156,7 +157,7 @@ def main() -> None:
     folder = Path(options.model)
     rows = read_history(folder) if (folder / "history.jsonl").is_file() else []
     draw(heads, rows, Path(options.output))
-    print(f"{len(heads.match)} captions, {heads.match.numel()} pairs, drawn in {options.output}")
+    print(f"{len(heads.match)} captions, {heads.match.numel()} pairs, plotted in {options.output}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """accelerate launch recipes/pretrain.py [--config recipes/configs/X.yaml] [--train.lr 1e-4 ...]
 
-Trains a dual and a cross encoder in a loop. Without a config, data or a model of your own it trains the built-in
-`scenes` from scratch (recipes/configs/scenes.yaml); any of them needs data to be named (`--data.scenes true` is one).
-Fine-tuning is the same recipe with `--model.init PATH`; `--resume`
-goes on after a kill, with the options the run was begun with; `--print_config` shows every option.
+Trains a dual and a cross encoder in a loop. Without `--config`, data or a model it trains on the built-in `scenes`,
+from scratch (recipes/configs/scenes.yaml). Otherwise, data have to be named (`--data.scenes true` for the built-in
+ones). `--model.init PATH` fine-tunes a model, `--resume` continues an interrupted run with the same options, and
+`--print_config` shows every option.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ OWN = ("--config", "--model.init", "--model.pair", *(f"--data.{source}" for sour
 
 
 def make_trainer(options: PretrainOptions) -> Trainer:
-    """The objects that a run is composed of; any of them can be one of your own (recipes/examples)."""
-    # Imported here, since --help must not wait for torch.
+    """Compose a run of objects, any of which can be your own (recipes/examples)."""
+    # These imports are not at the top, so that --help does not wait for torch.
     from loopitr.building.build import build_model
     from loopitr.building.folders import load_model
     from loopitr.data import scene_vocabulary
@@ -36,7 +36,7 @@ def make_trainer(options: PretrainOptions) -> Trainer:
     from loopitr.training.trainer import Trainer
 
     options = options.decided()
-    source_of(options.data)  # An error where no data are named comes before a model is built.
+    source_of(options.data)  # If no data are named, this raises an error before a model is built.
     accelerator = start(options.train)
     model, processor = build_model(options.model, vocabulary=scene_vocabulary())
     records = load_run_records(options.data, options.validation, log=accelerator.print)

@@ -2,7 +2,7 @@
 python recipes/search.py query INDEX/ "a dog on the beach" [--top 10] [--rerank 100]
 python recipes/search.py add INDEX/ more/ | remove INDEX/ more/one.jpg | info INDEX/
 
-Two-stage search over images: the dual head finds candidates, the fusion head orders them (`loopitr search`).
+Two-stage search over images, like `loopitr search`: the dual head finds candidates, the fusion head reranks them.
 """
 
 import sys

@@ -1,13 +1,14 @@
 """What a fragmented heap holds goes back to the system."""
 
 import platform
-import subprocess
-import sys
+import resource
+from functools import partial
 
 import psutil
 import pytest
 import torch
-from helpers.recipe_process import environment
+from forked import fork
+from helpers.waiting import wait
 
 from loopitr import memory
 
@@ -34,27 +35,25 @@ def test_another_c_library_is_left_alone(monkeypatch):
     assert memory.trim_memory() is False
 
 
-KEPT = """
-import resource, sys, torch
-from loopitr.memory import keep_memory
-if sys.argv[1] == "keep":
-    assert keep_memory() and keep_memory()
-torch.ones(2**24)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(20):
-    torch.ones(2**24)  # 64 MiB
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
+def page_faults(keep: bool) -> None:
+    """In a process of its own: print how many there are while blocks of 64 MiB come and go."""
+    if keep:
+        assert memory.keep_memory() and memory.keep_memory()
+    torch.ones(2**24)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(2**24)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to")
-def test_large_blocks_are_kept_for_the_next_ones():
-    words = [sys.executable, "-c", KEPT]
-    plain, kept = (
-        int(subprocess.run([*words, how], env=environment(), capture_output=True, text=True, check=True).stdout)
-        for how in ("plain", "keep")
-    )
-    assert kept < plain / 2  # page faults
+def test_large_blocks_are_kept_for_the_next_ones(tmp_path):
+    counts = {}
+    for keep in (False, True):
+        log = tmp_path / str(keep)
+        assert wait(fork(partial(page_faults, keep), log)) == 0, log.read_text()
+        counts[keep] = int(log.read_text())
+    assert counts[True] < counts[False] / 2
 
 
 def test_no_block_is_kept_by_another_c_library(monkeypatch):

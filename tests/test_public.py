@@ -136,6 +136,7 @@ print(type(AutoModel.from_pretrained(sys.argv[1])).__name__)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "printed"),
     [
@@ -151,6 +152,7 @@ def test_auto_classes_know_our_models_in_whatever_order_they_are_imported(code, 
     assert run(code, save_tiny(tmp_path / "saved")) == printed
 
 
+@pytest.mark.slow
 def test_no_module_of_the_models_loads_the_auto_classes_it_registers_with():
     names = sorted(f"loopitr.models.{file.stem}" for file in (Path(loopitr.__file__).parent / "models").glob("*.py"))
     auto = ("transformers.models.auto.modeling_auto", "transformers.models.auto.processing_auto")

@@ -1,4 +1,5 @@
-"""One process, two and four: the same loss and the same gradient of one global batch, in float64, for drawn objectives.
+"""One process, two and four: the same loss and the same gradient of one global batch, in float64, for drawn objectives,
+under DDP and under FSDP 2.
 
 The rows are parted among the ranks at random, so that ranks bring batches of different sizes.
 """
@@ -15,6 +16,7 @@ import pytest
 import torch
 from helpers.rank_processes import join, leave, start_ranks
 from helpers.step_reference import EveryThirdWord, model_of, step_batch
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from loopitr.distributed import all_gather, all_gather_padded, average_gradients, rank, rows_of_ranks, world_size
@@ -24,9 +26,11 @@ from loopitr.objective.loop_objective import LoopObjective
 from loopitr.objective.mining import Mined, Miner
 from loopitr.objective.options import ObjectiveOptions
 from loopitr.objective.parts import StepOutput
+from loopitr.training.sharding import vectors_for_scalars, whole, whole_layers
 
 SIZE, CASES = 13, 21
 TOLERANCE = 1e-9  # of the largest entry of a gradient; the project asks for 1e-6
+SCALARS = {"dual.logit_scale", "dual.logit_bias", "agreement.logit_scale"}
 CHOICES: dict[str, tuple[Any, ...]] = {
     "itc": (0.0, 0.7, 0.7),
     "itc_loss": ("softmax", "softmax", "sigmoid"),
@@ -103,6 +107,20 @@ def gradients_of(objective: LoopObjective) -> dict[str, torch.Tensor]:
     return {n: p.grad for n, p in objective.model.named_parameters() if p.grad is not None}
 
 
+def sharded_gradients(case: Case, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Under FSDP 2, as accelerate shards an objective: layers that run as wholes, then what is left."""
+    objective = case.objective()
+    vectors_for_scalars(objective)
+    layers = whole_layers(objective.model)
+    for module in objective.modules():
+        if type(module).__name__ in layers:
+            fully_shard(module)
+    fully_shard(objective)
+    objective(**batch).loss.backward()
+    gradients = {name: whole(gradient) for name, gradient in gradients_of(objective).items()}
+    return {name: g.reshape(()) if name in SCALARS else g for name, g in gradients.items()}
+
+
 def worker(index: int, folder: Path) -> None:
     join(index, folder)
     ranks = world_size()
@@ -118,7 +136,9 @@ def worker(index: int, folder: Path) -> None:
             out = cached_backward(objective, case.part(index, ranks), chunk_size=case.chunk_size)
             average_gradients(objective.parameters())
         terms = {name: value.detach() for name, value in out.terms.items()}
-        results[seed] = {"loss": out.loss.detach(), "terms": terms, "gradients": gradients_of(objective)}
+        results[seed] = {"loss": out.loss.detach(), "terms": terms, "gradients": [gradients_of(objective)]}
+        if case.chunk_size is None and objective.own_teacher is None:
+            results[seed]["gradients"].append(sharded_gradients(case, case.part(index, ranks)))
     mine = torch.arange(2.0 * (index + 1), dtype=torch.float64).reshape(index + 1, 2).requires_grad_()
     rows = rows_of_ranks(mine)
     gathered = all_gather(mine, gradient=True, rows=rows)
@@ -172,13 +192,13 @@ def test_ranks_are_one_process_on_the_whole_batch(ranks):
                 mean, value.detach(), atol=1e-10, rtol=1e-10, msg=lambda m: f"{case}, {name}: {m}"
             )
         expected = gradients_of(objective)
-        for result in results:
-            left_alone = result["gradients"].keys() - expected.keys()  # DDP fills in zeros
-            assert not any(result["gradients"][name].any() for name in left_alone), case
+        for actual in (gradients for result in results for gradients in result["gradients"]):
+            left_alone = actual.keys() - expected.keys()  # DDP fills in zeros
+            assert not any(actual[name].any() for name in left_alone), case
             largest = max(float(gradient.abs().max()) for gradient in expected.values())
             for name, gradient in expected.items():
                 size = max(float(gradient.abs().max()), 1e-6 * largest)
-                worst = max(worst, float((result["gradients"][name] - gradient).abs().max()) / size)
+                worst = max(worst, float((actual[name] - gradient).abs().max()) / size)
     assert seen == {"itc", "itm", "lce", "distillation", "mlm", "agreement", "cmd", "cmc"}
     assert worst <= TOLERANCE
     print(f"largest relative difference of a gradient: {worst:.1e}")

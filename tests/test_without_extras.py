@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 from helpers.recipe_process import ROOT, environment
 
 SCRIPT = """
@@ -20,6 +21,7 @@ export_dual(folder / "run", folder / "dual")
 """
 
 
+@pytest.mark.slow
 def test_train_and_export_without_peft_and_tensorboard(tmp_path):
     own = environment()
     own["PYTHONPATH"] = f"{own['PYTHONPATH']}:{ROOT / 'tests'}"

@@ -34,7 +34,7 @@ class CaptionDataset(Dataset[dict[str, Any]]):
             example.
         captions: "one" makes one example per image, with a caption drawn at each visit; "all" makes one per caption.
         tokens: caches to read image tokens from instead of decoding files, one per view of the images; each example
-            draws its view.
+            draws one of the views.
         images: a cache to read decoded images from.
         shortest: passed to `decode_image`.
 

@@ -53,8 +53,7 @@ class DataOptions:
     streaming: bool = False
     """Stream `hub` instead of preparing it on disk first."""
     shuffle_buffer: int = 1000
-    """Streams: number of training rows that each of the `num_workers` holds in memory, to draw from at random; 0 keeps
-    the order of the files."""
+    """Streams: training rows that each of the `num_workers` holds, to draw from at random; 0 keeps the file order."""
     images: str | None = None
     """Folder that relative image paths start from. Unset, for albef and table: the folder of that file."""
     image_column: str | None = None
@@ -102,7 +101,7 @@ class DataOptions:
     cache_tokens: str | None = None
     """Folder for the image tokens of a frozen image backbone, computed once."""
     cached_views: int = 1
-    """Views of each training image in `cache_tokens`, of which a visit draws one: as evaluated, and random crops."""
+    """Views of each training image in `cache_tokens`: as in evaluation, then random crops; each visit draws one."""
     cache_text_tokens: str | None = None
     """Folder for the caption tokens of a frozen text backbone, computed once; it can be that of `cache_tokens`."""
     limit: int | None = None

@@ -68,7 +68,8 @@ class LoopObjective(nn.Module):
                 this share of the queries; None: train it on the match score alone.
 
         Raises:
-            ValueError: two terms have one name, or the model lacks a head that a term needs.
+            ValueError: two terms have one name, the model lacks a head that a term needs, or a term trains on more
+                negatives than the miner chooses.
         """
         super().__init__()
         self.model = model
@@ -78,9 +79,12 @@ class LoopObjective(nn.Module):
         self.own_teacher = next((term.teacher for term in self.terms if isinstance(term.teacher, OwnModel)), None)
         names = [term.name for term in self.terms]
         if len(set(names)) < len(names):
-            raise ValueError(f"terms must have names of their own, got {', '.join(names)}")
+            raise ValueError(f"terms must have different names, got {', '.join(names)}")
+        mined = self.miner.num_negatives
         for term in self.terms:
             term.check(model)
+            if (wanted := term.trained_negatives(mined)) > mined:
+                raise ValueError(f"the term {term.name} trains on {wanted} negatives, but the miner chooses {mined}")
 
     @property
     def uses_pairs(self) -> bool:

@@ -1,4 +1,4 @@
-"""The metrics that a step logs beside its losses, from the parts that its terms have asked for; without gradient."""
+"""The metrics that a step logs with its losses, from the parts that its terms have asked for; without gradient."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from loopitr.checks import check_at_least
 from loopitr.distributed import all_sum, world_size
 from loopitr.objective import losses
 from loopitr.objective.losses.distillation import DistillationLoss, WholeList
@@ -109,6 +110,9 @@ class Matching(Term):
     name = "itm"
     uses_pairs = True
 
+    def __post_init__(self) -> None:
+        check_at_least(1, negatives=self.negatives)
+
     def __call__(self, step: Step) -> Tensor:
         loss = losses.balanced_itm_loss if self.balanced else losses.itm_loss
         return loss(*step.trained_match.as_pairs(1 + self.trained_negatives(step.objective.miner.num_negatives)))
@@ -133,6 +137,9 @@ class Ranking(Term):
     negatives: int | None = None
     name = "lce"
     uses_pairs = True
+
+    def __post_init__(self) -> None:
+        check_at_least(1, negatives=self.negatives)
 
     def __call__(self, step: Step) -> Tensor:
         count = 1 + self.trained_negatives(step.objective.miner.num_negatives)

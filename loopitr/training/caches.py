@@ -39,7 +39,7 @@ def check_caches(model: LoopITRModel, data: DataOptions) -> None:
     if data.cached_views < 1:
         raise ValueError(f"data.cached_views must be at least 1, got {data.cached_views}")
     if data.cached_views > 1 and not data.cache_tokens:
-        raise ValueError("data.cached_views are views kept in data.cache_tokens, which is unset")
+        raise ValueError("data.cached_views needs data.cache_tokens, which is unset")
     if data.cache_images and data.cache_tokens:
         raise ValueError("data.cache_images is of no use with data.cache_tokens, which reads no image in training")
 
@@ -70,9 +70,9 @@ class Caches:
         return self._tokens[id(records)]
 
     def views(self, records: Sequence[Record], transform: TrainTransform, shortest: int | None) -> list[TokenCache]:
-        """Image tokens of each of `data.cached_views` views of the training images; none without `data.cache_tokens`.
+        """The image tokens of the `data.cached_views` views of the training images; empty without `data.cache_tokens`.
 
-        The first view is the image as in evaluation, the others are what `transform` makes of it.
+        The first view is the image as in evaluation; the others are results of the random `transform`.
         """
         first = self.tokens(records)
         if first is None:

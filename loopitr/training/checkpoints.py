@@ -13,11 +13,12 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from accelerate.utils.constants import RNG_STATE_NAME
+from accelerate.utils.constants import FSDP_MODEL_NAME, RNG_STATE_NAME
 from accelerate.utils.other import load
 
 from loopitr.distributed import each_rank, first_rank
 from loopitr.training.durable import PARTIAL, as_os_error, fault, sync, write_file, write_manifest
+from loopitr.training.sharding import parts_of_state
 
 STATE_FILE, SCHEDULER_FILE = "progress.json", "scheduler.json"
 REPLACED, DELETED = ".replaced", ".deleted"
@@ -101,7 +102,8 @@ def save_checkpoint(
         _remove_remains(folder)
     accelerator.wait_for_everyone()
     try:
-        each_rank(partial(_save_state, accelerator, partial_folder))
+        for part in parts_of_state(accelerator, partial_folder):
+            each_rank(partial(_save, part, partial_folder))
         progress = replace(progress, places=gather_object([[progress.epoch, progress.batch]]))
         progress.windows = gather_object([progress.windows[0] if progress.windows else {}])
         first_rank(partial(_complete, partial_folder, final, progress, scheduler))
@@ -116,9 +118,9 @@ def save_checkpoint(
     return final
 
 
-def _save_state(accelerator: Accelerator, folder: Path) -> None:
+def _save(part: Callable[[], object], folder: Path) -> None:
     with as_os_error():
-        accelerator.save_state(str(folder))
+        part()
         for path in sorted(folder.rglob("*")):
             sync(path)
 
@@ -176,8 +178,13 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, *, scheduler: Ha
     Every rank continues at its own place in the data; if the number of ranks has changed, all continue at rank 0's.
 
     Raises:
-        ValueError: it is damaged, of another model or optimiser, or holds anything but tensors and numbers.
+        ValueError: it is damaged, of another model, optimiser or kind of run (with or without FSDP), or holds anything
+            but tensors and numbers.
     """
+    if bool(getattr(accelerator, "is_fsdp2", False)) != (checkpoint / f"{FSDP_MODEL_NAME}.bin").is_file():
+        raise ValueError(
+            f"{checkpoint} is of a run {'without' if accelerator.is_fsdp2 else 'under'} FSDP: launch it so"
+        )
     try:
         if scheduler is not None:
             first_rank(partial(_convert_older, checkpoint))

@@ -1,4 +1,4 @@
-"""A run that diverges: its bad steps are left out, and it is stopped before its model is validated or kept."""
+"""Protection against divergence: steps that are not finite are skipped, and too many of them stop the run."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from loopitr.training.checkpoints import Progress
 from loopitr.training.sharding import local_part
 
 SKIPPED_STEPS = "skipped_steps.jsonl"
-PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)  # weights are whole on each rank
-NAMED = 3  # images in a message; the file has all
+UNSHARDED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)  # each rank has all weights
+NAMED = 3  # So many images are named in a message; the file lists all.
 
 
 def check_finite(model: nn.Module, *, step: int) -> None:
-    """Call this on all ranks: each may hold a shard.
+    """Call this on all ranks, as each may hold a shard of the weights.
 
     Raises:
         ValueError: a weight or a buffer of the model is not finite; the first one is named.
@@ -44,20 +44,20 @@ def check_finite(model: nn.Module, *, step: int) -> None:
 
 
 @dataclass
-class _Made:
-    """A step, or what there is of it: its losses stay on their device until they are looked at."""
+class _StepRecord:
+    """What a step's warning would say. Tensors stay on their device until `StepGuard.settle` reads them."""
 
     losses: list[dict[str, Tensor]] = field(default_factory=list)  # of each batch of an accumulated step
-    names: list[str] = field(default_factory=list)
-    bad: Tensor | None = None
-    norm: Tensor | None = None
+    names: list[str] = field(default_factory=list)  # of its images
+    bad: Tensor | None = None  # [] bool
+    norm: Tensor | None = None  # [] of the gradient
 
 
 class StepGuard:
-    """Leaves out the optimiser steps whose loss or gradient is not finite, the same ones on all ranks.
+    """Skips the optimiser steps whose loss or gradient is not finite, the same ones on all ranks.
 
-    Whether a step was left out is decided where the gradients are, and looked at when something is logged, so that the
-    CPU does not wait for the GPU. The images of such a step are listed in the run folder's `skipped_steps.jsonl`.
+    Whether to skip a step is decided on the gradients' device; the CPU reads the decisions only when something is
+    logged, so that it does not wait for the GPU. The run folder's `skipped_steps.jsonl` lists the images of such steps.
     """
 
     def __init__(
@@ -72,9 +72,9 @@ class StepGuard:
     ) -> None:
         """
         Args:
-            optimizer: accelerate's.
-            most_in_row: so many steps in a row without a finite gradient stop the run; 0: none does.
-            log: where it says which step was left out.
+            optimizer: the one that accelerate has prepared.
+            most_in_row: so many skipped steps in a row stop the run; with 0, it is never stopped.
+            log: receives a warning about each skipped step.
         """
         self.accelerator, self.optimizer, self.log = accelerator, optimizer, log
         self.folder, self.most_in_row = folder, most_in_row
@@ -83,84 +83,84 @@ class StepGuard:
             buffer for norm in norms for buffer in (norm.running_mean, norm.running_var) if buffer is not None
         ]
         self.before: list[Tensor] = []  # the statistics before the step
-        self.made: list[_Made] = []  # steps that nobody has looked at yet
-        self.now = _Made()
+        self.unread: list[_StepRecord] = []  # the steps since `settle`
+        self.current = _StepRecord()
 
     def start_batch(self, batch: Batch) -> None:
         """Call this before the forward pass of every batch."""
-        if not self.now.losses and self.statistics:
+        if not self.current.losses and self.statistics:
             self.before = [buffer.clone() for buffer in self.statistics]
-        self.now.names += batch.names
+        self.current.names += batch.names
 
     def note(self, output: StepOutput) -> None:
         """Call this with every batch's losses."""
         terms = {name: value.detach() for name, value in output.terms.items()}
-        self.now.losses.append({"loss": output.loss.detach(), **terms})
+        self.current.losses.append({"loss": output.loss.detach(), **terms})
 
     def drop(self) -> None:
-        """The batches since the last step make none."""
-        self.now = _Made()
+        """Forget the batches since the last step, which do not fill another."""
+        self.current = _StepRecord()
 
     def step(self, norm: Tensor | None) -> None:
-        """The optimiser's step, or none; `norm` is the gradient's, of all parameters."""
-        made, self.now = self.now, _Made()
-        bad = ~torch.stack([losses["loss"].float() for losses in made.losses]).isfinite().all()
-        scales = self.accelerator.scaler is not None  # It leaves steps out itself, while it looks for its scale.
+        """Step the optimiser unless a loss or `norm`, the norm of the whole gradient, is not finite."""
+        record, self.current = self.current, _StepRecord()
+        bad = ~torch.stack([losses["loss"].float() for losses in record.losses]).isfinite().all()
+        scales = self.accelerator.scaler is not None  # A gradient scaler skips steps itself until it finds its scale.
         if norm is not None and not scales:
-            made.norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-            bad = bad | ~made.norm.isfinite().to(bad.device)
-        made.bad = all_sum(bad.float()) > 0
-        self.made.append(made)
-        if not scales and self.accelerator.distributed_type in PLAIN:
-            self._step_unless(made.bad)
-        elif scales or not bool(made.bad):
+            record.norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+            bad = bad | ~record.norm.isfinite().to(bad.device)
+        record.bad = all_sum(bad.float()) > 0
+        self.unread.append(record)
+        if not scales and self.accelerator.distributed_type in UNSHARDED:
+            self._step_unless(record.bad)
+        elif scales or not bool(record.bad):
             self.optimizer.step()
         for buffer, before in zip(self.statistics, self.before):
-            buffer.copy_(torch.where(made.bad.to(buffer.device), before, buffer))
+            buffer.copy_(torch.where(record.bad.to(buffer.device), before, buffer))
 
     def _step_unless(self, bad: Tensor) -> None:
-        """A fused optimiser looks at the flag itself, on its device."""
-        bare = self.optimizer.optimizer
-        bare.found_inf = bad.float()
+        """Step without a wait for the device: a fused optimiser reads the flag there."""
+        unwrapped = self.optimizer.optimizer
+        unwrapped.found_inf = bad.float()
         try:
             self.optimizer.step()
         finally:
-            del bare.found_inf
+            del unwrapped.found_inf
 
     def settle(self, progress: Progress) -> None:
-        """Count in `progress` the steps that were left out, name them, and stop a run that makes no others.
+        """Read which steps were skipped, warn about them, and count them in `progress`.
 
         Raises:
-            ValueError: `most_in_row` in a row; on all ranks.
+            ValueError: `most_in_row` steps in a row were skipped; on all ranks.
         """
-        made, self.made = self.made, []
-        if not made:
+        records, self.unread = self.unread, []
+        if not records:
             return
-        flags = torch.stack([each.bad for each in made if each.bad is not None]).tolist()
-        first = progress.step - len(made) + 1
-        for step, each, bad in zip(range(first, progress.step + 1), made, flags, strict=True):
+        flags = torch.stack([record.bad for record in records if record.bad is not None]).tolist()
+        first = progress.step - len(records) + 1
+        for step, record, bad in zip(range(first, progress.step + 1), records, flags, strict=True):
             progress.bad_in_row = progress.bad_in_row + 1 if bad else 0
             if not bad:
                 continue
             progress.bad_steps += 1
-            line = self._write(step, each)
+            line = self._write(step, record)
             if progress.bad_in_row <= NAMED:
-                self.log(f"warning: step {step} is left out: {line}")
+                self.log(f"warning: step {step} is skipped: {line}")
             if 0 < self.most_in_row <= progress.bad_in_row:
                 raise ValueError(
                     f"the run is stopped at step {step}, the last of {progress.bad_in_row} in a row without a finite "
                     f"gradient: {line}; lower the learning rate or use fp32"
                 )
 
-    def _write(self, step: int, made: _Made) -> str:
-        """Add a step to the file; returns what it was in words."""
-        losses = [{name: float(value) for name, value in each.items()} for each in made.losses]
-        names = gather_object(made.names)
+    def _write(self, step: int, record: _StepRecord) -> str:
+        """Add a skipped step to the file; returns a description of it."""
+        losses = [{name: float(value) for name, value in batch.items()} for batch in record.losses]
+        names = gather_object(record.names)
         shown = ", ".join(f"{name} {value:.3g}" for name, value in losses[-1].items())
-        norm = "unknown" if made.norm is None else f"{float(made.norm):.3g}"
+        norm = "unknown" if record.norm is None else f"{float(record.norm):.3g}"
         path = self.folder / SKIPPED_STEPS
         if self.accelerator.is_main_process:
-            row = {"step": step, "losses": [_as_text(each) for each in losses], "gradient": norm, "images": names}
+            row = {"step": step, "losses": [_as_text(batch) for batch in losses], "gradient": norm, "images": names}
             try:
                 with path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
@@ -170,7 +170,7 @@ class StepGuard:
 
 
 def _as_text(losses: dict[str, float]) -> dict[str, str]:
-    """JSON has no NaN."""
+    """The values as text, since JSON has no NaN."""
     return {name: f"{value:.6g}" for name, value in losses.items()}
 
 

@@ -86,7 +86,7 @@ def missing_processes(environment: Mapping[str, str], parent: Sequence[str]) -> 
 
 
 def fsdp_on_cpus(environment: Mapping[str, str], parent: Sequence[str]) -> dict[str, str]:
-    """The variables of the FSDP that the parent's command line asks for; accelerate sets them for GPUs alone."""
+    """The variables of FSDP, if the parent's command line asks for it; accelerate sets them only for GPUs."""
     asked = _asked(parent) if _on_cpu(environment) else None
     if asked is None or not asked.use_fsdp:
         return {}

@@ -1,4 +1,4 @@
-"""The values of the steps since the last log line, whose means are logged; a checkpoint keeps them."""
+"""The values logged since the last line of the log, whose means the next line shows; checkpoints keep them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 class LogWindow:
-    """Values by name; they stay on their device until a line is logged."""
+    """Collects scalars by name; they stay on their device until a line is logged."""
 
     def __init__(self, state: Mapping[str, list[float]] | None = None, device: torch.device | None = None) -> None:
-        """`state`: what a checkpoint kept."""
+        """`state` is what `state()` returned when a checkpoint was saved."""
         self.values = {
             name: list(torch.tensor(values, dtype=torch.float32, device=device).unbind())
             for name, values in (state or {}).items()
@@ -24,13 +24,13 @@ class LogWindow:
             self.values.setdefault(name, []).append(value.detach().float().reshape(()))
 
     def state(self) -> dict[str, list[float]]:
-        """Exact in JSON."""
+        """The values for a checkpoint, exact in JSON."""
         return {name: torch.stack(values).tolist() for name, values in self.values.items()}
 
     def close(self, accelerator: Accelerator) -> dict[str, float]:
-        """The means over the window and the ranks (some terms are of a rank's own queries), and an empty window.
+        """The means over the window and the ranks (some terms cover a rank's own queries only); empties the window.
 
-        Values that are not finite, of steps that were left out, do not count; where there are no others, no mean.
+        Values that are not finite come from skipped steps and do not count; a name without other values is left out.
         """
         means = [_finite_mean(torch.stack(values)) for values in self.values.values()]
         averaged = accelerator.reduce(torch.stack(means), "mean").tolist()

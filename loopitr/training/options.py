@@ -77,7 +77,7 @@ class TrainOptions:
     keep_checkpoints: int = 2
     """Number of checkpoints to keep; older ones are deleted."""
     max_bad_steps: int = 10
-    """A step whose loss or gradient is not finite is left out; this many in a row, or half of all steps, stop the run.
+    """A step whose loss or gradient is not finite is skipped; this many in a row, or half of all steps, stop the run.
     0: never stop."""
     log_every: int = 10
     """Optimiser steps between log lines."""

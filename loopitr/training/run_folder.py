@@ -96,7 +96,7 @@ def _enter(folder: Path, config: dict[str, Any], locks: list[FolderLock], reques
         changes = _changes(folder, config, progress, request.num_processes)
         if changes and not request.with_changes:
             raise ValueError(
-                f"{folder} was begun with other options ({'; '.join(changes)}); resume it with its own, or accept "
+                f"{folder} was started with other options ({'; '.join(changes)}); resume it with its own, or accept "
                 "these with --resume_with_changes"
             )
         lines += [f"resuming with a change: {change}" for change in changes]
@@ -136,8 +136,8 @@ def _changes(folder: Path, config: dict[str, Any], progress: Progress | None, nu
     """The differences between this run and the one in the folder; empty if there is none."""
     if not (folder / CONFIG).is_file():
         return []
-    begun: dict[str, Any] = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-    changes = changed_options(begun, config)
+    stored: dict[str, Any] = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    changes = changed_options(stored, config)
     if progress is not None and progress.places and len(progress.places) != num_processes:
         changes.append(f"processes: {len(progress.places)} -> {num_processes}")
     return changes
@@ -203,5 +203,9 @@ def _is_run(folder: Path) -> bool:
         config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return False
-    # Other programs have a config.yaml too; that of a run has options of training, or a history next to it.
-    return isinstance(config, dict) and ("train" in config or (folder / HISTORY).is_file())
+    # Other programs have a config.yaml too, even one with a part `train`; that of a run names its folder, or has a
+    # history next to it.
+    if not isinstance(config, dict):
+        return False
+    train = config.get("train")
+    return (isinstance(train, dict) and "output_dir" in train) or (folder / HISTORY).is_file()

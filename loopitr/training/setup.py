@@ -1,4 +1,4 @@
-"""A run's parts: devices and seed, records, the loader of its batches, the schedule. `Trainer` puts them together."""
+"""The parts that `Trainer` puts together: accelerate and the seed, the records, the model, and the batch loader."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ from loopitr.training.caches import Caches, check_caches
 from loopitr.training.options import TrainOptions, ValidationOptions
 from loopitr.training.record_checks import record_warnings
 from loopitr.training.run_folder import check_run_folder
-from loopitr.training.sharding import SHARDED, prepare_environment, settle
+from loopitr.training.sharding import SHARDED, configure_fsdp, prepare_environment
 
 
 def start(train: TrainOptions) -> Accelerator:
-    """accelerate with the run's precision, accumulation and tracker; the seed of weights and dropout is set.
+    """Start accelerate with the run's precision, accumulation and tracker, and seed the weights and dropout.
 
     Raises:
-        ValueError: a tracker that is not installed, an FSDP that is not supported, chunks or compilation where weights
-            are sharded, or an `output_dir` that holds something else than a run.
+        ValueError: a tracker that is not installed, an unsupported version or setting of FSDP, chunks or compilation
+            with sharded weights, or an `output_dir` that holds something other than a run.
     """
     check_run_folder(Path(train.output_dir))
     prepare_environment()
@@ -54,15 +54,15 @@ def start(train: TrainOptions) -> Accelerator:
         log_with=_tracker(train.tracker),
         project_dir=train.output_dir,
         kwargs_handlers=[
-            # Ranks wait for each other's share of a validation, and for caches, which may take longer than the default.
+            # Ranks wait for each other's part of a validation and for caches, which can take longer than the default.
             InitProcessGroupKwargs(timeout=timedelta(hours=4)),
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],
     )
-    settle(accelerator)
+    configure_fsdp(accelerator)
     for option, is_set in (("chunk_size", train.chunk_size is not None), ("compile", train.compile)):
         if is_set and accelerator.distributed_type in SHARDED:
-            # FSDP gathers and frees weights around a forward pass of the whole, which chunks go around.
+            # FSDP gathers and frees weights around the forward pass of the whole objective, which chunks bypass.
             raise ValueError(f"train.{option} works with DDP, not with {accelerator.distributed_type.value}")
     if train.tracker not in ("auto", "none") and not accelerator.log_with:
         raise ValueError(f"train.tracker {train.tracker} is not installed")
@@ -80,7 +80,7 @@ def _tracker(name: str) -> str | None:
 
 @dataclass(frozen=True)
 class RunRecords:
-    """What a run trains on, chooses its best model by (`val`), and is measured on at the end (`test`)."""
+    """The records that a run trains on, selects its best model on (`val`), and is evaluated on at the end (`test`)."""
 
     train: Sequence[Record] | HubStream
     val: Sequence[Record]
@@ -91,10 +91,10 @@ class RunRecords:
 def load_run_records(
     data: DataOptions, validation: ValidationOptions, *, log: Callable[[str], None] = print
 ) -> RunRecords:
-    """All records of a run, read before the training so that a wrong name shows at once.
+    """Load all records of a run before it trains, so that a wrong name is reported at once.
 
     Raises:
-        DataError: a source that cannot be read, or has no such split.
+        DataError: a source that cannot be read or that has no such split.
     """
 
     def load(split: str, **changes: Any) -> Any:
@@ -104,11 +104,11 @@ def load_run_records(
         return records
 
     train = load(data.split)
-    val = load(data.val_split, streaming=False)  # It is read many times and ranked as a whole.
+    val = load(data.val_split, streaming=False)  # It is read many times, and ranked as a whole.
     scenes = source_of(data) == "scenes"
     test_split = validation.final_split or ("test" if scenes else data.val_split)
     test = val if test_split == data.val_split else load(test_split, streaming=False)
-    if rank() == 0:  # The other processes would read the same files.
+    if rank() == 0:  # The other ranks would check the same files.
         held_out = {data.val_split: val, test_split: test}
         for line in record_warnings(train, held_out, chooses=data.val_split, max_images=validation.max_images):
             log(line)
@@ -116,7 +116,7 @@ def load_run_records(
 
 
 def all_captions(records: Sequence[Record] | HubStream) -> Iterator[str] | None:
-    """Every caption of the records, one after the other; None of a stream."""
+    """Every caption of the records in order; None for a stream."""
     if isinstance(records, HubStream):
         return None
     return (caption for position in range(len(records)) for caption in captions_of(records, position))
@@ -125,7 +125,7 @@ def all_captions(records: Sequence[Record] | HubStream) -> Iterator[str] | None:
 def _check_teacher_reads(objective: LoopObjective) -> None:
     """
     Raises:
-        ValueError: a teacher's own model is handed cached image tokens that its backbone would not give.
+        ValueError: the teacher has its own model, whose image backbone would not give the cached image tokens.
     """
     if objective.own_teacher is None:
         return
@@ -139,17 +139,17 @@ def _check_teacher_reads(objective: LoopObjective) -> None:
 
 
 def count_parameters(model: nn.Module) -> str:
-    """How many there are, and how many of them are trained, in words."""
+    """A description of how many parameters the model has and how many of them are trained."""
     parameters = list(model.parameters())
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     return f"{sum(p.numel() for p in parameters) / 1e6:.1f}M parameters, {trained / 1e6:.1f}M trained"
 
 
 def prepare_model(objective: LoopObjective, train: TrainOptions, data: DataOptions) -> None:
-    """Freeze the parts that no term trains, and follow the options that concern the model.
+    """Freeze the parts that no term trains, and apply the options that concern the model.
 
     Raises:
-        ValueError: caches or chunks that do not go with this model.
+        ValueError: caches or chunks that this model does not allow.
     """
     model = objective.model
     if objective.matryoshka_dims is not None:
@@ -175,7 +175,7 @@ def prepare_model(objective: LoopObjective, train: TrainOptions, data: DataOptio
         _check_teacher_reads(objective)
     if train.chunk_size is not None:
         check_batch_statistics(model.train())
-        # The pairs of as many queries as are encoded at a time are scored at a time.
+        # By default, scoring handles as many queries at a time as encoding does.
         if objective.pair_block is None:
             objective.pair_block = train.chunk_size * (1 + 2 * objective.miner.num_negatives)
 

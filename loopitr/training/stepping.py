@@ -1,4 +1,4 @@
-"""One optimiser step: forward and backward passes of its batches, the gradient's norm, the step if all is finite."""
+"""An optimiser step: forward and backward passes of its batches, gradient clipping, and the step if all is finite."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from loopitr.training.sharding import SHARDED
 
 
 class Stepper:
-    """Accumulates the gradients of `options.accumulation` batches, then steps optimiser and schedule."""
+    """Accumulates the gradients of `options.accumulation` batches, then steps the optimiser and the schedule."""
 
     def __init__(
         self,
         accelerator: Accelerator,
         prepared: Any,
-        bare: LoopObjective,
+        objective: LoopObjective,
         optimizer: Any,
         scheduler: LRScheduler,
         options: TrainOptions,
@@ -40,31 +40,31 @@ class Stepper:
     ) -> None:
         """
         Args:
-            prepared, optimizer: accelerate's; `bare` is the objective in the former.
-            folder, log: where the steps are named that were left out, see `StepGuard`. Half of a run's `total_steps` in
-                a row stop it, too.
+            prepared, optimizer: what accelerate made of `objective` and of its optimiser.
+            folder, log: where `StepGuard` reports the steps that it skips.
+            total_steps: the run also stops when half of them are skipped in a row.
         """
-        self.accelerator, self.prepared, self.bare = accelerator, prepared, bare
+        self.accelerator, self.prepared, self.objective = accelerator, prepared, objective
         self.optimizer, self.scheduler, self.options = optimizer, scheduler, options
         most = min(options.max_bad_steps, max(2, total_steps // 2))
-        self.guard = StepGuard(accelerator, bare.model, optimizer, folder=folder, most_in_row=most, log=log)
-        self.micro = 0  # batches so far of the step that is being accumulated
+        self.guard = StepGuard(accelerator, objective.model, optimizer, folder=folder, most_in_row=most, log=log)
+        self.micro = 0  # how many batches of the current step have been accumulated
 
     def backward(self, batch: Batch, stage: dict[str, Any]) -> StepOutput:
-        """Add a batch's gradients. `stage`: what else the objective is called with at this step."""
+        """Add a batch's gradients. `stage` is what else the objective is called with at this step, see `Gate.stage`."""
         accelerator, chunk_size = self.accelerator, self.options.chunk_size
         self.guard.start_batch(batch)
         inputs = send_to_device(batch.inputs, accelerator.device, non_blocking=True)
         self.micro += 1
         with nullcontext() if self.is_full and chunk_size is None else accelerator.no_sync(self.prepared):
             if chunk_size is None:
-                # Autocast is inside, but where weights are sharded.
+                # `prepared` enters autocast itself, except where weights are sharded.
                 with accelerator.autocast() if accelerator.distributed_type in SHARDED else nullcontext():
                     output: StepOutput = self.prepared(**inputs, **stage)
                 self._backward_from(output)
             else:
                 output = cached_backward(
-                    self.bare,
+                    self.objective,
                     inputs,
                     chunk_size=chunk_size,
                     backward=self._backward_from,
@@ -77,11 +77,11 @@ class Stepper:
 
     def _backward_from(self, output: StepOutput) -> None:
         self.guard.note(output)
-        self.accelerator.backward(output.loss)  # This divides by the accumulation.
+        self.accelerator.backward(output.loss)  # It divides by the number of accumulated batches.
 
     @property
     def is_full(self) -> bool:
-        """Whether the batches make a step."""
+        """Whether the accumulated batches make a step."""
         return self.micro == self.options.accumulation
 
     @property
@@ -89,17 +89,17 @@ class Stepper:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def step(self) -> None:
-        """A step that the guard leaves out is one of the schedule all the same."""
+        """Clip the gradients and step. The schedule also counts the steps that the guard skips."""
         self.micro = 0
-        sharded = self.accelerator.distributed_type in SHARDED  # accelerate then takes all parameters in their order.
+        sharded = self.accelerator.distributed_type in SHARDED  # accelerate then needs all parameters, in their order.
         parameters = self.prepared.parameters() if sharded else self._parameters
         self.guard.step(self.accelerator.clip_grad_norm_(parameters, self.options.clip))
         self.optimizer.zero_grad()
         self.scheduler.step()
-        self.bare.after_step()
+        self.objective.after_step()
 
     def drop(self) -> None:
-        """Forget batches that did not fill a step."""
+        """Forget the batches that did not fill a step."""
         self.micro = 0
         self.optimizer.zero_grad()
         self.guard.drop()

@@ -35,14 +35,14 @@ from loopitr.training.stopping import AcrossRanks, Stopped, Stopping
 from loopitr.training.validation import Validator
 from loopitr.training.watch import Watch
 
-TRIM_EVERY = 10  # On the CPU, memory is given back after so many steps.
+TRIM_EVERY = 10  # On the CPU, memory is returned to the system after every so many steps.
 
 
 class Trainer:
-    """Trains an objective's model, validates it, keeps the best one.
+    """Trains an objective's model, validates it, and saves the best one.
 
-    Everything is built and checked when the trainer is made; nothing is written to the run folder before `run`. Of its
-    attributes, `objective` and `optimizer` are accelerate's, `bare_objective` and `model` what is in them.
+    The constructor builds and checks everything, and only `run` writes to the run folder. The attributes `objective`
+    and `optimizer` are wrapped by accelerate; `bare_objective` and `model` are not.
 
     Example (`model` and `processor` as in the example of `build_model`):
         >>> import tempfile
@@ -79,16 +79,17 @@ class Trainer:
     ) -> None:
         """
         Args:
-            train, val: records (a list will do), or a stream to train on.
-            data: how records become batches (augmentation, workers, caches); its source is not looked at.
-            test, test_split: what the final table is about, and its name; None: `val`.
-            accelerator: what `start` returned, if the caller needed it earlier; it must then be of these `options`.
-            config: what is written to `config.yaml`; None: the options given here.
-            resume: continue from the newest checkpoint in `options.output_dir`, with the options it was begun with;
-                `resume_with_changes`: with any.
+            train, val: sequences of records, such as lists; `train` can also be a stream.
+            data: how records become batches (augmentation, workers, caches). Its data source is not used.
+            test, test_split: the records of the final table, by default those of `val`, and the name of their split.
+            accelerator: what `start` returned for the same `options`, if the caller needed it earlier.
+            config: what is written to `config.yaml`, by default the options given here.
+            resume: continue from the newest checkpoint in `options.output_dir`, whose run must have had the same
+                options.
+            resume_with_changes: continue from it with other options.
 
         Raises:
-            ValueError, OSError: options that do not fit together, or data that cannot be read.
+            ValueError, OSError: options that contradict each other, or data that cannot be read.
         """
         self.options = options or TrainOptions()
         self.data, self.validation = data or DataOptions(), validation or ValidationOptions()
@@ -127,10 +128,11 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Train to the end; returns what is written to `metrics.json`.
 
-        The run folder gets `config.json`, `model.safetensors` and the processor (the best model), `config.yaml`,
-        `metrics.json`, `results.md`, `README.md` (the model's card), `gallery.html`, `history.jsonl`, `curves.png` and
-        `checkpoints/`. An earlier run there is moved aside unless it is resumed; resumed after its last step, it is
-        left as it is. SIGTERM and Ctrl-C let it finish and save its step, and raise `Stopped`, a `SystemExit`.
+        The run folder then holds the best model (`config.json`, `model.safetensors` and the processor's files), its
+        card (`README.md`), `config.yaml`, `metrics.json`, `results.md`, `gallery.html`, `history.jsonl`, `curves.png`
+        and `checkpoints/`. An earlier run in the folder is moved aside unless it is resumed; a finished run that is
+        resumed stays as it is. On SIGTERM or Ctrl-C the current step is finished and saved, and `Stopped`, which is a
+        `SystemExit`, is raised.
         """
         resuming: dict[str, Any] = {"resume": self.resume, "with_changes": self.with_changes}
         stopping = Stopping()
@@ -141,9 +143,9 @@ class Trainer:
         except RuntimeError as error:
             if not stopping.signal:
                 raise
-            raise self._stopped(Stopped(stopping.signal)) from error  # Another rank was told too, and went first.
+            raise self._announce(Stopped(stopping.signal)) from error  # Another rank got the signal and left first.
         except Stopped as stop:
-            raise self._stopped(stop) from None
+            raise self._announce(stop) from None
         self.accelerator.end_training()
         return metrics
 
@@ -156,9 +158,9 @@ class Trainer:
         shown: dict[str, Any] = {"desc": "training", "disable": not accelerator.is_main_process, "dynamic_ncols": True}
         with tqdm(total=self.total_steps, initial=self.progress.step, **shown) as bar:
             if self.gate.is_used and not self.fusion_start and not self.progress.step:
-                self._validate(keep=False)  # A teacher that has learned before teaches from the first step on.
+                self._validate(keep=False)  # An already trained teacher teaches from the first step on.
             if self.progress.validates_next:
-                self._validate()  # The run was stopped before it could.
+                self._validate()  # The run was stopped before this validation.
             while self.progress.step < self.total_steps:
                 self._epoch(bar)
                 check_skips(self.skips, self.loader, accumulation=self.options.accumulation)
@@ -183,8 +185,8 @@ class Trainer:
         self.run_log = RunLog(accelerator, self.folder, self.progress, watch=watch, log=self.log)
         if accelerator.log_with:
             accelerator.init_trackers("logs")
-        known, most = self.progress.skipped_files, self.data.max_skipped_fraction
-        self.skips = SkipCounter(max_fraction=most, log=print, known=known)  # Every rank prints.
+        already, most = self.progress.skipped_files, self.data.max_skipped_fraction
+        self.skips = SkipCounter(max_fraction=most, log=print, known=already)  # Every rank prints.
 
     def _epoch(self, bar: tqdm) -> None:
         progress = self.progress
@@ -204,10 +206,10 @@ class Trainer:
             if progress.step >= self.total_steps:
                 return
         if batches == 0 and progress.batch == 0:
-            raise ValueError("the training data gave not one full batch")
+            raise ValueError("the training data do not fill a single batch; lower train.batch_size")
         progress.epoch, progress.batch = progress.epoch + 1, 0
         if self.loader.sampler is None:
-            return  # Ranks end their streams at different batches, so nothing that they do together ends here.
+            return  # Ranks end their streams at different batches, so nothing that needs all ranks may follow.
         self.stepper.drop()
         every = self.validation.every_epochs
         progress.validates_next = bool(every) and progress.epoch % every == 0
@@ -216,7 +218,7 @@ class Trainer:
             self._validate()
 
     def _after_step(self, bar: tqdm) -> None:
-        """Log, save, validate and stop, as they are due; of the last step, the run's end does the rest."""
+        """Log, save, validate or stop if due; after the last step, `_run` saves and validates."""
         options, progress = self.options, self.progress
         is_last = progress.step >= self.total_steps
         if progress.step % options.log_every == 0 or is_last:
@@ -231,7 +233,7 @@ class Trainer:
             raise Stopped(stop)
         if progress.validates_next:
             self._validate()
-        ends_epoch = self.loader.sampler is not None and progress.batch == len(self.loader)  # which saves one itself
+        ends_epoch = self.loader.sampler is not None and progress.batch == len(self.loader)  # `_epoch` then saves.
         if (late or self.saver.is_due(progress.step)) and not ends_epoch and not is_last:
             self._checkpoint()
 
@@ -243,11 +245,11 @@ class Trainer:
 
     def _log(self, bar: tqdm) -> None:
         self.stepper.guard.settle(self.progress)
-        more = {"train/lr": float(self.scheduler.get_last_lr()[-1])}
-        more |= lost_so_far(self.progress, self.skips, self.accelerator)
+        extra = {"train/lr": float(self.scheduler.get_last_lr()[-1])}
+        extra |= lost_so_far(self.progress, self.skips, self.accelerator)
         if self.progress.bad_steps:
-            more["train/bad_steps"] = float(self.progress.bad_steps)
-        values = self.run_log.write(self.progress, more)
+            extra["train/bad_steps"] = float(self.progress.bad_steps)
+        values = self.run_log.write(self.progress, extra)
         bar.set_postfix({n.removeprefix("loss/"): f"{v:.3f}" for n, v in values.items() if n.startswith("loss/")})
 
     # Validation and saving
@@ -256,7 +258,7 @@ class Trainer:
         before = dataclasses.replace(self.progress)
         is_saved = self.saver.step == self.progress.step
         try:
-            # Ranks that are told to stop leave a validation at different places; nothing they do together comes after.
+            # Ranks that get a signal leave a validation at different places, so only a saved run may stop there.
             with self.stopping.at_once(is_saved or self.accelerator.num_processes == 1):
                 scores = self.validator.validate(self.progress, keep=keep)
                 scores |= self.gate.update(self.progress, scores, self.validator.measure)
@@ -278,17 +280,17 @@ class Trainer:
         progress.skipped_files = files_in_all(self.progress, self.skips)
         self.saver.save(progress, needed=needed, first=partial(self.run_log.keep, progress))
 
-    def _stopped(self, stop: Stopped) -> Stopped:
-        """Says how the run goes on; the process is about to end."""
+    def _announce(self, stop: Stopped) -> Stopped:
+        """Log how to continue the run, and end the trackers."""
         self.log(stop.line(self.saver.step, self.folder))
         self.accelerator.end_training()
         return stop
 
     def _finish(self, seconds: float) -> dict[str, Any]:
         """Evaluate the best model on the final split, all ranks together, and write the results."""
-        lost = lost_in_all(self.progress, self.skips)
+        skipped, truncated = lost_in_all(self.progress, self.skips)
         result = self.validator.final(self.test, step=self.progress.step)
-        metrics = run_metrics(self.test_split, result, self.progress, seconds, *lost)
+        metrics = run_metrics(self.test_split, result, self.progress, seconds, skipped, truncated)
         if self.run_log.history is not None:
             write_results(self.folder, metrics, result, self.test, self.run_log.history.rows, self.model)
             self.log(f"\n{result.table()}\n\nsaved in {self.folder}, trained in {seconds:.0f} s")

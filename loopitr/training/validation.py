@@ -1,4 +1,4 @@
-"""Measuring a run: recall on held-out records along the way, the best model kept, the final table."""
+"""Validation: recall on held-out records during a run, the best model saved, and the final evaluation."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Validator:
         self.whole, self.caches, self.options, self.folder = whole, caches, options, folder
         self.records, self.fusion_start = records, fusion_start
         self.uses_pairs = objective.uses_pairs or objective.compares_tokens
-        self.starts_early = objective.compares_tokens  # token agreement, a part of match scores, waits for no one
+        self.starts_early = objective.compares_tokens  # Token agreement trains a part of match scores from step 1.
 
     @property
     def accelerator(self) -> Accelerator:
@@ -70,14 +70,14 @@ class Validator:
         """Recalls of `model` on `records`, reranked once a part of the match score is trained.
 
         Args:
-            final: for the final table, on all records.
+            final: evaluate as the final table does: all records, graded, with that table's number of candidates.
             calibrate: fit the weight of the similarity in the reranking score on these records.
-            cached_texts: whether the run's cache of text tokens, if it has one, is of this model's text backbone.
+            cached_texts: whether the run's cache of text tokens, if there is one, fits this model's text backbone.
         """
         options = self.options
         rerank = options.final_rerank if final else options.rerank
         started = self.starts_early or not self.fusion_start or step > self.fusion_start
-        # They are computed in float32, whatever the precision of the run.
+        # Outside autocast: cached tokens are computed in float32, whatever the run's precision.
         tokens, texts = self.caches.tokens(records), self.caches.texts(records) if cached_texts else None
         with self.accelerator.autocast():
             return evaluate_retrieval(
@@ -100,10 +100,10 @@ class Validator:
             )
 
     def validate(self, progress: Progress, *, keep: bool = True) -> dict[str, float]:
-        """Mean R@1 by score; the model is saved, and `progress` says so, if it is the best so far (and `keep` is true).
-        Of equally good ones the better dual is kept: an easy validation set has a reranking score of 100 early on.
+        """Returns the mean R@1 of each score, and saves the best model so far unless `keep` is false.
 
-        The weight of the similarity in the reranking score is fitted on the validation records, too.
+        Ties, as on a validation set so easy that reranking reaches 100 early, are broken by the dual encoder's score.
+        The weight of the similarity in the reranking score is fitted on the validation records as well.
         """
         with self.whole.at_hand() as model:
             return self._validate(model, progress, keep=keep)
@@ -125,7 +125,7 @@ class Validator:
         return scores
 
     def _save(self, model: LoopITRModel) -> None:
-        """The best model is the earlier one until this one is whole."""
+        """The earlier best model is replaced only once this one is completely written."""
 
         def write(folder: Path) -> None:
             save_for_use(model, self.caches.processor, folder, keep_mlm_head=self.options.keep_mlm_head)
@@ -133,14 +133,14 @@ class Validator:
         write_files(self.folder, write, seen=("README.md",))
 
     def measure(self, model: LoopITRModel) -> dict[str, float]:
-        """Mean R@1 by score of another model, such as a teacher's own, on the validation records."""
+        """The mean R@1 of each score of another model, such as a teacher, on the validation records."""
         return self.evaluate(model, self.records, step=self.fusion_start + 1, cached_texts=False).mean_r1()
 
     def final(self, records: Sequence[Record], *, step: int) -> RetrievalResult:
-        """The best model on the final records.
+        """Evaluate the best model on the records of the final table.
 
-        Its similarity weight is first fitted on all validation records with as many candidates as the final table has,
-        and kept in the run folder's `config.json`.
+        Its similarity weight is first fitted on all validation records, with as many candidates as the final table
+        uses, and stored in the run folder's `config.json`.
         """
         model: Any = LoopITRModel.from_pretrained(self.folder).to(self.accelerator.device)
         if self.uses_pairs and self.options.final_rerank:

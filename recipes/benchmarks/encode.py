@@ -1,11 +1,11 @@
 """python recipes/benchmarks/encode.py [--vision NAME] [--rounds 9] [--device cuda] [--precision bf16] [--output F.json]
 
-What the dual head costs above its bare backbones: `get_image_features` against the timm model's own forward, and
-`get_text_features` against the transformers model's, on the same batch (captions of 14 tokens on average, padded to
-35, and all of one length). Of a convolutional backbone also what the layout of pixels in memory gains: images encoded
-and trained on plane by plane ("bare") and with the channels of each pixel side by side. Random weights, interleaved in
-one process; medians, throughput as a part of the bare backbone's, FLOPs counted by torch.utils.flop_counter, and the
-part of a large matrix product's speed that is reached.
+Measures what the dual head costs on top of its backbones: `get_image_features` against the forward pass of the timm
+model, and `get_text_features` against that of the transformers model, on the same batch (captions of 14 tokens on
+average, padded to 35, and captions of equal length). For a convolutional backbone it also compares encoding and
+training in the memory layouts "contiguous" (column "bare") and "channels last". Weights are random, and all variants
+run interleaved in one process. Reported are medians, throughput relative to the backbone's, FLOPs counted by
+torch.utils.flop_counter, and the FLOP/s relative to those of a large matrix product.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def train_images(model: loopitr.DualEncoder, pixels: torch.Tensor) -> None:
 def in_layout(
     model: loopitr.DualEncoder, memory_format: torch.memory_format, call: Callable[..., Any], *arguments: Any
 ) -> None:
-    """`call(*arguments)` with pixels in this layout."""
+    """A call of `call(*arguments)` with pixels in the given memory layout."""
     own = model.vision.memory_format
     model.vision.memory_format = memory_format
     call(*arguments)

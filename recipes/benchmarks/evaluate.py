@@ -1,14 +1,15 @@
 """python recipes/benchmarks/evaluate.py [--device cuda] [--precision bf16] [--part 0.02] [--output F.json]
 
-What an evaluation at the size of COCO 5K costs: 5,000 images, 25,000 captions, both directions' best 256 reranked, by
-the code that recipes/evaluate.py runs, with random weights (ViT-B/16 at 384 px, 6 text + 6 fusion layers by default),
-random pictures and captions of 14 tokens on average.
+Measures an evaluation at the size of COCO 5K: 5,000 images and 25,000 captions, the best 256 candidates of both
+directions reranked, with the code that recipes/evaluate.py runs. Weights are random (ViT-B/16 at 384 px, 6 text + 6
+fusion layers by default), as are the images and the captions of 14 tokens on average.
 
-All embeds are drawn at random, each caption's near its image's, and are ranked at full size. Images of the stated part
-are really encoded (resizing in workers included), as are the captions they meet, and their pairs are scored; what is
-left is extrapolated in proportion. Beside it, interleaved, the plain way on a few of the same pairs: a padded batch of
-35 tokens each, keys and values projected for every pair. FLOPs are counted by torch.utils.flop_counter (of scoring: on
-the first image's pairs), and set against a large matrix product's speed.
+All embeds are drawn at random, each caption's near its image's, and are ranked at full size. Only the given part of the
+images (`--part`) is encoded, including resizing in workers, with the captions that they are compared with, and only
+their pairs are scored; the rest is extrapolated in proportion. A baseline runs interleaved on a few of the same pairs:
+a padded batch of 35 tokens per caption, in which keys and values are projected for every pair. FLOPs are counted by
+torch.utils.flop_counter (those of scoring on the first image's pairs) and compared with the speed of a large matrix
+product.
 """
 
 from __future__ import annotations
@@ -52,11 +53,11 @@ class Options:
     captions_per_image: int = 5
     k: int = 256
     part: float = 0.02
-    """Of the images, encoded and scored."""
+    """The part of the images that is encoded and scored."""
     vision: str = "vit_base_patch16_384"
     image_size: int = 384
     hidden_size: int = 768
-    """Of text and fusion."""
+    """The width of text backbone and fusion head."""
     text_layers: int = 6
     fusion_layers: int = 6
     batch_size: int = 64
@@ -69,7 +70,7 @@ class Options:
     rounds: int = 3
     device: str = "cpu"
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast."""
+    """The precision of autocast; fp32: none."""
     output: str | None = None
     """JSON file for the figures."""
 
@@ -79,7 +80,7 @@ class Options:
 
 
 class Pictures(LazyRecords):
-    """Noise of 640 x 480 pixels, the usual size in COCO."""
+    """Images of noise, 640 x 480 pixels as is usual in COCO."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -106,7 +107,7 @@ def build(options: Options) -> loopitr.LoopITRModel:
 
 
 def embeds(options: Options) -> list[Tensor]:
-    """Images `[I, E]`, captions `[T, E]`, each its image's embed and as much noise, and the identities of both."""
+    """Image embeds `[I, E]`, caption embeds `[T, E]` (the image's embed plus equally strong noise), and identities."""
     generator = torch.Generator().manual_seed(1)
     owner = torch.arange(options.images).repeat_interleave(options.captions_per_image)  # [T]
     images = F.normalize(torch.randn(options.images, 256, generator=generator), dim=1)
@@ -143,7 +144,7 @@ class Evaluation:
             num_workers=options.num_workers,
         )
         self.texts = TextTokens(self.model, processor, captions, batch_size=options.batch_size, storage=storage)
-        self.texts.embeds = torch.zeros(total, 1, device=options.device)  # the scores do not depend on them
+        self.texts.embeds = torch.zeros(total, 1, device=options.device)  # Match scores do not depend on them.
 
     def encode_images(self) -> None:
         self.images.encode(self.positions, storage=self.storage, progress=True)
@@ -160,7 +161,7 @@ class Evaluation:
 
 
 def against_plain(evaluation: Evaluation, pairs: Tensor, options: Options) -> dict[str, float]:
-    """The first image's pairs: all of them our way, the first few the plain way; pairs/s and FLOPs per pair."""
+    """Times all pairs of the first image with our code, and a few with the baseline; pairs/s and FLOPs per pair."""
     pairs = pairs[pairs[:, 0] == 0]
     few = pairs[: options.plain_pairs]
     (image,) = evaluation.images.blocks([0], 1)  # [1, N, D]
@@ -185,7 +186,7 @@ def against_plain(evaluation: Evaluation, pairs: Tensor, options: Options) -> di
 
 
 def measure(options: Options) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
-    """Figures by name, and those of the whole."""
+    """The figures of each part by name, and those of the whole evaluation."""
     device, total = options.device, options.images * options.captions_per_image
     count = max(1, round(options.part * options.images))
     evaluation = Evaluation(options, count)
@@ -273,7 +274,7 @@ def main() -> None:
     print(markdown_table(["step", "seconds", "measured on", "extrapolated s", "GFLOP/s", "of peak"], rows))
     score = figures["score"]
     print(
-        f"scoring: {score['pairs_per_second']:.1f} pairs/s; the plain way {score['plain_pairs_per_second']:.1f}, "
+        f"scoring: {score['pairs_per_second']:.1f} pairs/s; the baseline {score['plain_pairs_per_second']:.1f}, "
         f"{score['plain_flops_per_pair'] / score['flops_per_pair']:.2f} times the FLOPs; ours is "
         f"{score['ratio']:.2f} times as fast side by side, scores differ by {score['difference']:.1e}"
     )

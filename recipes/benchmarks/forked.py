@@ -1,6 +1,6 @@
-"""Training processes that soak.py forks, looks at and kills: what they are doing, and what they have trained on.
+"""Training processes that soak.py forks, observes and kills: what they are doing, and what they have trained on.
 
-A run of several ranks is as many processes, which meet over gloo on this machine.
+A run of several ranks has one process per rank, connected by gloo on this machine.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ PHASES = ("starting", "step", "save", "validation", "final table", "cache")
 
 
 class Phase:
-    """What the training process is doing, in memory that this one shares."""
+    """What the training process is doing, in memory shared with this process."""
 
     def __init__(self) -> None:
         self.shared = mmap.mmap(-1, 1)
@@ -64,7 +64,7 @@ class Phase:
             self.shared[0] = before
 
     def wrap(self, owner: Any, name: str, phase: str) -> None:
-        """`owner.name` is called in that phase."""
+        """Make calls of `owner.name` set that phase."""
         original = getattr(owner, name)
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -75,7 +75,10 @@ class Phase:
 
 
 def note_samples(path: Path) -> None:
-    """In the training process: each step's images go to a line of `path`; of a step made twice, the last one counts."""
+    """Make this training process write the images of each step to a line of `path`.
+
+    If a step is repeated after a resumption, its last line counts.
+    """
     names: list[str] = []
     epoch, step = EpochLoader.epoch, trainer.Trainer._step
 
@@ -94,12 +97,12 @@ def note_samples(path: Path) -> None:
 
 
 def samples(folder: Path) -> dict[int, list[str]]:
-    """The images of each step, of all ranks."""
+    """The names of the images of each step, over all ranks."""
     steps: dict[int, list[str]] = {}
     for path in sorted(folder.glob("samples-*.jsonl")):
         own = {}
         for line in path.read_text().splitlines():
-            with contextlib.suppress(ValueError):  # A killed process did not come to the line's end.
+            with contextlib.suppress(ValueError):  # A killed process may leave an incomplete line.
                 row = json.loads(line)
                 own[row["step"]] = row["images"]
         for step, images in own.items():
@@ -108,12 +111,14 @@ def samples(folder: Path) -> dict[int, list[str]]:
 
 
 def fork(work: Callable[[], None], log: Path) -> int:
-    """Start `work` as a recipe does, in a process of its own and the first of a group; returns its pid. What it prints
-    goes to `log`."""
+    """Run `work` as a recipe would, in a new process that leads its own process group; returns its pid.
+
+    Its output goes to `log`.
+    """
     sys.stdout.flush()
     pid = os.fork()
     if pid:
-        with contextlib.suppress(OSError):  # It has done so itself.
+        with contextlib.suppress(OSError):  # The child may have done so itself.
             os.setpgid(pid, pid)
         return pid
     status = 70
@@ -139,7 +144,7 @@ def fork(work: Callable[[], None], log: Path) -> int:
 
 
 class Launch:
-    """A run at work: its processes, one for each rank."""
+    """A running training: its processes, one per rank."""
 
     def __init__(self, folder: Path, words: list[str], *, phase: Phase, resume: bool, ranks: int = 1) -> None:
         """Fork them; `phase` is rank 0's."""

@@ -1,9 +1,10 @@
 """python recipes/benchmarks/grad_cache.py [--batch_size 1024] [--chunk_size 64] [--device cuda] [--output F.json]
 
-Peak memory and time of one step (forward and backward, no optimiser): a plain one on a batch of `chunk_size`, and one
-of `batch_size` in chunks (GradCache), of ITC alone or of the loop (`--loop true`; K = 4, CPRD). Random weights,
-ViT-S/16 at 224 px and MiniLM-like text with 3 fusion layers by default. Each runs in a process of its own: on the CPU
-memory is that of the process, less what model, batch and libraries hold before the step; on a GPU what torch allocated.
+Measures peak memory and time of one step (forward and backward, no optimiser): a plain one on a batch of `chunk_size`,
+and one on a batch of `batch_size` in chunks (GradCache), with ITC alone or with the loop (`--loop true`; K = 4, CPRD).
+Weights are random; by default ViT-S/16 at 224 px and a text backbone of MiniLM's size with 3 fusion layers. Each step
+runs in its own process. On the CPU, memory is that of the process minus what model, batch and libraries need before the
+step; on a GPU, it is what torch allocated.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Options:
     batch_size: int = 1024
     chunk_size: int = 64
     loop: bool = False
-    """Matching and distillation too."""
+    """Train matching and distillation too."""
     device: str = "cpu"
     precision: Literal["fp32", "bf16"] = "fp32"
     only: Literal["plain", "in chunks"] | None = None
@@ -100,7 +101,7 @@ def main() -> None:
             sys.exit(done.returncode)
         figures[side] = json.loads(done.stdout.splitlines()[-1])
     for side in figures.values():
-        # A step so small that it fits into what building the model left over has no size of its own.
+        # The memory of a step that fits into what building the model has freed cannot be measured.
         side["memory_ratio"] = side["step_gib"] / (figures["plain"]["step_gib"] or float("nan"))
     print(
         f"{options.vision} {options.image_size} px, {'the loop, K=4' if options.loop else 'ITC only'}, "

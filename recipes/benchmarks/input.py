@@ -1,15 +1,15 @@
 """python recipes/benchmarks/input.py [--images DIR] [--num_workers 2] [--device cuda] [--output F.json]
 
-Does the input side keep up? Images per second that DataLoader workers deliver with the training transform, from whole
-JPEGs, from JPEGs decoded small (data.scaled_decode) and from the cache of decoded images (data.cache_images), against
-the images per second that a training step consumes (dual only: the cheapest step, so the hardest to feed; forward,
-backward and AdamW on random weights). The slower side is the bottleneck; `workers` is how many it takes to feed the
-step, at this rate each and with a core for each.
+Compares the images per second that DataLoader workers deliver with those that a training step consumes. The workers
+apply the training transform to whole JPEGs, to JPEGs decoded at reduced size (data.scaled_decode), and to the cache of
+decoded images (data.cache_images). The step trains the dual encoder alone (forward, backward and AdamW on random
+weights), which is the cheapest step and hence the hardest to feed. `workers` is the number of workers that feed the
+step, if each has a core and delivers at the measured rate.
 
-The images are a folder of one's own, or photo-like noise at 500x375 and 1600x1200. All run interleaved in rounds, in
-one process; medians of images per second and of ratios to whole JPEGs; of the step also FLOPs, counted by
-torch.utils.flop_counter, and the part of a large matrix product's speed that is reached. On a CPU the step and the
-workers are timed one after the other, but in a training run they share the cores.
+The images are those of `--images`, or photo-like noise at 500x375 and 1600x1200. All variants run interleaved in
+rounds, in one process. Reported are medians of images per second and of ratios to whole JPEGs, and for the step also
+FLOPs, counted by torch.utils.flop_counter, and FLOP/s relative to those of a large matrix product. On a CPU, step and
+workers are timed one after the other, whereas in a training run they share the cores.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Options:
 
 
 def write_photos(folder: Path, size: tuple[int, int], count: int) -> list[Path]:
-    """JPEGs of noise that is stronger where it is coarser, as in photos: 0.3 to 0.4 bytes a pixel."""
+    """JPEGs of noise that is stronger at coarse scales, as in photos; they have 0.3 to 0.4 bytes per pixel."""
     folder.mkdir()
     generator = np.random.default_rng(0)
     paths = []
@@ -87,7 +87,7 @@ def photos(options: Options, scratch: Path) -> dict[str, list[Path]]:
 
 
 def loaders(options: Options, files: dict[str, list[Path]], scratch: Path) -> dict[str, EpochLoader]:
-    """A loader for each set of images and way of reading it; each has the batches of one round."""
+    """The loaders by set of images and way of reading; each yields the batches of one round."""
     from loopitr.data import TrainTransform
     from loopitr.models.processing import word_tokenizer
 
@@ -131,7 +131,7 @@ def loaders(options: Options, files: dict[str, list[Path]], scratch: Path) -> di
 
 
 def training_step(options: Options) -> Callable[[], None]:
-    """One step of a dual encoder with a MiniLM-like text side."""
+    """A training step of a dual encoder whose text backbone has MiniLM's size."""
     text = {
         "model_type": "bert",
         "hidden_size": 384,
@@ -170,7 +170,7 @@ def training_step(options: Options) -> Callable[[], None]:
 
 
 def read_all(loader: EpochLoader) -> None:
-    """The workers start on their first batches together and, batches being a multiple of them, end together."""
+    """Read all batches. As their number is a multiple of the workers', all workers start and end together."""
     for _ in loader.epoch(0):
         pass
 
@@ -184,7 +184,7 @@ def main() -> None:
         scratch = Path(folder)
         sources = loaders(options, photos(options, scratch), scratch)
         for loader in sources.values():
-            read_all(loader)  # starts the workers before FLOPs are counted, which they would inherit
+            read_all(loader)  # The workers start here, as they would inherit a FLOP counter.
         calls: dict[str, Callable[[], None]] = {name: partial(read_all, loader) for name, loader in sources.items()}
         model = f"training step of {options.vision}"
         calls[model] = training_step(options)

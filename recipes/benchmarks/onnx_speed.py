@@ -1,8 +1,8 @@
 """python recipes/benchmarks/onnx_speed.py [--model RUN] [--rounds 31] [--threads 1] [--output F.json]
 
-What ONNX gains: one text, and one image, through torch eager and through onnxruntime in each precision, interleaved in
-one process. Medians, and how many times faster than torch (median over rounds). Without a model: random weights of
-MiniLM's size (6 layers of width 384) and `vision`. Texts are of 14 tokens.
+Compares eager torch with onnxruntime in each precision, on one text and on one image, interleaved in one process.
+Reported are medians, and the speed-up over torch (median over rounds). Without `--model`, weights are random, with a
+text backbone of MiniLM's size (6 layers of width 384) and the image backbone `vision`. Texts have 14 tokens.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Options:
     text_layers: int = 6
     rounds: int = 31
     threads: int = 1
-    """Of torch and of onnxruntime alike."""
+    """Number of threads of torch and of onnxruntime."""
     device: Literal["cpu"] = "cpu"
     output: str | None = None
     """JSON file for the figures."""

@@ -1,14 +1,15 @@
 """python recipes/benchmarks/pairs.py [--rounds 7] [--device cuda] [--precision bf16] [--output F.json]
 
-What scoring pairs costs, ours against the plain way, from image tokens and (in style `late`) text tokens that are
-already computed, with the same weights and the same captions: 14 tokens on average, padded to 35.
+Measures the scoring of pairs against a baseline with the same weights and captions (14 tokens on average, padded to
+35). Image tokens and, in style `late`, text tokens are already computed. It compares
 
-- one image with 32 captions, and one caption with 32 images (keys and values cached, or tokens alone), 6 + 6 layers,
-  against a forward pass per pair in one batch: tokens of the image repeated, keys and values projected for every pair;
+- one image with 32 captions, and one caption with 32 images (from cached keys and values, or from tokens), with 6 + 6
+  layers, against a batch with a forward pass per pair, which repeats the image's tokens and projects keys and values
+  for every pair;
 - the same with the weights of transformers' `BlipForImageTextRetrieval`, against its text encoder.
 
-Both sides run interleaved in one process; medians of seconds and of ratios, the largest difference between the sides'
-logits, FLOPs counted by torch.utils.flop_counter, and the part of a large matrix product's speed that is reached.
+Both run interleaved in one process. Reported are medians of seconds and of ratios, the largest difference between their
+logits, FLOPs counted by torch.utils.flop_counter, and the FLOP/s relative to those of a large matrix product.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Case:
-    """Two ways to the same logits `[P, 2]`."""
+    """Two functions that compute the same logits `[P, 2]`."""
 
     name: str
     ours: Callable[[], Tensor]
@@ -66,7 +67,7 @@ def cases(options: Options) -> list[Case]:
     tokens = torch.randn(count, options.tokens, options.width, generator=generator).to(device, dtype)
     words = torch.randn(count, LENGTH, options.width, generator=generator).to(device, dtype)
     ids = torch.randint(1000, 30000, (count, LENGTH), generator=generator).to(device) * mask
-    embeds = torch.zeros(count, 1, device=device)  # what the dual head made of them plays no part
+    embeds = torch.zeros(count, 1, device=device)  # Match scores do not depend on them.
     every, first = torch.arange(count), torch.zeros(count, dtype=torch.long)
 
     late: Any = _late_model(options).to(device, dtype)  # type: ignore[arg-type]
@@ -100,7 +101,7 @@ def cases(options: Options) -> list[Case]:
 
     def ours_blip() -> Tensor:
         text = shared.dual.text
-        embedded = text.model.embeddings(input_ids=ids)  # what its fusion starts from
+        embedded = text.model.embeddings(input_ids=ids)  # the input of its fusion layers
         return shared.score_pairs(image, loopitr.TextState(embeds, embedded, mask), one_image).logits
 
     return [

@@ -1,13 +1,16 @@
 """python recipes/benchmarks/search.py [--images FOLDER] [--model RUN] [--vectors 100000] [--rounds 5] [--output F.json]
 
-What a search costs. Indexing: images per second from files to the finished index, with tokens kept, against the image
-tower alone on batches in memory, interleaved. The dual stage: a text's nearest among many vectors, by the index and one
-by one, and how much of the exact top 100 the index finds; the vectors are clustered, and queries lie apart from all of
-them, as texts do. Reranking: one text with candidates whose tokens are kept, reading included, and beside it
-transformers' BLIP text encoder on as many pairs with as many image tokens, which it has in memory: at the size of
-BLIP-base, and with the width and as many layers as this model's fusion head.
+Measures the three parts of a search.
 
-Without --images pictures of noise; without --model random weights, which are as fast as trained ones.
+- Indexing: images per second from files to the finished index, with tokens stored, against the image tower alone on
+  batches in memory, interleaved, in wall and in CPU seconds.
+- The dual stage: the nearest vectors of a text, found with the index and by exact search, and the part of the exact top
+  100 that the index finds. The vectors are clustered, and queries lie apart from all of them, as those of texts do.
+- Reranking: one text with candidates whose tokens are stored, including reading them. Beside it, the text encoder of
+  transformers' BLIP scores as many pairs with as many image tokens, which it has in memory: at the size of BLIP-base, and
+  with the width and the number of layers of this model's fusion head.
+
+Without --images the images are noise; without --model weights are random, which is as fast.
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ class Options:
     model: str | None = None
     """Run folder."""
     count: int = 256
-    """Images of it that are indexed."""
+    """Number of images that are indexed."""
     vectors: int = 100_000
     candidates: int = 100
     batch_size: int = 8
@@ -134,7 +137,7 @@ def clustered(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndar
     coarse = rng.standard_normal((40, EMBED_DIM))
     fine = coarse[rng.integers(40, size=2000)] + rng.standard_normal((2000, EMBED_DIM))
     vectors = fine[rng.integers(2000, size=count)] + rng.standard_normal((count, EMBED_DIM))
-    gap = 2 * rng.standard_normal(EMBED_DIM)  # texts lie elsewhere than images
+    gap = 2 * rng.standard_normal(EMBED_DIM)  # between texts and images
     queries = vectors[rng.integers(count, size=QUERIES)] + rng.standard_normal((QUERIES, EMBED_DIM)) + gap
     return tuple((x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32) for x in (vectors, queries))  # type: ignore[return-value]
 
@@ -218,7 +221,7 @@ def blip_text_model(*, layers: int, width: int, heads: int, image_width: int, de
 
 @torch.inference_mode()
 def blip(model: Any, options: Options, image_tokens: int, text_tokens: int) -> None:
-    """It scores as many pairs as there are candidates, a few at a time."""
+    """Run BLIP's text encoder on as many pairs as there are candidates, 25 at a time."""
     at_a_time = 25
     images = torch.zeros(at_a_time, image_tokens, model.config.encoder_hidden_size, device=options.device)
     ids = torch.full((at_a_time, text_tokens), 1000, device=options.device)

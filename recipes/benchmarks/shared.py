@@ -1,4 +1,4 @@
-"""What recipes/benchmarks share: checks, timing, FLOPs, memory, random models and batches, the plain way for pairs."""
+"""Shared by the benchmarks: checks, timing, FLOPs, memory, random models and batches, and the baseline for pairs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def check_options(options: Any) -> None:
-    """What any benchmark asks of its options, before it times anything.
+    """Check the options that all benchmarks have, before anything is timed.
 
     Raises:
         ValueError: a whole number below 1 (`num_workers`: below 0), a device or an output that cannot be used.
@@ -54,7 +54,7 @@ class Timing:
         return statistics.median(self.seconds)
 
     def ratio(self, other: Timing) -> float:
-        """How many times the other's seconds these are: the median over rounds."""
+        """The median over rounds of these seconds divided by those of `other`."""
         return statistics.median(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
 
     def cpu_ratio(self, other: Timing) -> float:
@@ -63,7 +63,7 @@ class Timing:
 
 
 class _NoModules(ModuleTracker):
-    """In a FLOP counter, for the total alone: torch 2.15 fails to track a module called on a view made in no_grad."""
+    """Counts FLOPs in total, not by module: torch 2.15 fails to track a module called on a view made in no_grad."""
 
     def __enter__(self) -> _NoModules:
         return self
@@ -73,7 +73,7 @@ class _NoModules(ModuleTracker):
 
 
 def interleaved(calls: Mapping[str, Callable[[], Any]], *, rounds: int, device: str) -> dict[str, Timing]:
-    """Time every call once per round, in turn, so that all meet the same machine. FLOPs are counted as a warm-up."""
+    """Time every call once per round, in turn, so that other load affects all of them; counting FLOPs warms up."""
     flops = {}
     for name, call in calls.items():
         counter = FlopCounterMode(display=False)
@@ -89,12 +89,12 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], *, rounds: int, device: 
             before = _cpu_seconds()
             seconds[name].append(seconds_of(calls[name], device))
             cpu[name].append(_cpu_seconds() - before)
-        order.reverse()  # who comes after whom must not matter
+        order.reverse()  # so that the order of the calls does not matter
     return {name: Timing(seconds[name], flops[name], cpu[name]) for name in calls}
 
 
 def seconds_of(call: Callable[[], Any], device: str) -> float:
-    """Of one call, until the device has done it."""
+    """The seconds of a call, until the device has finished it."""
     synchronize(device)
     started = time.perf_counter()
     call()
@@ -113,16 +113,17 @@ def synchronize(device: str) -> None:
 
 
 def matmul_speed(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product: what this machine can do at best, just now."""
+    """FLOP/s of a large matrix product, the most that this machine reaches at this moment."""
     size = 8192 if device.startswith("cuda") else 2048
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2 * size**3 / min(seconds_of(lambda: a @ b, device) for _ in range(5))
 
 
 def peak_memory(device: str) -> int:
-    """Bytes: the most that torch has had on a GPU, or that was resident of this process.
+    """The peak memory in bytes: what torch allocated on a GPU, or the resident size of this process.
 
-    Linux's `ru_maxrss` begins at what the process that started this one held, so `VmHWM` is read where there is one."""
+    On Linux, `ru_maxrss` includes the peak of the parent process, so `VmHWM` is read instead.
+    """
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
@@ -133,7 +134,7 @@ def peak_memory(device: str) -> int:
 
 
 class ModelSizes(Protocol):
-    """Of a benchmark's options, those that `random_model` reads."""
+    """The options of a benchmark that `random_model` reads."""
 
     vision: str
     image_size: int
@@ -144,8 +145,10 @@ class ModelSizes(Protocol):
 
 
 def random_model(options: ModelSizes, *, head_width: int = 32, agreement: int | None = None) -> loopitr.LoopITRModel:
-    """A model of random weights with a BERT-like text side of this width, in training mode; `agreement`: the width of
-    its token agreement."""
+    """A model with random weights and a BERT-like text backbone, in training mode.
+
+    `agreement` is the width of its token agreement, None for a model without it.
+    """
     width, heads = options.hidden_size, max(1, options.hidden_size // head_width)
     text = {
         "model_type": "bert",
@@ -168,7 +171,7 @@ def random_model(options: ModelSizes, *, head_width: int = 32, agreement: int | 
 
 
 def random_batch(size: int, *, image_size: int, device: str) -> dict[str, Tensor]:
-    """What `LoopObjective.forward` takes: captions of 14 tokens on average, padded to their longest."""
+    """The arguments of `LoopObjective.forward`; captions have 14 tokens on average, padded to the longest."""
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(8, 21, (size,), generator=generator)
     mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
@@ -183,12 +186,15 @@ def random_batch(size: int, *, image_size: int, device: str) -> dict[str, Tensor
 
 
 class PlainPairs:
-    """In place of a model's `score_pairs` (style `late`), what public code does: a padded batch in which every pair has
-    image tokens of its own, projects keys and values of its own, and computes every row of every layer."""
+    """A baseline for `score_pairs` of a model in style `late`, as published code computes it.
+
+    Pairs form a padded batch, in which each has its own copy of the image tokens, projects its own keys and values, and
+    computes every row of every layer.
+    """
 
     def __init__(self, model: loopitr.LoopITRModel) -> None:
         if model.fusion.text is None:
-            raise ValueError("the plain way is written for fusion.style 'late'")
+            raise ValueError("the baseline is written for fusion.style 'late'")
         self.model = model
 
     def __call__(

@@ -1,11 +1,11 @@
 """python recipes/benchmarks/soak.py [--minutes 10] [--kills 100] [--ranks 2] [--source tars] [--output F.json]
 
-Trains tiny models on the built-in scenes for a set time while it kills the training at random moments (SIGKILL, every
-fifth time SIGTERM) and starts it again with --resume, in several settings by turns. What comes out is compared with a
-run of the same options that nobody disturbed: `history.jsonl` and `model.safetensors` byte by byte, and the images of
-every step. Of several ranks one, by turns, or all are killed; those that are left have to end within a minute. With
-`--source tars` they stream WebDataset tars. An undisturbed run is also watched: growth of memory per 1,000 steps, open
-files. Linux and macOS, CPU.
+Trains tiny models on the built-in scenes for a given time, kills the training at random moments (SIGKILL, every fifth
+time SIGTERM) and resumes it, in several settings in turn. The result is compared with an undisturbed run of the same
+options: `history.jsonl` and `model.safetensors` byte by byte, and the images of every step. Of several ranks, one (each
+in turn) or all are killed; the others have to end within a minute. With `--source tars` the runs stream WebDataset
+tars. The growth of memory per 1,000 steps and the open files of an undisturbed run are measured as well. It runs on the
+CPU, on Linux and macOS.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ from loopitr.training.reporting import write_json
 @dataclass
 class Options:
     minutes: float = 10.0
-    """Starts no other run after so long."""
+    """Minutes after which no other run is started."""
     kills: int = 100
-    """Stops after so many."""
+    """Number of kills after which to stop."""
     ranks: int = 1
-    """Processes of a run."""
+    """Number of processes of a run."""
     source: Literal["scenes", "tars"] = "scenes"
     """`tars`: scenes in WebDataset tars, which are streamed."""
     images: int = 256
-    """Training scenes."""
+    """Number of training scenes."""
     epochs: int = 2
     memory_steps: int = 1000
     """Steps of the run whose memory is watched; 0: none."""
     seed: int = 0
-    """Of the moments."""
+    """Seed of the moments at which runs are killed."""
     folder: str | None = None
     """Where the runs are kept; unset: a temporary folder."""
     output: str | None = None
@@ -101,7 +101,7 @@ def disturb(
     draw: random.Random,
     ranks: int,
 ) -> None:
-    """One run, killed at random moments until it is through, and compared."""
+    """Train one run that is killed at random moments until it finishes, and compare it with `whole`."""
     shutil.rmtree(folder, ignore_errors=True)
     tally.rounds += 1
     resume, patience = False, 0.4 * seconds
@@ -129,14 +129,14 @@ def disturb(
                 tally.stopped += 1
             elif not {*by_signal} <= {-number, 0}:
                 tally.problems.append(f"signal {number} ended it with status {statuses}: {last_words(folder)}")
-            patience *= 1.05  # The later a run is, the longer it needs to come further than its newest checkpoint.
+            patience *= 1.05  # The later in a run, the longer a process takes to get past its newest checkpoint.
             if any(statuses):
                 continue
         if any(statuses):
             tally.problems.append(f"resumed, it ended with status {statuses}: {last_words(folder)}")
             return
         break
-    if ranks == 1 and "Traceback" in (folder / "log").read_text():  # Ranks that are left alone say where that was.
+    if ranks == 1 and "Traceback" in (folder / "log").read_text():  # Ranks that lose another one print a traceback.
         tally.problems.append("a traceback in its log")
     same = all(
         (folder / "run" / name).read_bytes() == (whole / "run" / name).read_bytes()
@@ -153,7 +153,7 @@ def disturb(
 
 
 def watch_memory(folder: Path, steps: int, phase: Phase) -> dict[str, float]:
-    """A longer run, looked at from outside: MiB per 1,000 steps (a line through the later three quarters), files."""
+    """Observe a longer run: MiB per 1,000 steps (a line through its last three quarters), and open files."""
     points: list[tuple[int, float]] = []
     files: list[int] = []
     words = [f"--train.max_steps={steps}", "--train.epochs=1000", "--data.scenes_train=256", "--train.log_every=10"]

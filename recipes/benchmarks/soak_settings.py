@@ -1,4 +1,4 @@
-"""What soak.py trains: the options of its runs, and the tars that the streaming ones read."""
+"""The options of the runs that soak.py trains, and the tars that the streaming ones read."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SETTINGS = {"scenes": SCENES, "tars": STREAMS}
 
 
 def words_of(setting: list[str], folder: Path, *, source: str, images: int, epochs: int) -> list[str]:
-    """A setting's options; its runs keep their files in `folder`."""
+    """The options of a setting whose runs store their files in `folder`."""
     words = [word.format(folder=folder) if "{folder}" in word else word for word in setting]
     if source == "tars":
         write_tars(folder / "tars", images)

@@ -1,12 +1,17 @@
 """python recipes/benchmarks/step.py [--batch_size 16] [--rounds 7] [--device cuda] [--precision bf16] [--output F.json]
 
-What the loop costs: one training step (forward and backward, no optimiser) of ITC only, ITC + ITM, and the loop with
-K = 4 and 8 (CPRD), the latter also with ITM on one negative and the other scores without gradient; the loop with a
-padded forward pass per pair; and ITC only and the loop with token agreement, in the candidates' scores and as a loss
-of its own on all pairs. All on one model with random weights (ViT-S/16 at 224 px, MiniLM-like text, 6 text + 3 fusion
-layers by default) and captions of 14 tokens on average in batches padded to their longest. All variants run
-interleaved in one process; medians of seconds and of ratios to ITC only, FLOPs counted by torch.utils.flop_counter, and
-the part of a large matrix product's speed that is reached.
+Measures what the loop costs. The variants of a training step (forward and backward, no optimiser) are
+
+- ITC only; ITC + ITM;
+- the loop (CPRD) with K = 4, and with K = 8, the latter also with ITM on one negative and the other scores without
+  gradient;
+- the loop with a padded forward pass per pair;
+- ITC only and the loop with token agreement, in the scores of the candidates and as a separate loss on all pairs.
+
+All use one model with random weights (by default ViT-S/16 at 224 px, a text backbone of MiniLM's size, 6 text + 3
+fusion layers), and captions of 14 tokens on average, padded to the longest of a batch. They run interleaved in one
+process. Reported are medians of seconds and of ratios to ITC only, FLOPs counted by torch.utils.flop_counter, and the
+FLOP/s relative to those of a large matrix product.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """python recipes/examples/onnx_without_loopitr.py FOLDER "a red circle" IMAGE IMAGE ...
 
-Ranks images for a text with what `loopitr export RUN FOLDER --to onnx` wrote. It needs numpy, pillow, tokenizers and
-onnxruntime, and neither torch nor this package. Prints the reranking score and the path, the best image first.
+Ranks images for a text with the export that `loopitr export RUN FOLDER --to onnx` wrote. It needs numpy, pillow,
+tokenizers and onnxruntime, but neither torch nor this package. Prints reranking scores and paths, the best image first.
 """
 
 import json
@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 
 def pixels(path: str, config: dict) -> np.ndarray:
-    """`[3, S, S]`: upright, transparency on white, squared as in training."""
+    """Pixels `[3, S, S]`, preprocessed as in training: upright, transparency on white, resized to a square."""
     image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     image = image.resize((config["size"]["width"], config["size"]["height"]), config["resample"])
@@ -33,7 +33,7 @@ def main() -> None:
     text_embeds, text_tokens = towers["text_tower"].run(None, {"input_ids": ids, "attention_mask": mask})
     images = np.stack([pixels(path, preprocessing) for path in paths])
     image_embeds, image_tokens = towers["image_tower"].run(None, {"pixel_values": images})
-    similarity = image_embeds @ text_embeds[0]  # [images]; a first stage would keep the best of very many
+    similarity = image_embeds @ text_embeds[0]  # [images]; of many images, only the most similar would be reranked
     tokens = {"image_tokens": image_tokens, "text_tokens": text_tokens, "attention_mask": mask}
     match = towers["fusion_head"].run(None, tokens)[0][:, 0]
     score = match + config["similarity_weight"] * config["scale"] * similarity

@@ -1,7 +1,7 @@
 """python recipes/examples/own_records.py [--output_dir runs/own_records] [--steps 8]
 
-Training on a Python list: images in memory, paths or bytes, each with its captions. Nothing but the list knows where
-they come from.
+Trains on a Python list of records. Each has an image, in memory here, but paths and bytes are possible too, and its
+captions.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ COLOURS = ("red", "green", "blue", "yellow", "purple", "black", "white", "orange
 
 @dataclass
 class Options:
-    """What the example trains."""
+    """The options of the example."""
 
     output_dir: str = "runs/own_records"
     """Run folder."""
@@ -39,7 +39,7 @@ class Options:
 
 
 def flag(number: int) -> Record:
-    """Two coloured halves. Records of one `identity` show the same image."""
+    """A record of an image with two coloured halves. Records of the same `identity` would show the same image."""
     left, right = COLOURS[number // len(COLOURS)], COLOURS[number % len(COLOURS)]
     image = Image.new("RGB", (32, 32), left)
     image.paste(right, (16, 0, 32, 32))

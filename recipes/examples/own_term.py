@@ -1,7 +1,7 @@
 """python recipes/examples/own_term.py [--output_dir runs/own_term] [--steps 8] [--weight 0.1]
 
-A loss of your own: a class of ten lines, trained for a few steps together with the package's terms on the built-in
-scenes. `history.jsonl` in the run folder has it as `loss/uniformity`, and its metric as `train/closest`.
+Adds a loss: a class of ten lines, trained for a few steps together with the package's terms on the built-in scenes.
+`history.jsonl` in the run folder has it as `loss/uniformity`, and its metric as `train/closest`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from loopitr.cli import parse, run
 
 @dataclass
 class Options:
-    """What the example trains."""
+    """The options of the example."""
 
     output_dir: str = "runs/own_term"
     """Run folder."""
@@ -46,13 +46,13 @@ class Options:
 
 @dataclass(frozen=True)
 class Uniformity(Term):
-    """Image embeds are to spread over the sphere: log of the mean Gaussian potential of two (arXiv 2005.10242)."""
+    """Spreads image embeds over the sphere: the log of the mean Gaussian potential of pairs (arXiv 2005.10242)."""
 
     weight: float = 1.0
     name = "uniformity"
 
     def __call__(self, step: Any) -> TermOutput:
-        distances = torch.pdist(step.embeds.images)  # of any two of all processes' G images: [G * (G - 1) / 2]
+        distances = torch.pdist(step.embeds.images)  # [G (G - 1) / 2], of all pairs of the G images of all ranks
         return TermOutput((-2 * distances**2).exp().mean().log(), {"closest": distances.detach().min()})
 
 

@@ -1,6 +1,6 @@
 """python recipes/examples/rank_folder.py --model RUN --images FOLDER --query "a red circle" [--rerank 8]
 
-Ranks the images of a folder for a text. The dual encoder sorts all of them by similarity, the fusion head then sorts
+Ranks the images of a folder for a text. The dual encoder ranks all of them by similarity; the fusion head then reranks
 the first `rerank` by match score. Prints path, similarity and match score, the best first.
 """
 
@@ -20,14 +20,14 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 @dataclass
 class Options:
-    """What is ranked."""
+    """The options of the example."""
 
     model: str
     """Run folder or hub id."""
     images: str
     """Folder of images."""
     query: str
-    """What to look for."""
+    """Text to rank the images for."""
     rerank: int = 8
     """Images that the fusion head scores."""
 

@@ -46,6 +46,7 @@ def test_sentence_transformers(run, tmp_path, capsys):
     assert SentenceTransformer(str(tmp_path / "st"), device="cpu").encode(["a red circle"]).shape == (1, 16)
 
 
+@pytest.mark.slow
 def test_onnx_with_the_recall_of_each_precision(run, tmp_path, monkeypatch, capsys):
     given = [
         "--model",

@@ -110,6 +110,7 @@ def test_a_model_of_another_kind_is_not_overwritten(tmp_path, capsys):
         main(["albef", SOURCE, str(tmp_path), *HEADS])
 
 
+@pytest.mark.slow
 def test_as_a_command(tmp_path):
     command = [sys.executable, "-m", "loopitr.convert", "albef", SOURCE, str(tmp_path / "out"), *HEADS]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)

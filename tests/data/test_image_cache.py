@@ -5,15 +5,13 @@ import os
 import pickle
 import resource
 import shutil
-import signal
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from helpers.killed_build import killed_in_the_third
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -226,30 +224,16 @@ def test_a_disk_that_fills_up_meanwhile_is_one_clear_error(folder):
     assert os.listdir(folder) == []
 
 
-SLOW_BUILD = """
-import sys, time
-from loopitr.data import ImageCache, SceneRecords
-class Slow(SceneRecords):
-    def read(self, index):
-        print("image", flush=True)
-        time.sleep(0.1)
-        return super().read(index)
-ImageCache.open_or_build(sys.argv[1], records=Slow("val", 40), shortest=32, batch_size=1, progress=False)
-"""
+def test_killed_build_leaves_no_cache(folder, tmp_path_factory):
+    def slow_build(step):
+        class Slow(SceneRecords):
+            def read(self, index):
+                step()
+                return super().read(index)
 
+        build(folder, Slow("val", 40), shortest=32, batch_size=1)
 
-def test_killed_build_leaves_no_cache(folder):
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_BUILD, str(folder)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    for _ in range(3):  # It dies in the middle of its third image, so two are written.
-        assert process.stdout.readline() == "image\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+    killed_in_the_third(slow_build, tmp_path_factory.mktemp("log") / "log")  # Two images are written.
     left = os.listdir(folder)
     assert len(left) == 1 and left[0].startswith(".") and (folder / left[0] / "pixels.bin").stat().st_size > 0
     cache = build(folder, SceneRecords("val", 40), shortest=32)

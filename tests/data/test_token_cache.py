@@ -3,14 +3,12 @@
 import json
 import os
 import pickle
-import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from helpers.killed_build import killed_in_the_third
 from helpers.tiny_tokens import KEY, encode, to_tensor
 from torch.utils.data import DataLoader
 
@@ -107,31 +105,15 @@ def test_refuses(tmp_path):
         build(tmp_path, SceneRecords("val", 2))
 
 
-SLOW_BUILD = """
-import sys, time
-sys.path.insert(0, sys.argv[2])
-from test_token_cache import build, encode
-from loopitr.data import SceneRecords
-def slow(pixels):
-    print("batch", flush=True)
-    time.sleep(0.2)
-    return encode(pixels)
-build(sys.argv[1], SceneRecords("val", 40), encode=slow, batch_size=1)
-"""
+def test_killed_build_leaves_no_cache(tmp_path_factory, tmp_path):
+    def slow_build(step):
+        def slow(pixels):
+            step()
+            return encode(pixels)
 
+        build(tmp_path, SceneRecords("val", 40), encode=slow, batch_size=1)
 
-def test_killed_build_leaves_no_cache(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_BUILD, str(tmp_path), os.path.dirname(__file__)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    for _ in range(3):  # It dies in the middle of its third batch, so two are written.
-        assert process.stdout.readline() == "batch\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+    killed_in_the_third(slow_build, tmp_path_factory.mktemp("log") / "log")  # Two batches are written.
     left = os.listdir(tmp_path)
     assert len(left) == 1 and left[0].startswith(".") and (tmp_path / left[0] / "tokens.npy").exists()
     records = SceneRecords("val", 40)

@@ -89,6 +89,7 @@ def truth_first(gallery: Gallery, metrics: Any, kind: str) -> Nearest:
     return Nearest(Ranking(nothing, nothing), lists["i2t"], nothing, lists["t2i"], nothing)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["eccv", "cxc"])
 def test_its_own_ground_truth_is_perfect_and_the_reverse_is_not(gallery, metrics, kind, monkeypatch):
     answers = truth_first(gallery, metrics, kind)
@@ -102,6 +103,7 @@ def test_its_own_ground_truth_is_perfect_and_the_reverse_is_not(gallery, metrics
     assert found["dual"]["cxc_r10"]["i2t"] > 90 or kind == "eccv"
 
 
+@pytest.mark.slow
 def test_map_at_r_is_ours(gallery, metrics, monkeypatch):
     """Of a ranking that is neither right nor wrong: the package's mean average precision is that of `ranking.py`."""
     generator, size = torch.Generator().manual_seed(0), 300
@@ -120,6 +122,7 @@ def test_map_at_r_is_ours(gallery, metrics, monkeypatch):
     assert found["eccv_map_at_r"]["i2t"] == pytest.approx(expected, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_a_gallery_that_is_not_the_whole_split_is_refused(gallery, metrics):
     coco, names = CocoBenchmarks(known(metrics), metrics), Names(gallery).names
     assert coco.numbers(gallery, names)[0] == gallery.image_identities.tolist()

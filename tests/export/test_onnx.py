@@ -55,6 +55,7 @@ def test_the_padded_fusion_head_scores_as_the_packed_one(changes):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_parity_is_what_other_inputs_show_too(exported, model):
     assert exported.graphs == ["image_tower", "text_tower", "fusion_head"]
     assert {*exported.parity} == {"image_embeds", "text_embeds", "image_tokens", "text_tokens", "match_scores"}
@@ -72,6 +73,7 @@ def test_parity_is_what_other_inputs_show_too(exported, model):
             np.testing.assert_allclose(theirs, ours.numpy(), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_graphs_say_what_they_take(exported):
     config = json.loads((exported.folder / "onnx_config.json").read_text())
     assert config["opset"] == 20 and config["precisions"] == ["fp32", "fp16", "int8"]
@@ -90,6 +92,7 @@ def test_graphs_say_what_they_take(exported):
     assert card.startswith("---\nlibrary_name: onnx\n") and "image_tower.onnx" in card and "PICTURE" not in card
 
 
+@pytest.mark.slow
 def test_the_tokenizer_pads_and_cuts_as_the_processor(exported):
     tokenizer = Tokenizer.from_file(str(exported.folder / "tokenizer.json"))
     texts = [*captions(2, 4), " ".join(["red"] * 60)]
@@ -100,6 +103,7 @@ def test_the_tokenizer_pads_and_cuts_as_the_processor(exported):
     assert expected["input_ids"].shape[1] == 24
 
 
+@pytest.mark.slow
 def test_the_example_runs_without_this_package(exported, model, tmp_path):
     paths = []
     for number in range(4):
@@ -126,6 +130,7 @@ def test_the_example_runs_without_this_package(exported, model, tmp_path):
     np.testing.assert_allclose([float(s) for s, _ in rows], [row["score"] for row in expected], atol=2e-3)
 
 
+@pytest.mark.slow
 def test_recall_of_each_precision(exported, model):
     records = tiny_records(8, 2)
     recall = onnx_recall(exported.folder, tiny_processor(64), records, rerank=4, num_workers=0, progress=False)
@@ -141,6 +146,7 @@ def test_recall_of_each_precision(exported, model):
     assert (recall.num_images, recall.num_captions) == (8, 16)
 
 
+@pytest.mark.slow
 def test_recall_leaves_out_what_cannot_be_read(exported):
     records = [*tiny_records(6, 2)]
     records[2] = type(records[2])(image=b"no image", captions=records[2].captions, identity=3, name="broken.jpg")
@@ -164,6 +170,7 @@ def test_one_tower_of_a_dual_encoder_in_half_precision(tmp_path):
         onnx_recall(tmp_path / "text", tiny_processor(), tiny_records())
 
 
+@pytest.mark.slow
 def test_a_graph_that_computes_otherwise_is_not_kept(exported, tmp_path, monkeypatch):
     def other(graph, inputs, outputs, axes, path):
         shutil.copy(exported.folder / path.name, path)

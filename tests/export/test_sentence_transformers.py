@@ -63,6 +63,7 @@ def test_vectors_are_the_models_own(tmp_path, changes):
     assert loaded.get_embedding_dimension() == 16 and loaded.max_seq_length == 24
 
 
+@pytest.mark.slow
 def test_it_loads_without_this_package_and_without_notes(tmp_path):
     model, processor = tiny_model(), tiny_processor()
     model.save_pretrained(tmp_path / "run")

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from forked import fork
-from helpers.tiny_run import make_trainer, reset_accelerate, tiny_options
+from helpers.tiny_run import make_trainer, reset_accelerate, tiny_options, without_curves
 
 
 def start(folder: Path, log: Path, *, prepare: Callable[[], object] = lambda: None, **changes: Any) -> int:
@@ -22,30 +19,10 @@ def start(folder: Path, log: Path, *, prepare: Callable[[], object] = lambda: No
     def work() -> None:
         reset_accelerate()
         prepare()
-        make_trainer(options).run()
+        with without_curves():
+            make_trainer(options).run()
 
     return fork(work, log)
-
-
-def wait(pid: int, seconds: float = 120) -> int:
-    """The exit status, negative for a signal that killed it; a process that takes longer is killed."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    raise TimeoutError(f"process {pid} took over {seconds} s")
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            raise TimeoutError(f"not within {seconds} s")
-        time.sleep(0.005)
 
 
 def steps_logged(folder: Path) -> int:

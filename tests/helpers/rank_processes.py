@@ -1,20 +1,26 @@
 """Real processes (gloo), two unless more are asked for, that a test file starts of itself.
 
-`python FILE RANK FOLDER` is to call `join`.
+They are forked, so that none of them imports torch again, and run the file as `python FILE RANK FOLDER` would; it is to
+call `join`.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
+import runpy
+import signal
 import sys
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from forked import fork
+from helpers.tiny_run import reset_accelerate
+from helpers.waiting import wait
 
 RANKS = 2
 VARIABLE = "LOOPITR_TEST_RANKS"  # how many of them there are
@@ -39,23 +45,25 @@ def leave(index: int, folder: Path, results: dict[str, Any]) -> None:
 
 def start_ranks(file: str, folder: Path, *, ranks: int = RANKS) -> list[dict[str, Any]]:
     """What each rank of `file` handed over."""
-    search_path = os.pathsep.join(path for path in sys.path if path)
-    environment = {**os.environ, "PYTHONPATH": search_path, "OMP_NUM_THREADS": "1", VARIABLE: str(ranks)}
-    processes = []
-    for index in range(ranks):
-        arguments = [sys.executable, file, str(index), str(folder)]
-        with (folder / f"log{index}").open("w") as log:  # The process keeps a handle of its own.
-            processes.append(subprocess.Popen(arguments, env=environment, stdout=log, stderr=log))
-    codes: list[int | None] = [None]
+
+    def work(index: int) -> None:
+        reset_accelerate()
+        os.environ.update({VARIABLE: str(ranks), "LOOPITR_DEBUG": "1"})  # An error comes with its traceback.
+        sys.argv = [file, str(index), str(folder)]
+        runpy.run_path(file, run_name="__main__")
+
+    pids = [fork(partial(work, index), folder / f"log{index}") for index in range(ranks)]
+    codes: dict[int, int] = {}
     try:
-        codes = [process.wait(TIMEOUT) for process in processes]
-    except subprocess.TimeoutExpired:
-        pass
+        for pid in pids:
+            codes[pid] = wait(pid, TIMEOUT)
+    except TimeoutError:
+        codes[pid] = -signal.SIGKILL
     finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    if any(codes) or None in codes:
+        for pid in set(pids) - codes.keys():
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+    if any(codes.values()) or len(codes) < ranks:
         text = "\n".join((folder / f"log{index}").read_text()[-3000:] for index in range(ranks))
-        pytest.fail(f"exit codes {codes} (None: hung for {TIMEOUT} s)\n{text}")
+        pytest.fail(f"exit codes {list(codes.values())} ({-signal.SIGKILL}: hung for {TIMEOUT} s)\n{text}")
     return [torch.load(folder / f"rank{index}.pt", weights_only=True) for index in range(ranks)]

@@ -6,10 +6,13 @@ import os
 import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import fork
+from helpers.waiting import wait
 
 ROOT = Path(__file__).resolve().parents[2]
 ACCELERATE = ("-m", "accelerate.commands.launch")
@@ -28,6 +31,25 @@ def launch(recipe: str, *arguments: Any, launcher: tuple[str, ...] = ()) -> subp
     """`python [launcher] recipes/RECIPE arguments`, to its end."""
     words = command(recipe, *arguments, launcher=launcher)
     return subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=600)
+
+
+def forked(recipe: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
+    """`python recipes/RECIPE arguments` in a process forked from this one, which has imported torch already."""
+    words = [str(ROOT / "recipes" / recipe), *map(str, arguments)]
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / name for name in ("output", "errors")]
+
+        def work() -> None:
+            from helpers.tiny_run import reset_accelerate  # It imports this module.
+
+            reset_accelerate()
+            os.environ.update(environment())
+            os.dup2(os.open(files[1], os.O_WRONLY | os.O_CREAT), 2)
+            sys.argv = words
+            runpy.run_path(words[0], run_name="__main__")
+
+        status = wait(fork(work, files[0]), 600)
+        return subprocess.CompletedProcess(words, status, *(file.read_text() for file in files))
 
 
 def run_here(

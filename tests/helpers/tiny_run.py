@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import runpy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import yaml
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from loopitr.cli import parse
+from loopitr.training import reporting
 from loopitr.training.options import PretrainOptions
 from loopitr.training.reporting import read_history
 from loopitr.training.trainer import Trainer
@@ -112,6 +114,11 @@ def make_trainer(options: PretrainOptions) -> Trainer:
     return runpy.run_path(str(ROOT / "recipes" / "pretrain.py"))["make_trainer"](options)
 
 
+def without_curves() -> AbstractContextManager[object]:
+    """To draw `curves.png` takes a quarter of a tiny run; tests/recipes start runs that draw it."""
+    return mock.patch.object(reporting, "plot_curves")
+
+
 def reset_accelerate() -> None:
     """accelerate keeps one state per process; another run in it starts anew."""
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -124,7 +131,8 @@ def trainer(folder: Path, **changes: Any) -> Iterator[Trainer]:
     folder.mkdir(exist_ok=True)
     reset_accelerate()
     try:
-        yield make_trainer(tiny_options(folder, **changes))
+        with without_curves():
+            yield make_trainer(tiny_options(folder, **changes))
     finally:
         reset_accelerate()
 
@@ -134,7 +142,8 @@ def run(folder: Path, **changes: Any) -> dict[str, Any]:
     folder.mkdir(exist_ok=True)
     reset_accelerate()
     try:
-        return make_trainer(tiny_options(folder, **changes)).run()
+        with without_curves():
+            return make_trainer(tiny_options(folder, **changes)).run()
     finally:
         reset_accelerate()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import fields, replace
 
 import pytest
@@ -64,34 +65,45 @@ def gradients(model: LoopITRModel, loss: Tensor) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def some_pairs() -> tuple[Tensor, Tensor]:
+    """Pairs in no order, some twice, some not at all, and what each counts in the loss."""
+    order = torch.randperm(len(EVERY), generator=torch.Generator().manual_seed(3))[:40]
+    pairs = torch.cat([EVERY[order], EVERY[order[:5]]])
+    return pairs, torch.randn(len(pairs), generator=torch.Generator().manual_seed(4))
+
+
+@functools.cache
+def by_the_loop(vision: str, style: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """The logits and gradients of the plain loop, computed once for all the ways that are compared with it."""
+    model = agreeing_model({"vit": VIT, "cnn": CNN}[vision], style).double().train()
+    pairs, weights = some_pairs()
+    logits = plain_pairs(model, *states(model), pairs)
+    assert logits.std() > 0.1
+    return logits.detach().double(), gradients(model, (logits * weights).sum())
+
+
 @pytest.mark.parametrize("style", ["late", "shared"])
 @pytest.mark.parametrize("vision", [VIT, CNN], ids=["vit", "cnn"])
 @pytest.mark.parametrize("way", ["at once", "in blocks", "pairs", "pairs in blocks", "pairs, projected"])
 def test_every_way_is_the_loop_over_pairs_and_words(monkeypatch, float64, style, vision, way):
+    wanted_logits, wanted = by_the_loop("vit" if vision is VIT else "cnn", style)
     model = agreeing_model(vision, style).double().train()
-    order = torch.randperm(len(EVERY), generator=torch.Generator().manual_seed(3))[:40]
-    pairs = torch.cat([EVERY[order], EVERY[order[:5]]])  # in no order, some twice, some not at all
-    weights = torch.randn(len(pairs), generator=torch.Generator().manual_seed(4))
-    found = []
-    for fast in (True, False):
-        image_state, text_state = states(model)
-        if not fast:
-            logits = plain_pairs(model, image_state, text_state, pairs)
-        elif way.startswith("pairs"):
-            if way == "pairs, projected":
-                image_state = model.project_images(image_state)
-            logits = added(model, image_state, text_state, pairs, block_size=7 if way == "pairs in blocks" else None)
-        else:
-            if way == "in blocks":
-                monkeypatch.setattr(module, "BLOCK_ELEMENTS", 1)  # an image at a time
-            logits = model.agreement_of_all(image_state, text_state)[tuple(pairs.T)]
-        found.append((logits.double(), gradients(model, (logits * weights).sum())))
-    assert found[1][0].std() > 0.1
-    torch.testing.assert_close(found[0][0], found[1][0], atol=1e-5, rtol=1e-5)  # scores are float32
-    assert {f"agreement.{name}" for name, _ in model.agreement.named_parameters()} <= found[0][1].keys()
-    for name, expected in found[1][1].items():
+    pairs, weights = some_pairs()
+    image_state, text_state = states(model)
+    if way.startswith("pairs"):
+        if way == "pairs, projected":
+            image_state = model.project_images(image_state)
+        logits = added(model, image_state, text_state, pairs, block_size=7 if way == "pairs in blocks" else None)
+    else:
+        if way == "in blocks":
+            monkeypatch.setattr(module, "BLOCK_ELEMENTS", 1)  # an image at a time
+        logits = model.agreement_of_all(image_state, text_state)[tuple(pairs.T)]
+    actual = gradients(model, (logits * weights).sum())
+    torch.testing.assert_close(logits.double(), wanted_logits, atol=1e-5, rtol=1e-5)  # scores are float32
+    assert {f"agreement.{name}" for name, _ in model.agreement.named_parameters()} <= actual.keys()
+    for name, expected in wanted.items():
         close = {"atol": 1e-6, "rtol": 1e-5, "msg": lambda m: f"{name}: {m}"}
-        torch.testing.assert_close(found[0][1][name], expected, **close)
+        torch.testing.assert_close(actual[name], expected, **close)
 
 
 @torch.no_grad()

@@ -31,13 +31,12 @@ def compiled(*arguments, **options):
 @pytest.mark.parametrize(
     ("vision", "style", "precision"),
     [
-        (VIT, "late", torch.float32),
-        (CNN, "late", torch.float32),
-        (VIT, "shared", torch.float32),
-        (VIT, "late", torch.bfloat16),
-        (CNN, "shared", torch.bfloat16),
+        pytest.param(VIT, "late", torch.float32, id="vit"),
+        pytest.param(CNN, "late", torch.float32, id="cnn", marks=pytest.mark.slow),
+        pytest.param(VIT, "shared", torch.float32, id="shared", marks=pytest.mark.slow),
+        pytest.param(VIT, "late", torch.bfloat16, id="bf16", marks=pytest.mark.slow),
+        pytest.param(CNN, "shared", torch.bfloat16, id="cnn-shared-bf16", marks=pytest.mark.slow),
     ],
-    ids=["vit", "cnn", "shared", "bf16", "cnn-shared-bf16"],
 )
 def test_whole_graphs_with_the_same_result(vision, style, precision):
     plain, whole = tiny_model(vision, style).train(), compiled(vision, style).train()
@@ -53,6 +52,7 @@ def test_whole_graphs_with_the_same_result(vision, style, precision):
     assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", ["late", "shared"])
 def test_other_lengths_are_not_compiled_again(style):
     model = compiled(VIT, style).train()
@@ -87,6 +87,7 @@ def test_chunks_and_validation_need_a_graph_for_each_use_and_no_more():
     assert graphs[-1] == graphs[2], graphs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("projected", [False, True])
 def test_token_agreement_goes_by_the_compiled_layout(projected):
     """Its buckets are padded with segments that occur twice, which must not count twice."""
@@ -104,6 +105,7 @@ def test_token_agreement_goes_by_the_compiled_layout(projected):
     assert_same_gradients(found[1][1], found[0][1])
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_and_blocks_go_with_it():
     plain, whole = tiny_model().train(), compiled().train()
     whole.fusion.gradient_checkpointing = True  # transformers warns in its own, which breaks the graph.

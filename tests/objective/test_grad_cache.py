@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 
 import pytest
@@ -28,17 +29,23 @@ def chunked_gradients(objective, **arguments):
     return output, {name: p.grad.clone() for name, p in objective.model.named_parameters() if p.grad is not None}
 
 
+@functools.cache
+def plain_step(case, style):
+    """The output and the gradients of the whole batch at once, computed once for all sizes of chunks."""
+    plain = objective_of(case, style=style)
+    expected = plain(**step_batch())
+    return expected, gradients(plain.model, expected.loss)
+
+
 @pytest.mark.parametrize("chunk_size", [1, 3, 20])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("style", ["late", "shared"])
 def test_gradients_are_the_plain_steps(style, case, chunk_size):
-    plain = objective_of(case, style=style)
-    expected = plain(**step_batch())
+    expected, wanted = plain_step(case, style)
     output, actual = chunked_gradients(objective_of(case, style=style, pair_block=5), chunk_size=chunk_size)
     assert output.terms.keys() == expected.terms.keys() and output.metrics.keys() == expected.metrics.keys()
     for name, value in expected.terms.items():
         torch.testing.assert_close(output.terms[name], value, atol=1e-6, rtol=1e-5)
-    wanted = gradients(plain.model, expected.loss)
     assert actual.keys() == wanted.keys()
     assert_same_gradients(actual, wanted)
 

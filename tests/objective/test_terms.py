@@ -183,8 +183,17 @@ def test_agreement_needs_its_head():
 
 
 def test_two_terms_of_one_name_are_refused():
-    with pytest.raises(ValueError, match="terms must have names of their own, got itc, itm, itm"):
+    with pytest.raises(ValueError, match="terms must have different names, got itc, itm, itm"):
         LoopObjective(tiny_model(), [Contrastive(), Matching(), Matching(0.5)])
+
+
+@pytest.mark.parametrize("term", [Matching, Ranking])
+def test_more_negatives_than_are_mined_and_none_are_refused(term):
+    LoopObjective(tiny_model(), [term(negatives=4)], miner=TopK(4))
+    with pytest.raises(ValueError, match=f"the term {term.name} trains on 5 negatives, but the miner chooses 4"):
+        LoopObjective(tiny_model(), [term(negatives=5)], miner=TopK(4))
+    with pytest.raises(ValueError, match="negatives must be at least 1, got 0"):
+        term(negatives=0)
 
 
 def test_a_term_of_weight_0_is_left_out():

@@ -10,7 +10,7 @@ import time
 import psutil
 import pytest
 import yaml
-from helpers.recipe_process import call, command, environment, error_lines, launch
+from helpers.recipe_process import call, command, environment, error_lines, forked
 from helpers.tiny_run import write_config
 
 ROWS = [{"name": "base"}, {"name": "long", "overrides": {"train.epochs": 4, "train.checkpoint_every": 4}}]
@@ -22,6 +22,7 @@ def write_grid(folder, rows):
     return folder / "grid.yaml"
 
 
+@pytest.mark.slow
 def test_a_stopped_ablation_goes_on_and_repeats_no_finished_run(tmp_path):
     words = command("ablate.py", write_grid(tmp_path, ROWS), "--output", tmp_path / "out")
     process = subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -38,7 +39,7 @@ def test_a_stopped_ablation_goes_on_and_repeats_no_finished_run(tmp_path):
     assert "1/1" in (tmp_path / "out" / "ablation.md").read_text()  # a table after the first run
     written = (first / "metrics.json").stat().st_mtime_ns, (first / "model.safetensors").stat().st_mtime_ns
 
-    again = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=600)
+    again = forked("ablate.py", tmp_path / "grid.yaml", "--output", tmp_path / "out")
     assert again.returncode == 0, again.stderr
     assert "base, seed 0" not in again.stdout and "[2/2] long, seed 0: resumed" in again.stdout
     assert written == ((first / "metrics.json").stat().st_mtime_ns, (first / "model.safetensors").stat().st_mtime_ns)
@@ -49,10 +50,11 @@ def test_a_stopped_ablation_goes_on_and_repeats_no_finished_run(tmp_path):
     assert {path.name for path in (tmp_path / "out" / "long").iterdir()} == {"seed-0", "seed-0.log", "seed-0.yaml"}
 
 
+@pytest.mark.slow
 def test_a_row_that_crashes_does_not_end_the_grid(tmp_path):
     """Its options are understood, and only the run itself can see that they are wrong."""
     rows = [{"name": "bad", "overrides": {"model.vision.name": "resnet10tt"}}, {"name": "good"}]
-    done = launch("ablate.py", write_grid(tmp_path, rows), "--output", tmp_path / "out", "--", "--train.max_steps", 1)
+    done = forked("ablate.py", write_grid(tmp_path, rows), "--output", tmp_path / "out", "--", "--train.max_steps", 1)
     assert done.returncode == 1
     assert "bad, seed 0: failed: " in done.stdout and "[2/2] good, seed 0: finished" in done.stdout
     table = (tmp_path / "out" / "ablation.md").read_text()
@@ -60,7 +62,7 @@ def test_a_row_that_crashes_does_not_end_the_grid(tmp_path):
     assert json.loads((tmp_path / "out" / "good" / "seed-0" / "metrics.json").read_text())["training"]["steps"] == 1
     (tmp_path / "out" / "ablation.md").unlink()
     extra = ["--", "--train.max_steps", 1]
-    rebuilt = launch("ablate.py", write_grid(tmp_path, rows), "--output", tmp_path / "out", "--table_only", *extra)
+    rebuilt = forked("ablate.py", write_grid(tmp_path, rows), "--output", tmp_path / "out", "--table_only", *extra)
     assert rebuilt.returncode == 0, rebuilt.stderr
     assert (tmp_path / "out" / "ablation.md").read_text() == table and "seed 0: started" not in rebuilt.stdout
 

@@ -15,7 +15,7 @@ from shared import Timing, check_options, interleaved, peak_memory
 
 from loopitr.cli import check_output_file
 
-NAMES = ["encode", "evaluate", "grad_cache", "input", "pairs", "search", "step"]
+NAMES = ["encode", "evaluate", "grad_cache", "input", "pairs", "search", "step", "step_parts"]
 
 
 def recipe(name: str) -> SimpleNamespace:

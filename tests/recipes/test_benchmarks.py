@@ -40,6 +40,7 @@ SMALL["search.py"] = [
     *("--fusion_layers", "1", "--count", "5", "--vectors", "400", "--candidates", "8", "--rounds", "1"),
     *("--batch_size", "2", "--num_workers", "0"),
 ]
+SMALL["step_parts.py"] = ["--batch_size", "6", "--rounds", "1"]
 OWN = {  # How many figures there are, and what is counted in each.
     "step.py": (9, {"seconds", "flops", "ratio", "of_peak"}),
     "encode.py": (3, {"per_second", "bare_per_second", "throughput", "flops"}),
@@ -47,14 +48,15 @@ OWN = {  # How many figures there are, and what is counted in each.
     "onnx_speed.py": (8, {"milliseconds", "times_faster"}),
     "input.py": (7, {"seconds", "images_per_second"}),
     "search.py": (3, set()),
+    "step_parts.py": (8, set()),
 }
 
 
-# It starts a process for each of its figures, for the memory that this one peaks at.
-SLOW = pytest.param("grad_cache.py", marks=pytest.mark.slow)
+# One starts a process for each of its figures, for the memory that this one peaks at; the other exports graphs.
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("grad_cache.py", "onnx_speed.py")]
 
 
-@pytest.mark.parametrize("name", [SLOW if name == "grad_cache.py" else name for name in SMALL])
+@pytest.mark.parametrize("name", [*(name for name in SMALL if name not in ("grad_cache.py", "onnx_speed.py")), *SLOW])
 def test_figures_by_name(name, monkeypatch, capsys, tmp_path):
     file = tmp_path / "figures.json"
     done = run_here(monkeypatch, capsys, f"benchmarks/{name}", *SMALL[name], "--output", file)
@@ -64,7 +66,7 @@ def test_figures_by_name(name, monkeypatch, capsys, tmp_path):
     assert len(figures) == count and all(case[key] > 0 for case in figures.values() for key in counted)
     assert all(case in done.stdout for case in figures)
     assert all(case.get("difference", 0.0) < 1e-5 for case in figures.values())
-    without = ("grad_cache.py", "search.py", "onnx_speed.py")
+    without = ("grad_cache.py", "search.py", "onnx_speed.py", "step_parts.py")
     assert name in without or any(case.get("of_peak", 0.0) > 0 for case in figures.values())
 
 

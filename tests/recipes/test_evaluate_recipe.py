@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers.recipe_process import TWO_ON_CPU, call, error_lines, launch
+from helpers.recipe_process import TWO_ON_CPU, call, error_lines, forked, launch
 from helpers.small_karpathy import CAPTIONS, IMAGES, data, write_small_karpathy
 
 
@@ -15,7 +15,7 @@ def folder(tmp_path_factory):
 def test_the_command_of_the_readme(folder, tmp_path):
     output = tmp_path / "new" / "metrics.json"
     given = data(folder, "--data.split", "test", "--data.max_skipped_fraction", 0.2, "--rerank", 4, "--output", output)
-    done = launch("evaluate.py", "--model", folder / "run", *given)
+    done = forked("evaluate.py", "--model", folder / "run", *given)
     assert done.returncode == 0, done.stderr
     figures = json.loads(output.read_text())
     assert (figures["num_images"], figures["num_captions"], figures["k"]) == (IMAGES, IMAGES * CAPTIONS, 4)
@@ -109,6 +109,7 @@ def test_a_wrong_option_is_one_line(folder, monkeypatch, capsys, change, named):
     assert named in line
 
 
+@pytest.mark.slow
 def test_no_traceback_from_a_real_process(folder):
     done = launch("export_dual.py", "--model", folder / "run", "--output", folder / "run")
     assert done.returncode == 2 and "Traceback" not in done.stderr

@@ -21,6 +21,7 @@ from helpers.recipe_process import (
     command,
     environment,
     error_lines,
+    forked,
     launch,
     run_here,
 )
@@ -64,7 +65,7 @@ def first(tmp_path_factory):
     """A run of one process: `.folder / "run"`, and `.done`, the process."""
     folder = tmp_path_factory.mktemp("first")
     config = write_config(folder, **EXACT, train__batch_size=8, train__tracker="auto")
-    return SimpleNamespace(folder=folder, done=launch("pretrain.py", "--config", config, launcher=ACCELERATE))
+    return SimpleNamespace(folder=folder, done=forked("pretrain.py", "--config", config))
 
 
 def test_one_process_leaves_a_run_folder(first):
@@ -233,6 +234,7 @@ def test_an_error_is_one_line_that_names_the_culprit(tmp_path, monkeypatch, caps
     assert named in line
 
 
+@pytest.mark.slow
 def test_accelerate_passes_the_error_on(tmp_path):
     """Its own traceback, of the process that failed, cannot be avoided; there must be none of ours."""
     done = launch("pretrain.py", "--config", write_config(tmp_path), "--train.nonsense", 3, launcher=ACCELERATE)

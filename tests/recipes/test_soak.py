@@ -7,8 +7,13 @@ from helpers.recipe_process import call, error_lines, run_here
 
 
 @pytest.mark.slow
-def test_a_few_kills(monkeypatch, capsys, tmp_path):
-    words = ["--kills", 2, "--images", 32, "--epochs", 1, "--memory_steps", 0, "--folder", tmp_path]
+@pytest.mark.parametrize(
+    ("more", "first"),
+    [((), "all at once"), (("--ranks", 2), "all at once"), (("--source", "tars"), "stream")],
+    ids=["one process", "two ranks", "streams"],
+)
+def test_a_few_kills(monkeypatch, capsys, tmp_path, more, first):
+    words = ["--kills", 2, "--images", 32, "--epochs", 1, "--memory_steps", 0, "--folder", tmp_path, *more]
     done = run_here(monkeypatch, capsys, "benchmarks/soak.py", *words, "--output", tmp_path / "figures.json")
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())["figures"]
@@ -16,7 +21,7 @@ def test_a_few_kills(monkeypatch, capsys, tmp_path):
     done_runs = [tally for tally in figures.values() if tally["rounds"]]
     assert done_runs and all(tally["equal"] == tally["rounds"] for tally in done_runs)
     assert all(tally["lost"] == tally["doubled"] == 0 for tally in done_runs)
-    assert "| all at once " in done.stdout and "2 kills, during: " in done.stdout
+    assert f"| {first} " in done.stdout and "2 kills, during: " in done.stdout
 
 
 @pytest.mark.parametrize(

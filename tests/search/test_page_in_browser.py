@@ -11,6 +11,7 @@ from helpers.tiny_gallery import jpeg
 QUERY = "a small red circle above a blue square"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="Chromium is not installed")
 def test_typing_switching_and_dropping(tmp_path):
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

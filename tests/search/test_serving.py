@@ -242,6 +242,7 @@ def test_without_gradio_it_names_the_extra(folder, capsys, monkeypatch):
     assert 'pip install "loopitr[app]"' in fails(capsys, folder / "index")
 
 
+@pytest.mark.slow
 def test_the_command_serves_until_it_is_interrupted(folder):
     # A process that the tests are in the background of ignores interrupts.
     code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"

@@ -68,7 +68,7 @@ def test_a_bad_step_changes_nothing_and_is_named(tmp_path, monkeypatch, capsys, 
     assert all(len(row["images"]) == 8 and "scene" in row["images"][0] for row in rows)
     output = capsys.readouterr().out
     loss = "loss nan" if what == "loss" else "loss "
-    assert f"warning: step 4 is left out: {loss}" in output and "and 5 more (all in" in output
+    assert f"warning: step 4 is skipped: {loss}" in output and "and 5 more (all in" in output
     assert logged(tmp_path, "train/bad_steps") == [2.0, 2.0]
     assert all(value == value for row in read_history(tmp_path / "run") for value in row.values())  # no NaN
 

@@ -9,8 +9,10 @@ import threading
 
 import psutil
 import pytest
-from helpers.recipe_process import command, environment, error_lines
-from helpers.tiny_run import logged, reset_accelerate, run, trainer, write_config
+from helpers.forked_run import start
+from helpers.recipe_process import error_lines
+from helpers.tiny_run import logged, reset_accelerate, run, trainer
+from helpers.waiting import wait
 
 from loopitr.training import trainer as training
 from loopitr.training.folder_lock import LOCK, FolderLock
@@ -93,22 +95,20 @@ def test_of_many_that_start_together_one_gets_it(tmp_path):
 
 
 def test_the_second_run_in_a_folder_is_refused_and_the_first_goes_on(tmp_path, monkeypatch):
-    """A real second process, with and without --resume, while the first is between two steps."""
-    words = command("pretrain.py", "--config", write_config(tmp_path, train__max_steps=2))
-    done = []
+    """A second process, with and without --resume, while the first is between two steps."""
+    logs = {False: tmp_path / "started", True: tmp_path / "resumed"}
 
     def step(self):
-        if not done:
-            for more in ([], ["--resume"]):
-                done.append(subprocess.run([*words, *more], env=environment(), capture_output=True, text=True))
+        for resume, log in logs.items():
+            if not log.exists():
+                assert wait(start(tmp_path, log, train__max_steps=2, resume=resume)) == 2
         original(self)
 
     original = training.Trainer._step
     monkeypatch.setattr(training.Trainer, "_step", step)
     run(tmp_path, train__max_steps=2)
-    for second in done:
-        assert second.returncode == 2
-        (line,) = error_lines(second.stderr)
+    for log in logs.values():
+        (line,) = error_lines(log.read_text())
         assert f"another run is active in {tmp_path / 'run'}: process {os.getpid()} " in line
     assert len(logged(tmp_path, "loss/total")) == 2 and not (tmp_path / "run.1").exists()
     assert not (tmp_path / "run" / LOCK).exists()

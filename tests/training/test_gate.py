@@ -25,7 +25,6 @@ def validate(own, progress, step, **scores):
 
 def test_it_opens_and_closes_with_the_lead_of_the_teacher():
     lines: list[str] = []
-    lines: list[str] = []
     own, progress = gate(log=lines), Progress()
     assert own.next_scale(progress) == 0.0
     for step, dual, match, opened in [(10, 20.0, 5.0, False), (20, 21.0, 21.9, False), (30, 22.0, 23.0, True)]:
@@ -104,7 +103,10 @@ def test_a_run_whose_gate_stays_closed_never_distils(tmp_path, capsys):
     assert capsys.readouterr().out.count("distillation was never on") == 1
 
 
-@pytest.mark.parametrize("teacher", ["match", "match_plus_similarity", "momentum"])
+TEACHERS = [*(pytest.param(name, marks=pytest.mark.slow) for name in ("match", "match_plus_similarity")), "momentum"]
+
+
+@pytest.mark.parametrize("teacher", TEACHERS)
 def test_a_run_whose_gate_is_open_distils_and_goes_on_alike_after_an_interruption(tmp_path, monkeypatch, teacher):
     """Weights, history and figures to the bit: of the momentum copy, the weight w, the gate and its warm-up."""
     from loopitr.training import trainer as training

@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.forked_run import start, steps_logged, wait, wait_until
+from helpers.forked_run import start, steps_logged
+from helpers.waiting import wait, wait_until
 
 from loopitr.evaluation import retrieval
 from loopitr.training import checkpoints

@@ -21,14 +21,17 @@ class Killed(Exception):
     "changes",
     [
         {"train__epochs": 2, "train__checkpoint_every": 3, "validation__every_steps": 4},
-        {
-            "train__epochs": 3,
-            "train__checkpoint_every": 2,
-            "train__accumulation": 3,
-            "data__captions": "all",
-            "train__batch_size": 24,
-            "data__num_workers": 1,
-        },
+        pytest.param(
+            {
+                "train__epochs": 3,
+                "train__checkpoint_every": 2,
+                "train__accumulation": 3,
+                "data__captions": "all",
+                "train__batch_size": 24,
+                "data__num_workers": 1,
+            },
+            marks=pytest.mark.slow,
+        ),
         # Its checkpoints are at an epoch's end.
         {"train__epochs": 2, "train__checkpoint_every": 8, "objective__mining": "sample"},
         {"train__epochs": 2, "train__checkpoint_every": 5, "model__freeze": ["vision"], "cache": True},

@@ -20,7 +20,7 @@ def test_an_earlier_run_is_moved_to_the_first_free_name(tmp_path):
     for number in (1, 2):
         folder.mkdir(exist_ok=True)
         (folder / "which").write_text(str(number))
-        (folder / "config.yaml").write_text("train: {lr: 1.0}")
+        (folder / "config.yaml").write_text("train: {output_dir: runs/x}")
         assert move_aside(folder) == tmp_path / f"run.{number}"
     assert [(tmp_path / f"run.{number}" / "which").read_text() for number in (1, 2)] == ["1", "2"]
     assert not folder.exists()
@@ -33,6 +33,8 @@ def test_an_earlier_run_is_moved_to_the_first_free_name(tmp_path):
         {"setup.py": b"import this", "src/a.py": b""},
         {"config.json": b"{}", "model.safetensors": b""},  # a model that is no run
         {"config.yaml": b"server: {port: 80}", "main.py": b""},  # of another program
+        {"config.yaml": b"train: {lr: 0.1}", "photo.jpg": b""},  # of another program that trains
+        {"config.yaml": b"train: images/train", "photo.jpg": b""},
         {"config.yaml": b"train: [", "main.py": b""},
         {".hidden": b""},
     ],
@@ -68,7 +70,7 @@ def test_a_file_is_refused(tmp_path):
 
 
 def test_the_current_folder_is_never_moved(tmp_path, monkeypatch):
-    (tmp_path / "config.yaml").write_text("train: {lr: 1.0}")
+    (tmp_path / "config.yaml").write_text("train: {output_dir: runs/x}")
     (tmp_path / "within").mkdir()
     check_run_folder(tmp_path)
     for place in (tmp_path, tmp_path / "within"):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from helpers.rank_processes import RANKS, join, leave, start_ranks
+from helpers.support import tiny_model
 from helpers.tiny_run import (
     NO_AUGMENTATION,
     NO_DROPOUT,
@@ -27,7 +28,7 @@ from helpers.tiny_run import (
 from torch import nn
 
 from loopitr import LoopITRModel
-from loopitr.training.sharding import check_sharding, ready_for_ranks
+from loopitr.training.sharding import check_sharding, vectors_for_scalars, whole_layers
 from loopitr.training.trainer import Trainer
 
 SMALL: dict[str, Any] = {
@@ -59,7 +60,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "layer by layer": {**ALL_TERMS, "train__gradient_checkpointing": True},
 }
-LAYERS = {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "Block,BertLayer"}
+LAYERS = {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
 LONG = {**ALL_TERMS, "train__max_steps": 5, "train__epochs": 3, "train__checkpoint_every": 3}
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
@@ -68,11 +69,14 @@ SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
 def train(folder: Path, *, sharded: bool, **changes: Any) -> None:
+    """accelerate takes the ranks as they are, and parts them when the run ends."""
     for name in [name for name in os.environ if name.startswith("FSDP_") or name == "ACCELERATE_USE_FSDP"]:
         del os.environ[name]
     if sharded:
         os.environ.update(SHARDED | (LAYERS if "layer by layer" in folder.name else {}))
-    folder.mkdir(parents=True, exist_ok=True)
+    meeting = folder / ("resumed" if changes.get("resume") else "begun")
+    meeting.mkdir(parents=True, exist_ok=True)
+    join(int(os.environ["RANK"]), meeting)
     reset_accelerate()
     make_trainer(tiny_options(folder, **{**SMALL, **changes})).run()
 
@@ -89,7 +93,7 @@ def train_in_two_goes(folder: Path) -> None:
     try:
         train(folder, sharded=True, **LONG)
     except KeyboardInterrupt:
-        pass
+        torch.distributed.destroy_process_group()
     finally:
         Trainer._step = step  # type: ignore[method-assign]
     train(folder, sharded=True, **LONG, resume=True)
@@ -98,12 +102,12 @@ def train_in_two_goes(folder: Path) -> None:
 def worker(index: int, folder: Path) -> None:
     ranks = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
     os.environ.update({"ACCELERATE_USE_CPU": "true", **{name: str(value) for name, value in ranks.items()}})
-    join(index, folder)
     for name, changes in CASES.items():
         train(folder / "fsdp" / name, sharded=True, **changes)
         train(folder / "ddp" / name, sharded=False, **changes)
     train(folder / "whole", sharded=True, **LONG)
     train_in_two_goes(folder / "parts")
+    join(index, folder)
     leave(index, folder, {})
 
 
@@ -147,33 +151,36 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_scalars_become_vectors_of_one_that_are_trained_as_before(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src: None)
-    objective = nn.Module()
-    objective.scale, objective.still = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.tensor(3.0), False)
-    objective.matrix = matrix = nn.Parameter(torch.eye(2))
-    cpus = {"num_processes": 2, "device": torch.device("cpu")}
-    ready_for_ranks(objective, SimpleNamespace(distributed_type=DistributedType.MULTI_CPU, **cpus))
-    assert objective.scale.shape == ()
-    ready_for_ranks(objective, SimpleNamespace(distributed_type=DistributedType.FSDP, **cpus))
-    assert objective.scale.tolist() == [2.0] and objective.still.tolist() == [3.0] and objective.matrix is matrix
-    assert [p.requires_grad for p in (objective.scale, objective.still)] == [True, False]
+def test_scalars_become_vectors_of_one_that_are_trained_as_before():
+    module = nn.Module()
+    module.scale, module.still = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.tensor(3.0), False)
+    module.matrix = matrix = nn.Parameter(torch.eye(2))
+    vectors_for_scalars(module)
+    assert module.scale.tolist() == [2.0] and module.still.tolist() == [3.0] and module.matrix is matrix
+    assert [parameter.requires_grad for parameter in (module.scale, module.still)] == [True, False]
+
+
+@pytest.mark.parametrize(("style", "classes"), [("late", ["BertLayer", "Block"]), ("shared", ["Block"])])
+def test_layers_whose_parts_are_used_alone_are_not_gathered_one_by_one(style, classes):
+    assert whole_layers(tiny_model(style)) == classes
 
 
 @pytest.mark.parametrize(
-    ("variables", "changes", "said"),
+    ("variables", "said"),
     [
-        ({"FSDP_VERSION": "1"}, {}, "FSDP 1 is not supported: launch with --fsdp_version 2"),
-        ({}, {}, "FSDP shards over processes, and this is the only one"),
+        ({"FSDP_VERSION": "1"}, "FSDP 1 is not supported: launch with --fsdp_version 2"),
+        ({"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "FSDP can wrap layers, not parts of a size"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "FSDP's offloading of weights to the CPU is not supported"),
+        ({}, "FSDP shards over processes, and this is the only one"),
     ],
 )
-def test_what_fsdp_cannot_do_is_one_line(tmp_path, monkeypatch, variables, changes, said):
+def test_what_fsdp_cannot_do_is_one_line(tmp_path, monkeypatch, variables, said):
     for name, value in {**SHARDED, **variables}.items():
         monkeypatch.setenv(name, value)
     for name in ("FSDP_STATE_DICT_TYPE", "FSDP_CPU_RAM_EFFICIENT_LOADING"):
         monkeypatch.setenv(name, "")  # so that it is as before when the test is over
     with pytest.raises(ValueError, match=said):
-        run(tmp_path, **changes)
+        run(tmp_path)
     assert not (tmp_path / "run").exists()
 
 

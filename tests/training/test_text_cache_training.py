@@ -27,12 +27,13 @@ def encoded(monkeypatch):
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
-        {**MLM, "data__captions": "all", "train__max_steps": 6},
-        {"model__fusion__style": "shared", "data__num_workers": 1},
-        {"model__hold_batch_statistics": True, "train__chunk_size": 4},
+        pytest.param({}, id="late"),
+        pytest.param({**MLM, "data__captions": "all", "train__max_steps": 6}, id="MLM", marks=pytest.mark.slow),
+        pytest.param({"model__fusion__style": "shared", "data__num_workers": 1}, id="shared", marks=pytest.mark.slow),
+        pytest.param(
+            {"model__hold_batch_statistics": True, "train__chunk_size": 4}, id="chunks", marks=pytest.mark.slow
+        ),
     ],
-    ids=["late", "MLM", "shared", "chunks"],
 )
 def test_a_cached_run_has_the_losses_of_one_without(tmp_path, encoded, changes):
     plain = run(tmp_path / "a", **FROZEN, **NO_DROPOUT, **changes)

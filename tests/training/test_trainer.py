@@ -205,7 +205,7 @@ def test_cached_views_are_built_once_and_by_what_makes_them(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"data__cached_views": 2}, "data.cached_views are views kept in data.cache_tokens, which is unset"),
+        ({"data__cached_views": 2}, "data.cached_views needs data.cache_tokens, which is unset"),
         ({"data__cached_views": 0}, "data.cached_views must be at least 1, got 0"),
     ],
 )

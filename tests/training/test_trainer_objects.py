@@ -57,7 +57,7 @@ def test_making_it_writes_and_moves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
     reset_accelerate()
     folder.mkdir()
-    earlier = {"metrics.json": b"of an earlier run", "config.yaml": b"train: {}"}
+    earlier = {"metrics.json": b"of an earlier run", "config.yaml": b"train: {output_dir: x}"}
     for name, content in earlier.items():
         (folder / name).write_bytes(content)
     trainer = make_trainer(settings(folder))

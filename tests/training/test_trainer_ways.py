@@ -117,6 +117,7 @@ def test_batches_in_chunks_change_nothing_but_memory(tmp_path):
     torch.testing.assert_close(plain, other)
 
 
+@pytest.mark.slow
 def test_a_compiled_run_is_the_plain_one(tmp_path, monkeypatch):
     """With the backend that runs the traced graphs as they are: no compiler is needed."""
     compile_parts = LoopITRModel.compile_parts
