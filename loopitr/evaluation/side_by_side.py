@@ -19,7 +19,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from loopitr.data.workers import leave_signals_to_the_run
 
-Item, Read, Made = TypeVar("Item"), TypeVar("Read"), TypeVar("Made")
+Item = TypeVar("Item")
+Read = TypeVar("Read")
+Made = TypeVar("Made")
 
 PIXELS = 8 * 224**2  # More at a time are no faster on a core, and take more memory.
 
@@ -123,10 +125,11 @@ def _encoders(shares: Shares) -> Iterator[ThreadPoolExecutor]:
 def _as_here(call: Callable[[Any], Made]) -> Callable[[Any], Made]:
     """`call` for other threads, in this one's modes, which torch keeps for each thread."""
     inference, gradient = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
-    autocast = {"dtype": torch.get_autocast_dtype("cpu"), "enabled": torch.is_autocast_enabled("cpu")}
+    dtype, enabled = torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")
 
     def called(read: Any) -> Made:
-        with torch.inference_mode(inference), torch.set_grad_enabled(gradient), torch.autocast("cpu", **autocast):
-            return call(read)
+        with torch.inference_mode(inference), torch.set_grad_enabled(gradient):
+            with torch.autocast("cpu", dtype=dtype, enabled=enabled):
+                return call(read)
 
     return called

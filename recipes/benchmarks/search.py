@@ -7,8 +7,8 @@ Measures the three parts of a search.
 - The dual stage: the nearest vectors of a text, found with the index and by exact search, and the part of the exact top
   100 that the index finds. The vectors are clustered, and queries lie apart from all of them, as those of texts do.
 - Reranking: one text with candidates whose tokens are stored, including reading them. Beside it, the text encoder of
-  transformers' BLIP scores as many pairs with as many image tokens, which it has in memory: at the size of BLIP-base, and
-  with the width and the number of layers of this model's fusion head.
+  transformers' BLIP scores as many pairs with as many image tokens, which it has in memory: at the size of BLIP-base,
+  and with the width and the number of layers of this model's fusion head.
 
 Without --images the images are noise; without --model weights are random, which is as fast.
 """
