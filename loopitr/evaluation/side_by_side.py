@@ -128,8 +128,8 @@ def _as_here(call: Callable[[Any], Made]) -> Callable[[Any], Made]:
     dtype, enabled = torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")
 
     def called(read: Any) -> Made:
-        with torch.inference_mode(inference), torch.set_grad_enabled(gradient):
-            with torch.autocast("cpu", dtype=dtype, enabled=enabled):
-                return call(read)
+        autocast = torch.autocast("cpu", dtype=dtype, enabled=enabled)
+        with torch.inference_mode(inference), torch.set_grad_enabled(gradient), autocast:
+            return call(read)
 
     return called
