@@ -17,9 +17,9 @@ class Reading:
     data_files: str | None = None
     """Files of a `datasets` source, as a pattern."""
     batch_size: int | None = None
-    """Images encoded at a time; unset: 8 on a CPU, 64 on a GPU."""
+    """Images encoded at a time; unset: 4 for each core of a CPU, 64 on a GPU."""
     num_workers: int | None = None
-    """Processes that open images; unset: one for each core."""
+    """Processes that open images; unset: one for each core beside a GPU, none on a CPU, whose threads open them."""
     device: str | None = None
     """cpu, cuda, ...; unset: a GPU if there is one."""
 

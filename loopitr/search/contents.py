@@ -10,14 +10,18 @@ import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .lance import ALL, connect, delete_rows, put_rows, table_names, tidy
 from .lance_errors import line_of, reading
 from .manifest import TOKEN_TYPES, Manifest
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 GIB = 2**30
 
@@ -92,14 +96,11 @@ class Contents:
         """Store `tokens [n, N, D]`, in the type of the table, and `encoded` images, replacing those in `replaced`."""
         import pyarrow as pa
 
-        raw: list[bytes | None] = [None] * len(ids)
-        if tokens is not None:
-            raw = [memoryview(row.contiguous().view(torch.uint8).numpy()).tobytes() for row in tokens]
         if tokens is None and not any(encoded):
             return
         columns = {
             "id": pa.array(ids, pa.int64()),
-            "tokens": pa.array(raw, pa.large_binary()),
+            "tokens": pa.nulls(len(ids), pa.large_binary()) if tokens is None else _binary(tokens),
             "encoded": pa.array(encoded, pa.large_binary()),
         }
         put_rows(self.table, pa.table(columns), replace=bool(replaced))
@@ -136,3 +137,14 @@ class Contents:
         assert self.dtype is not None and self.shape is not None
         values = torch.frombuffer(bytearray(buffer), dtype=self.dtype)
         return Content(tokens=values.view(self.shape), encoded=None)
+
+
+def _binary(tokens: Tensor) -> pa.LargeBinaryArray:
+    """`tokens [n, N, D]` as `n` binary cells, without copying them."""
+    import pyarrow as pa
+
+    values = tokens.contiguous().view(torch.uint8).numpy()
+    ends = np.arange(len(values) + 1, dtype=np.int64) * (values.nbytes // len(values))
+    return pa.LargeBinaryArray.from_buffers(
+        pa.large_binary(), len(values), [None, pa.py_buffer(ends), pa.py_buffer(values)]
+    )

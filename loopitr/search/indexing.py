@@ -52,9 +52,10 @@ def build_index(
             QDRANT_API_KEY; None: LanceDB in the index.
         collection: the name of the collection on that server; None: that of the folder of the index.
         contents: where tokens are stored, a folder or an address such as `s3://bucket/folder`; None: in the index.
-        batch_size: the number of images encoded at a time; None: 64 on a GPU, and 8 on a CPU, where larger batches
-            lose time on allocating memory.
-        num_workers: the number of processes that open images; 0: none but this one, None: one for each core.
+        batch_size: the number of images encoded at a time; None: 64 on a GPU, and 4 for each core of a CPU, where
+            larger batches take more memory and no less time.
+        num_workers: the number of processes that open images; 0: none but this one, None: one for each core beside a
+            GPU, and none on a CPU, where the threads that encode images open them too.
 
     Raises:
         ValueError: the source has no image, the index is of another model or version, an option is out of range, or the
@@ -94,7 +95,7 @@ def build_index(
             Contents.check_new(manifest)
         manifest = replace(manifest, complete=False)
         write_manifest(folder, manifest)
-        size = batch_size or (8 if model.device.type == "cpu" else 64)
+        size = batch_size or (4 * torch.get_num_threads() if model.device.type == "cpu" else 64)
         return Writer(folder, manifest, model).index(source, size, num_workers, show_progress)
 
 
