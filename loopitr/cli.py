@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
 Options = TypeVar("Options")
 USAGE_ERROR, INTERRUPTED = 2, 130
@@ -41,7 +41,7 @@ def parse(
 
     Args:
         arguments: None: those of this process.
-        description: the text at the top of `--help`.
+        description: the text at the top of `--help`; the first of several paragraphs is the line of its usage.
         program: the name of the program in `--help`; None: the file that is run.
 
     Raises:
@@ -106,7 +106,12 @@ def check_output_file(output: str | Path) -> None:
 def _parser(options: Any, program: str | None, description: str | None) -> ArgumentParser:
     """Made once for all rows of a grid: reading every option's type takes several times longer than parsing them."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=program, description=description, exit_on_error=False)  # Its usage would be 30 lines.
+    parser = ArgumentParser(
+        prog=program,
+        description=description,
+        formatter_class=_Paragraphs,
+        exit_on_error=False,  # Its usage would be 30 lines.
+    )
     parser.add_argument("--config", action="config", help="YAML file of options")
     parser.add_class_arguments(options, as_group=False)
     return parser
@@ -120,6 +125,12 @@ def _help(parser: ArgumentParser, words: Sequence[str]) -> str:
     """
     required = [f"--{action.dest} {action.dest.upper()}" for action in parser._actions if action.required]
     parser.usage = " ".join(["%(prog)s", *required, "[--config FILE] [--OPTION VALUE ...]"])
+    usage, _, about = (parser.description or "").partition("\n\n")
+    if about:
+        parser.usage, parser.description = usage.replace("%", "%%"), about
+    for action in parser._actions:
+        if action.dest == "print_config":
+            action.help = "Print all options as YAML, as they are with the other arguments, and exit."
     groups = {action.dest: group for group in parser._action_groups for action in group._group_actions[:1]}
     groups = {name: group for name, group in groups.items() if name != "help"}
     asked = [following for word, following in zip(words, [*words[1:], "-"]) if word in HELP and following[:1] != "-"]
@@ -141,6 +152,14 @@ def _help(parser: ArgumentParser, words: Sequence[str]) -> str:
         shown = textwrap.fill(f"--{name}.{{{', '.join(names)}}}", 98, initial_indent=" " * 4, subsequent_indent=" " * 8)
         lines.append(shown + "\n")
     return "".join(lines)
+
+
+class _Paragraphs(DefaultHelpFormatter):
+    """Keeps the paragraphs of a description apart."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        fill = super()._fill_text
+        return "\n\n".join(fill(paragraph, width, indent) for paragraph in text.split("\n\n"))
 
 
 def _hide(parser: ArgumentParser, hidden: Callable[[str], bool]) -> None:

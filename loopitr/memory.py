@@ -6,7 +6,7 @@ import ctypes
 import functools
 from collections.abc import Callable
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of malloc.h
 LARGE = 2**30  # bytes
 
 
@@ -25,13 +25,14 @@ def keep_memory() -> bool:
     """Make the heap keep large freed blocks, for the rest of the process; returns whether the C library can do that.
 
     By default, glibc gets every block of more than 32 MB from the system and returns it when it is freed. Filling its
-    pages with zeros each time takes a third to a half of the CPU time of a convolutional image tower.
+    pages with zeros each time takes a third to a half of the CPU time of a convolutional image tower. Threads that
+    start later share one heap, since a heap of their own would hold no large blocks.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
         return False
-    return bool(mallopt(M_MMAP_THRESHOLD, LARGE)) and bool(mallopt(M_TRIM_THRESHOLD, LARGE))
+    return all([mallopt(M_MMAP_THRESHOLD, LARGE), mallopt(M_TRIM_THRESHOLD, LARGE), mallopt(M_ARENA_MAX, 1)])
 
 
 @functools.lru_cache(maxsize=1)

@@ -163,6 +163,12 @@ def test_all_of_the_help(capsys, word):
     assert "Peak learning rate of the two backbones" in shown
 
 
+def test_the_first_of_several_paragraphs_is_how_a_program_is_called(capsys):
+    with pytest.raises(SystemExit):
+        parse(TrainOptionsOfOwn, ["--help"], description="train FILE [--rate 1%]\n\nTrains.\n\nSlowly.")
+    assert capsys.readouterr().out.startswith("usage: train FILE [--rate 1%]\n\nTrains.\n\nSlowly.\n\noptions:")
+
+
 def test_a_short_help_is_whole(capsys):
     shown = help_of(capsys, TrainOptionsOfOwn, "--help")
     assert shown.startswith("usage: ") and "--model MODEL [--config FILE]" in shown and "How fast." in shown

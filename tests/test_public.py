@@ -68,7 +68,12 @@ def run_example(name: str) -> dict:
     return example.globs
 
 
-@pytest.mark.parametrize("name", loopitr.__all__)
+EXPORTS = ("export_onnx", "export_sentence_transformers")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in EXPORTS else n for n in loopitr.__all__]
+)
 def test_examples_run(name):
     reset_accelerate()
     try:

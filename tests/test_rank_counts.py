@@ -167,12 +167,13 @@ class BlockMining:
         return Mined(indices, torch.cat([m.valid for m in mined]))
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[2, 4])
 def ranks(request, tmp_path_factory) -> list[dict[str, Any]]:
     """What each rank got, for all cases, from one launch."""
     return start_ranks(__file__, tmp_path_factory.mktemp("ranks"), ranks=request.param)
 
 
+@pytest.mark.slow
 def test_ranks_are_one_process_on_the_whole_batch(ranks):
     worst, seen = 0.0, set()
     for seed in range(CASES):

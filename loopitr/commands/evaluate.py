@@ -14,6 +14,8 @@ from loopitr.data.coco_ids import coco_images
 from loopitr.training.durable import write_file
 from loopitr.training.reporting import write_json
 
+from .subcommands import quiet
+
 # Heavy modules are imported where they are used, so that --help is fast. Annotations with their names are quoted one by
 # one: with postponed annotations, jsonargparse would import everything under TYPE_CHECKING.
 if TYPE_CHECKING:
@@ -139,9 +141,11 @@ def measure(
     """
     import torch
 
-    from loopitr.building.folders import load_saved
+    from loopitr.building.folders import load_saved, model_source
     from loopitr.evaluation.retrieval import evaluate_retrieval
 
+    quiet()
+    model_source(options.model)  # A wrong name is reported before the data are read.
     state = _state(options.device)
     if options.data.split == "train" and state.is_main_process:
         print("warning: this is the training split; the results say nothing about new data", file=sys.stderr)

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Literal
 
 from loopitr.data import DataOptions
 
+from .subcommands import quiet
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -46,6 +48,7 @@ def export(options: ExportOptions) -> None:
         raise ValueError(f"recall needs both towers, got tower {options.tower!r}")
     if options.rerank < 0:
         raise ValueError(f"rerank must be at least 0, got {options.rerank}")
+    quiet()
     {"transformers": _transformers, "onnx": _onnx, "sentence-transformers": _sentence_transformers}[options.to](options)
 
 
@@ -106,3 +109,8 @@ def _sentence_transformers(options: ExportOptions) -> None:
     exported = export_sentence_transformers(options.model, options.output, tower=options.tower)
     differences = ", ".join(f"{name} {value:.1e}" for name, value in exported.parity.items())
     print(f"SentenceTransformer in {options.output}; largest difference from the model: {differences}")
+    if "image" in exported.parity:
+        print(
+            "so it is for PIL images with 8 bits per channel, in any mode; those that an EXIF tag turns need "
+            "PIL.ImageOps.exif_transpose first, 16-bit and float ones scaling to 8 bits"
+        )

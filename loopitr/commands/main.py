@@ -24,16 +24,20 @@ options:
 """
 
 EVALUATE = """\
+loopitr evaluate RUN [--data.table FILE --data.images FOLDER] [--rerank 64] [--OPTION VALUE ...]
+
 Computes recall@1/5/10 in both directions, by the dual head alone and with its best candidates reranked. The model is a
 run folder, an exported dual encoder (with `--rerank 0`) or a hub id. For a model trained on the built-in scenes, no
 data source is needed. `accelerate launch recipes/evaluate.py` uses several processes for the same results.
 """
 CALIBRATE = """\
+loopitr calibrate RUN [--data.table FILE --data.images FOLDER] [--rerank 64] [--OPTION VALUE ...]
+
 Fits the weight w of the reranking score, match score + w x similarity / temperature, on held-out data, and writes it to
 the model's config.json.
 """
 EXPORT = """\
-loopitr export RUN OUT [--to transformers|onnx|sentence-transformers] [--tower image|text]
+loopitr export RUN OUT [--to transformers|onnx|sentence-transformers] [--tower image|text] [--OPTION VALUE ...]
 
 Writes a trained model in a form that other libraries load: its dual encoder, or one tower, for `from_pretrained`; its
 towers and fusion head as ONNX graphs; or a SentenceTransformer of stock modules.
@@ -61,13 +65,15 @@ def _search(arguments: Sequence[str]) -> None:
 def _evaluate(arguments: Sequence[str]) -> None:
     from loopitr.commands.evaluate import EvaluateOptions, evaluate
 
-    evaluate(parse(EvaluateOptions, arguments, description=EVALUATE, program="loopitr evaluate"))
+    given = _named(arguments, ("model",))
+    evaluate(parse(EvaluateOptions, given, description=EVALUATE, program="loopitr evaluate"))
 
 
 def _calibrate(arguments: Sequence[str]) -> None:
     from loopitr.commands.calibrate import CalibrateOptions, calibrate
 
-    calibrate(parse(CalibrateOptions, arguments, description=CALIBRATE, program="loopitr calibrate"))
+    given = _named(arguments, ("model",))
+    calibrate(parse(CalibrateOptions, given, description=CALIBRATE, program="loopitr calibrate"))
 
 
 def _export(arguments: Sequence[str]) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import sys
-import warnings
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from loopitr.cli import parse
 
 from .search_options import AddOptions, IndexOptions, InfoOptions, QueryOptions, RemoveOptions
 from .serve import SERVE, ServeOptions, serve
-from .subcommands import Command, dispatch, positional
+from .subcommands import Command, dispatch, positional, quiet
 
 # Heavy modules are imported where they are used, so that --help works without torch.
 if TYPE_CHECKING:
@@ -27,30 +27,30 @@ Search images by text or by image: the dual head finds candidates, the fusion he
 """
 FOOT = "`loopitr search COMMAND --help` shows the options of a command.\n"
 INDEX = """\
-loopitr search index SOURCE --model RUN --output INDEX
+loopitr search index SOURCE --model RUN --output INDEX [--OPTION VALUE ...]
 
 Indexes the images of SOURCE: a folder with its subfolders, a CSV, TSV or JSON-lines file, or with --split a `datasets`
 source. Called again, it continues after an interruption, and indexes new and changed images.
 """
 QUERY = """\
-loopitr search query INDEX QUERY
+loopitr search query INDEX QUERY [--top 10] [--rerank 100] [--where CONDITION] [--OPTION VALUE ...]
 
 Prints the best images for a text, or for an image given by its path, with similarity, match score, reranking score and
 path. For a text, the fusion head reranks the best candidates of the dual head.
 """
 ADD = """\
-loopitr search add INDEX SOURCE
+loopitr search add INDEX SOURCE [--OPTION VALUE ...]
 
 Adds the images of another source to an index, with the model of the index.
 """
 REMOVE = """\
-loopitr search remove INDEX [PATH ...]
+loopitr search remove INDEX PATH ... | --where CONDITION | --missing
 
 Removes images from an index, but not their files: by the paths of images or folders, by a condition, or those whose
 files no longer exist.
 """
 INFO = """\
-loopitr search info INDEX
+loopitr search info INDEX [--json]
 
 Prints what an index contains.
 """
@@ -78,20 +78,12 @@ def _options(options: type[Any], arguments: Sequence[str], description: str, *re
     return given
 
 
-def _quiet() -> None:
-    """Turn off progress bars for loading weights, and print warnings in one line."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-
-
 def _index(arguments: Sequence[str]) -> None:
     words = positional(arguments, "source")
     options = _options(IndexOptions, words, INDEX, "source", "model", "output")
     from loopitr.search.indexing import build_index
 
-    _quiet()
+    quiet()
     report = build_index(
         _source(options),
         options.model,
@@ -111,7 +103,7 @@ def _add(arguments: Sequence[str]) -> None:
     options = _options(AddOptions, positional(arguments, "index", "source"), ADD, "index", "source")
     from loopitr.search.indexing import add_images
 
-    _quiet()
+    quiet()
     report = add_images(
         _source(options),
         options.index,
@@ -135,7 +127,7 @@ def _source(options: Any) -> Any:
 
 def _print_report(report: "IndexReport", index: str) -> None:
     for path, reason in [*report.skipped.items()][:SHOWN]:
-        print(f"skipped {path}: {reason}")
+        print(f"skipped {_one_line(path)}: {reason}")
     if len(report.skipped) > SHOWN:
         print(f"and {len(report.skipped) - SHOWN} more, see {index}/skipped.csv")
     print(f"{index}: {report.summary()}")
@@ -143,9 +135,11 @@ def _print_report(report: "IndexReport", index: str) -> None:
 
 def _query(arguments: Sequence[str]) -> None:
     options = _options(QueryOptions, positional(arguments, "index", "query"), QUERY, "index")
+    if not options.query.strip():  # before a model is loaded
+        raise ValueError("the query is empty: give a text, or the path of an image")
     from loopitr.search.searcher import Searcher
 
-    _quiet()
+    quiet()
     searcher = Searcher.open(options.index, device=options.device, model=options.model)
     hits = searcher.search(
         options.query,
@@ -172,8 +166,13 @@ def _table(hits: "Sequence[Hit]") -> str:
     lines = ["similarity    match    score  path"]
     for hit in hits:
         match = "-" if hit.match is None else f"{hit.match:.3f}"
-        lines.append(f"{hit.similarity:10.4f} {match:>8} {hit.score:8.3f}  {hit.path}")
+        lines.append(f"{hit.similarity:10.4f} {match:>8} {hit.score:8.3f}  {_one_line(hit.path)}")
     return "\n".join(lines)
+
+
+def _one_line(path: str) -> str:
+    """A path in which control characters, which could break the line or steer the terminal, are escaped."""
+    return "".join(repr(sign)[1:-1] if unicodedata.category(sign) == "Cc" else sign for sign in path)
 
 
 def _remove(arguments: Sequence[str]) -> None:
@@ -186,7 +185,7 @@ def _remove(arguments: Sequence[str]) -> None:
 
 def _serve(arguments: Sequence[str]) -> None:
     options = _options(ServeOptions, positional(arguments, "index"), SERVE, "index")
-    _quiet()
+    quiet()
     serve(options)
 
 

@@ -17,15 +17,15 @@ class Reading:
     data_files: str | None = None
     """Files of a `datasets` source, as a pattern."""
     batch_size: int | None = None
-    """Images encoded at a time; unset: 8 on a CPU, 64 on a GPU."""
+    """Images encoded at a time; unset: 4 for each core of a CPU, 64 on a GPU."""
     num_workers: int | None = None
-    """Processes that open images; unset: one for each core."""
+    """Processes that open images; unset: one for each core beside a GPU, none on a CPU, whose threads open them."""
     device: str | None = None
     """cpu, cuda, ...; unset: a GPU if there is one."""
 
 
 @dataclass
-class IndexOptions(Reading):
+class _Indexing:
     """The source, the model, and the index."""
 
     source: str = ""
@@ -45,7 +45,12 @@ class IndexOptions(Reading):
 
 
 @dataclass
-class AddOptions(Reading):
+class IndexOptions(Reading, _Indexing):
+    """The source, the model and the index, and the options for reading images."""
+
+
+@dataclass
+class _Adding:
     """The index, and the source to add."""
 
     index: str = ""
@@ -54,6 +59,11 @@ class AddOptions(Reading):
     """Folder, table or `datasets` source."""
     model: str | None = None
     """The model of the index, if it has been moved."""
+
+
+@dataclass
+class AddOptions(Reading, _Adding):
+    """The index and the source to add, and the options for reading images."""
 
 
 @dataclass

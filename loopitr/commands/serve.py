@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass
 
 SERVE = """\
-loopitr search serve INDEX
+loopitr search serve INDEX [--port 7860] [--OPTION VALUE ...]
 
 Serves a search page for the browser: images for a text, with and without reranking, and similar images and captions for
 an image.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -31,6 +33,14 @@ def dispatch(program: str, about: str, foot: str, commands: Mapping[str, Command
     else:
         given = f"unknown command {name!r}" if name else "no command is given"
         raise ValueError(f"{given}; known: {', '.join(commands)} ({program} --help says what they do)")
+
+
+def quiet() -> None:
+    """Turn off transformers' progress bars for weights, and print warnings in one line; for the whole process."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
 
 
 def positional(arguments: Sequence[str], *names: str, rest: str | None = None) -> list[str]:

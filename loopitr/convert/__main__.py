@@ -17,6 +17,7 @@ from loopitr.convert.weights import save_converted
 from loopitr.models.loop_model import LoopITRModel
 
 FAMILIES = {"albef": albef.convert_albef, "blip": blip.convert_blip}
+CHECKPOINTS = {"albef": "a .pth of ALBEF", "blip": "a .pth of BLIP, a transformers folder of it, or its hub id"}
 MAX_LENGTHS = {"albef": albef.MAX_LENGTH, "blip": blip.MAX_LENGTH}
 
 
@@ -54,11 +55,11 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "python -m lo
 
 
 def _parser(program: str) -> OneLineParser:
-    parser = OneLineParser(prog=program, description="A public checkpoint -> a LoopITR folder.")
+    parser = OneLineParser(prog=program, description="Makes a model folder of a public checkpoint.")
     families = parser.add_subparsers(dest="family", required=True, metavar="albef|blip")
     for family in FAMILIES:
-        options = families.add_parser(family)
-        options.add_argument("source", metavar="SRC", help="the checkpoint")
+        options = families.add_parser(family, help=f"SRC is {CHECKPOINTS[family]}")
+        options.add_argument("source", metavar="SRC", help=CHECKPOINTS[family])
         options.add_argument("out", metavar="OUT", help="folder to write")
         options.add_argument("--tokenizer", help="folder or hub id of the tokenizer to save along: bert-base-uncased")
         options.add_argument("--image-size", type=int, help="pixels per side; unset: as trained")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -12,6 +13,10 @@ from PIL import Image, UnidentifiedImageError
 from loopitr.rgb import to_rgb
 
 from .records import DataError, printable
+
+HEAD = 4096  # bytes at the beginning of a file
+PPM_HEADER = re.compile(rb"P[1-7](?:[\s\d]|#[^\r\n]*)*")
+COMMENT = re.compile(rb"#[^\r\n]*")
 
 
 class UnreadableImage(DataError):
@@ -52,6 +57,7 @@ def decode_image(
         if isinstance(image, bytes):
             if not image:
                 raise UnreadableImage(name, "empty file")
+            _check_head(image[:HEAD], name)
             with Image.open(io.BytesIO(image)) as opened:
                 return to_rgb(opened, shortest=shortest)
         status = os.stat(image)
@@ -59,12 +65,20 @@ def decode_image(
             raise UnreadableImage(name, "Is a directory" if stat.S_ISDIR(status.st_mode) else "not a file")
         if not status.st_size:
             raise UnreadableImage(name, "empty file")
+        with open(image, "rb") as file:
+            _check_head(file.read(HEAD), name)
         with Image.open(image) as opened:
             return to_rgb(opened, shortest=shortest)
     except UnreadableImage:
         raise
     except Exception as error:  # On damaged files decoders raise errors of many kinds.
         raise UnreadableImage(name, _reason(error)) from error
+
+
+def _check_head(head: bytes, name: str) -> None:
+    """Pillow reads the comments of a PPM byte by byte, however long they are."""
+    if head[:1] == b"P" and PPM_HEADER.fullmatch(head) and sum(map(len, COMMENT.findall(head))) > HEAD // 2:
+        raise UnreadableImage(name, "a header of comments")
 
 
 def _reason(error: Exception) -> str:

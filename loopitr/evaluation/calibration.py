@@ -65,7 +65,8 @@ class Gain:
         advice = "train longer with word prediction (objective.mlm 1), or start from a trained fusion head (model.init)"
         if self.points < -self.margin:
             return f"reranking does not pay: {figures} ({source}); {advice}, and fit the weight (recipes/calibrate.py)"
-        return f"reranking makes no significant difference: {figures} ({source}); {advice}"
+        more = "evaluate on more images, " if self.points > 0 else ""
+        return f"reranking makes no significant difference: {figures} ({source}); {more}{advice}"
 
 
 def reranking_gain(dual: Ranking, reranked: Ranking, caption_rows: Tensor) -> Gain:

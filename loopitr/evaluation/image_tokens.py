@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from loopitr.data import DataError, DecodedImages, Record, TokenCache, UnreadableImage, name_of
-from loopitr.data.workers import leave_signals_to_the_run
+from loopitr.models.folding import folded
 from loopitr.models.loop_model import DualEncoder
 from loopitr.models.packing import send
 
 from .gallery import Transform
+from .side_by_side import Shares, side_by_side
 from .storage import TokenStorage, TokenStore
 
 
@@ -34,6 +34,16 @@ def _stack(items: list[tuple[int, Any]]) -> _Read:
     good = [(position, x) for position, x in items if isinstance(x, Tensor)]
     failed = [(position, x) for position, x in items if not isinstance(x, Tensor)]
     return _Read([p for p, _ in good], torch.stack([x for _, x in good]) if good else None, failed)
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """`tokens [b, N, D]` and `embeds [b, E]` of the images at `positions`, each if it was asked for."""
+
+    positions: list[int]
+    failed: list[tuple[int, str]]
+    tokens: Tensor | None = None
+    embeds: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -58,8 +68,13 @@ class ImageTokens:
         batch_size: int,
         num_workers: int,
         all_readable: bool = False,
+        open_in_threads: bool = False,
     ) -> None:
-        """`all_readable`: raise an `UnreadableImage` for the first unreadable image, instead of reporting it.
+        """
+        Args:
+            batch_size: the number of images that are encoded at a time.
+            all_readable: raise an `UnreadableImage` for the first unreadable image, instead of reporting it.
+            open_in_threads: several threads may read records at once.
 
         Raises:
             ValueError: the cache has fewer images than there are records.
@@ -68,6 +83,7 @@ class ImageTokens:
             raise ValueError(f"the token cache has {len(cache)} images, the records are {len(records)}")
         self.model, self.records, self.transform, self.cache = model, records, transform, cache
         self.batch_size, self.num_workers, self.all_readable = batch_size, num_workers, all_readable
+        self.open_in_threads = open_in_threads
         self.parameter = next(model.parameters())
         self.store: TokenStore | None = None
         self.rows: dict[int, int] = {}  # position -> row of the store
@@ -86,15 +102,14 @@ class ImageTokens:
         encoded, failed = list[int](), list[tuple[int, str]]()
         embeds = [torch.empty(0, self.model.config.embed_dim)]
         with tqdm(total=len(positions), desc="encode images", unit="image", disable=not progress, leave=False) as bar:
-            for read in self._read(list(_chunks(positions, self.batch_size))):
-                failed += read.failed
-                if read.inputs is not None:
-                    tokens = self._tokens(read.inputs)
-                    if self.store is not None:
-                        self.store.write(self._rows(read.positions), tokens)
-                    encoded += read.positions
-                    embeds.append(self.model.embed_image_tokens(tokens).float().cpu())
-                bar.update(len(read.positions) + len(read.failed))
+            for block in self._encoded([positions], tokens=self.store is not None, embeds=True):
+                failed += block.failed
+                if block.embeds is not None:
+                    if self.store is not None and block.tokens is not None:
+                        self.store.write(self._rows(block.positions), block.tokens)
+                    encoded += block.positions
+                    embeds.append(block.embeds)
+                bar.update(len(block.positions) + len(block.failed))
         return EncodedImages(encoded, torch.cat(embeds), failed)
 
     def blocks(self, positions: list[int], size: int) -> Iterator[Tensor]:
@@ -107,48 +122,62 @@ class ImageTokens:
         if self.store is not None:
             yield from _stored(self.store, [self._rows(block) for block in blocks], self.parameter.device)
             return
-        parts = [list(_chunks(block, self.batch_size)) for block in blocks]
-        reads = self._read([part for block in parts for part in block])
-        for block in parts:
-            tokens = []
-            for _ in block:
-                read = next(reads)
-                if read.failed or read.inputs is None:
-                    position, reason = read.failed[0]
+        stream = self._encoded(blocks, tokens=True)
+        for block in blocks:
+            tokens: list[Tensor] = []
+            while sum(map(len, tokens)) < len(block):
+                encoded = next(stream)
+                if encoded.failed or encoded.tokens is None:
+                    position, reason = encoded.failed[0]
                     raise DataError(f"{name_of(self.records, position)}: unreadable while being evaluated ({reason})")
-                tokens.append(self._tokens(read.inputs))
+                tokens.append(encoded.tokens)
             yield torch.cat(tokens)  # [b, N, D]
 
-    def _tokens(self, inputs: Tensor) -> Tensor:
-        (inputs,) = send([inputs], self.parameter.device)
-        inputs = inputs.to(self.parameter.dtype)
-        return inputs if self.cache is not None else self.model.vision(inputs)  # [b, N, D]
+    def _encoded(self, blocks: list[list[int]], *, tokens: bool, embeds: bool = False) -> Iterator[_Encoded]:
+        """The images of the blocks in order, a few at a time, none of which are of two blocks."""
+        count = sum(map(len, blocks))
+        shares = Shares.of(count, self.batch_size, self.model.vision.image_size, self.parameter.device)
+        vision = self.model.vision if self.cache is not None else folded(self.model.vision, count)
+
+        def encode(read: _Read) -> _Encoded:
+            if read.inputs is None:
+                return _Encoded(read.positions, read.failed)
+            (inputs,) = send([read.inputs], self.parameter.device)
+            inputs = inputs.to(self.parameter.dtype)
+            found = inputs if self.cache is not None else vision(inputs)  # [b, N, D]
+            embedded = self.model.embed_image_tokens(found).float().cpu() if embeds else None  # [b, E]
+            return _Encoded(read.positions, read.failed, found if tokens else None, embedded)
+
+        if self.cache is not None:
+            batches = [batch for block in blocks for batch in _chunks(block, self.batch_size)]
+            yield from map(encode, self._cached(batches))
+            return
+        stream = side_by_side(
+            DecodedImages(self.records, self.transform),
+            [batch for block in blocks for batch in _chunks(block, shares.size)],
+            _stack,
+            encode,
+            shares=shares,
+            num_workers=self.num_workers,
+            open_in_threads=self.open_in_threads,
+        )
+        for encoded in stream:
+            if encoded.failed and self.all_readable:
+                position, reason = encoded.failed[0]
+                raise UnreadableImage(name_of(self.records, position), reason)
+            yield encoded
+
+    def _cached(self, batches: list[list[int]]) -> Iterator[_Read]:
+        assert self.cache is not None
+        missing, cache = self.cache.unreadable, self.cache
+        for batch in batches:  # float(): autocast on the CPU cannot stack float16
+            yield _stack([(p, "no cached tokens" if p in missing else cache[p].float()) for p in batch])
 
     def _rows(self, positions: list[int]) -> Tensor:
         return torch.tensor([self.rows[position] for position in positions])
 
     def _name(self, row: int) -> str:
         return name_of(self.records, list(self.rows)[row])
-
-    def _read(self, batches: list[list[int]]) -> Iterator[_Read]:
-        if self.cache is not None:
-            missing, cache = self.cache.unreadable, self.cache
-            for batch in batches:  # Tokens become float32, since float16 cannot be stacked under autocast on the CPU.
-                yield _stack([(p, "no cached tokens" if p in missing else cache[p].float()) for p in batch])
-            return
-        loader = DataLoader(
-            DecodedImages(self.records, self.transform),
-            batch_sampler=batches,
-            num_workers=min(self.num_workers, len(batches)),
-            collate_fn=_stack,
-            generator=torch.Generator(),  # A validation must not advance the global generator, which dropout uses.
-            worker_init_fn=leave_signals_to_the_run,
-        )
-        for read in loader:
-            if read.failed and self.all_readable:
-                position, reason = read.failed[0]
-                raise UnreadableImage(name_of(self.records, position), reason)
-            yield read
 
 
 def _stored(store: TokenStore, blocks: list[Tensor], device: torch.device) -> Iterator[Tensor]:

@@ -10,13 +10,18 @@ import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .lance import ALL, connect, delete_rows, line_of, put_rows, table_names, tidy
+from .lance import ALL, connect, delete_rows, put_rows, table_names, tidy
+from .lance_errors import line_of, reading
 from .manifest import TOKEN_TYPES, Manifest
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 GIB = 2**30
 
@@ -82,7 +87,8 @@ class Contents:
 
     def ids(self) -> list[int]:
         """The ids of all images with contents."""
-        return self.table.search(None).select(["id"]).limit(ALL).to_arrow()["id"].to_pylist()
+        with reading(self.place):
+            return self.table.search(None).select(["id"]).limit(ALL).to_arrow()["id"].to_pylist()
 
     def put(
         self, ids: Sequence[int], tokens: Tensor | None, encoded: Sequence[bytes | None], replaced: Collection[int]
@@ -90,14 +96,11 @@ class Contents:
         """Store `tokens [n, N, D]`, in the type of the table, and `encoded` images, replacing those in `replaced`."""
         import pyarrow as pa
 
-        raw: list[bytes | None] = [None] * len(ids)
-        if tokens is not None:
-            raw = [memoryview(row.contiguous().view(torch.uint8).numpy()).tobytes() for row in tokens]
         if tokens is None and not any(encoded):
             return
         columns = {
             "id": pa.array(ids, pa.int64()),
-            "tokens": pa.array(raw, pa.large_binary()),
+            "tokens": pa.nulls(len(ids), pa.large_binary()) if tokens is None else _binary(tokens),
             "encoded": pa.array(encoded, pa.large_binary()),
         }
         put_rows(self.table, pa.table(columns), replace=bool(replaced))
@@ -112,7 +115,8 @@ class Contents:
             return {}
         column = "encoded" if encoded else "tokens"
         query = self.table.search(None).where(f"id IN ({', '.join(map(str, ids))})")
-        rows = query.select(["id", column]).limit(len(ids)).to_arrow()
+        with reading(self.place):
+            rows = query.select(["id", column]).limit(len(ids)).to_arrow()
         return {
             number.as_py(): self._content(cell.as_buffer(), encoded=encoded)
             for number, cell in zip(rows["id"], rows[column])
@@ -133,3 +137,14 @@ class Contents:
         assert self.dtype is not None and self.shape is not None
         values = torch.frombuffer(bytearray(buffer), dtype=self.dtype)
         return Content(tokens=values.view(self.shape), encoded=None)
+
+
+def _binary(tokens: Tensor) -> pa.LargeBinaryArray:
+    """`tokens [n, N, D]` as `n` binary cells, without copying them."""
+    import pyarrow as pa
+
+    values = tokens.contiguous().view(torch.uint8).numpy()
+    ends = np.arange(len(values) + 1, dtype=np.int64) * (values.nbytes // len(values))
+    return pa.LargeBinaryArray.from_buffers(
+        pa.large_binary(), len(values), [None, pa.py_buffer(ends), pa.py_buffer(values)]
+    )

@@ -18,6 +18,8 @@ from loopitr.evaluation.image_tokens import ImageTokens
 from loopitr.evaluation.reranking import score_candidates
 from loopitr.evaluation.storage import TokenStorage
 from loopitr.evaluation.text_tokens import TextTokens
+from loopitr.memory import keep_memory
+from loopitr.models.folding import WORTHWHILE
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.processing import LoopITRProcessor
 
@@ -152,14 +154,18 @@ def score_all(
 def _stream(
     model: LoopITRModel | DualEncoder, processor: LoopITRProcessor, images: GivenImages, batching: Batching
 ) -> ImageTokens:
+    dual = dual_of(model)
+    if len(images) >= WORTHWHILE and next(dual.parameters()).device.type == "cpu":
+        keep_memory()
     return ImageTokens(
-        dual_of(model),
+        dual,
         images,
         evaluation_transform(processor),
         cache=None,
         batch_size=batching.batch_size,
         num_workers=batching.num_workers if images.are_files else 0,
         all_readable=True,
+        open_in_threads=images.are_files,
     )
 
 

@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable, Sequence
 from html import escape
 
+from PIL import Image
+
 from loopitr.data import UnreadableImage
 from loopitr.evaluation.thumbnails import thumbnail
 
@@ -24,6 +26,7 @@ STYLE = """
 .loopitr .up { color: #1a7f37; font-weight: bold; }
 .loopitr .down { color: #c62828; font-weight: bold; }
 .loopitr small { opacity: .8; display: block; }
+.loopitr-own { max-height: 160px; max-width: 100%; border-radius: .4rem; }
 .loopitr-upload a { pointer-events: none; }
 """
 
@@ -54,6 +57,11 @@ def grid(placed: Sequence[Placed], picture: Callable[[Hit], str], *, moves: bool
     if not placed:
         return "<p>No image found.</p>"
     return '<div class="loopitr">' + "".join(_figure(each, picture, moves=moves) for each in placed) + "</div>"
+
+
+def preview(image: Image.Image) -> str:
+    """The image that was asked with, small, within the page."""
+    return f'<img class="loopitr-own" src="{thumbnail(image, side=SIDE)}" alt="the image that was dropped">'
 
 
 def caption_list(captions: Sequence[tuple[str, float]]) -> str:

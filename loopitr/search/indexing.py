@@ -8,12 +8,11 @@ from pathlib import Path
 import torch
 
 from loopitr.checks import check_at_least, check_known
-from loopitr.data import DataError
 
 from .contents import Contents
 from .manifest import LOCK, MANIFEST, TOKEN_TYPES, check_model, manifest_of, read_manifest, write_manifest, writing
 from .retriever import Retriever
-from .sources import Source, open_source
+from .sources import Source, check_images, open_source
 from .stores import check_new
 from .writer import IndexReport, Writer
 
@@ -53,9 +52,10 @@ def build_index(
             QDRANT_API_KEY; None: LanceDB in the index.
         collection: the name of the collection on that server; None: that of the folder of the index.
         contents: where tokens are stored, a folder or an address such as `s3://bucket/folder`; None: in the index.
-        batch_size: the number of images encoded at a time; None: 64 on a GPU, and 8 on a CPU, where larger batches
-            lose time on allocating memory.
-        num_workers: the number of processes that open images; 0: none but this one, None: one for each core.
+        batch_size: the number of images encoded at a time; None: 64 on a GPU, and 4 for each core of a CPU, where
+            larger batches take more memory and no less time.
+        num_workers: the number of processes that open images; 0: none but this one, None: one for each core beside a
+            GPU, and none on a CPU, where the threads that encode images open them too.
 
     Raises:
         ValueError: the source has no image, the index is of another model or version, an option is out of range, or the
@@ -76,7 +76,7 @@ def build_index(
     _check_output(folder)
     if not isinstance(source, Source):
         source = open_source(source, images, image_column)
-    _check_source(source)
+    check_images(source, "the source")
     name = str(model)
     if isinstance(model, Retriever):
         name = str(model.model.name_or_path)
@@ -95,7 +95,7 @@ def build_index(
             Contents.check_new(manifest)
         manifest = replace(manifest, complete=False)
         write_manifest(folder, manifest)
-        size = batch_size or (8 if model.device.type == "cpu" else 64)
+        size = batch_size or (4 * torch.get_num_threads() if model.device.type == "cpu" else 64)
         return Writer(folder, manifest, model).index(source, size, num_workers, show_progress)
 
 
@@ -136,10 +136,3 @@ def _check_output(folder: Path) -> None:
     foreign = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     if MANIFEST not in foreign and (other := [name for name in foreign if not name.startswith((MANIFEST, LOCK))]):
         raise ValueError(f"{folder} holds {other[0]} and no search index; choose an empty or a new folder")
-
-
-def _check_source(source: Source) -> None:
-    if len(source):
-        return
-    first = f"; the first of {len(source.skipped)} skipped is {': '.join(source.skipped[0])}" if source.skipped else ""
-    raise DataError(f"there is no image to index{first}")

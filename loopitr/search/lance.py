@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .lance_errors import line_of, reading, writing_to
 from .sources import Stamp
 
 if TYPE_CHECKING:
@@ -65,8 +65,8 @@ def connect(folder: str | Path) -> Any:
 class LanceImages:
     """The table of an index's images, whose writes are atomic."""
 
-    def __init__(self, table: Any, embed_dim: int) -> None:
-        self.table, self.embed_dim = table, embed_dim
+    def __init__(self, table: Any, embed_dim: int, folder: str | Path) -> None:
+        self.table, self.embed_dim, self.folder = table, embed_dim, folder
 
     @classmethod
     def open(cls, folder: str | Path, embed_dim: int, *, create: bool = False) -> LanceImages:
@@ -79,7 +79,7 @@ class LanceImages:
         try:
             if create and "images" not in table_names(database):
                 database.create_table("images", schema=_schema(embed_dim))
-            return cls(database.open_table("images"), embed_dim)
+            return cls(database.open_table("images"), embed_dim, folder)
         except (ValueError, RuntimeError, OSError) as error:
             raise ValueError(
                 f"{folder} is a damaged index: {line_of(error)}; index again into another folder"
@@ -90,14 +90,16 @@ class LanceImages:
 
     def stamps(self) -> dict[int, Stamp]:
         """The stamps of all images, by id."""
-        rows = self.table.search(None).select(["id", "size", "mtime"]).limit(ALL).to_arrow()
+        with reading(self.folder):
+            rows = self.table.search(None).select(["id", "size", "mtime"]).limit(ALL).to_arrow()
         micros = rows["mtime"].cast("int64").to_pylist()
         return dict(zip(rows["id"].to_pylist(), zip(rows["size"].to_pylist(), micros)))
 
     def listed(self, where: str | None = None) -> list[Found]:
         """All images, or those for which an SQL condition holds."""
         query = self.table.search(None)
-        rows = _asked(query if where is None else query.where(_whole(where)), where, limit=ALL, names=self._names())
+        query = query if where is None else query.where(_whole(where))
+        rows = self._asked(query, where, limit=ALL, names=self._names())
         return [_found(row, 0.0) for row in rows]
 
     def put(self, rows: Sequence[Row], replaced: Collection[int] = ()) -> None:
@@ -138,7 +140,7 @@ class LanceImages:
         query = self.table.search(vector.astype(np.float32), vector_column_name="embed").distance_type("dot")
         query = query.bypass_vector_index() if exact else query.nprobes(_probes(len(self)))
         query = query if where is None else query.where(_whole(where), prefilter=True)
-        rows = _asked(query, where, limit=limit, names=[*self._names(), "_distance"])
+        rows = self._asked(query, where, limit=limit, names=[*self._names(), "_distance"])
         return [_found(row, 1.0 - row.pop("_distance")) for row in rows]
 
     def finish(self) -> None:
@@ -160,6 +162,15 @@ class LanceImages:
         """The type of the vector index; None: there is none."""
         indices = [index for index in self.table.list_indices() if "embed" in index.columns]
         return str(indices[0].index_type) if indices else None
+
+    def _asked(self, query: Any, where: str | None, *, limit: int, names: list[str]) -> list[dict[str, Any]]:
+        if where is None:
+            with reading(self.folder):
+                return query.select(names).limit(limit).to_arrow().to_pylist()
+        try:
+            return query.select(names).limit(limit).to_arrow().to_pylist()
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"where {where!r}: {line_of(error)}") from error
 
     def _names(self) -> list[str]:
         return [name for name in self.table.schema.names if name != "embed"]
@@ -227,19 +238,6 @@ def _vectors(embeds: np.ndarray) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(flat, embeds.shape[1])
 
 
-@contextmanager
-def writing_to(table: Any) -> Iterator[None]:
-    """A context in which LanceDB's errors, which are RuntimeErrors even for a full disk, become one OSError.
-
-    Raises:
-        OSError: the table, which it names, cannot be written to.
-    """
-    try:
-        yield
-    except (RuntimeError, OSError) as error:
-        raise OSError(f"table {table.name!r} of the index cannot be written to: {line_of(error)}") from error
-
-
 def tidy(table: Any) -> None:
     """Merge the files of many small writes, and add them to the vector index if there is one."""
     with writing_to(table):
@@ -262,24 +260,9 @@ def delete_rows(table: Any, ids: Sequence[int]) -> None:
             table.delete(f"id IN ({', '.join(map(str, ids[start : start + 10_000]))})")
 
 
-def _asked(query: Any, where: str | None, *, limit: int, names: list[str]) -> list[dict[str, Any]]:
-    try:
-        return query.select(names).limit(limit).to_arrow().to_pylist()
-    except (ValueError, RuntimeError) as error:
-        if where is None:
-            raise ValueError(f"the index cannot be read: {line_of(error)}") from error
-        raise ValueError(f"where {where!r}: {line_of(error)}") from error
-
-
 def _whole(where: str) -> str:
     """The condition in parentheses; otherwise LanceDB ignores anything after a complete condition."""
     return f"({where})"
-
-
-def line_of(error: Exception) -> str:
-    """LanceDB's message without the position in its source."""
-    text = " ".join(str(error).split())
-    return text.removeprefix("Invalid input, ").partition(", /")[0]
 
 
 def _found(row: dict[str, Any], similarity: float) -> Found:

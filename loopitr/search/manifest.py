@@ -93,7 +93,8 @@ def read_manifest(folder: str | Path) -> Manifest:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         version = int(content["format"])
         if version != FORMAT:
-            raise ValueError(f"it has format {version}, this version of loopitr reads format {FORMAT}; index it again")
+            readable = f"this version of loopitr reads format {FORMAT}"
+            raise ValueError(f"it has format {version}, {readable}; index again into another folder")
         known = {field.name for field in fields(Manifest)}
         manifest = Manifest(**{name: value for name, value in content.items() if name in known})
         shape = manifest.token_shape

@@ -1,20 +1,24 @@
-"""Opens the images of a source in worker processes, in batches and in order."""
+"""Opens and encodes the images of a source in threads or worker processes, in batches and in order."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from loopitr.data import DataError, UnreadableImage, decode_image
 from loopitr.evaluation.gallery import Transform
+from loopitr.evaluation.side_by_side import Shares, side_by_side
 
-from .sources import Source
+from .sources import FileSource, Source
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,24 +58,37 @@ def _together(items: list[tuple[int, Tensor, tuple[int, int]] | tuple[int, str]]
     )
 
 
-def opened(
-    source: Source, positions: Sequence[int], transform: Transform, *, batch_size: int, num_workers: int | None
-) -> Iterator[Opened]:
-    """Open the images at `positions`, in `num_workers` processes; 0: only in this one, None: one per core."""
-    batches = [list(positions[start : start + batch_size]) for start in range(0, len(positions), batch_size)]
-    workers = cores() if num_workers is None else num_workers
-    loader = DataLoader(
-        _Images(source, transform),
-        batch_sampler=batches,
-        num_workers=min(workers, len(batches)),
-        collate_fn=_together,
-        generator=torch.Generator(),  # The global generator is not advanced.
-    )
+def opened_and_encoded(
+    source: Source,
+    positions: Sequence[int],
+    transform: Transform,
+    encode: Callable[[Opened], Made],
+    *,
+    shares: Shares,
+    num_workers: int | None,
+) -> Iterator[Made]:
+    """Open the images at `positions` and `encode` them, `shares.size` at a time, in order.
+
+    Args:
+        encode: may be called by several threads at once.
+        num_workers: the number of processes that open images; 0: none but this one, None: one for each core, but none
+            where several threads encode images, which open them too.
+    """
+    batches = [list(positions[start : start + shares.size]) for start in range(0, len(positions), shares.size)]
+    if num_workers is None:
+        num_workers = 0 if shares.encoders > 1 else cores()
     with warnings.catch_warnings():
         # The warning does not apply: the workers do not use LanceDB, and it is not in use while they start.
         warnings.filterwarnings("ignore", message="lancedb fork support")
-        batches_of_workers = iter(loader)
-    yield from batches_of_workers
+        return side_by_side(
+            _Images(source, transform),
+            batches,
+            _together,
+            encode,
+            shares=shares,
+            num_workers=num_workers,
+            open_in_threads=isinstance(source, FileSource),
+        )
 
 
 def cores() -> int:

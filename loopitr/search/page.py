@@ -14,7 +14,7 @@ from loopitr.evaluation.report import weight_text
 from loopitr.models.scoring import DUAL_ALONE
 
 from .cached_searcher import CachedSearcher
-from .figures import Thumbnails, caption_list, grid
+from .figures import Thumbnails, caption_list, grid, preview
 
 TOP, MOST = 24, 96  # images that are shown by default, and at most
 CAPTIONS = 10  # captions that are shown for an image
@@ -54,6 +54,7 @@ def build_page(cached: CachedSearcher, uploads: Path) -> Any:
     gradio = import_gradio()
     picture = Thumbnails(cached.searcher)
     own_share = share_of(cached.own_weight)
+    nothing = ("", "", "")
 
     def search(text: str, reranked: bool, share: float, top: float, where: str) -> tuple[str, str]:
         """Find images by text. Returns the grid as HTML, and a line that says how it is ordered."""
@@ -64,13 +65,14 @@ def build_page(cached: CachedSearcher, uploads: Path) -> Any:
         order = f"reranked, {weight_text(weight)}" if reranks else "by the dual head's similarity"
         return grid(placed, picture, moves=reranks), f"{len(placed)} of {len(cached.searcher)} images, {order}"
 
-    def similar(image: str | None, top: float) -> tuple[str, str]:
-        """Find similar images and captions for an image. Returns the grid and the captions as HTML."""
+    def similar(image: str | None, top: float) -> tuple[str, str, str]:
+        """Find similar images and captions for an image. Returns the grid, the captions and the image as HTML."""
         if image is None:
             raise ValueError("no image is given")
         opened = decode_image(Path(_uploaded(image, uploads)), "the image")
         placed = cached.by_image(opened, top=_count(top))
-        return grid(placed, picture, moves=False), caption_list(cached.captions(opened, top=CAPTIONS))
+        captions = caption_list(cached.captions(opened, top=CAPTIONS))
+        return grid(placed, picture, moves=False), captions, preview(opened)
 
     search, similar = (_with_short_errors(function, gradio.Error) for function in (search, similar))
     with gradio.Blocks(title="loopitr", analytics_enabled=False, fill_width=True, delete_cache=(600, 600)) as page:
@@ -124,6 +126,7 @@ def build_page(cached: CachedSearcher, uploads: Path) -> Any:
                     height=160,
                     elem_classes="loopitr-upload",
                 )
+                own = gradio.HTML()  # gradio's own preview would ask for a file by its path.
                 count = gradio.Slider(1, MOST, TOP, step=1, label="Images")
             with gradio.Row():
                 with gradio.Column(scale=3):
@@ -132,9 +135,10 @@ def build_page(cached: CachedSearcher, uploads: Path) -> Any:
                 with gradio.Column(scale=1):
                     gradio.Markdown("#### Captions of the index that fit best")
                     captions = gradio.HTML()
-            outputs = [neighbours, captions]
+            outputs = [neighbours, captions, own]
             image.upload(similar, [image, count], outputs, api_name="similar", **ONE_AT_A_TIME)
-            count.release(lambda *given: similar(*given) if given[0] else ("", ""), [image, count], outputs, **again)
+            count.release(lambda *given: similar(*given) if given[0] else nothing, [image, count], outputs, **again)
+            image.clear(lambda: nothing, None, outputs, api_visibility="private")
     for block in page.blocks.values():
         block.async_move_resource_to_block_cache = partial(_checked_upload, uploads=uploads)
     return page

@@ -138,7 +138,7 @@ class Retriever:
             images: a list, or one image.
             batch_size: the number of images whose pixels and tokens are in memory at a time.
             show_progress: show a progress bar if there is more than one batch.
-            num_workers: the number of processes that open images given as paths or bytes; 0: none but this one.
+            num_workers: the number of processes that open images given as paths or bytes; 0: threads of this one.
             convert_to_tensor: return a tensor on the CPU instead of an array.
             truncate_dim: cut vectors to this length and normalise them again (`objective.matryoshka_dims` trains this).
             precision: float32, int8 (one byte per dimension) or binary (one bit), with the same values as

@@ -194,11 +194,25 @@ def open_source(source: str | Path, images: str | Path | None = None, image_colu
     """The source for a table, recognised by its suffix, or for a folder.
 
     Raises:
-        DataError: it is neither, or cannot be read.
+        DataError: it is neither, cannot be read, or has no image.
     """
-    if Path(source).suffix.lower() in TABLES and not Path(source).is_dir():
-        return table_source(source, images, image_column)
-    return folder_source(source)
+    is_table = Path(source).suffix.lower() in TABLES and not Path(source).is_dir()
+    opened = table_source(source, images, image_column) if is_table else folder_source(source)
+    check_images(opened, shown(str(source)))
+    return opened
+
+
+def check_images(source: Source, name: str) -> None:
+    """Check that a source has images; `name` is what an error calls it.
+
+    Raises:
+        DataError: it has none.
+    """
+    if len(source):
+        return
+    skipped = [": ".join(each) for each in source.skipped[:1]]
+    first = f"; the first of {len(source.skipped)} skipped is {skipped[0]}" if skipped else ""
+    raise DataError(f"{name}: there is no image to index{first}")
 
 
 def free_name(column: str) -> str:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,14 +14,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from loopitr.evaluation.gallery import evaluation_transform
+from loopitr.evaluation.side_by_side import Shares
 from loopitr.memory import keep_memory
+from loopitr.models.folding import folded
+from loopitr.models.image_backbone import VisionBackbone
 from loopitr.models.packing import send
 
 from .contents import Contents
 from .encoding import dual_of
 from .lance import Row
 from .manifest import Manifest, read_skipped, write_manifest, write_skipped
-from .opening import Opened, opened
+from .opening import Opened, opened_and_encoded
 from .retriever import Retriever
 from .sources import Source
 from .stores import open_images
@@ -45,6 +49,19 @@ class IndexReport:
         rate = f", {done / self.seconds:.1f} images/s" if done else ""
         parts = f"{self.added} added, {self.updated} updated, {self.unchanged} unchanged, {len(self.skipped)} skipped"
         return f"{parts} in {self.seconds:.0f} s{rate}"
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What is to be written of a few images: `rows`, `tokens [b, N, D]`, and the bytes of images that are no files."""
+
+    rows: list[Row]
+    tokens: Tensor | None
+    encoded: list[bytes | None]
+
+    @property
+    def nbytes(self) -> int:
+        return (0 if self.tokens is None else self.tokens.nbytes) + sum(map(len, filter(None, self.encoded)))
 
 
 class Writer:
@@ -92,22 +109,24 @@ class Writer:
         if self.retriever.device.type == "cpu":
             keep_memory()
         transform = evaluation_transform(self.retriever.processor)
-        batches = opened(source, positions, transform, batch_size=batch_size, num_workers=num_workers)
-        waiting: list[tuple[list[Row], Tensor | None, list[bytes | None]]] = []
+        vision = folded(dual_of(self.retriever.model).vision, len(positions))
+        encode = partial(self._encoded, source, vision)
+        shares = Shares.of(len(positions), batch_size, vision.image_size, self.retriever.device)
+        encoded = opened_and_encoded(source, positions, transform, encode, shares=shares, num_workers=num_workers)
+        waiting: list[_Written] = []
         size = 0
         writer: Future[None] | None = None
         with (
             ThreadPoolExecutor(1) as pool,
             tqdm(total=len(positions), desc="index", unit=" images", disable=not progress, smoothing=0.05) as bar,
         ):
-            for batch in batches:
-                yield from ((source.name(position), reason) for position, reason in batch.failed)
-                if batch.positions:
-                    rows, tokens, encoded = self._encoded(source, batch)
-                    waiting.append((rows, tokens, encoded))
-                    size += (0 if tokens is None else tokens.nbytes) + sum(map(len, filter(None, encoded)))
-                bar.update(len(batch.positions) + len(batch.failed))
-                if size > COMMIT_BYTES or sum(len(rows) for rows, _, _ in waiting) >= COMMIT_IMAGES:
+            for opened, embeds, tokens in encoded:
+                yield from ((source.name(position), reason) for position, reason in opened.failed)
+                if opened.positions:
+                    waiting.append(self._written(source, opened, embeds, tokens))
+                    size += waiting[-1].nbytes
+                bar.update(len(opened.positions) + len(opened.failed))
+                if size > COMMIT_BYTES or sum(len(own.rows) for own in waiting) >= COMMIT_IMAGES:
                     if writer is not None:
                         writer.result()  # A block is written while the next one is computed.
                     writer, waiting, size = pool.submit(self._write, waiting), [], 0
@@ -115,13 +134,20 @@ class Writer:
                 writer.result()
             self._write(waiting)
 
-    def _encoded(self, source: Source, batch: Opened) -> tuple[list[Row], Tensor | None, list[bytes | None]]:
+    def _encoded(self, source: Source, vision: VisionBackbone, opened: Opened) -> tuple[Opened, Tensor, Tensor | None]:
+        """The opened images without their pixels, their embeds `[b, E]`, and their tokens `[b, N, D]` to store."""
+        described = replace(opened, pixels=torch.empty(0))
+        if not opened.positions:
+            return described, torch.empty(0), None
         dual = dual_of(self.retriever.model)
-        (pixels,) = send([batch.pixels], self.retriever.device)
-        tokens = dual.vision(pixels.to(next(dual.parameters()).dtype))  # [b, N, D]
+        (pixels,) = send([opened.pixels], self.retriever.device)
+        tokens = vision(pixels.to(next(dual.parameters()).dtype))  # [b, N, D]
         embeds = dual.embed_image_tokens(tokens).float().cpu()  # [b, E]
         if not embeds.isfinite().all():
             raise ValueError("the model gives NaN or infinite values: it cannot be used")
+        return described, embeds, self._kept(tokens, [source.name(position) for position in opened.positions])
+
+    def _written(self, source: Source, opened: Opened, embeds: Tensor, tokens: Tensor | None) -> _Written:
         rows = [
             Row(
                 id=source.id(position),
@@ -133,29 +159,29 @@ class Writer:
                 columns=source.columns(position),
                 embed=embed.numpy(),
             )
-            for position, (width, height), embed in zip(batch.positions, batch.sizes, embeds)
+            for position, (width, height), embed in zip(opened.positions, opened.sizes, embeds)
         ]
-        encoded = [None if row.file else _bytes(source.image(p)) for row, p in zip(rows, batch.positions)]
-        return rows, self._kept(tokens, rows), encoded
+        encoded = [None if row.file else _bytes(source.image(p)) for row, p in zip(rows, opened.positions)]
+        return _Written(rows, tokens, encoded)
 
-    def _kept(self, tokens: Tensor, rows: Sequence[Row]) -> Tensor | None:
+    def _kept(self, tokens: Tensor, names: Sequence[str]) -> Tensor | None:
         """The tokens in the type in which they are stored, on the CPU; None: they are not stored."""
         if self.contents.dtype is None:
             return None
         kept = tokens.to(self.contents.dtype)
         finite = kept.isfinite().flatten(1).all(1)
         if not finite.all():
-            bad = rows[int((~finite).nonzero()[0])].path
+            bad = names[int((~finite).nonzero()[0])]
             raise ValueError(f"{bad}: its tokens hold values beyond {self.manifest.tokens}; keep them in bf16 or none")
         return kept.cpu()
 
-    def _write(self, waiting: list[tuple[list[Row], Tensor | None, list[bytes | None]]]) -> None:
+    def _write(self, waiting: list[_Written]) -> None:
         """Write contents first, so that every image that a search finds has its contents."""
         if not waiting:
             return
-        rows = [row for own, _, _ in waiting for row in own]
-        kept = [tokens for _, tokens, _ in waiting if tokens is not None]
-        encoded = [one for _, _, own in waiting for one in own]
+        rows = [row for own in waiting for row in own.rows]
+        kept = [own.tokens for own in waiting if own.tokens is not None]
+        encoded = [one for own in waiting for one in own.encoded]
         replaced = [row.id for row in rows if row.id in self.known]
         self.contents.put([row.id for row in rows], torch.cat(kept) if kept else None, encoded, replaced)
         self.images.put(rows, replaced)

@@ -21,6 +21,7 @@ from loopitr.training.durable import PARTIAL, as_os_error, fault, sync, write_fi
 from loopitr.training.sharding import parts_of_state
 
 STATE_FILE, SCHEDULER_FILE = "progress.json", "scheduler.json"
+COUNTS = ("step", "epoch", "batch", "rows", "truncated", "bad_steps", "bad_in_row")  # of `Progress`
 REPLACED, DELETED = ".replaced", ".deleted"
 
 
@@ -181,10 +182,10 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, *, scheduler: Ha
         ValueError: it is damaged, of another model, optimiser or kind of run (with or without FSDP), or holds anything
             but tensors and numbers.
     """
-    if bool(getattr(accelerator, "is_fsdp2", False)) != (checkpoint / f"{FSDP_MODEL_NAME}.bin").is_file():
-        raise ValueError(
-            f"{checkpoint} is of a run {'without' if accelerator.is_fsdp2 else 'under'} FSDP: launch it so"
-        )
+    was_sharded = (checkpoint / f"{FSDP_MODEL_NAME}.bin").is_file()
+    if was_sharded != bool(getattr(accelerator, "is_fsdp2", False)):
+        kind = "with" if was_sharded else "without"
+        raise ValueError(f"{checkpoint} is of a run {kind} FSDP: launch {kind} FSDP to resume it")
     try:
         if scheduler is not None:
             first_rank(partial(_convert_older, checkpoint))
@@ -216,7 +217,11 @@ def _convert_older(checkpoint: Path) -> None:
 
 def _progress(checkpoint: Path) -> Progress:
     state: dict[str, Any] = json.loads((checkpoint / STATE_FILE).read_text())
-    return Progress(**state)
+    progress = Progress(**state)
+    for name in COUNTS:
+        if type(getattr(progress, name)) is not int:
+            raise ValueError(f"{name} is {getattr(progress, name)!r}")
+    return progress
 
 
 def _all(folder: Path) -> list[Path]:

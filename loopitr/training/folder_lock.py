@@ -59,6 +59,8 @@ class FolderLock:
 @contextlib.contextmanager
 def _opened(path: Path) -> Any:
     """The lock file, opened by only one process at a time, so that two that start together see each other."""
+    if path.is_symlink():  # What it leads to would be written over.
+        raise OSError(f"{path} is a link and no lock file: delete it")
     while True:
         with open(path, "a+", encoding="utf-8") as file:
             _wait_for(file)
@@ -86,8 +88,9 @@ def _holder(file: IO[str]) -> dict[str, Any] | None:
     file.seek(0)
     try:
         holder = json.load(file)
-        return {"pid": int(holder["pid"]), "host": str(holder["host"]), "started": float(holder["started"])}
-    except (ValueError, KeyError, TypeError):  # Its process died before it had written the file.
+        pid, host, started = int(holder["pid"]), str(holder["host"]), float(holder["started"])
+        return {"pid": pid, "host": host, "started": started} if pid > 0 and host.isprintable() else None
+    except (ValueError, KeyError, TypeError, OverflowError):  # Its process died before it had written the file.
         return None
 
 

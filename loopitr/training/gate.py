@@ -112,6 +112,11 @@ class Gate:
             return None
         assert self.teacher is not None
         name = self.teacher.name
+        if progress.teaching_since is not None:
+            return (
+                "warning: distillation was never on: the last validation was the first that found the teacher "
+                f"({name}) ahead. Train longer, or validate more often (validation.every_steps)"
+            )
         if progress.best_lead is None:
             seen = "no validation before the end compared teacher and student (validation.every_epochs, .rerank)"
         else:

@@ -41,7 +41,6 @@ def start_all_processes() -> bool:
     words = parent.cmdline() if parent is not None else []
     if _launches(words) is not None:
         end_with_parent()
-        os.environ.update(fsdp_on_cpus(os.environ, words))
     count = missing_processes(os.environ, words)
     if parent is not None and threads_by_default(os.environ, words, _environment(parent)):
         import torch  # This import is not at the top, since --help does not need it.
@@ -83,16 +82,6 @@ def missing_processes(environment: Mapping[str, str], parent: Sequence[str]) -> 
         return 1
     asked = _asked(parent)
     return asked.num_processes if asked and (asked.num_machines or 1) == 1 and asked.num_processes else 1
-
-
-def fsdp_on_cpus(environment: Mapping[str, str], parent: Sequence[str]) -> dict[str, str]:
-    """The variables of FSDP, if the parent's command line asks for it; accelerate sets them only for GPUs."""
-    asked = _asked(parent) if _on_cpu(environment) else None
-    if asked is None or not asked.use_fsdp:
-        return {}
-    named = {"AUTO_WRAP_POLICY": asked.fsdp_auto_wrap_policy, "VERSION": asked.fsdp_version}
-    named["TRANSFORMER_CLS_TO_WRAP"] = asked.fsdp_transformer_layer_cls_to_wrap
-    return {"ACCELERATE_USE_FSDP": "true"} | {f"FSDP_{name}": str(value) for name, value in named.items() if value}
 
 
 def _on_cpu(environment: Mapping[str, str]) -> bool:

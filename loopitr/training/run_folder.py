@@ -116,7 +116,9 @@ def _enter(folder: Path, config: dict[str, Any], locks: list[FolderLock], reques
         if aside is not None:
             _lock(folder, locks)
             (aside / LOCK).unlink(missing_ok=True)
-            lines.append(f"moved the earlier run in {folder} to {aside}")
+            cut_short = not request.resume and _finished(aside) is None and any((aside / CHECKPOINTS).glob("*"))
+            hint = f"; to go on with it: --train.output_dir {aside} --resume" if cut_short else ""
+            lines.append(f"moved the earlier run in {folder} to {aside}{hint}")
     return Entered(checkpoint=newest.path if newest else None, lines=tuple(lines))
 
 
@@ -201,7 +203,7 @@ def _content(folder: Path) -> list[str]:
 def _is_run(folder: Path) -> bool:
     try:
         config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return False
     # Other programs have a config.yaml too, even one with a part `train`; that of a run names its folder, or has a
     # history next to it.

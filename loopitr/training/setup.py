@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch import nn
+from transformers.utils.logging import disable_progress_bar
 
 from loopitr.data import (
     CaptionDataset,
@@ -48,6 +49,7 @@ def start(train: TrainOptions) -> Accelerator:
     """
     check_run_folder(Path(train.output_dir))
     prepare_environment()
+    disable_progress_bar()  # transformers' progress bars for weights would break into the run's own.
     accelerator = Accelerator(
         mixed_precision={"fp32": "no", None: None}.get(train.precision, train.precision),
         gradient_accumulation_steps=train.accumulation,

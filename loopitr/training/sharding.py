@@ -29,6 +29,7 @@ from accelerate.utils import (
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
+from loopitr.distributed import world_size
 from loopitr.models.loop_model import LoopITRModel
 from loopitr.models.text_backbone import bert_layers
 from loopitr.objective.loop_objective import LoopObjective
@@ -55,7 +56,7 @@ def prepare_environment() -> None:
         raise ValueError("FSDP's offloading of weights to the CPU is not supported: launch without it")
     if os.environ.get("FSDP_AUTO_WRAP_POLICY", "").upper() == "SIZE_BASED_WRAP":
         raise ValueError(
-            "FSDP can wrap layers, not parts of a size: --fsdp_auto_wrap_policy NO_WRAP or TRANSFORMER_BASED_WRAP"
+            "FSDP can wrap layers, not parts by size: use --fsdp_auto_wrap_policy NO_WRAP or TRANSFORMER_BASED_WRAP"
         )
     if not is_torch_version(">=", MIN_TORCH):
         raise ValueError(f"FSDP needs torch {MIN_TORCH} or newer, this is {torch.__version__}: launch with DDP")
@@ -104,12 +105,13 @@ def ready_for_ranks(objective: LoopObjective, accelerator: Accelerator) -> None:
     scalar parameters become vectors of length 1.
 
     Raises:
-        ValueError: FSDP is to wrap layers that do not run as a whole.
+        ValueError: FSDP is asked to wrap layers whose `forward` is not called.
     """
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         convert_sync_batchnorm(objective.model)  # torch's own would drop timm's fused activations
     if accelerator.distributed_type != DistributedType.FSDP:
         return
+    objective.to(accelerator.device)  # NCCL takes nothing from a CPU
     for tensor in (*objective.parameters(), *objective.buffers()):
         dist.broadcast(tensor.data, src=0)
     vectors_for_scalars(objective)
@@ -121,7 +123,7 @@ def ready_for_ranks(objective: LoopObjective, accelerator: Accelerator) -> None:
 
 
 def vectors_for_scalars(module: nn.Module) -> None:
-    """Make each scalar parameter a vector of one, which can be sharded."""
+    """Make each scalar parameter a vector of length 1, which can be sharded."""
     for part in module.modules():
         for name, parameter in list(part._parameters.items()):
             if parameter is not None and parameter.ndim == 0:
@@ -129,7 +131,10 @@ def vectors_for_scalars(module: nn.Module) -> None:
 
 
 def whole_layers(model: LoopITRModel) -> list[str]:
-    """The classes of the layers that run as wholes: shared fusion uses the parts of the text backbone's, too."""
+    """The classes of the layers whose `forward` is called, which FSDP needs to gather their weights.
+
+    A `shared` fusion head calls parts of the text backbone's layers.
+    """
     layers = [*getattr(model.dual.vision.model, "blocks", ())]
     if model.config.fusion["style"] != "shared":
         layers += bert_layers(model.dual.text.model) or []
@@ -137,10 +142,10 @@ def whole_layers(model: LoopITRModel) -> list[str]:
 
 
 def parts_of_state(accelerator: Accelerator, folder: Path) -> list[Callable[[], object]]:
-    """What writes the state of all that accelerate has prepared to `folder`, to be called one after the other.
+    """Functions that together write the state of all that accelerate has prepared to `folder`; call them in order.
 
-    Ranks can tell each other after every part whether it was written: accelerate would go on to gather the optimiser's
-    shards of a rank that could not write the weights, and wait for it.
+    After each, the ranks can tell each other whether it succeeded. `accelerator.save_state` would hang: it gathers the
+    optimiser's shards even from a rank that could not write the weights.
     """
     if not getattr(accelerator, "is_fsdp2", False):
         return [partial(accelerator.save_state, str(folder))]
@@ -176,8 +181,10 @@ class WholeModel:
 
     @contextmanager
     def at_hand(self) -> Iterator[LoopITRModel]:
-        """The model with its current weights, on the device. All ranks call this together."""
+        """The model with its current weights and rank 0's batch statistics, on the device. All ranks call this."""
         if not self.is_copy:
+            for buffer in self.model.buffers() if world_size() > 1 else ():
+                dist.broadcast(buffer, src=0)
             yield self.model
             return
         self._gather()

@@ -3,17 +3,21 @@
 Measures the three parts of a search.
 
 - Indexing: images per second from files to the finished index, with tokens stored, against the image tower alone on
-  batches in memory, interleaved.
+  batches in memory, interleaved, in wall and in CPU seconds.
 - The dual stage: the nearest vectors of a text, found with the index and by exact search, and the part of the exact top
   100 that the index finds. The vectors are clustered, and queries lie apart from all of them, as those of texts do.
-- Reranking: one text with candidates whose tokens are stored, including reading them.
+- Reranking: one text with candidates whose tokens are stored, including reading them. Beside it, the text encoder of
+  transformers' BLIP scores as many pairs with as many image tokens, which it has in memory: at the size of BLIP-base,
+  and with the width and the number of layers of this model's fusion head.
 
 Without --images the images are noise; without --model weights are random, which is as fast.
 """
 
 from __future__ import annotations
 
+import statistics
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -56,7 +60,8 @@ class Options:
     hidden_size: int = 384
     text_layers: int = 6
     fusion_layers: int = 2
-    num_workers: int = 2
+    num_workers: int | None = None
+    """Processes that open images while indexing; None: `build_index` decides."""
     rounds: int = 5
     device: str = "cpu"
     output: str | None = None
@@ -121,6 +126,9 @@ def indexing(options: Options, retriever: loopitr.Retriever, folder: Path) -> di
         "tower_per_second": count / timed["tower"].median,
         "per_second": count / timed["index"].median,
         "of_tower": timed["tower"].ratio(timed["index"]),
+        "tower_cpu_ms_per_image": 1000 * statistics.median(timed["tower"].cpu_seconds) / count,
+        "cpu_ms_per_image": 1000 * statistics.median(timed["index"].cpu_seconds) / count,
+        "of_tower_cpu": timed["tower"].cpu_ratio(timed["index"]),
     }
 
 
@@ -179,9 +187,48 @@ def reranking(options: Options, retriever: loopitr.Retriever, folder: Path) -> d
     listed = LanceImages.open(index, manifest.embed_dim).listed()
     candidates = [listed[number % len(listed)] for number in range(options.candidates)]
     text = "a small red circle left of a blue square on a white ground"
-    call = partial(match_scores, retriever, text, candidates, contents)
-    timed = interleaved({"rerank": call}, rounds=options.rounds, device=options.device)
-    return {"candidates": len(candidates), "seconds": timed["rerank"].median}
+    calls: dict[str, Callable[[], Any]] = {"ours": partial(match_scores, retriever, text, candidates, contents)}
+    config, vision = retriever.model.config, retriever.model.dual_encoder().vision
+    width = config.text["hidden_size"]
+    fused = {"width": width, "heads": config.fusion["num_heads"] or max(1, width // 64)}
+    sizes = {"blip_base": {"layers": 12, "width": 768, "heads": 12, "image_width": 768}}
+    sizes["blip_our_size"] = {**fused, "layers": len(retriever.model.fusion.cross), "image_width": vision.width}
+    length = len(retriever.processor(text=[text])["input_ids"][0])
+    for name, size in sizes.items():
+        calls[name] = partial(blip, blip_text_model(**size, device=options.device), options, vision.num_tokens, length)
+    timed = interleaved(calls, rounds=options.rounds, device=options.device)
+    return {"candidates": len(candidates), "image_tokens": vision.num_tokens, "text_tokens": length} | {
+        **{f"{name}_seconds": timing.median for name, timing in timed.items()},
+        **{f"{name}_of_ours": timed[name].ratio(timed["ours"]) for name in sizes},
+        **sizes,
+    }
+
+
+def blip_text_model(*, layers: int, width: int, heads: int, image_width: int, device: str) -> Any:
+    """transformers' BLIP text encoder with random weights."""
+    from transformers import BlipTextConfig
+    from transformers.models.blip.modeling_blip_text import BlipTextModel
+
+    config = BlipTextConfig(
+        hidden_size=width,
+        encoder_hidden_size=image_width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+    )
+    return BlipTextModel(config, add_pooling_layer=False).eval().to(device)
+
+
+@torch.inference_mode()
+def blip(model: Any, options: Options, image_tokens: int, text_tokens: int) -> None:
+    """Run BLIP's text encoder on as many pairs as there are candidates, 25 at a time."""
+    at_a_time = 25
+    images = torch.zeros(at_a_time, image_tokens, model.config.encoder_hidden_size, device=options.device)
+    ids = torch.full((at_a_time, text_tokens), 1000, device=options.device)
+    for start in range(0, options.candidates, at_a_time):
+        count = min(at_a_time, options.candidates - start)
+        mask = torch.ones_like(ids[:count])
+        model(input_ids=ids[:count], attention_mask=mask, encoder_hidden_states=images[:count])
 
 
 def _shown(value: Any) -> str:

@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,10 +42,12 @@ def check_options(options: Any) -> None:
 
 @dataclass(frozen=True)
 class Timing:
-    """`seconds` of each round and the `flops` of one call."""
+    """`seconds` of each round, the `flops` of one call in its own thread, and the `cpu_seconds` of each round, of all
+    threads and of child processes that ended."""
 
     seconds: list[float]
     flops: int
+    cpu_seconds: list[float] = field(default_factory=list)
 
     @property
     def median(self) -> float:
@@ -54,6 +56,10 @@ class Timing:
     def ratio(self, other: Timing) -> float:
         """The median over rounds of these seconds divided by those of `other`."""
         return statistics.median(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
+
+    def cpu_ratio(self, other: Timing) -> float:
+        """`ratio` of CPU seconds: what is left of it where other programs run on the same cores."""
+        return statistics.median(a / b for a, b in zip(self.cpu_seconds, other.cpu_seconds, strict=True))
 
 
 class _NoModules(ModuleTracker):
@@ -76,12 +82,15 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], *, rounds: int, device: 
             call()
         flops[name] = counter.get_total_flops()
     seconds: dict[str, list[float]] = {name: [] for name in calls}
+    cpu: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
     for _ in range(rounds):
         for name in order:
+            before = _cpu_seconds()
             seconds[name].append(seconds_of(calls[name], device))
+            cpu[name].append(_cpu_seconds() - before)
         order.reverse()  # so that the order of the calls does not matter
-    return {name: Timing(seconds[name], flops[name]) for name in calls}
+    return {name: Timing(seconds[name], flops[name], cpu[name]) for name in calls}
 
 
 def seconds_of(call: Callable[[], Any], device: str) -> float:
@@ -91,6 +100,11 @@ def seconds_of(call: Callable[[], Any], device: str) -> float:
     call()
     synchronize(device)
     return time.perf_counter() - started
+
+
+def _cpu_seconds() -> float:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def synchronize(device: str) -> None:

@@ -100,19 +100,20 @@ def disturb(
     kills_left: Callable[[], int],
     draw: random.Random,
     ranks: int,
+    most: int,
 ) -> None:
-    """Train one run that is killed at random moments until it finishes, and compare it with `whole`."""
+    """Train one run that is killed at random moments, at most `most` times, then compare it with `whole`."""
     shutil.rmtree(folder, ignore_errors=True)
     tally.rounds += 1
-    resume, patience = False, 0.4 * seconds
+    resume, patience, before = False, 0.4 * seconds, tally.kills.total()
     while True:
         launch = Launch(folder, words, phase=phase, resume=resume, ranks=ranks)
         resume = True
-        may_kill = kills_left() > 0 and time.monotonic() < end
+        may_kill = kills_left() > 0 and tally.kills.total() - before < most and time.monotonic() < end
         moment = time.monotonic() + draw.uniform(0, patience) if may_kill else float("inf")
         statuses = launch.ended(until=moment)
         if statuses is None:
-            turn = sum(tally.kills.values())
+            turn = tally.kills.total()
             number = signal.SIGTERM if turn % 5 == 4 else signal.SIGKILL
             alone = turn % (ranks + 1)  # this rank alone; every so often, as with SIGTERM, all of them
             killed = range(ranks) if number == signal.SIGTERM or alone == ranks else [alone]
@@ -203,6 +204,7 @@ def soak(options: Options, root: Path) -> None:
     def kills_left() -> int:
         return options.kills - sum(sum(tally.kills.values()) for tally in tallies.values())
 
+    share = -(-options.kills // len(settings))  # of a run, so that every setting has its turn
     for number in range(10**6):
         name = list(settings)[number % len(settings)]
         if kills_left() <= 0 or time.monotonic() >= end:
@@ -217,7 +219,7 @@ def soak(options: Options, root: Path) -> None:
             break
         shutil.rmtree(place / "cache", ignore_errors=True)
         paths = place / "parts", words, place / "whole", seconds[name]
-        disturb(*paths, phase, tallies[name], end, kills_left, draw, options.ranks)
+        disturb(*paths, phase, tallies[name], end, kills_left, draw, options.ranks, share)
         print(
             f"{name}: {sum(tallies[name].kills.values())} kills, {tallies[name].problems or 'no problem'}", flush=True
         )

@@ -1,8 +1,8 @@
 """python recipes/benchmarks/step_parts.py [--run_config recipes/configs/scenes.yaml] [--rounds 9] [--output F.json]
 
-Where the time of a training step goes: the backbones alone, then the run's objective with one term more at a time, each
-forward and backward, and the optimiser. The model and the objective are those of a config, the batch is random. All are
-timed in turn in one process; a part's time is the median over rounds of what it adds to the one before.
+Measures where the time of a training step goes: the backbones alone, then the objective with one more term at a time
+(forward and backward), and the optimiser. Model and objective are those of a config, and the batch is random. All run
+interleaved in one process; the time of a part is the median over rounds of what it adds to the one before.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Options:
     run_config: str = str(CONFIG)
     """The config of the run; its model must not start from the folder of another run."""
     batch_size: int | None = None
-    """None: the run's."""
+    """Unset: that of the run."""
     rounds: int = 9
     device: str = "cpu"
     output: str | None = None
@@ -37,7 +37,7 @@ class Options:
 
 
 def parts_of(options: Options) -> dict[str, Callable[[], Any]]:
-    """What is timed, by name; each call does what the one before it does, and one thing more."""
+    """The calls to time, by name; each does the same as the one before it, and one thing more."""
     from loopitr.building.build import build_model
     from loopitr.data import scene_vocabulary
     from loopitr.objective.build import build_masking, build_objective

@@ -133,6 +133,7 @@ def test_cache_key_follows_the_image_backbone_and_the_transform_only(saved):
     assert first not in others and len(others) == 4
 
 
+@pytest.mark.slow
 def test_text_cache_key_follows_the_text_backbone_where_fusion_starts_and_the_tokenizer_only(saved):
     def key(change=None, **options):
         model, processor = build_model(ModelOptions(init=saved, **options))

@@ -71,7 +71,8 @@ def test_the_installed_script_is_this_one():
         (["--model", "run"], "unknown command '--model'"),
         (["evaluate"], "required: model"),
         (["evaluate", "--nonsense"], "--nonsense"),
-        (["evaluate", "--model", "{tmp}/none", "--data.scenes", "true"], "no model folder {tmp}/none"),
+        (["evaluate", "{tmp}/none"], "no model folder {tmp}/none"),
+        (["calibrate", "{tmp}/none", "--data.scenes", "true"], "no model folder {tmp}/none"),
         (["evaluate", "--model", "x", "--gallery", "{tmp}"], "{tmp} cannot be written: it is a folder"),
         (["evaluate", "--model", "x", "--gallery", "a", "--output", "./a"], "output and gallery are the same file"),
         (

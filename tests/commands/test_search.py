@@ -10,8 +10,9 @@ from helpers.tiny_gallery import jpeg
 from helpers.tiny_index import write_photos
 
 from loopitr.commands.main import main
-from loopitr.commands.search import COMMANDS
+from loopitr.commands.search import COMMANDS, _table
 from loopitr.commands.subcommands import positional
+from loopitr.search.searcher import Hit
 
 
 def run(capsys, *arguments):
@@ -58,6 +59,11 @@ def test_index_and_query(made, capsys, tmp_path):
     assert run(capsys, "query", made / "index", "a dog", "--where", "width > 4000") == "no image found\n"
 
 
+def test_a_path_neither_breaks_the_line_nor_steers_the_terminal():
+    hit = Hit(path="/photos/a\n\x1b[31m caf\xe9.jpg", similarity=0.5, match=None, score=0.5, columns={})
+    assert _table([hit]).splitlines()[1:] == ["    0.5000        -    0.500  /photos/a\\n\\x1b[31m caf\xe9.jpg"]
+
+
 def test_a_page_of_results(made, capsys, tmp_path, monkeypatch):
     opened = []
     monkeypatch.setattr("webbrowser.open", opened.append)
@@ -89,6 +95,11 @@ def test_add_remove_and_info(made, capsys, tmp_path):
         (["index", "{made}/none", "--model", "{made}/run", "--output", "{tmp}/out"], "{made}/none: no such folder"),
         (["index", "{made}/photos", "--model", "{made}/none", "--output", "{tmp}/out"], "no model folder {made}/none"),
         (["index", "{made}/photos", "--model", "{made}/run", "--output", "{made}/photos"], "no search index"),
+        (["index", "{tmp}", "--model", "{made}/run", "--output", "{tmp}/out"], "{tmp}: there is no image to index"),
+        (
+            ["index", "{made}/photos", "--model", "{made}/run", "--output", "{tmp}/out", "--store", "qdrant:6333"],
+            "the store qdrant:6333: not an address such as http://host:6333",
+        ),
         (["query", "{tmp}", "a dog"], "{tmp} is not a search index"),
         (["query", "{made}/index", "a", "dog"], "unexpected argument 'dog'; wanted INDEX QUERY, with quotes"),
         (["query", "{made}/index"], "the query is empty"),

@@ -28,6 +28,7 @@ def test_transformers_numbers(tmp_path: Path, act: str) -> None:
     assert_equal(actual(LoopITRModel.from_pretrained(tmp_path / "ours"), *batch), expected(theirs, *batch))
 
 
+@pytest.mark.slow
 def test_transformers_numbers_at_base_width(tmp_path: Path) -> None:
     """The widths and heads of the public models; few layers, words and pixels (all twelve were measured by hand)."""
     vision = {"image_size": 32, "num_hidden_layers": 2, "initializer_range": 0.02}

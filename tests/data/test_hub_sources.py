@@ -27,6 +27,7 @@ def check(tmp_path, **changes):
     assert metrics["training"]["steps"] == len(logged(tmp_path / "run", "loss/total")) == 2
 
 
+@pytest.mark.slow
 def test_a_run_on_an_imagefolder_with_metadata(tmp_path):
     """Its folder `val` is the split that `datasets` calls `validation`."""
     for split, numbers in SIZES.items():
@@ -41,6 +42,7 @@ def test_a_run_on_an_imagefolder_with_metadata(tmp_path):
         run(tmp_path / "other", data__hub=str(tmp_path / "set"), data__val_split="val")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_run_on_webdataset_tars(tmp_path, streaming):
     for split, numbers in SIZES.items():

@@ -18,6 +18,7 @@ def train():
     return SceneRecords("train", 4000)
 
 
+@pytest.mark.slow
 def test_scenes_are_distinct_and_splits_disjoint_for_any_seed(train):
     scenes = {train.scene(i) for i in range(len(train))}
     assert len(scenes) == 4000

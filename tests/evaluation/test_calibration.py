@@ -149,7 +149,7 @@ def test_the_gain_is_the_difference_of_the_recalls_with_the_bootstraps_interval(
     assert reranking_gain(after, before, rows).line().startswith("reranking does not pay: -25.0 +- ")
     same = reranking_gain(after, after, rows)
     assert (same.points, same.margin) == (0.0, 0.0)
-    assert same.line().startswith("reranking makes no difference")
+    assert same.line().startswith("reranking makes no significant difference")
 
 
 def test_few_queries_have_a_wide_interval():
@@ -158,6 +158,7 @@ def test_few_queries_have_a_wide_interval():
     gain = reranking_gain(before, after, torch.arange(3))
     assert gain.points == pytest.approx(100 / 3) and gain.margin > gain.points
     assert "no significant difference" in gain.line() and "3 images" in gain.line()
+    assert "evaluate on more images" in gain.line()
 
 
 @pytest.mark.parametrize("weight", [-0.1, math.inf, math.nan])

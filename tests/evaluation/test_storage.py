@@ -64,6 +64,7 @@ def mapped() -> bool:
     return "loopitr-tokens" in Path("/proc/self/maps").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_file_is_gone_afterwards_also_after_an_error(monkeypatch, tmp_path, fails):

@@ -60,6 +60,7 @@ def test_a_sentence_transformers_card_has_the_dual_encoders_figures(run, tmp_pat
     assert 'SentenceTransformer("PATH")' in card.text and "## Results" in card.text
 
 
+@pytest.mark.slow
 def test_an_onnx_card(run, tmp_path):
     export_onnx(run, tmp_path / "graph", tower="text")
     card = checked(tmp_path / "graph", "onnx")

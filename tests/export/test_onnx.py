@@ -158,6 +158,7 @@ def test_recall_leaves_out_what_cannot_be_read(exported):
     assert (recall.num_images, recall.num_captions) == (5, 10)
 
 
+@pytest.mark.slow
 def test_one_tower_of_a_dual_encoder_in_half_precision(tmp_path):
     dual = tiny_model(text=ONE_LAYER).dual_encoder().to(torch.float16)
     exported = export_onnx(dual, tmp_path / "text", tower="text", processor=tiny_processor())

@@ -150,6 +150,8 @@ def _bombs() -> Named:
     frame = jpeg.index(b"\xff\xc0") + 5
     yield "bomb.jpg", jpeg[:frame] + struct.pack(">HH", 60_000, 60_000) + jpeg[frame + 4 :], False, too_many
     yield "bomb.ppm", b"P6 90000 90000 255\n" + bytes(100), False, too_many
+    yield "comment.ppm", b"P6\n# " + b"x" * 5000, False, "a header of comments"
+    yield "comments.ppm", b"P3\n" + b"# a line\n" * 600 + b"2 1 255\n" + b"0 " * 6, False, "a header of comments"
     text = b"Comment\0\0" + zlib.compress(bytes(10**7))
     yield "text-bomb.png", png(4, 4, (b"zTXt", text), data=bytes(52)), None, ""
     profile = b"icc\0\0" + zlib.compress(bytes(10**7))

@@ -26,6 +26,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
 @pytest.mark.parametrize("streaming", [False, True])
 def test_each_sample_comes_whole_or_is_counted(cases, evidence, tmp_path, streaming):

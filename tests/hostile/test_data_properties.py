@@ -60,6 +60,7 @@ def cleaned(value):
         return str(error), 0
 
 
+@pytest.mark.slow
 @few
 @given(any_json | st.lists(any_text, max_size=5))
 def test_captions_are_clean_or_counted_or_one_line(value):

@@ -29,6 +29,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_counts_what_it_cannot_read(folder, tmp_path):
     changes = {"data__table": str(folder / "data.jsonl"), "data__images": str(folder / "images")}
     changes |= {"data__max_skipped_fraction": 0.6, "train__batch_size": 4, "train__epochs": 2}

@@ -83,7 +83,7 @@ def by_the_loop(vision: str, style: str) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("style", ["late", "shared"])
-@pytest.mark.parametrize("vision", [VIT, CNN], ids=["vit", "cnn"])
+@pytest.mark.parametrize("vision", [pytest.param(VIT, id="vit"), pytest.param(CNN, id="cnn", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("way", ["at once", "in blocks", "pairs", "pairs in blocks", "pairs, projected"])
 def test_every_way_is_the_loop_over_pairs_and_words(monkeypatch, float64, style, vision, way):
     wanted_logits, wanted = by_the_loop("vit" if vision is VIT else "cnn", style)
@@ -171,6 +171,7 @@ def test_the_scale_is_limited():
     assert torch.equal(found[1], found[2]) and not torch.equal(found[0], found[1])
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close_to_float32():
     model = agreeing_model().train()
     weights = torch.randn(IMAGES, TEXTS, generator=torch.Generator().manual_seed(4))

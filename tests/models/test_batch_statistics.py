@@ -57,6 +57,7 @@ def test_by_default_they_stay_where_weights_were_given(tmp_path):
     assert built(ModelOptions(init=save_tiny(tmp_path / "saved"))).dual.vision.hold_statistics
 
 
+@pytest.mark.slow
 def test_a_run_keeps_them(tmp_path):
     """From scratch a run moves them; going on from its model, the next one does not, yet trains the convolutions."""
     run(tmp_path / "first", train__max_steps=2)

@@ -42,7 +42,11 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-@pytest.fixture(scope="module", params=[None, 64, 2048], ids=["", "agreement", "wide agreement"])
+@pytest.fixture(
+    scope="module",
+    params=[None, 64, pytest.param(2048, marks=pytest.mark.slow)],
+    ids=["", "agreement", "wide agreement"],
+)
 def model(request) -> LoopITRModel:
     heads = {"num_attention_heads": 6, "num_hidden_layers": 1, "vocab_size": 60}
     config = LoopITRConfig(

@@ -13,6 +13,8 @@ from loopitr.objective.build import build_objective
 from loopitr.objective.grad_cache import cached_backward
 from loopitr.objective.options import ObjectiveOptions
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
@@ -32,10 +34,10 @@ def compiled(*arguments, **options):
     ("vision", "style", "precision"),
     [
         pytest.param(VIT, "late", torch.float32, id="vit"),
-        pytest.param(CNN, "late", torch.float32, id="cnn", marks=pytest.mark.slow),
-        pytest.param(VIT, "shared", torch.float32, id="shared", marks=pytest.mark.slow),
-        pytest.param(VIT, "late", torch.bfloat16, id="bf16", marks=pytest.mark.slow),
-        pytest.param(CNN, "shared", torch.bfloat16, id="cnn-shared-bf16", marks=pytest.mark.slow),
+        pytest.param(CNN, "late", torch.float32, id="cnn"),
+        pytest.param(VIT, "shared", torch.float32, id="shared"),
+        pytest.param(VIT, "late", torch.bfloat16, id="bf16"),
+        pytest.param(CNN, "shared", torch.bfloat16, id="cnn-shared-bf16"),
     ],
 )
 def test_whole_graphs_with_the_same_result(vision, style, precision):
@@ -52,7 +54,6 @@ def test_whole_graphs_with_the_same_result(vision, style, precision):
     assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("style", ["late", "shared"])
 def test_other_lengths_are_not_compiled_again(style):
     model = compiled(VIT, style).train()
@@ -65,7 +66,6 @@ def test_other_lengths_are_not_compiled_again(style):
     assert graphs[-1] == graphs[0], graphs
 
 
-@pytest.mark.slow
 def test_chunks_and_validation_need_a_graph_for_each_use_and_no_more():
     """Everything at once: chunks, blocks of any size, MLM, teachers without gradient, scoring with keys and values."""
     model = compiled(VIT, mlm_head=True)
@@ -87,7 +87,6 @@ def test_chunks_and_validation_need_a_graph_for_each_use_and_no_more():
     assert graphs[-1] == graphs[2], graphs
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("projected", [False, True])
 def test_token_agreement_goes_by_the_compiled_layout(projected):
     """Its buckets are padded with segments that occur twice, which must not count twice."""
@@ -105,7 +104,6 @@ def test_token_agreement_goes_by_the_compiled_layout(projected):
     assert_same_gradients(found[1][1], found[0][1])
 
 
-@pytest.mark.slow
 def test_gradient_checkpointing_and_blocks_go_with_it():
     plain, whole = tiny_model().train(), compiled().train()
     whole.fusion.gradient_checkpointing = True  # transformers warns in its own, which breaks the graph.

@@ -58,6 +58,7 @@ def test_gradients_are_the_plain_ones(style, count):
         torch.testing.assert_close(gradients[0][name], expected, atol=2e-5, rtol=1e-4, msg=lambda m: f"{name}: {m}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", ["late", "shared"])
 def test_many_pairs_of_uneven_sizes(style):
     """Enough pairs for several buckets by text and by image, in blocks and at once."""

@@ -37,7 +37,10 @@ def plain_step(case, style):
     return expected, gradients(plain.model, expected.loss)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 3, 20])
+SLOW_SIZES = [pytest.param(size, marks=pytest.mark.slow) for size in (1, 20)]
+
+
+@pytest.mark.parametrize("chunk_size", [3, *SLOW_SIZES])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("style", ["late", "shared"])
 def test_gradients_are_the_plain_steps(style, case, chunk_size):

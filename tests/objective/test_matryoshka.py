@@ -173,6 +173,7 @@ def test_the_dual_encoder_is_measured_at_prefixes():
         evaluate(model, records, dims=(17,))
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_the_table_at_its_dimensions_and_its_exports_know_them(tmp_path):
     changes = {**NO_DROPOUT, **NO_AUGMENTATION, "objective__matryoshka_dims": [4, 8]}
     metrics = train(tmp_path, **changes)

@@ -177,6 +177,7 @@ def summed(student, dropout, **options):
     return LoopObjective(student, terms, miner=TopK(3), sum_dropout=dropout)
 
 
+@pytest.mark.slow
 def test_training_on_the_sum_equals_plain_training_where_similarities_are_equal():
     """All candidates of a query get the same number: their order by LCE does not change."""
     student = model()

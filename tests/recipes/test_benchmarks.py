@@ -52,11 +52,11 @@ OWN = {  # How many figures there are, and what is counted in each.
 }
 
 
-# One starts a process for each of its figures, for the memory that this one peaks at; the other exports graphs.
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("grad_cache.py", "onnx_speed.py")]
+# One starts a process for each of its figures, for the memory that this one peaks at; another exports graphs.
+SLOW = ("grad_cache.py", "onnx_speed.py", "input.py", "step.py", "search.py")
 
 
-@pytest.mark.parametrize("name", [*(name for name in SMALL if name not in ("grad_cache.py", "onnx_speed.py")), *SLOW])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in SMALL])
 def test_figures_by_name(name, monkeypatch, capsys, tmp_path):
     file = tmp_path / "figures.json"
     done = run_here(monkeypatch, capsys, f"benchmarks/{name}", *SMALL[name], "--output", file)
@@ -70,7 +70,12 @@ def test_figures_by_name(name, monkeypatch, capsys, tmp_path):
     assert name in without or any(case.get("of_peak", 0.0) > 0 for case in figures.values())
 
 
-@pytest.mark.parametrize("name", ["pairs.py", "step.py", "encode.py", "evaluate.py", "grad_cache.py"])
+ON_GPU = ("encode.py", "pairs.py", "step.py", "evaluate.py", "grad_cache.py")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in (*SLOW, "pairs.py") else n for n in ON_GPU]
+)
 def test_on_a_gpu_no_operation_mixes_devices(gpu, monkeypatch, capsys, tmp_path, name):
     """Pretended; a matrix product of a GPU's size is too much for a CPU."""
     monkeypatch.setattr(shared, "matmul_speed", lambda *_: 1e12)

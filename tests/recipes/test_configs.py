@@ -77,7 +77,11 @@ def test_no_config_is_left_out():
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*TOYS, "scenes", "flickr8k"}
 
 
-@pytest.mark.parametrize("name", TOYS)
+FAST = ("albef_coco", "pretrain_4m")
+SETUPS = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in TOYS]
+
+
+@pytest.mark.parametrize("name", SETUPS)
 def test_one_step(name, tmp_path):
     toy = {
         **TOYS[name](tmp_path),

@@ -36,6 +36,7 @@ def evaluate(folder, monkeypatch, capsys, table, *more):
     return json.loads(output.read_text()), lines
 
 
+@pytest.mark.slow
 def test_a_separate_file_is_evaluated_whole_and_trained_images_in_it_are_named(folder, monkeypatch, capsys):
     figures, lines = evaluate(folder, monkeypatch, capsys, "test.csv")
     assert figures["num_images"] == 12

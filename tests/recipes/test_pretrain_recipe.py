@@ -171,6 +171,7 @@ def test_a_killed_run_that_is_resumed_equals_one_that_was_not(tmp_path):
     assert logged(tmp_path / "whole", "loss/total") == logged(tmp_path / "parts", "loss/total")
 
 
+@pytest.mark.slow
 def test_fine_tuning_on_a_table_with_a_broken_image_and_a_missing_caption(first, tmp_path, monkeypatch, capsys):
     table = write_table(tmp_path / "table", {"train": range(12), "val": range(12, 16)}, broken=(5,))
     table.write_text(table.read_text() + "3.jpg,,train\n")

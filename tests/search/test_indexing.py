@@ -220,7 +220,7 @@ def test_outputs_and_sources_that_cannot_be_used(tmp_path):
     for source, output, options, message in (
         (tmp_path / "none", "index", {}, "none: no such folder"),
         (tmp_path / "file", "index", {}, "file: is not a folder"),
-        (tmp_path / "empty", "index", {}, "there is no image to index"),
+        (tmp_path / "empty", "index", {}, "empty: there is no image to index"),
         (photos, "file", {}, "file is not a folder"),
         (photos, "photos", {}, "holds 000.jpg and no search index"),
         (photos, "index", {"tokens": "int4"}, "unknown tokens 'int4'; known: fp16, bf16, none"),

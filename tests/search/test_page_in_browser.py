@@ -36,5 +36,7 @@ def test_typing_switching_and_dropping(tmp_path):
         view.locator("input[type=file]").first.set_input_files(tmp_path / "mine.jpg")
         figures.first.wait_for()
         assert figures.first.get_attribute("title").endswith("/7.jpg") and view.locator("ol:visible li").count() == 10
+        own = view.locator("img.loopitr-own")  # What was dropped, on the page.
+        assert own.evaluate("image => image.naturalWidth") > 0 and own.get_attribute("src").startswith("data:")
         assert hosts <= {"127.0.0.1", None, ""}
         browser.close()

@@ -95,6 +95,7 @@ def test_the_numbers_are_those_of_evaluation(monkeypatch):
     torch.testing.assert_close(torch.from_numpy(got).view(-1, 4), wanted, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vision", [None, CNN], ids=["vit", "cnn"])
 def test_portions_change_nothing(vision, tmp_path):
     size = 64 if vision else 32

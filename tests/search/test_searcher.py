@@ -209,6 +209,19 @@ def test_what_is_no_index(tmp_path, photos, retriever):
         Searcher.open(tmp_path / "index", model=retriever)
 
 
+def test_files_of_an_index_that_are_cut_off_are_one_line_that_names_it(tmp_path, photos, retriever):
+    for table, use in (("images", index), ("images", None), ("contents", index), ("contents", None)):
+        folder = tmp_path / f"{table} {use is None}"
+        index(photos, retriever, folder)
+        for file in (folder / f"{table}.lance" / "data").iterdir():
+            os.truncate(file, 100)
+        with pytest.raises(ValueError, match=f"^{folder}: the index cannot be read: "):
+            if use is None:
+                Searcher.open(folder, model=retriever).search("a dog")
+            else:
+                index(photos, retriever, folder)
+
+
 def test_a_searcher_sees_what_is_added_and_removed_meanwhile(tmp_path, retriever):
     photos = write_photos(tmp_path / "photos", 4)
     index(photos, retriever, tmp_path / "index")

@@ -79,7 +79,8 @@ def test_a_condition_filters(client):
 
 def test_an_image_gives_similar_images_and_captions(folder, client, tmp_path):
     (tmp_path / "mine.jpg").write_bytes(jpeg(7))
-    similar, captions = client.predict(handle_file(tmp_path / "mine.jpg"), 5, api_name="/similar")
+    similar, captions, own = client.predict(handle_file(tmp_path / "mine.jpg"), 5, api_name="/similar")
+    assert own.startswith('<img class="loopitr-own" src="data:image/jpeg;base64,')
     assert titles(similar)[0] == "7.jpg" and len(titles(similar)) == 5
     assert captions.count("<li>") == 10
 
@@ -111,6 +112,7 @@ def test_an_image_that_does_not_open_and_other_files_are_refused(client, tmp_pat
         client.predict(None, 5, api_name="/similar")
 
 
+@pytest.mark.slow
 def test_a_path_or_an_address_is_no_upload(folder, page):
     """Requests that name a file instead of one that was uploaded, as any of the inputs."""
     (page.uploads.parent / "loopitr-outside.jpg").write_bytes(jpeg(7))

@@ -259,6 +259,14 @@ def test_a_step_that_is_saved_again_is_never_away(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
 
 
+@pytest.mark.parametrize("step", ['"x"', "1e999", "true", "null"])
+def test_a_step_that_is_no_number_is_a_damaged_checkpoint(tmp_path, step):
+    (tmp_path / "step-00000003").mkdir()
+    (tmp_path / "step-00000003" / STATE_FILE).write_text(f'{{"step": {step}}}')
+    with pytest.raises(ValueError, match="progress.json cannot be read .step is "):
+        newest_checkpoint(tmp_path)
+
+
 def test_a_checkpoint_without_a_manifest_is_of_an_older_version(tmp_path):
     work = Work().steps(2)
     (work.save(tmp_path) / MANIFEST).unlink()

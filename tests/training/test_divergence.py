@@ -53,6 +53,7 @@ def states(monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_bad_step_changes_nothing_and_is_named(tmp_path, monkeypatch, capsys, what):
     poison(monkeypatch, {4, 5}, what)
@@ -73,6 +74,7 @@ def test_a_bad_step_changes_nothing_and_is_named(tmp_path, monkeypatch, capsys, 
     assert all(value == value for row in read_history(tmp_path / "run") for value in row.values())  # no NaN
 
 
+@pytest.mark.slow
 def test_so_many_in_a_row_stop_the_run_and_leave_a_finite_model(tmp_path, monkeypatch, capsys):
     poison(monkeypatch, range(4, 100))
     with pytest.raises(ValueError, match="stopped at step 6, the last of 3 in a row without a finite gradient") as got:

@@ -56,7 +56,9 @@ def test_a_process_on_another_host_is_believed_to_run(tmp_path):
         FolderLock(tmp_path).acquire()
 
 
-@pytest.mark.parametrize("state", ["gone", "another process with its pid", "half written", "empty", "this, earlier"])
+@pytest.mark.parametrize(
+    "state", ["gone", "another process with its pid", "half written", "empty", "this, earlier", "odd"]
+)
 def test_a_stale_lock_is_taken_over(tmp_path, other, state):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
@@ -65,6 +67,7 @@ def test_a_stale_lock_is_taken_over(tmp_path, other, state):
         "another process with its pid": json.dumps(holder(other, started=other.create_time() - 100)),
         "half written": '{"pid": 1',
         "empty": "",
+        "odd": '{"pid": 1e999, "host": "vm", "started": 0}',
         "this, earlier": json.dumps(holder(psutil.Process())),
     }[state]
     (tmp_path / LOCK).write_text(content)
@@ -72,6 +75,15 @@ def test_a_stale_lock_is_taken_over(tmp_path, other, state):
     lock.acquire()
     assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
     lock.release()
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
+    (tmp_path / "photo").write_text("photo")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LOCK).symlink_to(tmp_path / "photo")
+    with pytest.raises(OSError, match="run.lock is a link and no lock file"):
+        FolderLock(tmp_path / "run").acquire()
+    assert (tmp_path / "photo").read_text() == "photo"
 
 
 def test_of_many_that_start_together_one_gets_it(tmp_path):

@@ -13,6 +13,8 @@ from loopitr.objective.options import ObjectiveOptions
 from loopitr.training.options import TrainOptions
 from loopitr.training.reporting import read_history
 
+pytestmark = pytest.mark.slow
+
 
 def test_without_pairs_the_dual_trains_alone_and_every_parameter_has_a_gradient():
     model = tiny_model().train()

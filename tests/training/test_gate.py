@@ -85,6 +85,8 @@ def test_a_gate_that_never_opens_is_warned_of_once_with_advice():
     warning = own.warning(progress)
     assert "at most -4.5 points from the dual head, wanted +1.0" in warning
     assert "objective.teacher_margin to null" in warning
+    validate(own, progress, 30, dual=9.0, match=12.0)  # It opens when the run ends.
+    assert "the last validation was the first that found the teacher" in own.warning(progress)
 
 
 GATED = {
@@ -103,10 +105,8 @@ def test_a_run_whose_gate_stays_closed_never_distils(tmp_path, capsys):
     assert capsys.readouterr().out.count("distillation was never on") == 1
 
 
-TEACHERS = [*(pytest.param(name, marks=pytest.mark.slow) for name in ("match", "match_plus_similarity")), "momentum"]
-
-
-@pytest.mark.parametrize("teacher", TEACHERS)
+@pytest.mark.slow
+@pytest.mark.parametrize("teacher", ["match", "match_plus_similarity", "momentum"])
 def test_a_run_whose_gate_is_open_distils_and_goes_on_alike_after_an_interruption(tmp_path, monkeypatch, teacher):
     """Weights, history and figures to the bit: of the momentum copy, the weight w, the gate and its warm-up."""
     from loopitr.training import trainer as training
@@ -133,6 +133,7 @@ def test_a_run_whose_gate_is_open_distils_and_goes_on_alike_after_an_interruptio
         assert logged(tmp_path / "whole", name) == logged(tmp_path / "parts", name)
 
 
+@pytest.mark.slow
 def test_a_frozen_teacher_of_a_folder(tmp_path, capsys):
     run(tmp_path / "teacher", train__max_steps=2)
     options = {"objective__teacher": "frozen", "objective__teacher_model": str(tmp_path / "teacher" / "run")}
@@ -142,6 +143,7 @@ def test_a_frozen_teacher_of_a_folder(tmp_path, capsys):
         run(tmp_path / "nothing", **{**options, "objective__teacher_model": "runs/nothing/here"})
 
 
+@pytest.mark.slow
 def test_a_frozen_teacher_with_another_image_backbone_does_not_go_with_cached_tokens(tmp_path):
     run(tmp_path / "teacher", train__max_steps=2)
     options = {

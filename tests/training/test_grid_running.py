@@ -39,6 +39,7 @@ def test_why_a_run_failed(tmp_path, text, reason):
     assert failure(run) is None
 
 
+@pytest.mark.slow
 def test_a_run_that_was_interrupted_has_not_failed(tmp_path):
     run = plan(tmp_path)[0]
 

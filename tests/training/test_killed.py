@@ -17,6 +17,8 @@ from helpers.waiting import wait, wait_until
 from loopitr.evaluation import retrieval
 from loopitr.training import checkpoints
 
+pytestmark = pytest.mark.slow
+
 # Dropout, augmentation, a window of log lines that no checkpoint ends, a validation in mid-epoch.
 RUN = {
     "train__epochs": 2,

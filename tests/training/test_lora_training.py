@@ -63,10 +63,18 @@ def test_adapters_slow_down_with_the_backbones_when_the_loop_starts():
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"model__fusion__style": "shared"}, {"train__gradient_checkpointing": True}, {"train__precision": "bf16"},
-     {"train__fusion_start": 0.5, "train__backbone_lr": 0.0, "train__lora_lr": 1e-2}],
-    ids=["late", "shared", "checkpointing", "bf16", "late start"],
-)  # fmt: skip
+    [
+        pytest.param({}, id="late"),
+        pytest.param({"model__fusion__style": "shared"}, id="shared", marks=pytest.mark.slow),
+        pytest.param({"train__gradient_checkpointing": True}, id="checkpointing", marks=pytest.mark.slow),
+        pytest.param({"train__precision": "bf16"}, id="bf16", marks=pytest.mark.slow),
+        pytest.param(
+            {"train__fusion_start": 0.5, "train__backbone_lr": 0.0, "train__lora_lr": 1e-2},
+            id="late start",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
 def test_a_run_trains_adapters_heads_and_fusion_and_keeps_the_adapters(tmp_path, changes):
     # An adapter's first matrix moves from the second step on, as its other one starts with zeros.
     steps = {"train__lr": 1e-2, "train__weight_decay": 0.0, "train__max_steps": 2, "validation__every_epochs": 0}
@@ -84,6 +92,7 @@ def test_a_run_trains_adapters_heads_and_fusion_and_keeps_the_adapters(tmp_path,
     assert not any(is_adapter(name) for name in DualEncoder.from_pretrained(tmp_path / "dual").state_dict())
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_that_is_resumed_equals_one_that_was_not(tmp_path, monkeypatch):
     class Killed(Exception):
         pass
@@ -101,7 +110,7 @@ def test_an_interrupted_run_that_is_resumed_equals_one_that_was_not(tmp_path, mo
         run(tmp_path / "parts", **options)
     monkeypatch.undo()
     other = {**options, "model__lora": {"vision_rank": 2, "text_rank": 3}}
-    with pytest.raises(ValueError, match="begun with other options .*model.lora.text_rank: 2 -> 3"):
+    with pytest.raises(ValueError, match="started with other options .*model.lora.text_rank: 2 -> 3"):
         run(tmp_path / "parts", **other, resume=True)
     with pytest.raises(ValueError, match="does not fit this run's model"):
         run(tmp_path / "parts", **other, resume_with_changes=True)
@@ -109,6 +118,7 @@ def test_an_interrupted_run_that_is_resumed_equals_one_that_was_not(tmp_path, mo
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
 
+@pytest.mark.slow
 def test_fine_tuning_goes_on_with_the_adapters_or_gives_a_plain_model_its_first(tmp_path):
     run(tmp_path / "first", **LORA, train__max_steps=1)
     first = str(tmp_path / "first" / "run")
@@ -149,7 +159,7 @@ def test_options_become_adapters():
     ("changes", "message"),
     [
         ({"model__freeze": ["vision"]}, "vision is frozen, so it cannot learn adapters"),
-        ({"data__cache_tokens": "cache"}, "data.cache_tokens needs tokens that stay the same"),
+        ({"data__cache_tokens": "cache"}, "data.cache_tokens needs tokens that do not change"),
     ],
 )
 def test_adapters_that_do_not_fit_the_run(tmp_path, changes, message):

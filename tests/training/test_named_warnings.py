@@ -104,6 +104,7 @@ def test_a_lone_surrogate_is_skipped_by_name(tmp_path):
     assert report.summary().encode() and r"\udcff.jpg" in report.summary()
 
 
+@pytest.mark.slow
 def test_a_file_is_counted_once_however_often_it_is_visited(tmp_path):
     """Over the epochs of a run, and over its parts."""
     path = write_table(tmp_path / "table", {"train": range(24), "val": range(24, 32)}, broken=(5, 7))

@@ -15,6 +15,7 @@ def config(folder):
     return yaml.safe_load((folder / "run" / "config.yaml").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -33,7 +34,7 @@ def config(folder):
 )
 def test_an_option_that_changes_the_run_is_named_and_nothing_is_written(begun, change, named):
     before = {path: path.read_bytes() for path in begun.rglob("*") if path.is_file() and path.name != "tiny.yaml"}
-    with pytest.raises(ValueError, match=f"begun with other options .*{named}.*--resume_with_changes") as raised:
+    with pytest.raises(ValueError, match=f"started with other options .*{named}.*--resume_with_changes") as raised:
         run(begun, **{**SHORT, **change}, resume=True)
     assert "\n" not in str(raised.value)
     after = {path: path.read_bytes() for path in begun.rglob("*") if path.is_file() and path.name != "tiny.yaml"}
@@ -54,6 +55,7 @@ def test_neither_resume_nor_its_consent_is_stored(tmp_path):
         assert not {"resume", "resume_with_changes"} & set(config(tmp_path))
 
 
+@pytest.mark.slow
 def test_changes_that_are_accepted_are_said_and_the_earlier_options_kept(tmp_path, capsys):
     table = write_table(tmp_path / "table", {"train": range(24), "val": range(24, 32)})
     run(tmp_path, **SHORT)

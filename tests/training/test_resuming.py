@@ -33,8 +33,13 @@ class Killed(Exception):
             marks=pytest.mark.slow,
         ),
         # Its checkpoints are at an epoch's end.
-        {"train__epochs": 2, "train__checkpoint_every": 8, "objective__mining": "sample"},
-        {"train__epochs": 2, "train__checkpoint_every": 5, "model__freeze": ["vision"], "cache": True},
+        pytest.param(
+            {"train__epochs": 2, "train__checkpoint_every": 8, "objective__mining": "sample"}, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            {"train__epochs": 2, "train__checkpoint_every": 5, "model__freeze": ["vision"], "cache": True},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["mid-epoch", "accumulation", "epoch end", "cached tokens"],
 )
@@ -81,6 +86,7 @@ def everything(folder):
     return [(str(path), path.read_bytes(), path.stat().st_mtime_ns) for path in files]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", ["its checkpoint", "no checkpoint"])
 def test_a_finished_run_that_is_resumed_is_left_as_it_is(tmp_path, capsys, keep):
     first = run(tmp_path, train__max_steps=2)  # checkpoint_every is 0: the last one is written all the same
@@ -103,6 +109,7 @@ def test_a_finished_run_without_a_checkpoint_cannot_be_made_longer(tmp_path):
     assert everything(tmp_path / "run") == before
 
 
+@pytest.mark.slow
 def test_a_run_killed_after_its_last_step_is_finished(tmp_path, monkeypatch):
     expected = run(tmp_path / "whole", train__max_steps=2)
 
@@ -118,6 +125,7 @@ def test_a_run_killed_after_its_last_step_is_finished(tmp_path, monkeypatch):
     assert read_history(tmp_path / "whole" / "run") == read_history(tmp_path / "parts" / "run")
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint_is_kept_when_it_starts_again(tmp_path, monkeypatch, capsys):
     def killed(*_, **__):
         raise Killed
@@ -134,6 +142,7 @@ def test_a_run_killed_before_its_first_checkpoint_is_kept_when_it_starts_again(t
     assert len(logged(tmp_path, "loss/total")) == 2
 
 
+@pytest.mark.slow
 def test_an_earlier_run_is_moved_aside_but_not_by_a_mistake(tmp_path, capsys):
     first = run(tmp_path, train__max_steps=1)
     for mistake in (
@@ -147,5 +156,9 @@ def test_an_earlier_run_is_moved_aside_but_not_by_a_mistake(tmp_path, capsys):
         assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == first
     run(tmp_path, train__max_steps=2)
     assert json.loads((tmp_path / "run.1" / "metrics.json").read_text()) == first
-    assert "moved the earlier run" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "moved the earlier run" in output and "to go on with it" not in output
     assert logged(tmp_path, "loss/total") != []
+    (tmp_path / "run" / "metrics.json").unlink()  # As if it had been killed after a checkpoint.
+    run(tmp_path, train__max_steps=1)
+    assert f"to go on with it: --train.output_dir {tmp_path}/run.2 --resume\n" in capsys.readouterr().out

@@ -36,6 +36,7 @@ def test_an_earlier_run_is_moved_to_the_first_free_name(tmp_path):
         {"config.yaml": b"train: {lr: 0.1}", "photo.jpg": b""},  # of another program that trains
         {"config.yaml": b"train: images/train", "photo.jpg": b""},
         {"config.yaml": b"train: [", "main.py": b""},
+        {"config.yaml": b"[" * 5000, "main.py": b""},
         {".hidden": b""},
     ],
     ids=lambda files: " ".join(files),

@@ -33,6 +33,7 @@ def stepped(monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_size", [None, 3])
 def test_an_accumulated_step_has_the_mean_of_its_batches_own_gradients(tmp_path, stepped, chunk_size):
     run(tmp_path / "run", **EXACT, train__accumulation=2, train__clip=1e9, train__chunk_size=chunk_size)
@@ -51,6 +52,7 @@ def test_an_accumulated_step_has_the_mean_of_its_batches_own_gradients(tmp_path,
     assert max(float((a - b).abs().max()) for a, b in zip(*own, strict=True) if a is not None) > 1e-2
 
 
+@pytest.mark.slow
 def test_gradients_are_clipped_to_a_norm(tmp_path, stepped):
     norms = []
     for clip in (1e9, 1e-3):
@@ -59,6 +61,7 @@ def test_gradients_are_clipped_to_a_norm(tmp_path, stepped):
     assert norms[0] > 0.1 and norms[1] == pytest.approx(1e-3, rel=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_size", [None, 4])
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_linear_layers_compute_in_the_precision_asked_for(tmp_path, monkeypatch, precision, dtype, chunk_size):
@@ -76,6 +79,7 @@ def test_linear_layers_compute_in_the_precision_asked_for(tmp_path, monkeypatch,
     assert trained == evaluated == {dtype}  # The evaluations are those of the validation and of the final table.
 
 
+@pytest.mark.slow
 def test_tokens_are_cached_in_float32_whatever_the_precision(tmp_path):
     frozen = {**EXACT, "model__freeze": ["vision"], "train__epochs": 0}
     for precision in ("fp32", "bf16"):
@@ -160,6 +164,7 @@ def test_augmentation_is_what_was_asked_for(tmp_path, flip, randaugment):
     assert steps[-1].mean == list(processor.image_mean) and steps[-1].std == list(processor.image_std)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resample", ["bilinear", "bicubic", "lanczos"])
 def test_training_images_are_resized_as_the_processor_says(tmp_path, resample):
     processor = LoopITRProcessor.from_pretrained(save_tiny(tmp_path / "saved"))

@@ -49,6 +49,7 @@ def test_without_candidates_the_weight_stays_and_that_is_said_once(tmp_path, cap
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [False, True])
 def test_the_head_of_word_prediction_is_saved_only_if_asked_for(tmp_path, keep):
     run(tmp_path, train__max_steps=2, objective__mlm=1.0, validation__keep_mlm_head=keep)
@@ -56,6 +57,7 @@ def test_the_head_of_word_prediction_is_saved_only_if_asked_for(tmp_path, keep):
     assert (LoopITRModel.from_pretrained(tmp_path / "run").mlm_head is not None) is keep
 
 
+@pytest.mark.slow
 def test_a_model_saved_without_the_head_goes_on_with_a_new_one(tmp_path):
     run(tmp_path / "first", train__max_steps=2, objective__mlm=1.0)
     start = str(tmp_path / "first" / "run")

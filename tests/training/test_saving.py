@@ -11,6 +11,8 @@ from loopitr.training import trainer as training
 from loopitr.training.durable import write_file, write_files
 from loopitr.training.reporting import History, read_history
 
+pytestmark = pytest.mark.slow
+
 NO_SPACE = errno.ENOSPC
 
 

@@ -162,14 +162,14 @@ def test_scalars_become_vectors_of_one_that_are_trained_as_before():
 
 @pytest.mark.parametrize(("style", "classes"), [("late", ["BertLayer", "Block"]), ("shared", ["Block"])])
 def test_layers_whose_parts_are_used_alone_are_not_gathered_one_by_one(style, classes):
-    assert whole_layers(tiny_model(style)) == classes
+    assert whole_layers(tiny_model(style=style)) == classes
 
 
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
         ({"FSDP_VERSION": "1"}, "FSDP 1 is not supported: launch with --fsdp_version 2"),
-        ({"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "FSDP can wrap layers, not parts of a size"),
+        ({"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "FSDP can wrap layers, not parts by size"),
         ({"FSDP_OFFLOAD_PARAMS": "true"}, "FSDP's offloading of weights to the CPU is not supported"),
         ({}, "FSDP shards over processes, and this is the only one"),
     ],

@@ -45,6 +45,7 @@ def order(trainer, epoch):
     return [identity for batch in trainer.loader.epoch(epoch) for identity in batch.inputs["identities"].tolist()]
 
 
+@pytest.mark.slow
 def test_a_stream_is_shuffled_by_seed_and_epoch(tmp_path):
     changes = stream(tmp_path, 16)
     with trainer(tmp_path / "a", **changes) as first:

@@ -24,15 +24,14 @@ def encoded(monkeypatch):
     return counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
         pytest.param({}, id="late"),
-        pytest.param({**MLM, "data__captions": "all", "train__max_steps": 6}, id="MLM", marks=pytest.mark.slow),
-        pytest.param({"model__fusion__style": "shared", "data__num_workers": 1}, id="shared", marks=pytest.mark.slow),
-        pytest.param(
-            {"model__hold_batch_statistics": True, "train__chunk_size": 4}, id="chunks", marks=pytest.mark.slow
-        ),
+        pytest.param({**MLM, "data__captions": "all", "train__max_steps": 6}, id="MLM"),
+        pytest.param({"model__fusion__style": "shared", "data__num_workers": 1}, id="shared"),
+        pytest.param({"model__hold_batch_statistics": True, "train__chunk_size": 4}, id="chunks"),
     ],
 )
 def test_a_cached_run_has_the_losses_of_one_without(tmp_path, encoded, changes):
@@ -53,6 +52,7 @@ def test_a_cached_run_has_the_losses_of_one_without(tmp_path, encoded, changes):
     assert again["dual"] == cached["dual"] and again["match"] == cached["match"]
 
 
+@pytest.mark.slow
 def test_evaluation_reads_the_cache_as_it_would_compute(tmp_path):
     untrained = {**FROZEN, "train__epochs": 0}
     plain = run(tmp_path / "a", **untrained)
@@ -61,6 +61,7 @@ def test_evaluation_reads_the_cache_as_it_would_compute(tmp_path):
         assert cached[head]["mean_recall"] == pytest.approx(plain[head]["mean_recall"], abs=3)  # half precision
 
 
+@pytest.mark.slow
 def test_both_caches_in_one_folder(tmp_path, encoded):
     folder = str(tmp_path / "cache")
     both = {"model__freeze": ["vision", "text"], "data__cache_tokens": folder, "data__cache_text_tokens": folder}
@@ -90,6 +91,7 @@ def test_a_text_backbone_that_trains_is_refused(tmp_path, changes, message):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_cache_is_named(tmp_path):
     folder = tmp_path / "cache"
     run(tmp_path / "a", **FROZEN, data__cache_text_tokens=str(folder), train__max_steps=1)

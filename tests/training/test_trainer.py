@@ -46,6 +46,7 @@ def test_a_run_returns_and_writes_its_metrics(tmp_path):
     torch.testing.assert_close(logged(tmp_path, "loss/itm")[0], 0.69, rtol=0.5, atol=0)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_model_and_another_seed_another(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         run(tmp_path / name, train__seed=seed, train__max_steps=3)
@@ -121,6 +122,7 @@ def test_the_best_validated_model_is_the_one_that_is_kept(tmp_path, monkeypatch,
     assert metrics["training"]["best_val_mean_r1"] == results[best][{"auto": "reranked"}.get(select, select)]
 
 
+@pytest.mark.slow
 def test_an_accumulated_step_is_one_step_of_the_schedule(tmp_path):
     metrics = run(tmp_path, train__accumulation=3, train__epochs=3, train__warmup=0.5, train__lr=1e-2)
     assert metrics["training"]["steps"] == 6  # 8 batches an epoch are 2 steps; the rest is dropped
@@ -128,6 +130,7 @@ def test_an_accumulated_step_is_one_step_of_the_schedule(tmp_path):
     assert max(rates) == pytest.approx(1e-2) and rates[-1] == pytest.approx(0.0)
 
 
+@pytest.mark.slow
 def test_distillation_warms_up(tmp_path, monkeypatch):
     scales = []
     forward = LoopObjective.forward
@@ -144,6 +147,7 @@ def test_distillation_warms_up(tmp_path, monkeypatch):
 # Cached image tokens
 
 
+@pytest.mark.slow
 def test_cached_tokens_are_computed_once_and_read_by_the_next_run(tmp_path, monkeypatch):
     encoded, read = [], []
     forward, open_cache = VisionBackbone.forward, token_cache_module.TokenCache.__getitem__
@@ -173,6 +177,7 @@ def test_cached_tokens_are_computed_once_and_read_by_the_next_run(tmp_path, monk
     assert first["num_images"] == other["num_images"]
 
 
+@pytest.mark.slow
 def test_cached_tokens_evaluate_like_fresh_ones(tmp_path):
     frozen = {"model__freeze": ["vision"], "train__epochs": 0}
     fresh = run(tmp_path / "a", **frozen)
@@ -217,6 +222,7 @@ def test_views_without_a_cache_are_refused(tmp_path, options, message):
 # What is refused
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_too_many_broken_images_stop_a_run_on_few(tmp_path, accumulation):
     table = write_table(tmp_path / "table", {"train": range(12), "val": range(12, 16)}, broken=tuple(range(6)))

@@ -38,6 +38,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+@pytest.mark.slow
 def test_it_writes_the_files_of_the_recipe(tmp_path):
     run(tmp_path / "recipe", train__max_steps=2)
     options = settings(tmp_path / "objects")

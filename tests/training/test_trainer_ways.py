@@ -77,9 +77,9 @@ def test_what_is_trained_is_what_the_losses_need(tmp_path, changes, trained):
     ("changes", "trained"),
     [
         ({"train__precision": "bf16", **VIT}, ALL),
-        ({"train__gradient_checkpointing": True, **VIT}, ALL),
-        ({"data__captions": "all", "objective__mining": "sample"}, ALL),
-        ({"train__batch_size": 3, "objective__num_negatives": 9}, ALL),
+        pytest.param({"train__gradient_checkpointing": True, **VIT}, ALL, marks=pytest.mark.slow),
+        pytest.param({"data__captions": "all", "objective__mining": "sample"}, ALL, marks=pytest.mark.slow),
+        pytest.param({"train__batch_size": 3, "objective__num_negatives": 9}, ALL, marks=pytest.mark.slow),
         ({"train__batch_size": 1, **VIT}, ALL - {"dual_head"}),  # Without a negative ITC has nothing to say.
     ],
     ids=["bf16", "checkpointing", "all captions", "few negatives", "no negative"],
@@ -103,6 +103,7 @@ def test_a_run_that_trains_the_dual_alone_reports_no_match_scores(tmp_path):
     assert metrics["num_images"] == 16 and metrics["match"] is None
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path):
     for name, checkpointing in (("a", False), ("b", True)):
         run(tmp_path / name, train__gradient_checkpointing=checkpointing, train__max_steps=2, **NO_DROPOUT, **VIT)
@@ -110,6 +111,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path):
     torch.testing.assert_close(plain, other)
 
 
+@pytest.mark.slow
 def test_batches_in_chunks_change_nothing_but_memory(tmp_path):
     for name, chunk_size in (("a", None), ("b", 3)):
         run(tmp_path / name, train__chunk_size=chunk_size, train__max_steps=3, **NO_DROPOUT, **VIT)
@@ -158,6 +160,7 @@ def test_what_cannot_be_read_is_counted_in_training_and_evaluation(tmp_path, cap
         run(tmp_path, **{**table, "data__max_skipped_fraction": 0.1})
 
 
+@pytest.mark.slow
 def test_cached_images_train_like_decoded_ones(tmp_path, monkeypatch):
     table = {**broken_table(tmp_path), "train__epochs": 2, "data__cache_images": str(tmp_path / "cache")}
     actual = run(tmp_path / "a", **table)
@@ -181,6 +184,7 @@ def test_cached_images_do_not_go_with_a_stream_or_cached_tokens(tmp_path, change
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.slow
 def test_large_jpegs_are_decoded_small_in_training_unless_an_option_forbids_it(tmp_path, monkeypatch):
     asked = []
 
@@ -195,6 +199,7 @@ def test_large_jpegs_are_decoded_small_in_training_unless_an_option_forbids_it(t
         asked.clear()
 
 
+@pytest.mark.slow
 def test_fine_tuning_goes_on_from_the_saved_model_with_other_options(tmp_path):
     table = broken_table(tmp_path)
     run(tmp_path / "first", train__max_steps=2)
@@ -208,6 +213,7 @@ def test_fine_tuning_goes_on_from_the_saved_model_with_other_options(tmp_path):
     assert not equal(weights(tmp_path / "third"), weights(tmp_path / "first"))
 
 
+@pytest.mark.slow
 def test_a_run_may_start_from_the_model_in_its_own_folder(tmp_path):
     run(tmp_path, train__max_steps=2)
     before = weights(tmp_path)

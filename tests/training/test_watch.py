@@ -50,7 +50,9 @@ def test_a_matching_loss_at_its_prior_is_said_once():
     assert lines == []
     look(own, progress, [100, 110, 400, 800], loss__itm=0.636)
     (line,) = lines
-    assert line.startswith("warning: step 100: the matching loss has been 0.636 for 100 steps or more, what a guess")
+    assert line.startswith(
+        "warning: step 100: the matching loss has been 0.636 for 100 steps or more, that of guessing"
+    )
     assert "objective.mlm 1" in line
 
 
@@ -152,6 +154,7 @@ def test_another_models_lead_is_measured_once():
     assert measured == [teacher.model] and lines == []
 
 
+@pytest.mark.slow
 def test_a_run_provokes_them_all(tmp_path, monkeypatch, capsys):
     """Heads that are spoiled after each step: they give the same for all."""
     monkeypatch.setattr(watching, "LEAST", 3)
