@@ -49,6 +49,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "structure_source": ("image", "text"),
     "num_negatives": (1, 3, 20),
     "mine_across_ranks": (False, True),
+    "distillation_trains": ("all", "projections"),
 }
 
 

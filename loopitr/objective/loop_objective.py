@@ -223,7 +223,7 @@ class LoopObjective(nn.Module):
             features = self.model.text_features(input_ids, attention_mask)
         texts = self.model.text_state(features, attention_mask)
         masked = None
-        if of_masked is not None:
+        if of_masked is not None and labels is not None:
             masked = MaskedTexts(self.model.text_state(of_masked, attention_mask), labels)
         student = None
         if self.trains_projections_apart:

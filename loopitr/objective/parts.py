@@ -159,3 +159,16 @@ class PredictedWords:
 
     logits: Tensor
     labels: Tensor
+
+
+def occur_together(queries: Tensor, query_ids: Tensor, candidate_ids: Tensor) -> Tensor:
+    """`[B, G]` bool: whether some row of all ranks holds both the id of query i and the id of candidate j.
+
+    `queries [B]` are ids of the same kind as `query_ids [G]`; row j of `query_ids` and `candidate_ids [G]` is a pair.
+    """
+    ordered, order = candidate_ids.sort()
+    group = torch.empty_like(order)
+    group[order] = (ordered.diff(prepend=ordered[:1]) != 0).cumsum(0)  # [G] candidates of one id have one number
+    same = (queries[:, None] == query_ids).to(torch.float32)  # [B, G]
+    groups = torch.zeros_like(same).index_add_(1, group, same) > 0  # [B, G] whether a row of query i is in the group
+    return groups.index_select(1, group)

@@ -41,6 +41,7 @@ from loopitr.objective.parts import (
     PredictedWords,
     Queries,
     Similarities,
+    occur_together,
 )
 
 if TYPE_CHECKING:
@@ -102,8 +103,8 @@ class Step:
         """Text j is a positive of image i if some row of any rank pairs i's image with j's caption."""
         identities, captions = self.gathered.identities, self.gathered.caption_ids
         return Positives(
-            per_image=_occur_together(self.identities, identities, captions),
-            per_text=_occur_together(self.caption_ids, captions, identities),
+            per_image=occur_together(self.identities, identities, captions),
+            per_text=occur_together(self.caption_ids, captions, identities),
         )
 
     # 2. Its similarities choose hard negatives.
@@ -294,16 +295,3 @@ class Step:
     @cached_property
     def _all_texts(self) -> TextState:
         return gather_texts(self.encoded.texts, self.rows)
-
-
-def _occur_together(queries: Tensor, query_ids: Tensor, candidate_ids: Tensor) -> Tensor:
-    """`[B, G]` bool: whether some row of all ranks holds both the id of query i and the id of candidate j.
-
-    `queries [B]` are ids of the same kind as `query_ids [G]`; row j of `query_ids` and `candidate_ids [G]` is a pair.
-    """
-    ordered, order = candidate_ids.sort()
-    group = torch.empty_like(order)
-    group[order] = (ordered.diff(prepend=ordered[:1]) != 0).cumsum(0)  # [G] candidates of one id have one number
-    same = (queries[:, None] == query_ids).to(torch.float32)  # [B, G]
-    groups = torch.zeros_like(same).index_add_(1, group, same) > 0  # [B, G] whether a row of query i is in the group
-    return groups.index_select(1, group)

@@ -27,6 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
     "teacher_only": {"itm": 0.0, "distillation_loss": "kl"},
     "sigmoid": {"itc_loss": "sigmoid", "distillation": 0.0},
     "agreement": {"num_negatives": 3, "distillation_loss": "kl", "agreement": 0.5},
+    "projections_and_mlm": {"num_negatives": 3, "mlm": 1.0, "distillation_trains": "projections"},
 }
 
 

@@ -54,6 +54,10 @@ OBJECTS: dict[str, tuple[list[Term], int]] = {
     "teacher_only": ([Contrastive(), Distillation(KL)], 4),
     "sigmoid": ([SigmoidContrastive(), Matching()], 4),
     "agreement": ([Contrastive(), Matching(), Distillation(KL), Agreement(0.5)], 3),
+    "projections_and_mlm": (
+        [Contrastive(), Matching(), Distillation(CPRD, backbones=False), WordPrediction(MASKING)],
+        3,
+    ),
 }
 
 
