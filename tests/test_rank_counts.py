@@ -168,7 +168,7 @@ class BlockMining:
         return Mined(indices, torch.cat([m.valid for m in mined]))
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def ranks(request, tmp_path_factory) -> list[dict[str, Any]]:
     """What each rank got, for all cases, from one launch."""
     return start_ranks(__file__, tmp_path_factory.mktemp("ranks"), ranks=request.param)
