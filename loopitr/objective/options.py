@@ -46,8 +46,8 @@ class ObjectiveOptions:
     """Weight of the distillation of the teacher's scores into the dual head. Unset: 1, but 0 in a run whose fusion head
     starts from scratch and teaches with its own match scores, since an untrained teacher lowers the recall."""
     distillation_trains: Literal["all", "projections"] = "all"
-    """What the distillation trains: all of the dual encoder, or only the projections of its two heads, so that the
-    backbones, on which the teacher stands too, do not settle for what it knows so far."""
+    """What the distillation trains: the whole dual encoder, or only the projections on top of its backbones. A young
+    teacher that stands on the same backbones needs `projections` (recipes/results/distillation.md)."""
     cmd: float = 0.0
     """Weight of CMD: similarities within one modality learn from those within the other (arXiv 2405.03355)."""
     cmc: float = 0.0
