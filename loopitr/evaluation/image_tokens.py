@@ -137,7 +137,8 @@ class ImageTokens:
         """The images of the blocks in order, a few at a time, none of which are of two blocks."""
         count = sum(map(len, blocks))
         shares = Shares.of(count, self.batch_size, self.model.vision.image_size, self.parameter.device)
-        vision = self.model.vision if self.cache is not None else folded(self.model.vision, count)
+        # By the number of all records, so that every rank of an evaluation decides alike.
+        vision = self.model.vision if self.cache is not None else folded(self.model.vision, len(self.records))
 
         def encode(read: _Read) -> _Encoded:
             if read.inputs is None:
