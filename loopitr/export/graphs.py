@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loopitr.models.cross_attention import CrossAttention, attend
 from loopitr.models.fusion import BertParts, TextLayer
+from loopitr.models.heads import unit_embeds
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.towers import ImageTower, TextTower
 
@@ -30,7 +30,7 @@ class ImageGraph(nn.Module):
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """`[B, 3, S, S]` -> `image_embeds [B, E]`, `image_tokens [B, N, Dv]`."""
         tokens = self.backbone(pixel_values)
-        embeds = F.normalize(self.projection(self.backbone.pool(tokens)), dim=-1)
+        embeds = unit_embeds(self.projection, self.backbone.pool(tokens))
         return (embeds, tokens) if self.with_tokens else (embeds,)
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loopitr.models.base import LoopITRPreTrainedModel
 from loopitr.models.config import DualEncoderConfig
-from loopitr.models.heads import projection
+from loopitr.models.heads import projection, unit_embeds
 from loopitr.models.image_backbone import VisionBackbone
 from loopitr.models.lora import inject_lora
 from loopitr.models.outputs import DualOutput
@@ -60,7 +59,7 @@ class DualEncoder(LoopITRPreTrainedModel):
 
     def embed_image_tokens(self, tokens: Tensor) -> Tensor:
         """Image tokens `[B, N, D]` -> embeds `[B, E]`, unit length."""
-        return F.normalize(self.vision_projection(self.vision.pool(tokens)), dim=-1)
+        return unit_embeds(self.vision_projection, self.vision.pool(tokens))
 
     def embed_text_output(self, output: TextOutput, attention_mask: Tensor) -> Tensor:
         """The text backbone's output for `attention_mask [T, L]` -> embeds `[T, E]`, unit length."""
@@ -68,7 +67,7 @@ class DualEncoder(LoopITRPreTrainedModel):
 
     def embed_pooled_texts(self, pooled: Tensor) -> Tensor:
         """Pooled texts `[T, D']` -> embeds `[T, E]`, unit length."""
-        return F.normalize(self.text_projection(pooled), dim=-1)
+        return unit_embeds(self.text_projection, pooled)
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
         """`[B, 3, S, S]` -> embeds `[B, E]`, unit length."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
@@ -24,6 +25,11 @@ def projection(kind: str, width: int, embed_dim: int, *, dropout: float = 0.0) -
     if width != embed_dim:
         raise ValueError(f"projection 'none' needs embed_dim {width}, the pooled width, got {embed_dim}")
     return nn.Identity()
+
+
+def unit_embeds(project: nn.Module, pooled: Tensor) -> Tensor:
+    """Pooled `[B, D']` -> embeds `[B, E]`, unit length: the dual head's side of one modality."""
+    return F.normalize(project(pooled), dim=-1)
 
 
 class MLPProjection(nn.Module):

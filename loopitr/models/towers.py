@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from loopitr.models.base import LoopITRPreTrainedModel
 from loopitr.models.config import DualEncoderConfig, ImageTowerConfig, TextTowerConfig
-from loopitr.models.heads import projection
+from loopitr.models.heads import projection, unit_embeds
 from loopitr.models.image_backbone import VisionBackbone
 from loopitr.models.lora import inject_lora
 from loopitr.models.text_backbone import TextBackbone
@@ -40,7 +39,7 @@ class ImageTower(LoopITRPreTrainedModel):
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
         """`[B, 3, S, S]` -> embeds `[B, E]`, unit length."""
-        return F.normalize(self.vision_projection(self.vision.pool(self.vision(pixel_values))), dim=-1)
+        return unit_embeds(self.vision_projection, self.vision.pool(self.vision(pixel_values)))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """The same as `get_image_features`."""
@@ -75,7 +74,7 @@ class TextTower(LoopITRPreTrainedModel):
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """`[T, L]` -> embeds `[T, E]`, unit length."""
         mask = input_ids.new_ones(input_ids.shape) if attention_mask is None else attention_mask
-        return F.normalize(self.text_projection(self.text.pool(self.text(input_ids, mask), mask)), dim=-1)
+        return unit_embeds(self.text_projection, self.text.pool(self.text(input_ids, mask), mask))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The same as `get_text_features`."""
