@@ -1,14 +1,13 @@
 """What a fragmented heap holds goes back to the system."""
 
 import platform
-import resource
-from functools import partial
+import subprocess
+import sys
 
 import psutil
 import pytest
 import torch
-from forked import fork
-from helpers.waiting import wait
+from helpers.recipe_process import environment
 
 from loopitr import memory
 
@@ -35,24 +34,30 @@ def test_another_c_library_is_left_alone(monkeypatch):
     assert memory.trim_memory() is False
 
 
-def page_faults(keep: bool) -> None:
-    """In a process of its own: print how many there are while blocks of 64 MiB come and go."""
-    if keep:
-        assert memory.keep_memory() and memory.keep_memory()
-    torch.ones(2**24)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(20):
-        torch.ones(2**24)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+# Prints the number of page faults while blocks of 64 MiB come and go. A forked process would have this one's settings.
+PAGE_FAULTS = """
+import resource, sys
+from loopitr import memory
+if sys.argv[1] == "True":
+    assert memory.keep_memory() and memory.keep_memory()
+size = 2**26
+block = b"x" * size
+del block
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    block = b"x" * size
+    del block
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to")
-def test_large_blocks_are_kept_for_the_next_ones(tmp_path):
+def test_large_blocks_are_kept_for_the_next_ones():
     counts = {}
     for keep in (False, True):
-        log = tmp_path / str(keep)
-        assert wait(fork(partial(page_faults, keep), log)) == 0, log.read_text()
-        counts[keep] = int(log.read_text())
+        done = subprocess.run([sys.executable, "-c", PAGE_FAULTS, str(keep)], env=environment(), capture_output=True)
+        assert done.returncode == 0, done.stderr.decode()
+        counts[keep] = int(done.stdout)
     assert counts[True] < counts[False] / 2
 
 

@@ -24,7 +24,7 @@ export_dual(folder / "run", folder / "dual")
 @pytest.mark.slow
 def test_train_and_export_without_peft_and_tensorboard(tmp_path):
     own = environment()
-    own["PYTHONPATH"] = f"{own['PYTHONPATH']}:{ROOT / 'tests'}"
+    own["PYTHONPATH"] = f"{own['PYTHONPATH']}:{ROOT / 'tests'}:{ROOT / 'recipes/benchmarks'}"
     words = [sys.executable, "-c", SCRIPT, str(tmp_path)]
     done = subprocess.run(words, env=own, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from accelerate.utils.other import get_free_port
 
 # Before the first fork: every training process has them without importing them again.
@@ -151,9 +152,10 @@ class Launch:
         folder.mkdir(parents=True, exist_ok=True)
         words = [*TINY, *words, f"--train.output_dir={folder / 'run'}", *(["--resume=true"] if resume else [])]
         phase.shared[0] = 0
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port())}
+        meeting = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port())}
 
         def work(rank: int) -> None:
+            AcceleratorState._reset_state(True)  # This process may have trained before it was forked.
             if ranks > 1:
                 own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
                 os.environ.update(meeting | {name: str(value) for name, value in own.items()})
