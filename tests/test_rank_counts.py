@@ -28,6 +28,8 @@ from loopitr.objective.options import ObjectiveOptions
 from loopitr.objective.parts import StepOutput
 from loopitr.training.sharding import vectors_for_scalars, whole, whole_layers
 
+pytestmark = pytest.mark.slow
+
 SIZE, CASES = 13, 21
 TOLERANCE = 1e-9  # of the largest entry of a gradient; the project asks for 1e-6
 SCALARS = {"dual.logit_scale", "dual.logit_bias", "agreement.logit_scale"}
@@ -168,13 +170,12 @@ class BlockMining:
         return Mined(indices, torch.cat([m.valid for m in mined]))
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[2, 4])
 def ranks(request, tmp_path_factory) -> list[dict[str, Any]]:
     """What each rank got, for all cases, from one launch."""
     return start_ranks(__file__, tmp_path_factory.mktemp("ranks"), ranks=request.param)
 
 
-@pytest.mark.slow
 def test_ranks_are_one_process_on_the_whole_batch(ranks):
     worst, seen = 0.0, set()
     for seed in range(CASES):

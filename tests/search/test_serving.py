@@ -28,6 +28,8 @@ from loopitr.models.scoring import DUAL_ALONE
 from loopitr.search.page import share_of
 from loopitr.search.serving import host_name, is_loopback
 
+pytestmark = pytest.mark.slow  # A page is served.
+
 QUERY = "a small red circle above a blue square"
 
 
@@ -112,7 +114,6 @@ def test_an_image_that_does_not_open_and_other_files_are_refused(client, tmp_pat
         client.predict(None, 5, api_name="/similar")
 
 
-@pytest.mark.slow
 def test_a_path_or_an_address_is_no_upload(folder, page):
     """Requests that name a file instead of one that was uploaded, as any of the inputs."""
     (page.uploads.parent / "loopitr-outside.jpg").write_bytes(jpeg(7))
@@ -244,7 +245,6 @@ def test_without_gradio_it_names_the_extra(folder, capsys, monkeypatch):
     assert 'pip install "loopitr[app]"' in fails(capsys, folder / "index")
 
 
-@pytest.mark.slow
 def test_the_command_serves_until_it_is_interrupted(folder):
     # A process that the tests are in the background of ignores interrupts.
     code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"

@@ -98,6 +98,7 @@ GATED = {
 }
 
 
+@pytest.mark.slow
 def test_a_run_whose_gate_stays_closed_never_distils(tmp_path, capsys):
     run(tmp_path, **GATED, objective__teacher_margin=100.0)
     assert logged(tmp_path, "loss/distillation") == []

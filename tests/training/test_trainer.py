@@ -192,6 +192,7 @@ def test_caching_a_backbone_that_is_trained_is_refused(tmp_path):
         run(tmp_path, data__cache_tokens=str(tmp_path / "cache"))
 
 
+@pytest.mark.slow
 def test_cached_views_are_built_once_and_by_what_makes_them(tmp_path):
     views = {"model__freeze": ["vision"], "data__cache_tokens": str(tmp_path / "cache"), "train__max_steps": 2}
 

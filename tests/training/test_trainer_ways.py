@@ -150,6 +150,7 @@ def test_streaming_trains_on_a_stream_and_validates_on_a_table(tmp_path, quick_s
     assert (metrics["split"], metrics["num_images"], metrics["training"]["steps"]) == ("val", 8, 6)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_read_is_counted_in_training_and_evaluation(tmp_path, capsys):
     table = broken_table(tmp_path)
     metrics = run(tmp_path, **table, train__epochs=2)
