@@ -10,8 +10,8 @@ import torch
 from helpers.pretend_gpu import PretendGPU
 
 torch.set_num_threads(1)
-# A process's first backward pass starts autograd's threads if torch knows a device besides the CPU, and forked processes
-# then refuse theirs. An ONNX export registers one, so the first pass comes before any test.
+# A process's first backward pass starts autograd's threads if torch knows a device besides the CPU; processes that it
+# forks can then have no backward pass. An ONNX export registers a device, so the first pass comes before all tests.
 torch.ones((), requires_grad=True).backward()
 
 
