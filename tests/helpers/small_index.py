@@ -13,6 +13,7 @@ from loopitr import Searcher
 from loopitr.search.sources import open_source
 
 IMAGES = 12
+QUERY = "a small red circle above a blue square"
 EVIL = "</span><script>document.title='evil'</script> ${7*7} {{7*7}} `x`"
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.small_index import EVIL, IMAGES, open_small_index, write_small_index
+from helpers.small_index import EVIL, IMAGES, QUERY, open_small_index, write_small_index
 from helpers.tiny_gallery import picture
 from helpers.tiny_index import index
 
@@ -17,17 +17,10 @@ from loopitr.search.figures import Thumbnails, caption_list, grid, text_of
 from loopitr.search.page import share_of, weight_of
 from loopitr.search.sources import open_source
 
-QUERY = "a small red circle above a blue square"
-
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_small_index(tmp_path_factory.mktemp("cached"))
-
-
-@pytest.fixture(scope="module")
-def searcher(folder):
-    return open_small_index(folder)
+def searcher(small_index):
+    return open_small_index(small_index)
 
 
 def paths(placed):
@@ -55,21 +48,23 @@ def test_the_order_is_the_searchers_for_every_weight_from_one_search(searcher, r
     assert all(each.hit.match is None for each in plain) and len(calls) == 2
 
 
-def test_a_text_is_never_the_path_of_an_image(folder, searcher):
-    cached, path = CachedSearcher(searcher), str(folder / "photos" / "4.jpg")
+def test_a_text_is_never_the_path_of_an_image(small_index, searcher):
+    cached, path = CachedSearcher(searcher), str(small_index / "photos" / "4.jpg")
     assert searcher.search(path)[0].similarity == pytest.approx(1.0, abs=1e-4)  # the searcher takes it for the image
     found = cached.by_text(path, top=3, reranked=False)
     assert max(each.hit.similarity for each in found) < 0.999
     assert cached.by_text("/nowhere/at/all.png", top=3, reranked=True)[0].hit.match is not None
 
 
-def test_an_image_finds_itself_and_the_best_captions_of_its_neighbours(folder, searcher):
+def test_an_image_finds_itself_and_the_best_captions_of_its_neighbours(small_index, searcher):
     cached, image = CachedSearcher(searcher), picture(4)
     found = cached.by_image(image, top=3)
     assert Path(found[0].hit.path).name == "4.jpg" and len(found) == 3
     captions = cached.captions(image, top=5)
     texts = [line for hit in searcher.search(image, top=IMAGES) for line in hit.columns["caption"].splitlines()]
-    scores = Retriever.from_pretrained(folder / "run").predict([(text, image) for text in texts], show_progress=False)
+    scores = Retriever.from_pretrained(small_index / "run").predict(
+        [(text, image) for text in texts], show_progress=False
+    )
     best = np.argsort(-scores)[:5]
     assert [text for text, _ in captions] == [texts[i] for i in best]
     assert [score for _, score in captions] == pytest.approx(scores[best].tolist(), abs=1e-4)

@@ -20,7 +20,7 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from helpers.recipe_process import environment, error_lines
 from helpers.served_page import get, served
-from helpers.small_index import EVIL, IMAGES, open_small_index, write_small_index
+from helpers.small_index import EVIL, IMAGES, QUERY, open_small_index
 from helpers.tiny_gallery import jpeg
 
 from loopitr.commands.main import main
@@ -30,17 +30,10 @@ from loopitr.search.serving import host_name, is_loopback
 
 pytestmark = pytest.mark.slow  # A page is served.
 
-QUERY = "a small red circle above a blue square"
-
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_small_index(tmp_path_factory.mktemp("serving"))
-
-
-@pytest.fixture(scope="module")
-def page(folder):
-    with served(folder) as page:
+def page(small_index):
+    with served(small_index) as page:
         yield page
 
 
@@ -57,8 +50,8 @@ def search(client, text=QUERY, reranked=True, share=0.02, top=6, where=""):
     return client.predict(text, reranked, share, top, where, api_name="/search")
 
 
-def test_a_text_gives_the_searchers_images_with_their_moves(folder, client):
-    searcher = open_small_index(folder)
+def test_a_text_gives_the_searchers_images_with_their_moves(small_index, client):
+    searcher = open_small_index(small_index)
     for share, weight in ((0.0, 0.0), (share_of(0.02), 0.02), (0.5, 1.0), (1.0, DUAL_ALONE)):
         html, status = search(client, share=share)
         expected = searcher.search(QUERY, top=6, similarity_weight=weight)
@@ -79,7 +72,7 @@ def test_a_condition_filters(client):
     assert "No image found" in search(client, where="width > 10000")[0]
 
 
-def test_an_image_gives_similar_images_and_captions(folder, client, tmp_path):
+def test_an_image_gives_similar_images_and_captions(small_index, client, tmp_path):
     (tmp_path / "mine.jpg").write_bytes(jpeg(7))
     similar, captions, own = client.predict(handle_file(tmp_path / "mine.jpg"), 5, api_name="/similar")
     assert own.startswith('<img class="loopitr-own" src="data:image/jpeg;base64,')
@@ -114,10 +107,15 @@ def test_an_image_that_does_not_open_and_other_files_are_refused(client, tmp_pat
         client.predict(None, 5, api_name="/similar")
 
 
-def test_a_path_or_an_address_is_no_upload(folder, page):
+def test_a_path_or_an_address_is_no_upload(small_index, page):
     """Requests that name a file instead of one that was uploaded, as any of the inputs."""
     (page.uploads.parent / "loopitr-outside.jpg").write_bytes(jpeg(7))
-    paths = [folder / "photos" / "4.jpg", "/etc/hostname", page.uploads / ".." / "loopitr-outside.jpg", page.uploads]
+    paths = [
+        small_index / "photos" / "4.jpg",
+        "/etc/hostname",
+        page.uploads / ".." / "loopitr-outside.jpg",
+        page.uploads,
+    ]
     with listener() as asked:
         for path in [*paths, f"http://127.0.0.1:{asked.port}/7.jpg"]:
             data = {"path": str(path), "meta": {"_type": "gradio.FileData"}, "orig_name": "a.jpg"}
@@ -157,15 +155,15 @@ def listener():
         server.shutdown()
 
 
-def test_no_file_is_served(folder, page, client, tmp_path):
+def test_no_file_is_served(small_index, page, client, tmp_path):
     (tmp_path / "mine.jpg").write_bytes(jpeg(7))
     client.predict(handle_file(tmp_path / "mine.jpg"), 5, api_name="/similar")
     (uploaded,) = {path for path in page.uploads.rglob("*.jpg") if path.read_bytes() == jpeg(7)}
     files = [
         "/etc/passwd",
-        folder / "photos" / "4.jpg",
-        folder / "photos.csv",
-        folder / "index" / "manifest.json",
+        small_index / "photos" / "4.jpg",
+        small_index / "photos.csv",
+        small_index / "index" / "manifest.json",
         uploaded,
     ]
     files += [os.path.relpath("/etc/passwd"), "setup.cfg", Path(__file__)]
@@ -230,8 +228,8 @@ def fails(capsys, *arguments):
     return line
 
 
-def test_a_port_in_use_a_wrong_host_and_no_index_are_one_line(folder, page, capsys, tmp_path):
-    index = (folder / "index",)
+def test_a_port_in_use_a_wrong_host_and_no_index_are_one_line(small_index, page, capsys, tmp_path):
+    index = (small_index / "index",)
     assert f"port {page.port} of 127.0.0.1: Address already in use" in fails(capsys, *index, "--port", page.port)
     assert "port must be from 0 to 65535, got 70000" in fails(capsys, *index, "--port", 70000)
     assert "203.0.113.7" in fails(capsys, *index, "--host", "203.0.113.7", "--port", 0)
@@ -240,16 +238,16 @@ def test_a_port_in_use_a_wrong_host_and_no_index_are_one_line(folder, page, caps
     assert "no index is given" in fails(capsys)
 
 
-def test_without_gradio_it_names_the_extra(folder, capsys, monkeypatch):
+def test_without_gradio_it_names_the_extra(small_index, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    assert 'pip install "loopitr[app]"' in fails(capsys, folder / "index")
+    assert 'pip install "loopitr[app]"' in fails(capsys, small_index / "index")
 
 
-def test_the_command_serves_until_it_is_interrupted(folder):
+def test_the_command_serves_until_it_is_interrupted(small_index):
     # A process that the tests are in the background of ignores interrupts.
     code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     code += "from loopitr.commands.main import main; main()"
-    given = ["search", "serve", str(folder / "index"), "--port", "0", "--device", "cpu"]
+    given = ["search", "serve", str(small_index / "index"), "--port", "0", "--device", "cpu"]
     words = [sys.executable, "-c", code, *given]
     process = subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
