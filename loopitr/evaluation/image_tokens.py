@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from tqdm.auto import tqdm
 
 from loopitr.data import DataError, DecodedImages, Record, TokenCache, UnreadableImage, name_of
 from loopitr.models.folding import folded
+from loopitr.models.image_backbone import VisionBackbone
 from loopitr.models.loop_model import DualEncoder
 from loopitr.models.packing import send
 
@@ -137,8 +139,7 @@ class ImageTokens:
         """The images of the blocks in order, a few at a time, none of which are of two blocks."""
         count = sum(map(len, blocks))
         shares = Shares.of(count, self.batch_size, self.model.vision.image_size, self.parameter.device)
-        # By the number of all records, so that every rank of an evaluation decides alike.
-        vision = self.model.vision if self.cache is not None else folded(self.model.vision, len(self.records))
+        vision = self.model.vision if self.cache is not None else self._vision
 
         def encode(read: _Read) -> _Encoded:
             if read.inputs is None:
@@ -167,6 +168,11 @@ class ImageTokens:
                 position, reason = encoded.failed[0]
                 raise UnreadableImage(name_of(self.records, position), reason)
             yield encoded
+
+    @cached_property
+    def _vision(self) -> VisionBackbone:
+        # By the number of all records, so that every rank of an evaluation decides alike.
+        return folded(self.model.vision, len(self.records))
 
     def _cached(self, batches: list[list[int]]) -> Iterator[_Read]:
         assert self.cache is not None

@@ -208,7 +208,7 @@ class LoopObjective(nn.Module):
             teacher = self.own_teacher.encode(
                 input_ids, attention_mask, pixel_values=pixel_values, image_tokens=image_tokens
             )
-        labels = of_masked = None
+        masked = None
         if masking is not None:
             masked_ids, labels = masking(input_ids, attention_mask)
             if features is None:  # One run of the backbone reads both.
@@ -219,12 +219,10 @@ class LoopObjective(nn.Module):
                 )
             else:
                 of_masked = self.model.text_features(masked_ids, attention_mask)
+            masked = MaskedTexts(self.model.text_state(of_masked, attention_mask), labels)
         elif features is None:
             features = self.model.text_features(input_ids, attention_mask)
         texts = self.model.text_state(features, attention_mask)
-        masked = None
-        if of_masked is not None and labels is not None:
-            masked = MaskedTexts(self.model.text_state(of_masked, attention_mask), labels)
         student = None
         if self.trains_projections_apart:
             dual, pooled = self.model.dual, features.pooled.detach().to(texts.embeds.dtype)

@@ -132,9 +132,8 @@ def _complete(folder: Path, final: Path, progress: Progress, scheduler: HasState
     write_file(folder / STATE_FILE, json.dumps(asdict(progress)))
     write_manifest(folder)
     replaced = final.with_suffix(REPLACED)
-    if (
-        final / STATE_FILE
-    ).is_file():  # A folder cannot replace another; after a crash, the replaced one is still used.
+    # A folder cannot replace another; after a crash, the replaced one is still used.
+    if (final / STATE_FILE).is_file():
         final.rename(replaced)
     shutil.rmtree(final, ignore_errors=True)
     folder.rename(final)
