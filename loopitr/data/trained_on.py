@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from .description import DESCRIPTION, describe_records, difference
 from .hub_stream import HubStream
 from .overlap import SharedImage, listed, shared_images
 from .records import DataError, Record
@@ -21,10 +23,14 @@ MAX_RUNS = 8  # the length to which a chain of runs that started from each other
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedOn:
-    """The data options of a run; if `data` is None, they are unknown and `reason` says why."""
+    """The data options of a run; if `data` is None, they are unknown and `reason` says why.
+
+    `described` is what `describe_records` made of the training records; None: the run is older, or had a stream.
+    """
 
     data: DataOptions | None
     reason: str | None = None
+    described: Any = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +84,7 @@ def trained_data(model: str | Path) -> list[TrainedOn]:
         for file in (path, *sorted(path.parent.glob(EARLIER), reverse=True)):
             try:
                 tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-                history.append(TrainedOn(data=_data_options(tree["data"], path.parent)))
+                history.append(TrainedOn(data=_data_options(tree["data"], path.parent), described=_described(file)))
                 start = (tree.get("model") or {}).get("init") or start
             except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
                 history.append(TrainedOn(data=None, reason=f"{file} cannot be read ({type(error).__name__})"))
@@ -101,6 +107,9 @@ def training_overlap(records: Sequence[Record], history: Sequence[TrainedOn]) ->
             _check_readable(others)
             for image in shared_images(records, others):
                 shared.setdefault(image.name, image)
+            change = difference(run.described, describe_records(others))
+            if change is not None:
+                raise DataError(f"the training data have changed since ({change})")
         except (DataError, OSError) as error:
             unknown = unknown or str(error)
     return TrainingOverlap(shared=list(shared.values()), count=len(records), unknown=unknown)
@@ -118,6 +127,15 @@ def _check_readable(records: Sequence[Record]) -> None:
     missing = [str(image) for image in images if isinstance(image, (str, Path)) and not Path(image).is_file()]
     if missing:
         raise DataError(f"{len(missing)} of {len(records)} training images are not here: {listed(missing)}")
+
+
+def _described(config: Path) -> Any:
+    """The description of the training data in the file that belongs to `config.yaml`, or to an earlier one."""
+    path = config.with_name(config.stem.replace("config", Path(DESCRIPTION).stem, 1) + ".json")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["train"]
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+        return None
 
 
 def _config_file(folder: Path) -> Path | None:
