@@ -14,24 +14,26 @@ ROOT = Path(__file__).resolve().parents[1]
 # import from within itself; `__init__.py` of the package may import all, nobody imports it.
 MODELS_UP = {"models", "distributed", "memory"}
 ALLOWED: dict[str, set[str]] = {
-    "cli": set(),
+    "cli": {"reading"},
     "lazy": set(),
     "distributed": set(),
     "memory": set(),
     "rgb": set(),
     "checks": set(),
-    "data": {"distributed", "lazy", "rgb"},
-    "models": {"rgb"},
+    "reading": set(),
+    "data": {"distributed", "lazy", "reading", "rgb"},
+    "models": {"reading", "rgb"},
     "objective.losses": set(),
     "objective.mining": set(),
     "objective": {"checks", "objective.losses", "objective.mining", *MODELS_UP},
-    "building": {"checks", "models"},
+    "building": {"checks", "models", "reading"},
     "evaluation": {"checks", "data", "lazy", *MODELS_UP},
     "convert": {"building", "cli", "models"},
     "export": {"building", "data", "evaluation", "models"},
-    "search": {"building", "checks", "data", "evaluation", "memory", "models", "rgb"},
+    "search": {"building", "checks", "data", "evaluation", "memory", "models", "reading", "rgb"},
     "training": {
         *("building", "checks", "data", "evaluation", "objective", "objective.losses", "objective.mining"),
+        "reading",
         *MODELS_UP,
     },
     "commands": {

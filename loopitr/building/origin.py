@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -10,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import yaml
 
 from loopitr.building.weights import TEXT_ALIASES
+from loopitr.reading import read_json, read_yaml
 
 CONFIG, METRICS = "config.yaml", "metrics.json"
 INSIDE_A_RUN = ("best", "model")
@@ -106,9 +105,8 @@ def _by_k(ranking: Mapping[str, Mapping[str, float]]) -> dict[str, dict[int, flo
 def read_object(path: Path) -> Mapping[str, Any]:
     """The object in a JSON or YAML file; empty if the file is missing or damaged."""
     try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError):
+        content = read_json(path) if path.suffix == ".json" else read_yaml(path)
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 

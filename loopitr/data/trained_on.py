@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
+from loopitr.reading import read_json, read_yaml
 
 from .description import DESCRIPTION, describe_records, difference
 from .hub_stream import HubStream
@@ -83,10 +82,10 @@ def trained_data(model: str | Path) -> list[TrainedOn]:
         # A run that was resumed with other options also has files with its earlier options.
         for file in (path, *sorted(path.parent.glob(EARLIER), reverse=True)):
             try:
-                tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+                tree = read_yaml(file)
                 history.append(TrainedOn(data=_data_options(tree["data"], path.parent), described=_described(file)))
                 start = (tree.get("model") or {}).get("init") or start
-            except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 history.append(TrainedOn(data=None, reason=f"{file} cannot be read ({type(error).__name__})"))
         folder = None if start is None else _located(str(start), path.parent)
     return history
@@ -133,8 +132,8 @@ def _described(config: Path) -> Any:
     """The description of the training data in the file that belongs to `config.yaml`, or to an earlier one."""
     path = config.with_name(config.stem.replace("config", Path(DESCRIPTION).stem, 1) + ".json")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["train"]
-    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+        return read_json(path)["train"]
+    except (OSError, ValueError, LookupError, TypeError):
         return None
 
 

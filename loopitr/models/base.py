@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from loopitr.models.foreign import check_no_kernel, one_line_errors
+from loopitr.models.foreign import check_no_kernel, config_of, one_line_errors
 from loopitr.models.image_backbone import VisionBackbone
 from loopitr.models.lora import Model, freeze_adapted, merge_lora
 
@@ -37,7 +37,7 @@ class LoopITRPreTrainedModel(PreTrainedModel):
         if os.path.isdir(path) and not os.path.isfile(os.path.join(path, kwargs.get("subfolder", ""), "config.json")):
             raise OSError(f"{path} holds no model: it has no config.json")
         hub_arguments = {name: value for name, value in kwargs.items() if name in HUB_ARGUMENTS}
-        saved_config, _ = PreTrainedConfig.get_config_dict(path, **hub_arguments)
+        saved_config = config_of(path, **hub_arguments)
         assert cls.config_class is not None
         wanted = cls.config_class.model_type
         if saved_config.get("model_type") != wanted:

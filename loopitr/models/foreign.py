@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+
+from loopitr.reading import read_object
 
 ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 
@@ -26,6 +29,23 @@ def check_no_kernel(config: Any, source: str) -> None:
             if name in ATTENTION and "/" in str(value):
                 raise ValueError(f"{source}: its config.json asks for the attention {value!r}, which is code on a hub")
             check_no_kernel(value, source)
+
+
+def config_of(source: str, **hub_arguments: Any) -> dict[str, Any]:
+    """The content of the config.json of a local folder or a hub id.
+
+    Raises:
+        OSError: there is none.
+        ValueError: it is damaged, or holds something other than an object.
+    """
+    from transformers import PreTrainedConfig
+
+    path = Path(source, hub_arguments.get("subfolder") or "", "config.json")
+    if path.parent.is_dir():
+        read_object(path)  # transformers raises errors of many kinds for a file that is not an object.
+    with one_line_errors(source):
+        config, _ = PreTrainedConfig.get_config_dict(source, **hub_arguments)
+    return config
 
 
 @contextmanager

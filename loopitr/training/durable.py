@@ -13,6 +13,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from loopitr.reading import read_json
+
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
 
@@ -127,7 +129,7 @@ def write_manifest(folder: Path) -> None:
 def fault(folder: Path) -> str | None:
     """The first difference between a folder and its manifest, in words; None: no difference, or no manifest."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        manifest = read_json(folder / MANIFEST)["files"]
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError):

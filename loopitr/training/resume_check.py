@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import yaml
 
 from loopitr.data.description import difference
+from loopitr.reading import read_json
 from loopitr.training.options import PretrainOptions
 
 # Options of one command, not of the run, which are not written to `config.yaml`.
@@ -64,9 +64,9 @@ def changed_options(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]
 def changed_data(path: Path, described: Mapping[str, Any]) -> list[str]:
     """`train data: old -> new`, and the same for `val`, where they differ from `data.json`, if that file exists."""
     try:
-        old = json.loads(path.read_text(encoding="utf-8"))
+        old = read_json(path)
         changes = {split: difference(old[split], new) for split, new in described.items()}
-    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError):
         return []
     return [f"{split} data: {change}" for split, change in changes.items() if change is not None]
 

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from loopitr.data import HubStream, Record
 from loopitr.data.description import DESCRIPTION, describe_records
 from loopitr.distributed import first_rank
+from loopitr.reading import read_json, read_yaml
 from loopitr.training.checkpoints import Progress, newest_checkpoint
 from loopitr.training.durable import PARTIAL, write_file
 from loopitr.training.folder_lock import LOCK, FolderLock
@@ -139,9 +140,7 @@ def store_config(folder: Path, config: dict[str, Any], described: dict[str, Any]
     `data.before-STEP.json`, since evaluations look up the data that a run was trained on.
     """
     path, data, config = folder / CONFIG, folder / DESCRIPTION, stored_config(config)
-    if path.is_file() and (
-        changed_options(yaml.safe_load(path.read_text(encoding="utf-8")), config) or changed_data(data, described)
-    ):
+    if path.is_file() and (changed_options(read_yaml(path), config) or changed_data(data, described)):
         shutil.copyfile(path, folder / f"config.before-{step:08d}.yaml")
         if data.is_file():
             shutil.copyfile(data, folder / f"{data.stem}.before-{step:08d}.json")
@@ -153,8 +152,7 @@ def _changes(folder: Path, config: dict[str, Any], progress: Progress | None, re
     """The differences between this run and the one in the folder; empty if there is none."""
     if not (folder / CONFIG).is_file():
         return []
-    stored: dict[str, Any] = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-    changes = changed_options(stored, config)
+    changes = changed_options(read_yaml(folder / CONFIG), config)
     # Changed options of the data explain other records.
     if not any(change.startswith("data.") for change in changes):
         changes += changed_data(folder / DESCRIPTION, request.describe())
@@ -166,7 +164,7 @@ def _changes(folder: Path, config: dict[str, Any], progress: Progress | None, re
 def _finished(folder: Path) -> dict[str, Any] | None:
     """The metrics of a finished run; None: the run in the folder is not finished."""
     try:
-        metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+        metrics = read_json(folder / METRICS)
         return metrics if isinstance(metrics["training"]["steps"], int) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -220,8 +218,8 @@ def _content(folder: Path) -> list[str]:
 
 def _is_run(folder: Path) -> bool:
     try:
-        config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        config = read_yaml(folder / CONFIG)
+    except (OSError, ValueError):
         return False
     # Other programs have a config.yaml too, even one with a part `train`; that of a run names its folder, or has a
     # history next to it.
