@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-MAX_VALUES = 100_000  # the most values in a YAML file
+MAX_VALUES, MAX_LETTERS = 100_000, 200_000  # the most in a YAML file; to parse more takes PyYAML very long
 
 
 def read_file(path: str | Path) -> str:
@@ -29,6 +29,14 @@ def read_file(path: str | Path) -> str:
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is damaged: it is not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def user_path(path: str | Path) -> Path:
+    """The path with the home folder in place of `~`; `~NAME` of an unknown user stays as it is."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def read_json(path: str | Path) -> Any:
@@ -79,7 +87,10 @@ def read_yaml(path: str | Path) -> Any:
     """
     loader = None
     try:
-        loader = yaml.SafeLoader(read_file(path))
+        text = read_file(path)
+        if len(text) > MAX_LETTERS:
+            raise ValueError(f"it has more than {MAX_LETTERS} letters")
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if expanded_size(node) > MAX_VALUES:
             raise ValueError(f"aliases are circular or expand to more than {MAX_VALUES} values")

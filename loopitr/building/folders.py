@@ -17,7 +17,7 @@ from loopitr.checks import usable_device
 from loopitr.models.foreign import config_of
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.processing import LoopITRProcessor
-from loopitr.reading import read_object
+from loopitr.reading import read_object, user_path
 
 INSIDE_A_RUN = (".", "best", "model")
 CLASSES: dict[str, type[LoopITRModel] | type[DualEncoder]] = {
@@ -47,7 +47,7 @@ def model_source(path: str | Path) -> str:
     Raises:
         OSError: there is no such folder, or no model in it.
     """
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     if folder.is_dir():
         for name in INSIDE_A_RUN:
             if (folder / name / "config.json").is_file():
@@ -137,7 +137,7 @@ def check_output(output: str | Path, kind: str) -> Path:
         OSError: `output` is a file.
         ValueError: the folder holds a model of another type.
     """
-    folder = Path(output).expanduser()
+    folder = user_path(output)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{output} is not a folder")
     config = folder / "config.json"

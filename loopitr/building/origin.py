@@ -11,7 +11,7 @@ from typing import Any
 import timm
 
 from loopitr.building.weights import TEXT_ALIASES
-from loopitr.reading import read_json, read_yaml
+from loopitr.reading import read_json, read_yaml, user_path
 
 CONFIG, METRICS = "config.yaml", "metrics.json"
 INSIDE_A_RUN = ("best", "model")
@@ -55,7 +55,7 @@ class Origin:
 
 def origin_of(source: str | Path) -> Origin:
     """The origin of the model of a run folder, as far as its files say; for a hub id, that id is the base model."""
-    folder = Path(source).expanduser()
+    folder = user_path(source)
     if not folder.is_dir():
         return Origin().starting_from(str(source))
     if folder.name in INSIDE_A_RUN and not (folder / CONFIG).is_file():
@@ -119,7 +119,7 @@ def _group(run: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def _datasets(data: Mapping[str, Any]) -> list[str]:
     hub = data.get("hub")
     if isinstance(hub, str):
-        named = hub not in BUILDERS and not Path(hub).expanduser().exists() and _is_hub_id(hub)
+        named = hub not in BUILDERS and not user_path(hub).exists() and _is_hub_id(hub)
         return [hub] if named else [Path(hub).name]
     names = []
     for source in FILES:
@@ -141,7 +141,7 @@ def _base_models(run: Mapping[str, Any], folder: Path, depth: int = 0) -> list[s
     vision, text, bases = _group(model, "vision"), _group(model, "text"), []
     if vision.get("pretrained") and not vision.get("checkpoint"):
         bases.append(_timm_id(str(vision.get("name"))))
-    if text.get("pretrained") and not Path(str(text.get("name"))).expanduser().is_dir():
+    if text.get("pretrained") and not user_path(str(text.get("name"))).is_dir():
         name = str(text.get("name"))
         bases.append(TEXT_ALIASES.get(name, name))
     return [base for base in bases if _is_hub_id(base)]
@@ -149,7 +149,7 @@ def _base_models(run: Mapping[str, Any], folder: Path, depth: int = 0) -> list[s
 
 def _places(path: str, folder: Path) -> list[Path]:
     """The places to look for a relative path of a run: the current folder, and the parents of the run folder."""
-    return [start / Path(path).expanduser() for start in (Path(), *folder.resolve().parents)]
+    return [start / user_path(path) for start in (Path(), *folder.resolve().parents)]
 
 
 def _timm_id(name: str) -> str:
@@ -159,4 +159,4 @@ def _timm_id(name: str) -> str:
 
 
 def _is_hub_id(name: str) -> bool:
-    return HUB_ID.fullmatch(name) is not None and not Path(name).expanduser().exists()
+    return HUB_ID.fullmatch(name) is not None and not user_path(name).exists()

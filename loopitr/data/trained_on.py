@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from loopitr.reading import read_json, read_yaml
+from loopitr.reading import read_json, read_yaml, user_path
 
 from .description import DESCRIPTION, describe_records, difference
+from .hub import from_cache_alone
 from .hub_stream import HubStream
 from .overlap import SharedImage, listed, shared_images
 from .records import DataError, Record
@@ -74,7 +77,7 @@ def trained_data(model: str | Path) -> list[TrainedOn]:
     history: list[TrainedOn] = []
     folder: str | Path | None = model
     while folder is not None and len(history) < MAX_RUNS:
-        path = _config_file(Path(folder).expanduser())
+        path = _config_file(user_path(folder))
         if path is None:
             history.append(TrainedOn(data=None, reason=f"the data of {folder} are not recorded (it has no {CONFIG})"))
             break
@@ -86,7 +89,7 @@ def trained_data(model: str | Path) -> list[TrainedOn]:
                 history.append(TrainedOn(data=_data_options(tree["data"], path.parent), described=_described(file)))
                 start = (tree.get("model") or {}).get("init") or start
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                history.append(TrainedOn(data=None, reason=f"{file} cannot be read ({type(error).__name__})"))
+                history.append(TrainedOn(data=None, reason=f"{file} cannot be read ({_reason(error)})"))
         folder = None if start is None else _located(str(start), path.parent)
     return history
 
@@ -101,17 +104,28 @@ def training_overlap(records: Sequence[Record], history: Sequence[TrainedOn]) ->
                 raise DataError(str(run.reason))
             if run.data.streaming:
                 raise DataError("it was trained on a stream")
-            others = load_records(run.data, run.data.split)
-            assert not isinstance(others, HubStream)
-            _check_readable(others)
+            others = _load(run.data)
             for image in shared_images(records, others):
                 shared.setdefault(image.name, image)
+            _check_readable(others)
             change = difference(run.described, describe_records(others))
             if change is not None:
                 raise DataError(f"the training data have changed since ({change})")
         except (DataError, OSError) as error:
             unknown = unknown or str(error)
     return TrainingOverlap(shared=list(shared.values()), count=len(records), unknown=unknown)
+
+
+def _load(options: DataOptions) -> Sequence[Record]:
+    """The training records. Nothing is downloaded, since whoever made the model has chosen the address."""
+    files = options.data_files.values() if isinstance(options.data_files, dict) else options.data_files or ()
+    for name in (options.hub or "", *([files] if isinstance(files, str) else files)):
+        if "://" in name:
+            raise DataError(f"its data are at {name}, and nothing is downloaded to compare with")
+    with from_cache_alone() if options.hub is not None else nullcontext():
+        records = load_records(options, options.split)
+    assert not isinstance(records, HubStream)
+    return records
 
 
 def _check_readable(records: Sequence[Record]) -> None:
@@ -126,6 +140,10 @@ def _check_readable(records: Sequence[Record]) -> None:
     missing = [str(image) for image in images if isinstance(image, (str, Path)) and not Path(image).is_file()]
     if missing:
         raise DataError(f"{len(missing)} of {len(records)} training images are not here: {listed(missing)}")
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, (OSError, ValueError)) else type(error).__name__
 
 
 def _described(config: Path) -> Any:
@@ -143,8 +161,11 @@ def _config_file(folder: Path) -> Path | None:
 
 
 def _data_options(tree: dict[str, Any], folder: Path) -> DataOptions:
-    known = {field.name for field in fields(DataOptions)}
-    options = DataOptions(**{name: value for name, value in tree.items() if name in known})
+    kinds = get_type_hints(DataOptions)
+    for name, kind in kinds.items():
+        if name in tree and not _fits(tree[name], kind):
+            raise ValueError(f"data.{name} is {tree[name]!r}")
+    options = DataOptions(**{name: value for name, value in tree.items() if name in kinds})
     if "scenes" not in tree:  # Older runs used the scenes if they named no other source.
         options = replace(options, scenes=True)
     located: dict[str, Any] = {}
@@ -157,10 +178,24 @@ def _data_options(tree: dict[str, Any], folder: Path) -> DataOptions:
     return replace(options, **located)
 
 
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of the type of an option."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return value in parts
+    if origin is UnionType:
+        return any(_fits(value, part) for part in parts)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, parts[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(item, str) for pair in value.items() for item in pair)
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
 def _located(path: str, folder: Path) -> str:
     """A path of a run's config, relative to the current folder or the nearest parent of the run folder that has it."""
     for start in (Path(), *folder.resolve().parents):
-        candidate = start / Path(path).expanduser()
+        candidate = start / user_path(path)
         if candidate.exists():
             return str(candidate)
     return path

@@ -33,13 +33,18 @@ def check_processor_files(folder: Path) -> None:
 
 
 def check_words(tokenizer: Any, source: str) -> None:
-    """Check that a tokenizer has words and a padding token.
+    """Check that a tokenizer has words, a padding token, and room for a word in its maximum length.
 
     Raises:
-        ValueError: it lacks either.
+        ValueError: it lacks one of them.
     """
     special = len(tokenizer.all_special_tokens)
     if len(tokenizer) <= special:
         raise ValueError(f"the tokenizer of {source} knows no words: it has only {special} special tokens")
     if tokenizer.pad_token is None:
         raise ValueError(f"the tokenizer of {source} has no padding token")
+    limit, least = tokenizer.model_max_length, tokenizer.num_special_tokens_to_add() + 1
+    if not (isinstance(limit, int) and limit >= least) and limit != float("inf"):
+        raise ValueError(
+            f"the tokenizer of {source} has model_max_length {limit!r}, wanted a number of at least {least}"
+        )
