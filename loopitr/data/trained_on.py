@@ -57,7 +57,7 @@ class TrainingOverlap:
             return text if self.unknown is None else f"{text}; there may be more: {self.unknown}"
         if self.unknown is not None:
             return f"warning: whether the model was trained on any of these images is unknown: {self.unknown}"
-        return f"the model was trained on none of the {self.count} images"
+        return f"the model was trained on none of the {self.count} images (files are compared, not pictures)"
 
     def to_json(self) -> dict[str, Any]:
         """The result for an evaluation's JSON file."""
@@ -108,7 +108,7 @@ def training_overlap(records: Sequence[Record], history: Sequence[TrainedOn]) ->
             for image in shared_images(records, others):
                 shared.setdefault(image.name, image)
             _check_readable(others)
-            change = difference(run.described, describe_records(others))
+            change = difference(run.described, describe_records(others), in_order=False)
             if change is not None:
                 raise DataError(f"the training data have changed since ({change})")
         except (DataError, OSError) as error:
