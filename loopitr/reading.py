@@ -31,6 +31,18 @@ def read_file(path: str | Path) -> str:
         raise ValueError(f"{path} is damaged: it is not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a file through another, `NAME.partial`, so that readers see the old or the new content.
+
+    An older `NAME.partial` is deleted, since it may be a link to a file elsewhere.
+    """
+    partial = path.with_name(path.name + ".partial")
+    partial.unlink(missing_ok=True)
+    with partial.open("x", encoding="utf-8", newline="") as file:
+        file.write(text)
+    partial.replace(path)
+
+
 def user_path(path: str | Path) -> Path:
     """The path with the home folder in place of `~`; `~NAME` of an unknown user stays as it is."""
     try:

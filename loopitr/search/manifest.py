@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -12,7 +13,7 @@ from typing import Any
 
 from loopitr.building.build import dual_key
 from loopitr.models.loop_model import LoopITRModel
-from loopitr.reading import read_object
+from loopitr.reading import read_file, read_object, replace_text
 
 from .encoding import dual_of
 from .retriever import Retriever
@@ -126,9 +127,7 @@ def _is_size(value: Any) -> bool:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest atomically."""
-    partial = folder / (MANIFEST + ".partial")
-    partial.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
-    partial.replace(folder / MANIFEST)
+    replace_text(folder / MANIFEST, json.dumps(asdict(manifest), indent=2) + "\n")
 
 
 def check_model(folder: str | Path, manifest: Manifest, retriever: Retriever) -> None:
@@ -137,6 +136,12 @@ def check_model(folder: str | Path, manifest: Manifest, retriever: Retriever) ->
     Raises:
         ValueError: it is another one.
     """
+    vision = dual_of(retriever.model).vision
+    if manifest.token_shape not in (None, (vision.num_tokens, vision.width)):
+        raise ValueError(
+            f"{folder} is a damaged index: its manifest has tokens of {list(manifest.token_shape or ())}, "
+            f"the model {[vision.num_tokens, vision.width]}"
+        )
     own = model_hash(retriever)
     if own != manifest.model_hash:
         raise ValueError(
@@ -154,11 +159,14 @@ def writing(folder: Path) -> Iterator[None]:
         OSError: the folder cannot be written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / LOCK
+    if lock.is_symlink() or (lock.exists() and not lock.is_file()):  # A pipe would never open.
+        raise OSError(f"{lock} is not a lock file: delete it")
     taken = f"{folder} is being written to by another process; wait for it to end"
     key = str(folder.resolve())
     if key in _HELD:  # The lock of the system does not work within one process.
         raise ValueError(taken)
-    with open(folder / LOCK, "a", encoding="utf-8") as file:
+    with open(lock, "a", encoding="utf-8") as file:
         try:
             import fcntl
 
@@ -176,17 +184,25 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def read_skipped(folder: str | Path) -> dict[str, str]:
-    """The skipped images: path -> reason."""
+    """The skipped images: path -> reason.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     path = Path(folder) / SKIPPED
     if not path.is_file():
         return {}
-    with open(path, newline="", encoding="utf-8") as file:
-        return {row["path"]: row["reason"] for row in csv.DictReader(file)}
+    try:
+        header, *rows = csv.reader(io.StringIO(read_file(path), newline=""))
+        if header != ["path", "reason"]:
+            raise ValueError(f"its header is {header}")
+        return {path: reason for path, reason in rows}  # noqa: C416 (a row of another length is an error)
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it") from error
 
 
 def write_skipped(folder: Path, skipped: Mapping[str, str]) -> None:
     """Write the list of skipped images atomically."""
-    partial = folder / (SKIPPED + ".partial")
-    with open(partial, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("path", "reason"), *skipped.items()])
-    partial.replace(folder / SKIPPED)
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([("path", "reason"), *skipped.items()])
+    replace_text(folder / SKIPPED, text.getvalue())

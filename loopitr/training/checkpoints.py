@@ -241,6 +241,8 @@ def _remove_remains(folder: Path) -> None:
     """Delete what processes left behind that were killed while they wrote or deleted checkpoints."""
     for suffix in (PARTIAL, DELETED):
         for path in folder.glob(f"step-*{suffix}"):
+            if path.is_symlink():
+                path.unlink()
             shutil.rmtree(path, ignore_errors=True)
     for replaced in folder.glob(f"step-*{REPLACED}"):
         if (replaced.with_suffix("") / STATE_FILE).is_file():

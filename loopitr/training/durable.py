@@ -36,7 +36,8 @@ def write_file(path: Path, text: str) -> None:
     """
     partial = path.with_name(path.name + PARTIAL)
     try:
-        with partial.open("w", encoding="utf-8") as file:
+        partial.unlink(missing_ok=True)  # It may be a link to a file elsewhere.
+        with partial.open("x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

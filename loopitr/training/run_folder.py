@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -141,9 +140,10 @@ def store_config(folder: Path, config: dict[str, Any], described: dict[str, Any]
     """
     path, data, config = folder / CONFIG, folder / DESCRIPTION, stored_config(config)
     if path.is_file() and (changed_options(read_yaml(path), config) or changed_data(data, described)):
-        shutil.copyfile(path, folder / f"config.before-{step:08d}.yaml")
-        if data.is_file():
-            shutil.copyfile(data, folder / f"{data.stem}.before-{step:08d}.json")
+        for file in (path, data):
+            if file.is_file():
+                before = file.with_name(f"{file.stem}.before-{step:08d}{file.suffix}")
+                write_file(before, file.read_text(encoding="utf-8"))
     write_file(path, yaml.safe_dump(config, sort_keys=False))
     write_file(data, json.dumps(described, indent=1) + "\n")
 
