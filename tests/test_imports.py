@@ -28,8 +28,8 @@ ALLOWED: dict[str, set[str]] = {
     "objective": {"checks", "objective.losses", "objective.mining", *MODELS_UP},
     "building": {"checks", "models", "reading"},
     "evaluation": {"checks", "data", "lazy", *MODELS_UP},
-    "convert": {"building", "cli", "models"},
-    "export": {"building", "data", "evaluation", "models"},
+    "convert": {"building", "cli", "models", "reading"},
+    "export": {"building", "data", "evaluation", "models", "reading"},
     "search": {"building", "checks", "data", "evaluation", "memory", "models", "reading", "rgb"},
     "training": {
         *("building", "checks", "data", "evaluation", "objective", "objective.losses", "objective.mining"),
