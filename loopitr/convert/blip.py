@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import BlipForImageTextRetrieval, PreTrainedConfig
+from transformers import BlipForImageTextRetrieval
 
 from loopitr.building.weights import hub_access, load_exactly, refuse
 from loopitr.convert.weights import head_count, read_checkpoint, resize_positions
 from loopitr.models.config import LoopITRConfig
+from loopitr.models.foreign import config_of
 from loopitr.models.image_backbone import ACTIVATIONS, mlp_ratio
 from loopitr.models.loop_model import LoopITRModel
 
@@ -124,7 +125,7 @@ def convert_blip(
         )
         return _build(weights, original_name, settings, kind, image_size)
     with hub_access(source):
-        model_type = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
+        model_type = config_of(source).get("model_type")
         if model_type != "blip":
             raise ValueError(f"{source} holds a {model_type!r} model, wanted 'blip' (a BlipForImageTextRetrieval)")
         loaded: Any = BlipForImageTextRetrieval.from_pretrained(source, dtype=torch.float32, output_loading_info=True)

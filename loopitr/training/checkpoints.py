@@ -218,8 +218,15 @@ def _convert_older(checkpoint: Path) -> None:
 def _progress(checkpoint: Path) -> Progress:
     progress = Progress(**read_object(checkpoint / STATE_FILE))
     for name in COUNTS:
-        if type(getattr(progress, name)) is not int:
+        value = getattr(progress, name)
+        if type(value) is not int or not 0 <= value < 2**63:
+            raise ValueError(f"{name} is {value!r}")
+    kinds = {"skipped": dict, "skipped_files": dict, "places": list, "windows": list, "watch": dict}
+    for name, kind in kinds.items():
+        if not isinstance(getattr(progress, name), kind):
             raise ValueError(f"{name} is {getattr(progress, name)!r}")
+    if not all(isinstance(place, list) and [*map(type, place)] == [int, int] for place in progress.places):
+        raise ValueError(f"places is {progress.places!r}")
     return progress
 
 

@@ -128,7 +128,13 @@ def write_manifest(folder: Path) -> None:
 
 
 def fault(folder: Path) -> str | None:
-    """The first difference between a folder and its manifest, in words; None: no difference, or no manifest."""
+    """The first difference between a folder and its manifest, in words; None: no difference, or no manifest.
+
+    A pipe or a device is a fault too, since reading it may never end.
+    """
+    for path in sorted(folder.rglob("*")):
+        if not path.is_file() and not path.is_dir():
+            return f"{path.relative_to(folder)} is not a file"
     try:
         manifest = read_json(folder / MANIFEST)["files"]
     except FileNotFoundError:

@@ -59,8 +59,9 @@ class FolderLock:
 @contextlib.contextmanager
 def _opened(path: Path) -> Any:
     """The lock file, opened by only one process at a time, so that two that start together see each other."""
-    if path.is_symlink():  # What it leads to would be written over.
-        raise OSError(f"{path} is a link and no lock file: delete it")
+    # What a link leads to would be written over, and a pipe would be waited for.
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise OSError(f"{path} is a link and no lock file, or no file at all: delete it")
     while True:
         with open(path, "a+", encoding="utf-8") as file:
             _wait_for(file)
@@ -90,8 +91,14 @@ def _holder(file: IO[str]) -> dict[str, Any] | None:
         holder = json.load(file)
         pid, host, started = int(holder["pid"]), str(holder["host"]), float(holder["started"])
         return {"pid": pid, "host": host, "started": started} if pid > 0 and host.isprintable() else None
-    except (ValueError, KeyError, TypeError, OverflowError):  # Its process died before it had written the file.
-        return None
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        OverflowError,
+        RecursionError,
+    ):
+        return None  # Its process died before it had written the file.
 
 
 def _runs(holder: dict[str, Any], path: Path) -> bool:

@@ -1,6 +1,7 @@
 """Nothing in a run folder runs code when a run is resumed: whatever holds some is refused by name."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from helpers.tiny_run import equal, run, weights
 
+from loopitr.training.checkpoints import newest_checkpoint
 from loopitr.training.durable import MANIFEST
 from loopitr.training.run_folder import check_run_folder
 
@@ -101,6 +103,56 @@ def test_a_damaged_file_is_one_line(folder, name):
     with pytest.raises(ValueError, match="step-00000002 does not fit this run's model, or is damaged") as raised:
         run(folder, **SHORT, resume=True)
     assert "\n" not in str(raised.value)
+
+
+def test_a_pipe_in_a_checkpoint_is_not_waited_for(begun, tmp_path, capsys):
+    shutil.copytree(begun, tmp_path / "x")
+    for name in ("model.safetensors", "manifest.json"):
+        (newest(tmp_path / "x") / name).unlink()
+    os.mkfifo(newest(tmp_path / "x") / "model.safetensors")
+    run(tmp_path / "x", **SHORT, resume=True)
+    assert "step-00000002 is damaged (model.safetensors is not a file)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("step", -3),
+        ("batch", 10**30),
+        ("places", "x"),
+        ("places", [[0]]),
+        ("windows", 5),
+        ("skipped", []),
+        ("watch", []),
+    ],
+)
+def test_progress_of_other_values_is_named(folder, name, value):
+    path = newest(folder) / "progress.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    lines: list[str] = []
+    found = newest_checkpoint(path.parents[1], log=lines.append)
+    assert found is not None and found.progress.step == 1
+    assert f"progress.json cannot be read ({name} is " in lines[0]
+
+
+def test_progress_that_is_nested_too_deeply_is_named(folder):
+    (newest(folder) / "progress.json").write_text("[" * 100_000)
+    lines: list[str] = []
+    assert newest_checkpoint(newest(folder).parent, log=lines.append) is not None
+    assert "nested too deeply" in lines[0]
+
+
+def test_nothing_is_written_through_a_link(begun, tmp_path):
+    shutil.copytree(begun, tmp_path / "x")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "file").write_text("mine")
+    for name in ("config.yaml", "data.json", "history.jsonl", "metrics.json", "README.md"):
+        (tmp_path / "x" / "run" / f"{name}.partial").symlink_to(mine / "file")
+    shutil.rmtree(newest(tmp_path / "x"))
+    newest(tmp_path / "x").with_suffix(".partial").symlink_to(mine)
+    run(tmp_path / "x", **SHORT, resume=True)
+    assert [path.read_text() for path in mine.iterdir()] == ["mine"]
 
 
 def test_a_config_that_constructs_objects_is_no_runs(tmp_path):
