@@ -11,7 +11,7 @@ from loopitr.checks import check_at_least, usable_device
 from loopitr.cli import check_output_file
 from loopitr.data import DataOptions, LoadReport, load_evaluated, trained_data, training_overlap
 from loopitr.data.coco_ids import coco_images
-from loopitr.training.durable import write_file
+from loopitr.durable import write_file
 from loopitr.training.reporting import write_json
 
 from .subcommands import quiet

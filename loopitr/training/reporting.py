@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loopitr.training.durable import sync, write_file
+from loopitr.durable import sync, write_file
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

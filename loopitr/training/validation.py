@@ -12,13 +12,13 @@ from accelerate import Accelerator
 from loopitr.building.folders import save_for_use
 from loopitr.data import Record
 from loopitr.data.sources import DataOptions
+from loopitr.durable import write_files
 from loopitr.evaluation.retrieval import EvaluationOptions, RetrievalResult, evaluate_retrieval
 from loopitr.models.loop_model import LoopITRModel
 from loopitr.objective.loop_objective import LoopObjective
 from loopitr.training.caches import Caches
 from loopitr.training.checkpoints import Progress
 from loopitr.training.divergence import check_finite
-from loopitr.training.durable import write_files
 from loopitr.training.options import ValidationOptions
 from loopitr.training.sharding import WholeModel
 

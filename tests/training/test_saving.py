@@ -6,9 +6,10 @@ import os
 import pytest
 from helpers.tiny_run import equal, run, weights
 
-from loopitr.training import checkpoints, durable, reporting, saving
+from loopitr import durable
+from loopitr.durable import write_file, write_files
+from loopitr.training import checkpoints, reporting, saving
 from loopitr.training import trainer as training
-from loopitr.training.durable import write_file, write_files
 from loopitr.training.reporting import History, read_history
 
 pytestmark = pytest.mark.slow

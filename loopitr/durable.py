@@ -26,7 +26,7 @@ def write_file(path: Path, text: str) -> None:
     Example:
         >>> import tempfile
         >>> from pathlib import Path
-        >>> from loopitr.training.durable import write_file
+        >>> from loopitr.durable import write_file
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     write_file(Path(folder, "a.txt"), "whole")
         ...     print(Path(folder, "a.txt").read_text())
