@@ -32,9 +32,9 @@ class Validator:
         whole: WholeModel,
         caches: Caches,
         options: ValidationOptions,
-        *,
         folder: Path,
         records: Sequence[Record],
+        *,
         fusion_start: int = 0,
     ) -> None:
         self.whole, self.caches, self.options, self.folder = whole, caches, options, folder
