@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from loopitr.building.build import build_model
     from loopitr.building.folders import load
     from loopitr.building.options import FusionOptions, ModelOptions, TextOptions, VisionOptions
-    from loopitr.data.records import LoadReport, Record
+    from loopitr.data.records import Record
+    from loopitr.data.report import LoadReport
     from loopitr.data.sources import DataOptions, load_records
     from loopitr.evaluation.options import EvaluationOptions
     from loopitr.evaluation.retrieval import evaluate_retrieval
@@ -73,7 +74,7 @@ _MODULES = {
     "FusionOptions": "loopitr.building.options",
     "ImageState": "loopitr.models.outputs",
     "ImageTower": "loopitr.models.towers",
-    "LoadReport": "loopitr.data.records",
+    "LoadReport": "loopitr.data.report",
     "LoopITRConfig": "loopitr.models.config",
     "LoopITRModel": "loopitr.models.loop_model",
     "LoopITRProcessor": "loopitr.models.processing",

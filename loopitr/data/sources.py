@@ -9,15 +9,8 @@ from typing import Literal
 from .hub import HubRecords, load_hub
 from .hub_stream import HubStream
 from .karpathy import join_lists, load_albef, load_karpathy
-from .records import (
-    DataError,
-    LazyRecords,
-    LoadReport,
-    Record,
-    captions_of,
-    name_of,
-    stable_hash,
-)
+from .records import DataError, LazyRecords, Record, captions_of, name_of, stable_hash
+from .report import LoadReport
 from .scenes import SPLITS, SceneRecords
 from .subset import Subset
 from .table import load_table, table_columns

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .hub_stream import HubStream
-from .records import DataError, LoadReport, Record
+from .records import DataError, Record
+from .report import LoadReport
 from .sources import SOURCES, DataOptions, has_splits, held_out_fraction, load_records, source_of
 
 HELD_OUT = "held-out part"  # the name of the validation split of a file without splits
