@@ -10,10 +10,11 @@ from typing import Any
 from loopitr.lineage import CONFIG, StoredConfig, located, runs_of
 
 from .hub_stream import HubStream
+from .options import DataOptions
 from .overlap import SharedImage, listed, shared_images
 from .records import DataError, Record
 from .scenes import SceneRecords
-from .sources import DataOptions, load_records
+from .sources import load_records
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from loopitr.data import HubStream, Record
 from loopitr.data.loader import SkipCounter
-from loopitr.data.sources import DataOptions
+from loopitr.data.options import DataOptions
 from loopitr.memory import trim_memory
 from loopitr.models.processing import LoopITRProcessor
 from loopitr.objective.loop_objective import LoopObjective

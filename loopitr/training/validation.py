@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from loopitr.building.folders import save_for_use
 from loopitr.data import Record
-from loopitr.data.sources import DataOptions
+from loopitr.data.options import DataOptions
 from loopitr.durable import write_files
 from loopitr.evaluation.retrieval import EvaluationOptions, RetrievalResult, evaluate_retrieval
 from loopitr.models.loop_model import LoopITRModel
