@@ -59,7 +59,7 @@ def changed_options(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]
 
 
 def flat_options(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options by dotted names; tuples become lists, since YAML has no tuples.
+    """Nested options by dotted names, without empty groups; tuples become lists, since YAML has no tuples.
 
     Example:
         >>> from loopitr.training.resume_check import flat_options
@@ -68,7 +68,7 @@ def flat_options(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """
     flat: dict[str, Any] = {}
     for name, value in tree.items():
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping):
             flat |= flat_options(value, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
