@@ -89,7 +89,7 @@ def evaluate(options: EvaluateOptions) -> None:
         ValueError, OSError: the model, the data or the device cannot be used.
     """
     from loopitr.distributed import first_rank
-    from loopitr.evaluation.gallery_page import gallery_page
+    from loopitr.evaluation.gallery_html import gallery_page
 
     check_at_least(1, gallery_queries=options.gallery_queries)
     outputs = [Path(name) for name in (options.output, options.gallery) if name is not None]
