@@ -135,7 +135,7 @@ def test_two_processes_validate_as_one(tmp_path):
     expected = run(tmp_path / "one", **changes)
     (tmp_path / "two").mkdir()
     config = write_config(tmp_path / "two", **changes)
-    done = launch("pretrain.py", "--config", config, launcher=TWO_ON_CPU)
+    done = forked("pretrain.py", "--config", config, ranks=2)
     assert done.returncode == 0, done.stderr
     assert equal(weights(tmp_path / "one"), weights(tmp_path / "two"))
     actual = json.loads((tmp_path / "two" / "run" / "metrics.json").read_text())
