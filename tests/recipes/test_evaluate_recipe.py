@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers.recipe_process import call, error_lines, forked, launch
+from helpers.recipe_process import call, error_lines, forked
 from helpers.small_karpathy import CAPTIONS, IMAGES, data, write_small_karpathy
 
 
@@ -109,9 +109,8 @@ def test_a_wrong_option_is_one_line(folder, monkeypatch, capsys, change, named):
     assert named in line
 
 
-@pytest.mark.slow
-def test_no_traceback_from_a_real_process(folder):
-    done = launch("export_dual.py", "--model", folder / "run", "--output", folder / "run")
+def test_no_traceback_from_a_process_of_its_own(folder):
+    done = forked("export_dual.py", "--model", folder / "run", "--output", folder / "run")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert [line for line in done.stderr.splitlines() if "error" in line] == [done.stderr.splitlines()[-1]]
     assert "holds a 'loopitr' model" in done.stderr
