@@ -178,3 +178,10 @@ class ModelOptions:
     starts from weights (`init`, `pair`, `pretrained`, `checkpoint`)."""
     freeze: list[str] = field(default_factory=list)
     """Parts that are not trained: vision, text, dual_head, fusion."""
+
+    def __post_init__(self) -> None:
+        if self.image_size is not None and self.init is None and self.pair is None:
+            raise ValueError(
+                f"model.image_size {self.image_size} is the size for a model.init or model.pair; a new model takes "
+                "images of model.vision.image_size"
+            )
