@@ -69,7 +69,7 @@ def build_model(options: ModelOptions, *, vocabulary: list[str] | None = None) -
         warnings.warn(f"{options.init} has no token agreement: model.fusion.agreement is left off", stacklevel=2)
     if options.mlm_head:
         _prepare_word_prediction(model, processor)
-    if options.init is None and model.agreement is not None:
+    if options.init is None and model.agreement is not None and model.itm_head is not None:
         # Token agreement learns faster than a new ITM head, whose random logits would only add noise to it.
         nn.init.zeros_(model.itm_head.weight)
         nn.init.zeros_(model.itm_head.bias)
@@ -146,6 +146,8 @@ def _from_saved(path: str) -> tuple[LoopITRModel, LoopITRProcessor]:
 def _prepare_word_prediction(model: LoopITRModel, processor: LoopITRProcessor) -> None:
     """Add a mask token to a tokenizer without one (CLIP's), and a prediction head to a model without one."""
     text, tokenizer = model.dual.text.model, processor.tokenizer
+    if not model.config.fusion["num_layers"]:
+        raise ValueError("model.mlm_head needs fused tokens, and this model has no fusion layers")
     if tokenizer.mask_token_id is None:
         tokenizer.add_special_tokens({"mask_token": "[MASK]"})
         wanted = int(tokenizer.convert_tokens_to_ids("[MASK]")) + 1
@@ -188,6 +190,8 @@ def _from_backbones(options: ModelOptions, vocabulary: list[str] | None) -> tupl
     fusion = {**asdict(options.fusion), "agreement": options.fusion.agreement_width}
     init = fusion.pop("init")
     if init == "text_upper_layers":
+        if not options.fusion.num_layers:
+            raise ValueError("fusion.init 'text_upper_layers' initialises layers, but fusion.num_layers is 0")
         if options.fusion.style != "late" or not text.pretrained or options.fusion.num_layers > depth:
             raise ValueError("fusion.init 'text_upper_layers' needs style 'late' and a pretrained text with the layers")
         fusion["num_heads"] = text_config["num_attention_heads"]

@@ -73,7 +73,7 @@ class FusionOptions:
     """New layers on top of the text backbone (late; ALBEF), or the text backbone's own layers run again with
     cross-attention (shared; BLIP)."""
     num_layers: int = 3
-    """Number of fusion layers."""
+    """Number of fusion layers; 0: token agreement alone scores pairs (`agreement`), which is many times faster."""
     num_heads: int | None = None
     """Attention heads; unset: width / 64, or those of the text backbone if its layers are copied or shared."""
     intermediate_size: int | None = None
@@ -90,10 +90,10 @@ class FusionOptions:
     `text.num_layers` cuts off."""
 
     def __post_init__(self) -> None:
+        check_at_least(0, "model.fusion", num_layers=self.num_layers)
         check_at_least(
             1,
             "model.fusion",
-            num_layers=self.num_layers,
             num_heads=self.num_heads,
             intermediate_size=self.intermediate_size,
         )

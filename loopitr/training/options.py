@@ -212,7 +212,7 @@ class PretrainOptions:
         from_scratch = self.model.init is None and self.objective.scores_pairs and "fusion" not in self.model.freeze
         mlm, agreement, distillation = self.objective.mlm, self.objective.agreement, self.objective.distillation
         if mlm is None:
-            mlm = 1.0 if from_scratch else 0.0
+            mlm = 1.0 if from_scratch and self.model.fusion.num_layers else 0.0
         if agreement is None:
             agreement = 1.0 if from_scratch and self.model.fusion.agreement else 0.0
         if distillation is None:

@@ -81,7 +81,6 @@ def test_distillation_warms_up_from_there(tmp_path, monkeypatch):
     assert scales[4:] == [(True, 0.5), (True, 1.0), (True, 1.0), (True, 1.0)]
     assert [pairs for pairs, _ in scales[:4]] == [False] * 4
 
-
     scales.clear()
     run(tmp_path, train__epochs=1, train__distillation_warmup=0.0, train__distillation_end=0.5)
     assert scales == [(True, 1.0)] * 4 + [(True, 0.0)] * 4
