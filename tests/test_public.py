@@ -48,6 +48,7 @@ def test_lazy_names_are_what_type_checkers_see(package):
     assert list(package._MODULES) == sorted(package._MODULES) == package.__all__
     assert set(package.__all__) <= set(dir(package))
     for name, module in package._MODULES.items():
+        assert name != module.rpartition(".")[2], "once the module is imported, it takes the place of its namesake"
         value = getattr(package, name)
         assert value is getattr(importlib.import_module(module, package.__name__), name)
         assert value.__doc__ or package is not loopitr, f"{name} has no docstring"

@@ -11,7 +11,7 @@ from loopitr.checks import check_at_least, usable_device
 from loopitr.cli import check_output_file
 from loopitr.data import DataOptions, LoadReport, load_evaluated, trained_data, training_overlap
 from loopitr.data.coco_ids import coco_images
-from loopitr.training.durable import write_file
+from loopitr.durable import write_file
 from loopitr.training.reporting import write_json
 
 from .subcommands import quiet
@@ -89,7 +89,7 @@ def evaluate(options: EvaluateOptions) -> None:
         ValueError, OSError: the model, the data or the device cannot be used.
     """
     from loopitr.distributed import first_rank
-    from loopitr.evaluation.gallery_page import gallery_page
+    from loopitr.evaluation.gallery_html import gallery_page
 
     check_at_least(1, gallery_queries=options.gallery_queries)
     outputs = [Path(name) for name in (options.output, options.gallery) if name is not None]

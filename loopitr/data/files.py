@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .records import DataError, LoadReport, Record, clean_captions, printable
+from .records import DataError, Record, printable
+from .report import LoadReport, clean_captions
 
 PROBED = 8  # The number of images whose files are looked for at load; other missing files are counted when read.
 

@@ -28,6 +28,13 @@ def check_no_kernel(config: Any, source: str) -> None:
             check_no_kernel(value, source)
 
 
+def refused_objects(error: Exception) -> str | None:
+    """What to tell the user if `torch.load` refused a file that has more than weights; None: it failed otherwise."""
+    if not re.search("unsupported (global|class)|not an allowed global", str(error), re.IGNORECASE):
+        return None
+    return "it holds Python objects besides tensors; reading those could run code: save only its weights"
+
+
 @contextmanager
 def one_line_errors(source: str) -> Iterator[None]:
     """A context for reading weights, configs and tokenizers, whose libraries raise many kinds of errors.
@@ -43,8 +50,5 @@ def one_line_errors(source: str) -> Iterator[None]:
     except (OSError, ValueError, MemoryError, ModuleNotFoundError):
         raise
     except Exception as error:
-        if re.search("unsupported (global|class)|not an allowed global", str(error), re.IGNORECASE):
-            reason = "it holds Python objects besides tensors; reading those could run code: save only its weights"
-        else:
-            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        reason = refused_objects(error) or next(iter(str(error).splitlines()), "") or type(error).__name__
         raise ValueError(f"{source} cannot be loaded: {reason}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loopitr.building.build import dual_key
+from loopitr.durable import write_file
 from loopitr.models.loop_model import LoopITRModel
 
 from .encoding import dual_of
@@ -107,9 +109,7 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest atomically."""
-    partial = folder / (MANIFEST + ".partial")
-    partial.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
-    partial.replace(folder / MANIFEST)
+    write_file(folder / MANIFEST, json.dumps(asdict(manifest), indent=2) + "\n")
 
 
 def check_model(folder: str | Path, manifest: Manifest, retriever: Retriever) -> None:
@@ -167,7 +167,6 @@ def read_skipped(folder: str | Path) -> dict[str, str]:
 
 def write_skipped(folder: Path, skipped: Mapping[str, str]) -> None:
     """Write the list of skipped images atomically."""
-    partial = folder / (SKIPPED + ".partial")
-    with open(partial, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("path", "reason"), *skipped.items()])
-    partial.replace(folder / SKIPPED)
+    table = io.StringIO()
+    csv.writer(table).writerows([("path", "reason"), *skipped.items()])
+    write_file(folder / SKIPPED, table.getvalue())

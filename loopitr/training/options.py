@@ -7,7 +7,7 @@ from typing import Literal
 
 from loopitr.building.options import ModelOptions
 from loopitr.checks import check_at_least
-from loopitr.data.sources import DataOptions
+from loopitr.data.options import DataOptions
 from loopitr.objective.options import ObjectiveOptions
 
 

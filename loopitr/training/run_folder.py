@@ -15,8 +15,8 @@ import yaml
 from accelerate import Accelerator
 
 from loopitr.distributed import first_rank
+from loopitr.durable import PARTIAL, write_file
 from loopitr.training.checkpoints import Progress, newest_checkpoint
-from loopitr.training.durable import PARTIAL, write_file
 from loopitr.training.folder_lock import LOCK, FolderLock
 from loopitr.training.reporting import HISTORY, METRICS
 from loopitr.training.resume_check import changed_options, stored_config

@@ -28,7 +28,7 @@ from loopitr.data import (
     load_records,
 )
 from loopitr.data.loader import EpochLoader
-from loopitr.data.sources import DataOptions, source_of
+from loopitr.data.options import DataOptions, source_of
 from loopitr.distributed import rank
 from loopitr.models.processing import interpolation_of
 from loopitr.objective.grad_cache import check_batch_statistics

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from loopitr.data import HubStream, Record
 from loopitr.data.loader import SkipCounter
-from loopitr.data.sources import DataOptions
+from loopitr.data.options import DataOptions
 from loopitr.memory import trim_memory
 from loopitr.models.processing import LoopITRProcessor
 from loopitr.objective.loop_objective import LoopObjective
@@ -110,8 +110,9 @@ class Trainer:
         self.saver = Saver(self.accelerator, self.folder, self.options, scheduler=self.scheduler, log=self.log)
         parts = self.accelerator, self.objective, objective, self.optimizer, self.scheduler, self.options
         self.stepper = Stepper(*parts, folder=self.folder, total_steps=self.total_steps, log=self.log)
-        rest: dict[str, Any] = {"folder": self.folder, "records": val, "fusion_start": self.fusion_start}
-        self.validator = Validator(objective, self.whole, self.caches, self.validation, **rest)
+        self.validator = Validator(
+            objective, self.whole, self.caches, self.validation, self.folder, val, fusion_start=self.fusion_start
+        )
 
     def _prepare(self) -> None:
         options, accelerator = self.options, self.accelerator

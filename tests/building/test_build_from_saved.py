@@ -1,6 +1,7 @@
 """Models out of saved ones, the key of their cached tokens, and what is said when a model cannot be built."""
 
 import warnings
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -112,14 +113,16 @@ def test_freezing_stops_exactly_the_named_parts():
 # The key of cached tokens
 
 
-def test_cache_key_follows_the_image_backbone_and_the_transform_only(saved):
-    def key(change=None, **options):
-        model, processor = build_model(ModelOptions(init=saved, **options))
-        with torch.no_grad():
-            if change is not None:
-                change(model, processor)
-        return token_cache_key(model, processor)
+def key_after(compute, saved, change=None, **options):
+    model, processor = build_model(ModelOptions(init=saved, **options))
+    with torch.no_grad():
+        if change is not None:
+            change(model, processor)
+    return compute(model, processor)
 
+
+def test_cache_key_follows_the_image_backbone_and_the_transform_only(saved):
+    key = partial(key_after, token_cache_key, saved)
     first = key()
     assert key() == first
     assert key(lambda m, p: next(m.dual.text.parameters()).add_(1)) == first
@@ -135,13 +138,7 @@ def test_cache_key_follows_the_image_backbone_and_the_transform_only(saved):
 
 @pytest.mark.slow
 def test_text_cache_key_follows_the_text_backbone_where_fusion_starts_and_the_tokenizer_only(saved):
-    def key(change=None, **options):
-        model, processor = build_model(ModelOptions(init=saved, **options))
-        with torch.no_grad():
-            if change is not None:
-                change(model, processor)
-        return text_cache_key(model, processor)
-
+    key = partial(key_after, text_cache_key, saved)
     first = key()
     assert key() == first
     assert key(lambda m, p: next(m.dual.vision.parameters()).add_(1)) == first

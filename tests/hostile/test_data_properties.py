@@ -25,7 +25,8 @@ from loopitr.data import (
     stable_hash,
 )
 from loopitr.data.files import parse_json
-from loopitr.data.records import clean_captions, printable
+from loopitr.data.records import printable
+from loopitr.data.report import clean_captions
 
 few = settings(
     max_examples=100,

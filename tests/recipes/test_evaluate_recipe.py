@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers.recipe_process import TWO_ON_CPU, call, error_lines, forked, launch
+from helpers.recipe_process import call, error_lines, forked, launch
 from helpers.small_karpathy import CAPTIONS, IMAGES, data, write_small_karpathy
 
 
@@ -36,7 +36,7 @@ def test_two_processes_give_the_figures_of_one(folder, tmp_path, monkeypatch, ca
     given += ["--rerank", 4, "--token_storage", "disk", "--token_dtype", "bf16", "--token_folder", tmp_path / "tokens"]
     outputs = [tmp_path / "one.json", tmp_path / "two.json"]
     assert call(monkeypatch, capsys, "evaluate.py", *given, "--output", outputs[0])[0] == 0
-    done = launch("evaluate.py", *given, "--output", outputs[1], launcher=TWO_ON_CPU)
+    done = forked("evaluate.py", *given, "--output", outputs[1], ranks=2)
     assert done.returncode == 0, done.stderr
     figures = [json.loads(output.read_text()) for output in outputs]
     for each in figures:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from helpers.recipe_process import call, error_lines, run_here
+from helpers.tiny_run import without_curves
 
 
 @pytest.mark.slow
@@ -14,7 +15,8 @@ from helpers.recipe_process import call, error_lines, run_here
 )
 def test_a_few_kills(monkeypatch, capsys, tmp_path, more, first):
     words = ["--kills", 2, "--images", 32, "--epochs", 1, "--memory_steps", 0, "--folder", tmp_path, *more]
-    done = run_here(monkeypatch, capsys, "benchmarks/soak.py", *words, "--output", tmp_path / "figures.json")
+    with without_curves():
+        done = run_here(monkeypatch, capsys, "benchmarks/soak.py", *words, "--output", tmp_path / "figures.json")
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())["figures"]
     assert sum(sum(tally["kills"].values()) for tally in figures.values()) == 2

@@ -18,7 +18,7 @@ PARTIAL = ".partial"
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write a text file atomically: readers see the old or the new content, also after a crash.
+    """Write a text file atomically: readers see the old or the new content, also after a crash. Line ends stay.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written to; the old file is unchanged.
@@ -26,7 +26,7 @@ def write_file(path: Path, text: str) -> None:
     Example:
         >>> import tempfile
         >>> from pathlib import Path
-        >>> from loopitr.training.durable import write_file
+        >>> from loopitr.durable import write_file
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     write_file(Path(folder, "a.txt"), "whole")
         ...     print(Path(folder, "a.txt").read_text())
@@ -34,7 +34,7 @@ def write_file(path: Path, text: str) -> None:
     """
     partial = path.with_name(path.name + PARTIAL)
     try:
-        with partial.open("w", encoding="utf-8") as file:
+        with partial.open("w", encoding="utf-8", newline="") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
