@@ -41,6 +41,8 @@ def read_text(path: str | Path) -> str:
         raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from error
+    except ValueError as error:  # for a path with a zero byte
+        raise DataError(f"{printable(str(path))}: {error}") from error
     if "\0" in text:  # ASCII letters in UTF-16 are valid UTF-8, with a zero byte after each.
         line = text.count("\n", 0, text.index("\0")) + 1
         raise DataError(f"{path}: not UTF-8 text (a zero byte in line {line})")

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from loopitr.checks import check_at_least, check_known
+from loopitr.reading import user_path
 
 from .contents import Contents
 from .manifest import LOCK, MANIFEST, TOKEN_TYPES, check_model, manifest_of, read_manifest, write_manifest, writing
@@ -72,7 +73,7 @@ def build_index(
     check_at_least(1, batch_size=batch_size)
     check_at_least(0, num_workers=num_workers)
     check_known([*TOKEN_TYPES, "none"], tokens=tokens)
-    folder = Path(output).expanduser()
+    folder = user_path(output)
     _check_output(folder)
     if not isinstance(source, Source):
         source = open_source(source, images, image_column)
@@ -82,7 +83,7 @@ def build_index(
         name = str(model.model.name_or_path)
     else:
         model = Retriever.from_pretrained(model, device=device)
-    name = str(Path(name).expanduser().resolve()) if Path(name).expanduser().exists() else name
+    name = str(user_path(name).resolve()) if user_path(name).exists() else name
     with writing(folder):
         if (folder / MANIFEST).exists():
             manifest = read_manifest(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -62,6 +63,19 @@ def connect(folder: str | Path) -> Any:
     return lancedb.connect(str(folder), read_consistency_interval=timedelta(0))
 
 
+def check_files(table: Path) -> None:
+    """Check that a table in a local folder consists of files: LanceDB would wait for a pipe forever.
+
+    Raises:
+        ValueError: it does not.
+    """
+    for folder, _, names in os.walk(table):
+        for name in names:
+            path = Path(folder, name)
+            if path.exists() and not path.is_file():
+                raise ValueError(f"{path} is not a file")
+
+
 class LanceImages:
     """The table of an index's images, whose writes are atomic."""
 
@@ -77,6 +91,7 @@ class LanceImages:
         """
         database = connect(folder)
         try:
+            check_files(Path(folder, "images.lance"))
             if create and "images" not in table_names(database):
                 database.create_table("images", schema=_schema(embed_dim))
             return cls(database.open_table("images"), embed_dim, folder)
