@@ -10,7 +10,7 @@ from typing import Any
 from loopitr.data.columns import image_value
 from loopitr.data.hub import DataFiles, load_images
 
-from .sources import Source, Stamp, free_name, shown
+from .sources import Source, Stamp, free_name, shown, stamp_of
 
 
 @dataclass
@@ -69,11 +69,10 @@ class HubSource(Source):
         stamp = (len(image), 0)
         if file is not None:
             try:
-                status = os.stat(file)
+                stamp = stamp_of(os.stat(file))
             except OSError as error:
                 self.skipped.append((shown(file), error.strerror or type(error).__name__))
                 return
-            stamp = (status.st_size, status.st_mtime_ns // 1000)
         self.rows.append(row)
         self.stamps.append(stamp)
         self.files.append(file)

@@ -226,7 +226,7 @@ def _cell(value: Any, field: pa.Field) -> Any:
         return None
     try:
         return pa.scalar(str(value) if pa.types.is_string(field.type) else value, type=field.type).as_py()
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
         problem = f"column {field.name!r} of the index holds {field.type}, and is now to hold {value!r}"
         raise ValueError(f"{problem}; give that column another name") from error
 

@@ -10,7 +10,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from loopitr.building.build import dual_key
+from loopitr.data.files import parse_json
 from loopitr.models.loop_model import LoopITRModel
 
 from .encoding import dual_of
@@ -90,19 +93,32 @@ def read_manifest(folder: str | Path) -> Manifest:
         reason = f"there is no {MANIFEST} in it" if Path(folder).is_dir() else "no such folder"
         raise FileNotFoundError(f"{folder} is not a search index: {reason}; `loopitr search index` makes one")
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        version = int(content["format"])
+        content: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
+        version = content["format"]
         if version != FORMAT:
             readable = f"this version of loopitr reads format {FORMAT}"
             raise ValueError(f"it has format {version}, {readable}; index again into another folder")
         known = {field.name for field in fields(Manifest)}
         manifest = Manifest(**{name: value for name, value in content.items() if name in known})
         shape = manifest.token_shape
-        return replace(manifest, token_shape=None if shape is None else (int(shape[0]), int(shape[1])))
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        manifest = replace(manifest, token_shape=None if shape is None else (int(shape[0]), int(shape[1])))
+        _check_values(manifest)
+        return manifest
+    except (KeyError, IndexError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged: {type(error).__name__} {error}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _check_values(manifest: Manifest) -> None:
+    for name in ("model", "model_hash", "store", "collection", "contents"):
+        value = getattr(manifest, name)
+        if not isinstance(value, str) and not (value is None and not name.startswith("model")):
+            raise TypeError(f"{name} is {value!r}")
+    if not isinstance(manifest.embed_dim, int) or manifest.embed_dim < 1:
+        raise TypeError(f"embed_dim is {manifest.embed_dim!r}")
+    if manifest.tokens not in (None, *TOKEN_TYPES) or (manifest.tokens is None) != (manifest.token_shape is None):
+        raise TypeError(f"tokens are {manifest.tokens!r} of shape {manifest.token_shape!r}")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -110,6 +126,20 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     partial = folder / (MANIFEST + ".partial")
     partial.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
     partial.replace(folder / MANIFEST)
+
+
+def model_of(folder: str | Path, manifest: Manifest, device: str | torch.device | None) -> Retriever:
+    """The model that an index was made with.
+
+    Raises:
+        OSError: it cannot be loaded, for example because it has been moved.
+        ValueError: it is of another kind, or the device cannot be used.
+    """
+    try:
+        return Retriever.from_pretrained(manifest.model, device=device)
+    except OSError as error:
+        moved = "if it has been moved, give its new place as the model (--model)"
+        raise OSError(f"{folder}: the model of this index cannot be loaded ({error}); {moved}") from error
 
 
 def check_model(folder: str | Path, manifest: Manifest, retriever: Retriever) -> None:
@@ -157,12 +187,19 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def read_skipped(folder: str | Path) -> dict[str, str]:
-    """The skipped images: path -> reason."""
+    """The skipped images: path -> reason.
+
+    Raises:
+        ValueError: the list is damaged.
+    """
     path = Path(folder) / SKIPPED
     if not path.is_file():
         return {}
-    with open(path, newline="", encoding="utf-8") as file:
-        return {row["path"]: row["reason"] for row in csv.DictReader(file)}
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            return {row["path"]: row["reason"] for row in csv.DictReader(file)}
+    except (KeyError, csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged; delete it, and the next indexing lists skipped images anew") from error
 
 
 def write_skipped(folder: Path, skipped: Mapping[str, str]) -> None:

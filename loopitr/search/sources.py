@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,8 +19,10 @@ from loopitr.data.table import DELIMITERS, JSON_LINES, captions_of_cell, read_ta
 from .manifest import MANIFEST
 
 RESERVED = ("id", "file", "path", "size", "mtime", "width", "height", "embed")
+INTEGER, MOST_DIGITS = re.compile(r"[+-]?\d+"), 40
 TABLES = (*DELIMITERS, *JSON_LINES)
 Stamp = tuple[int, int]  # the size in bytes, and the time of the last change in microseconds since 1970
+EARLIEST, LATEST = -62_135_596_800_000_000, 253_402_300_799_999_999  # The years 1 to 9999, as far as dates go.
 
 
 @dataclass
@@ -54,6 +57,11 @@ class Source:
     def id(self, position: int) -> int:
         """The id of the image in the index."""
         return image_id(self.file(position) or self.name(position).encode())
+
+
+def stamp_of(status: os.stat_result) -> Stamp:
+    """The stamp of a file; a time that no date can express counts as the nearest one that can be expressed."""
+    return status.st_size, min(max(status.st_mtime_ns // 1000, EARLIEST), LATEST)
 
 
 def image_id(key: bytes) -> int:
@@ -103,7 +111,7 @@ class FileSource(Source):
             self.skipped.append((shown(path), f"not a file but {_kind(status.st_mode)}"))
             return
         self.paths.append(path)
-        self.stamps.append((status.st_size, status.st_mtime_ns // 1000))
+        self.stamps.append(stamp_of(status))
         if self.rows is not None:
             self.rows.append(row or {})
 
@@ -235,10 +243,12 @@ def _texts(cell: Any) -> list[str]:
 
 
 def _type_of(values: Sequence[Any]) -> type:
-    """The type of all cells of a column: bool, int, float, or else text."""
+    """The type of all cells of a column: bool, int (of 64 bits), float, or else text."""
     cells = [str(value).strip() for value in values if value is not None and value != ""]
     if cells and all(cell.lower() in ("true", "false") for cell in cells):
         return bool
+    if cells and any(INTEGER.fullmatch(cell) and not -(2**63) <= int(cell[:MOST_DIGITS]) < 2**63 for cell in cells):
+        return str  # A float would not keep all digits.
     kinds: tuple[type[int], type[float]] = (int, float)
     for kind in kinds:
         try:
