@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 import os
+import select
 import sys
 import tempfile
 import textwrap
@@ -92,12 +94,16 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _has_no_reader() -> bool:
-    """Whether the reader of stdout has ended; then stdout is turned off, since Python would write to it at exit."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
+    """Whether stdout is a pipe whose reader has ended; then stdout is turned off, since Python would write to it at
+    exit."""
+    with contextlib.suppress(OSError):  # stdout may have no file.
+        output = sys.stdout.fileno()
+        if hasattr(select, "poll"):
+            poll = select.poll()
+            poll.register(output, select.POLLOUT)
+            if any(event & select.POLLERR for _, event in poll.poll(0)):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+                return True
     return False
 
 

@@ -133,11 +133,10 @@ def add_images(
     Raises:
         FileNotFoundError: there is no such index.
     """
-    if model is None:
-        model = model_of(index, read_manifest(index), device)
+    manifest = read_manifest(index)
     return build_index(
         source,
-        model,
+        model or model_of(index, manifest, device),
         index,
         images=images,
         image_column=image_column,
@@ -157,7 +156,7 @@ def _check_same(folder: Path, manifest: Manifest, **given: str | None) -> None:
 
 
 def _check_output(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
+    if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is not a folder")
     foreign = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     if MANIFEST not in foreign and (other := [name for name in foreign if not name.startswith((MANIFEST, LOCK))]):

@@ -90,7 +90,8 @@ def read_manifest(folder: str | Path) -> Manifest:
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        reason = f"there is no {MANIFEST} in it" if Path(folder).is_dir() else "no such folder"
+        missing = "it is a file" if Path(folder).exists() else "no such folder"
+        reason = f"there is no {MANIFEST} in it" if Path(folder).is_dir() else missing
         raise FileNotFoundError(f"{folder} is not a search index: {reason}; `loopitr search index` makes one")
     try:
         content: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))

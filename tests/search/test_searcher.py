@@ -191,6 +191,9 @@ def test_what_is_no_index(tmp_path, photos, retriever):
         Searcher.open(tmp_path / "none", model=retriever)
     with pytest.raises(FileNotFoundError, match="there is no manifest.json in it"):
         Searcher.open(tmp_path, model=retriever)
+    (tmp_path / "file").touch()
+    with pytest.raises(FileNotFoundError, match="file is not a search index: it is a file"):
+        Searcher.open(tmp_path / "file", model=retriever)
     index(photos, retriever, tmp_path / "index")
     manifest = tmp_path / "index" / MANIFEST
     content = manifest.read_text()
