@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from loopitr.cli import parse
+from loopitr.cli import check_output_file, parse
 
 from .search_options import AddOptions, IndexOptions, InfoOptions, QueryOptions, RemoveOptions
 from .serve import SERVE, ServeOptions, serve
@@ -138,6 +138,8 @@ def _query(arguments: Sequence[str]) -> None:
     options = _options(QueryOptions, positional(arguments, "index", "query"), QUERY, "index")
     if not options.query.strip():  # before a model is loaded
         raise ValueError("the query is empty: give a text, or the path of an image")
+    if options.html is not None:
+        check_output_file(options.html)
     from loopitr.search.inputs import is_text
     from loopitr.search.searcher import Searcher
 

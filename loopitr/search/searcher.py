@@ -17,7 +17,7 @@ from loopitr.models.loop_model import LoopITRModel
 from loopitr.models.scoring import reranking_score
 
 from .contents import Contents
-from .inputs import is_text
+from .inputs import is_one, is_text
 from .lance import Found
 from .manifest import Manifest, check_model, model_of, read_manifest, read_skipped
 from .match_scores import match_scores
@@ -203,6 +203,8 @@ class Searcher:
         """The vector `[E]` of a query, and the query itself if it is a text."""
         if isinstance(query, str) and not query.strip():
             raise ValueError("the query is empty: give a text, or the path of an image")
+        if not is_one(query):
+            raise ValueError(f"the query must be one text or one image, got {type(query).__name__}")
         if as_text or is_text(query):
             return self.retriever.encode_texts(query, show_progress=False), query
         return self.retriever.encode_images(query, show_progress=False), None

@@ -131,6 +131,7 @@ def test_add_remove_and_info(made, capsys, tmp_path):
         (["query", "{made}/index", "a", "dog"], "unexpected argument 'dog'; wanted INDEX QUERY, with quotes"),
         (["query", "{made}/index"], "the query is empty"),
         (["query", "{made}/index", "nowhere.jpg"], "nowhere.jpg: unreadable image (no such file)"),
+        (["query", "{made}/index", "a dog", "--html", "{tmp}"], "output {tmp} cannot be written: it is a folder"),
         (["query", "{made}/index", "a dog", "--top", "0"], "top must be at least 1, got 0"),
         (["query", "{made}/index", "a dog", "--where", "widht > 3"], "where 'widht > 3': Schema error: No field"),
         (["query", "{made}/index", "a dog", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
