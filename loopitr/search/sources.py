@@ -173,11 +173,10 @@ def table_source(path: str | Path, images: str | Path | None = None, image_colum
     """The images that a CSV, TSV or JSON-lines file names, with its other columns.
 
     Relative paths start at `images`, or at the folder of the table. Rows of the same image are joined: its captions,
-    and other texts that differ, become one text with a line for each. A column with the name of one of the index's own
-    (`RESERVED`) gets an underscore after its name.
+    and other texts that differ, become one text with a line for each. `free_names` says what columns are called.
 
     Raises:
-        DataError: the table cannot be read, or lacks the column.
+        DataError: the table cannot be read, lacks the column, or has two columns that would get the same name.
     """
     rows, columns = read_table(path)
     if image_column not in columns:
@@ -191,10 +190,11 @@ def table_source(path: str | Path, images: str | Path | None = None, image_colum
             source.skipped.append((f"{Path(path).name} row {number}", "no image path"))
             continue
         rows_of_files.setdefault(os.path.abspath(folder / image.strip()), []).append(row)
-    types = {name: _type_of([row.get(name) for row in rows]) for name in columns if name != image_column}
+    names = free_names([name for name in columns if name != image_column], str(path))
+    types = {name: _type_of([row.get(name) for row in rows]) for name in names}
     for file, own in rows_of_files.items():
         cells = {name: _joined([row.get(name) for row in own], kind) for name, kind in types.items()}
-        source.look_at(file, {free_name(name): cell for name, cell in cells.items()})
+        source.look_at(file, {names[name]: cell for name, cell in cells.items()})
     return source
 
 
@@ -223,9 +223,25 @@ def check_images(source: Source, name: str) -> None:
     raise DataError(f"{name}: there is no image to index{first}")
 
 
-def free_name(column: str) -> str:
-    """The name of a source's column in an index."""
-    return f"{column}_" if column in RESERVED else column
+def free_names(columns: Sequence[str], source: str) -> dict[str, str]:
+    """The names in an index of a source's columns; `source` is what an error calls it.
+
+    A column with the name of one of the index's own, or with a leading underscore, as LanceDB's own have, gets an
+    underscore after its name. A dot, which would name a part of a column, becomes an underscore.
+
+    Raises:
+        DataError: two columns get the same name.
+    """
+    names: dict[str, str] = {}
+    for column in columns:
+        name = column.replace(".", "_")
+        name = f"{name}_" if name in RESERVED or name.startswith("_") else name
+        other = next((other for other, given in names.items() if given == name), None)
+        if other is not None:
+            both = f"columns {other!r} and {column!r} would both be {name!r} in the index"
+            raise DataError(f"{source}: {both}; rename one of them")
+        names[column] = name
+    return names
 
 
 def _joined(values: Sequence[Any], kind: type) -> Any:
