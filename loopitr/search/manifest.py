@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from loopitr.building.build import dual_key
 from loopitr.durable import write_file
 from loopitr.models.loop_model import LoopITRModel
@@ -91,7 +93,8 @@ def read_manifest(folder: str | Path) -> Manifest:
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        reason = f"there is no {MANIFEST} in it" if Path(folder).is_dir() else "no such folder"
+        missing = "it is a file" if Path(folder).exists() else "no such folder"
+        reason = f"there is no {MANIFEST} in it" if Path(folder).is_dir() else missing
         raise FileNotFoundError(f"{folder} is not a search index: {reason}; `loopitr search index` makes one")
     content = read_object(path)
     if content.get("format", FORMAT) != FORMAT:
@@ -129,6 +132,20 @@ def _is_size(value: Any) -> bool:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest atomically."""
     write_file(folder / MANIFEST, json.dumps(asdict(manifest), indent=2) + "\n")
+
+
+def model_of(folder: str | Path, manifest: Manifest, device: str | torch.device | None) -> Retriever:
+    """The model that an index was made with.
+
+    Raises:
+        OSError: it cannot be loaded, for example because it has been moved.
+        ValueError: it is of another kind, or the device cannot be used.
+    """
+    try:
+        return Retriever.from_pretrained(manifest.model, device=device)
+    except OSError as error:
+        moved = "if it has been moved, give its new place as the model (--model)"
+        raise OSError(f"{folder}: the model of this index cannot be loaded ({error}); {moved}") from error
 
 
 def check_model(folder: str | Path, manifest: Manifest, retriever: Retriever) -> None:
