@@ -97,6 +97,8 @@ class FusionOptions:
             num_heads=self.num_heads,
             intermediate_size=self.intermediate_size,
         )
+        if not self.num_layers and not self.agreement:
+            raise ValueError("model.fusion.num_layers 0 needs model.fusion.agreement: nothing else would score a pair")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.fusion.dropout must be from 0 to below 1, got {self.dropout}")
         if not 0 <= self.agreement_dropout < 1:

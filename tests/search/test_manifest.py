@@ -13,23 +13,23 @@ GOOD = {"format": 1, "model": "run", "model_hash": "abc", "embed_dim": 16, "toke
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "is damaged: JSONDecodeError"),
+        ("", "is damaged: it is not JSON"),
         ("[]", "is damaged"),
         ("null", "is damaged"),
-        ("{}", "is damaged: KeyError 'format'"),
+        ("{}", "is damaged: model is 'missing'"),
         ("[" * 100_000, "nested too deeply"),
         ('{"format": 1, "format": 1}', "'format' twice"),
         (json.dumps({**GOOD, "format": 2}), "it has format 2, this version of loopitr reads format 1"),
         (json.dumps({**GOOD, "format": float("inf")}), "it has format inf"),
-        (json.dumps({**GOOD, "model": None}), "is damaged: TypeError model is None"),
-        (json.dumps({**GOOD, "model_hash": 3}), "is damaged: TypeError model_hash is 3"),
-        (json.dumps({**GOOD, "embed_dim": "16"}), "is damaged: TypeError embed_dim is '16'"),
-        (json.dumps({**GOOD, "embed_dim": 0}), "is damaged: TypeError embed_dim is 0"),
-        (json.dumps({**GOOD, "tokens": "int4"}), "is damaged: TypeError tokens are 'int4'"),
-        (json.dumps({**GOOD, "token_shape": None}), "is damaged: TypeError tokens are 'fp16' of shape None"),
-        (json.dumps({**GOOD, "token_shape": [3]}), "is damaged: IndexError"),
-        (json.dumps({**GOOD, "store": 5}), "is damaged: TypeError store is 5"),
-        (json.dumps({"format": 1}), "is damaged: TypeError"),
+        (json.dumps({**GOOD, "model": None}), "is damaged: model is None"),
+        (json.dumps({**GOOD, "model_hash": 3}), "is damaged: model_hash is 3"),
+        (json.dumps({**GOOD, "embed_dim": "16"}), "is damaged: embed_dim is '16'"),
+        (json.dumps({**GOOD, "embed_dim": 0}), "is damaged: embed_dim is 0"),
+        (json.dumps({**GOOD, "tokens": "int4"}), "is damaged: tokens is 'int4'"),
+        (json.dumps({**GOOD, "token_shape": None}), "is damaged: tokens is 'fp16', token_shape None"),
+        (json.dumps({**GOOD, "token_shape": [3]}), "is damaged: token_shape is [3]"),
+        (json.dumps({**GOOD, "store": 5}), "is damaged: store is 5"),
+        (json.dumps({"format": 1}), "is damaged: model is"),
     ],
     ids=lambda x: x[:40],
 )
@@ -48,7 +48,7 @@ def test_what_later_versions_may_add_is_ignored(tmp_path):
 @pytest.mark.parametrize("content", [b"garbage\nx\n", b"path,reason\n\xff\xfe\n", b'path,reason\n"' + b"x" * 200_000])
 def test_a_damaged_list_of_skipped_images_is_named(content, tmp_path):
     (tmp_path / "skipped.csv").write_bytes(content)
-    with pytest.raises(ValueError, match=f"^{tmp_path}/skipped.csv is damaged; delete it"):
+    with pytest.raises(ValueError, match=f"^{tmp_path}/skipped.csv is damaged .*: delete it$"):
         read_skipped(tmp_path)
 
 
