@@ -225,7 +225,7 @@ def _evaluation(options: MeasureOptions, *, calibrate: bool, examples: int) -> "
 def _tokens(
     options: DataOptions, saved: "Saved", records: "Sequence[Record]", device: "torch.device", *, progress: bool
 ) -> "TokenCache | None":
-    from loopitr.building.build import token_cache_key
+    from loopitr.building.keys import token_cache_key
     from loopitr.data import TokenCache
     from loopitr.evaluation.gallery import evaluation_transform
     from loopitr.models.loop_model import LoopITRModel

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from loopitr.building.build import dual_key
+from loopitr.building.keys import dual_key
 from loopitr.durable import write_file
 from loopitr.models.loop_model import LoopITRModel
 from loopitr.reading import read_file, read_object
