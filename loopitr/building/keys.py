@@ -1,4 +1,4 @@
-"""Digests of parts of a model. Equal digests mean equal tokens or embeds: caches and indexes know their model by them."""
+"""Digests of parts of a model: equal digests mean equal tokens or embeds, so caches and indexes know their model."""
 
 from __future__ import annotations
 
