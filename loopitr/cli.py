@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-import math
 import os
+import select
 import sys
 import tempfile
 import textwrap
 from argparse import SUPPRESS, ArgumentError
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,9 +18,10 @@ from typing import Any, TypeVar
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
+from loopitr.reading import MAX_VALUES, DuplicateName, expanded_size
+
 Options = TypeVar("Options")
-USAGE_ERROR, INTERRUPTED = 2, 130
-MAX_VALUES = 100_000  # the most values in a file of options
+USAGE_ERROR, INTERRUPTED, NO_READER = 2, 130, 141
 HELP, HELP_ALL = ("-h", "--help"), ("--help_all", "--help-all")
 TWO_SCREENS = 100  # the number of lines above which --help only names the options of groups
 SWITCHES = ("--recall", "--resume", "--resume_with_changes", "--table_only", "--json", "--open", "--missing")
@@ -70,19 +71,39 @@ def run(main: Callable[[], None]) -> None:
     """Run a recipe.
 
     Errors that the user can correct print one line to stderr and exit with status 2, Ctrl-C prints one line and exits
-    with 130; other errors print a traceback. LOOPITR_DEBUG=1 prints the traceback of every error.
+    with 130; other errors print a traceback. LOOPITR_DEBUG=1 prints the traceback of every error. If the reader of the
+    output has ended, such as `head`, this ends too, without a line.
     """
     try:
-        main()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         # A ModuleNotFoundError means that an extra is not installed.
+        if isinstance(error, BrokenPipeError) and _has_no_reader():
+            sys.exit(NO_READER)
         if os.environ.get("LOOPITR_DEBUG"):
             raise
         print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(USAGE_ERROR)
+
+
+def _has_no_reader() -> bool:
+    """Whether stdout is a pipe whose reader has ended; then stdout is turned off, since Python would write to it at
+    exit."""
+    with contextlib.suppress(OSError):  # stdout may have no file.
+        output = sys.stdout.fileno()
+        if hasattr(select, "poll"):
+            poll = select.poll()
+            poll.register(output, select.POLLOUT)
+            if any(event & select.POLLERR for _, event in poll.poll(0)):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+                return True
+    return False
 
 
 def check_output_file(output: str | Path) -> None:
@@ -194,37 +215,15 @@ def _check_config(path: Path) -> None:
         return
     try:
         tree = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
-        size = 0 if tree is None else _size(tree, {})
+        size = expanded_size(tree, unique=True)
     except UnicodeDecodeError as error:
         raise ValueError(f"--config {path} is not a text file: {error}") from error
-    except _DuplicateName as error:
+    except DuplicateName as error:
         raise ValueError(f"--config {path}: {error}") from error
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return
     if size > MAX_VALUES:
         raise ValueError(f"--config {path}: aliases are circular or expand to more than {MAX_VALUES} values")
-
-
-class _DuplicateName(Exception):
-    """A name that occurs twice in one mapping, of which YAML would silently keep the last."""
-
-
-def _size(node: yaml.Node, sizes: dict[int, float]) -> float:
-    """The number of values of a node with aliases expanded, infinite if they are circular; `sizes` caches results."""
-    if isinstance(node, yaml.MappingNode):
-        names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-        for name, count in names.items():
-            if count > 1 and name != "<<":
-                raise _DuplicateName(f"{name} occurs twice in one group")
-        inner = [part for pair in node.value for part in pair]
-    elif isinstance(node, yaml.SequenceNode):
-        inner = node.value
-    else:
-        return 1
-    if id(node) not in sizes:
-        sizes[id(node)] = math.inf
-        sizes[id(node)] = 1 + sum(_size(part, sizes) for part in inner)
-    return sizes[id(node)]
 
 
 def _check_groups(options: Any, namespace: Any, group: str = "") -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from loopitr.reading import read_json
+
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
 
@@ -34,7 +36,8 @@ def write_file(path: Path, text: str) -> None:
     """
     partial = path.with_name(path.name + PARTIAL)
     try:
-        with partial.open("w", encoding="utf-8", newline="") as file:
+        partial.unlink(missing_ok=True)  # It may be a link to a file elsewhere.
+        with partial.open("x", encoding="utf-8", newline="") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -127,7 +130,7 @@ def write_manifest(folder: Path) -> None:
 def fault(folder: Path) -> str | None:
     """The first difference between a folder and its manifest, in words; None: no difference, or no manifest."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        manifest = read_json(folder / MANIFEST)["files"]
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
+from loopitr.reading import read_yaml, user_path
 
 CONFIG, EARLIER = "config.yaml", "config.before-*.yaml"
 INSIDE_A_RUN = ("best", "model")
@@ -16,7 +16,7 @@ MAX_RUNS = 8  # the length to which a chain of runs that started from each other
 
 @dataclass(frozen=True, kw_only=True)
 class StoredConfig:
-    """A config file of a run; if it cannot be read, `error` names the exception and `content` is empty."""
+    """A config file of a run; if it cannot be read, `error` says why and `content` is empty."""
 
     path: Path
     content: Mapping[str, Any] = field(default_factory=dict)
@@ -73,7 +73,7 @@ def runs_of(model: str | Path) -> list[PastRun]:
 
 def run_folder(model: str | Path) -> Path:
     """The folder of the run of a model folder, or the folder itself if it is no `best/` or `model/` of a run."""
-    folder = Path(model).expanduser()
+    folder = user_path(model)
     return folder.parent if folder.name in INSIDE_A_RUN and not (folder / CONFIG).is_file() else folder
 
 
@@ -83,7 +83,7 @@ def located(path: str, folder: Path) -> str:
     Such paths start at the folder in which the run was started, which is not recorded.
     """
     for start in (Path(), *folder.resolve().parents):
-        candidate = start / Path(path).expanduser()
+        candidate = start / user_path(path)
         if candidate.exists():
             return str(candidate)
     return path
@@ -91,9 +91,9 @@ def located(path: str, folder: Path) -> str:
 
 def _read(path: Path) -> StoredConfig:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise TypeError(f"{path} holds no options")
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        return StoredConfig(path=path, error=type(error).__name__)
+        content = read_yaml(path)
+    except (OSError, ValueError) as error:
+        return StoredConfig(path=path, error=str(error))
+    if not isinstance(content, dict):
+        return StoredConfig(path=path, error="it holds no options")
     return StoredConfig(path=path, content=content)

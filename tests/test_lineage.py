@@ -35,10 +35,10 @@ def test_a_circle_ends(tmp_path):
 
 
 def test_a_damaged_config_is_named(tmp_path):
-    for text, error in (("- 1", "TypeError"), ("{", "ParserError"), ("a: 2001-99-99", "ValueError")):
+    for text, error in (("- 1", "holds no options"), ("{", "is damaged"), ("a: 2001-99-99", "is damaged")):
         (tmp_path / "config.yaml").write_text(text)
         (run,) = runs_of(tmp_path)
-        assert run.config.error == error and run.config.group("model") == {} and run.start is None, text
+        assert error in str(run.config.error) and run.config.group("model") == {} and run.start is None, text
 
 
 def test_paths_are_looked_for_from_here_then_from_the_parents_of_the_run(tmp_path, monkeypatch):

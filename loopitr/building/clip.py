@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedCo
 
 from loopitr.building.text import describe_text, load_tokenizer
 from loopitr.building.weights import first_keys, hub_access, local_or_hub
-from loopitr.models.foreign import check_no_kernel, one_line_errors
+from loopitr.models.foreign import config_of, one_line_errors
 from loopitr.models.image_backbone import ACTIVATIONS, mlp_ratio
 
 # timm's ViTs of these model types; arguments change their size.
@@ -60,7 +60,7 @@ def load_pair(name: str) -> Pair:
     """
     source = local_or_hub(name, "the pair")
     with hub_access(name), one_line_errors(f"model.pair {name}"):
-        check_no_kernel(PreTrainedConfig.get_config_dict(source)[0], source)
+        config_of(source)
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if config.model_type not in TIMM_NAMES:
             hint = "; use a SigLIP 2 of fixed size, not NaFlex" if config.model_type == "siglip2" else ""

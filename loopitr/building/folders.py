@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -10,14 +9,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedConfig
 
 from loopitr.building.card import write_card
 from loopitr.building.sizes import check_sizes
 from loopitr.building.weights import hub_access
 from loopitr.checks import usable_device
+from loopitr.models.foreign import config_of
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.processing import LoopITRProcessor
+from loopitr.reading import read_object, user_path
 
 INSIDE_A_RUN = (".", "best", "model")
 CLASSES: dict[str, type[LoopITRModel] | type[DualEncoder]] = {
@@ -47,7 +47,7 @@ def model_source(path: str | Path) -> str:
     Raises:
         OSError: there is no such folder, or no model in it.
     """
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     if folder.is_dir():
         for name in INSIDE_A_RUN:
             if (folder / name / "config.json").is_file():
@@ -85,7 +85,7 @@ def saved_class(source: str, path: str | Path) -> tuple[type[Any], dict[str, Any
     Raises:
         ValueError: the model is of another kind.
     """
-    config, _ = PreTrainedConfig.get_config_dict(source)
+    config = config_of(source)
     kind = config.get("model_type")
     if kind not in CLASSES:
         raise ValueError(f"{path} holds a {kind!r} model, wanted {' or '.join(map(repr, CLASSES))}")
@@ -137,12 +137,12 @@ def check_output(output: str | Path, kind: str) -> Path:
         OSError: `output` is a file.
         ValueError: the folder holds a model of another type.
     """
-    folder = Path(output).expanduser()
+    folder = user_path(output)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{output} is not a folder")
     config = folder / "config.json"
     if config.is_file():
-        model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+        model_type = read_object(config).get("model_type")
         if model_type != kind:
             raise ValueError(
                 f"{output} holds a {model_type!r} model, which would be overwritten; choose another folder"

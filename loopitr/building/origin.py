@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -10,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import yaml
 
 from loopitr.building.weights import TEXT_ALIASES
 from loopitr.lineage import PastRun, located, runs_of
+from loopitr.reading import read_json, read_yaml, user_path
 
 METRICS = "metrics.json"
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -55,7 +54,7 @@ class Origin:
 
 def origin_of(source: str | Path) -> Origin:
     """The origin of the model of a run folder, as far as its files say; for a hub id, that id is the base model."""
-    if not Path(source).expanduser().is_dir():
+    if not user_path(source).is_dir():
         return Origin().starting_from(str(source))
     run, *before = runs_of(source)
     bases = tuple(dict.fromkeys(_base_models(before[-1] if before else run)))
@@ -102,9 +101,8 @@ def _by_k(ranking: Mapping[str, Mapping[str, float]]) -> dict[str, dict[int, flo
 def read_object(path: Path) -> Mapping[str, Any]:
     """The object in a JSON or YAML file; empty if the file is missing or damaged."""
     try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError):
+        content = read_json(path) if path.suffix == ".json" else read_yaml(path)
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -117,7 +115,7 @@ def _group(options: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def _datasets(data: Mapping[str, Any]) -> list[str]:
     hub = data.get("hub")
     if isinstance(hub, str):
-        named = hub not in BUILDERS and not Path(hub).expanduser().exists() and _is_hub_id(hub)
+        named = hub not in BUILDERS and not user_path(hub).exists() and _is_hub_id(hub)
         return [hub] if named else [Path(hub).name]
     names = []
     for source in FILES:
@@ -138,7 +136,7 @@ def _base_models(first: PastRun) -> list[str]:
     vision, text, bases = _group(model, "vision"), _group(model, "text"), []
     if vision.get("pretrained") and not vision.get("checkpoint"):
         bases.append(_timm_id(str(vision.get("name"))))
-    if text.get("pretrained") and not Path(str(text.get("name"))).expanduser().is_dir():
+    if text.get("pretrained") and not user_path(str(text.get("name"))).is_dir():
         name = str(text.get("name"))
         bases.append(TEXT_ALIASES.get(name, name))
     return [base for base in bases if _is_hub_id(base)]
@@ -151,4 +149,4 @@ def _timm_id(name: str) -> str:
 
 
 def _is_hub_id(name: str) -> bool:
-    return HUB_ID.fullmatch(name) is not None and not Path(name).expanduser().exists()
+    return HUB_ID.fullmatch(name) is not None and not user_path(name).exists()

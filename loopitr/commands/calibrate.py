@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from loopitr.commands.evaluate import MeasureOptions, measure
+from loopitr.commands.evaluate import MeasureOptions, look_for_overlap, measure
 from loopitr.data import DataOptions
 
 
@@ -31,6 +31,7 @@ def calibrate(options: CalibrateOptions) -> None:
     if not folder.is_dir():
         raise ValueError(f"{options.model} is not a local folder: the weight is written into its config.json")
     measured = measure(options, calibrate=True)
+    look_for_overlap(options, measured)
     before = measured.saved.model.config.similarity_weight
     weight = measured.result.similarity_weight
     assert weight is not None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from loopitr.checks import check_at_least, usable_device
 from loopitr.cli import check_output_file
-from loopitr.data import DataOptions, LoadReport, load_evaluated, trained_data, training_overlap
+from loopitr.data import DataOptions, LoadReport, TrainingOverlap, load_evaluated, trained_data, training_overlap
 from loopitr.data.coco_ids import coco_images
 from loopitr.durable import write_file
 from loopitr.training.reporting import write_json
@@ -62,15 +62,16 @@ class MeasureOptions:
     """bf16: use autocast."""
     device: str | None = None
     """cpu, cuda, cuda:1, ...; unset: a GPU if there is one (for several processes, each its own)."""
+    check_overlap: bool = True
+    """Look for images that the model was trained on, by the content of their files, if the training files still exist.
+    Only training files with the size of one of these images are read, and nothing is downloaded. A copy that was
+    encoded again is not recognised."""
 
 
 @dataclass
 class EvaluateOptions(MeasureOptions):
     """The model, the data, how to evaluate, and where to write the results."""
 
-    check_overlap: bool = True
-    """Look for evaluated images that the model was trained on, by content, if the training files still exist. Only
-    training files with the size of an evaluated one are read."""
     coco_benchmarks: bool = False
     """Also compute ECCV Caption and CxC, for COCO's Karpathy test split; needs the extra `eccv` and
     `captions_per_image` 5."""
@@ -100,9 +101,8 @@ def evaluate(options: EvaluateOptions) -> None:
     examples = 0 if options.gallery is None else options.gallery_queries
     measured = measure(options, examples=examples, coco=_coco(options) if options.coco_benchmarks else None)
     figures = measured.result.to_json()
-    if options.check_overlap and measured.state.is_main_process:
-        overlap = training_overlap(measured.records, measured.history)
-        print(overlap.line())
+    overlap = look_for_overlap(options, measured)
+    if overlap is not None:
         figures["trained_on"] = overlap.to_json()
     if options.output is not None and measured.state.is_main_process:
         path = Path(options.output)
@@ -171,6 +171,15 @@ def measure(
     return Measured(state=state, saved=saved, records=records, history=history, result=result)
 
 
+def look_for_overlap(options: MeasureOptions, measured: Measured) -> TrainingOverlap | None:
+    """Print which images the model was trained on, on the first rank and if it is asked for."""
+    if not options.check_overlap or not measured.state.is_main_process:
+        return None
+    overlap = training_overlap(measured.records, measured.history)
+    print(overlap.line())
+    return overlap
+
+
 def _coco(options: EvaluateOptions) -> "CocoBenchmarks":
     from loopitr.evaluation.coco import CocoBenchmarks
 
@@ -216,7 +225,7 @@ def _evaluation(options: MeasureOptions, *, calibrate: bool, examples: int) -> "
 def _tokens(
     options: DataOptions, saved: "Saved", records: "Sequence[Record]", device: "torch.device", *, progress: bool
 ) -> "TokenCache | None":
-    from loopitr.building.build import token_cache_key
+    from loopitr.building.keys import token_cache_key
     from loopitr.data import TokenCache
     from loopitr.evaluation.gallery import evaluation_transform
     from loopitr.models.loop_model import LoopITRModel

@@ -19,6 +19,7 @@ from loopitr.building.weights import hub_access, listed, text_source
 from loopitr.models.foreign import refused_objects
 from loopitr.models.loop_model import LoopITRModel
 from loopitr.models.processing import LoopITRProcessor, image_processor
+from loopitr.reading import user_path
 
 # The keys under which training scripts save weights.
 WRAPPERS = ("model", "state_dict")
@@ -33,7 +34,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         OSError: there is no such file, or it is a folder.
         ValueError: it is not a checkpoint, or holds Python objects besides tensors.
     """
-    file = Path(path).expanduser()
+    file = user_path(path)
     if file.is_dir():
         raise IsADirectoryError(f"{path} is a folder, wanted a checkpoint file (.pth, .pt, .bin or .safetensors)")
     if not file.is_file():

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from loopitr.reading import read_object
+
 from .decoded import DecodedImages, ToTensor
 from .records import DataError, LazyRecords, Record, name_of
 from .workers import leave_signals_to_the_run
@@ -87,7 +89,7 @@ def build_once(target: Path, build: Callable[[Path], dict[str, Any]]) -> None:
 
 def read_meta(folder: Path) -> dict[str, Any]:
     """The content of a cache's `meta.json`; callers read it and its values inside `expect_intact`."""
-    return json.loads((folder / META).read_text())
+    return read_object(folder / META)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ takes seconds.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,6 +111,18 @@ def _load(path: str, split: str, name: str | None, data_files: DataFiles, stream
         if splits is not None and split.split("[")[0] not in splits:
             raise DataError(f"{named}: no split {split!r}; it has {', '.join(map(str, splits))}") from error
         raise DataError(f"{named}: datasets cannot load it: {one_line(error)}") from error
+
+
+@contextlib.contextmanager
+def from_cache_alone() -> Iterator[None]:
+    """A context in which hub ids are read from the cache of `datasets`, and nothing is downloaded."""
+    import datasets
+
+    before, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
 
 
 def _undecoded(dataset: Any, columns: Columns, features: Any) -> Any:

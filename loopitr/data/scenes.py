@@ -33,6 +33,7 @@ VALUES = (SIZES, COLOURS, SHAPES)
 SPLITS = ("train", "val", "test")
 GROUP_SIZE = 4
 KEPT_BYTES = 2**27  # memory for rendered images, which are the same in every epoch
+MOST_SCENES, LARGEST = 1_000_000, 2048
 HELD_OUT_GROUPS = 220  # the groups of val and of test; train has the rest, over 1000
 
 TEMPLATES = {
@@ -219,8 +220,10 @@ class SceneRecords(LazyRecords):
                 f"size of the scenes split {split!r} must be at least 1"
                 f"{'' if split == 'train' else f' and at most {limit}'}; got {size}"
             )
-        if image_size < 16:
-            raise ValueError(f"image_size of scenes must be at least 16, got {image_size}")
+        if size > MOST_SCENES:
+            raise ValueError(f"size of the scenes split {split!r} must be at most {MOST_SCENES}, got {size}")
+        if not 16 <= image_size <= LARGEST:
+            raise ValueError(f"image_size of scenes must be at least 16 and at most {LARGEST}, got {image_size}")
         random.Random(f"{seed}/{split}").shuffle(groups)
         self.split, self.size, self.seed, self.image_size = split, size, seed, image_size
         self._rendered: dict[int, Image.Image] = {}

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from loopitr.lineage import CONFIG, StoredConfig, located, runs_of
+from loopitr.reading import read_json
 
+from .description import DESCRIPTION, describe_records, difference
+from .hub import from_cache_alone
 from .hub_stream import HubStream
 from .options import DataOptions
 from .overlap import SharedImage, listed, shared_images
@@ -19,10 +24,14 @@ from .sources import load_records
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedOn:
-    """The data options of a run; if `data` is None, they are unknown and `reason` says why."""
+    """The data options of a run; if `data` is None, they are unknown and `reason` says why.
+
+    `described` is what `describe_records` made of the training records; None: the run is older, or had a stream.
+    """
 
     data: DataOptions | None
     reason: str | None = None
+    described: Any = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +56,7 @@ class TrainingOverlap:
             return text if self.unknown is None else f"{text}; there may be more: {self.unknown}"
         if self.unknown is not None:
             return f"warning: whether the model was trained on any of these images is unknown: {self.unknown}"
-        return f"the model was trained on none of the {self.count} images"
+        return f"the model was trained on none of the {self.count} images (files are compared, not pictures)"
 
     def to_json(self) -> dict[str, Any]:
         """The result for an evaluation's JSON file."""
@@ -83,14 +92,28 @@ def training_overlap(records: Sequence[Record], history: Sequence[TrainedOn]) ->
                 raise DataError(str(run.reason))
             if run.data.streaming:
                 raise DataError("it was trained on a stream")
-            others = load_records(run.data, run.data.split)
-            assert not isinstance(others, HubStream)
-            _check_readable(others)
+            others = _load(run.data)
             for image in shared_images(records, others):
                 shared.setdefault(image.name, image)
+            _check_readable(others)
+            change = difference(run.described, describe_records(others), in_order=False)
+            if change is not None:
+                raise DataError(f"the training data have changed since ({change})")
         except (DataError, OSError) as error:
             unknown = unknown or str(error)
     return TrainingOverlap(shared=list(shared.values()), count=len(records), unknown=unknown)
+
+
+def _load(options: DataOptions) -> Sequence[Record]:
+    """The training records. Nothing is downloaded, since whoever made the model has chosen the address."""
+    files = options.data_files.values() if isinstance(options.data_files, dict) else options.data_files or ()
+    for name in (options.hub or "", *([files] if isinstance(files, str) else files)):
+        if "://" in name:
+            raise DataError(f"its data are at {name}, and nothing is downloaded to compare with")
+    with from_cache_alone() if options.hub is not None else nullcontext():
+        records = load_records(options, options.split)
+    assert not isinstance(records, HubStream)
+    return records
 
 
 def _check_readable(records: Sequence[Record]) -> None:
@@ -111,15 +134,31 @@ def _trained_on(config: StoredConfig, folder: Path) -> TrainedOn:
     error = config.error
     if error is None:
         try:
-            return TrainedOn(data=_data_options(config.content["data"], folder))
-        except (KeyError, TypeError, AttributeError) as reason:
-            error = type(reason).__name__
+            return TrainedOn(data=_data_options(config.content["data"], folder), described=_described(config.path))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as reason:
+            error = _reason(reason)
     return TrainedOn(data=None, reason=f"{config.path} cannot be read ({error})")
 
 
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, (OSError, ValueError)) else type(error).__name__
+
+
+def _described(config: Path) -> Any:
+    """The description of the training data in the file that belongs to `config.yaml`, or to an earlier one."""
+    path = config.with_name(config.stem.replace("config", Path(DESCRIPTION).stem, 1) + ".json")
+    try:
+        return read_json(path)["train"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
 def _data_options(tree: dict[str, Any], folder: Path) -> DataOptions:
-    known = {field.name for field in fields(DataOptions)}
-    options = DataOptions(**{name: value for name, value in tree.items() if name in known})
+    kinds = get_type_hints(DataOptions)
+    for name, kind in kinds.items():
+        if name in tree and not _fits(tree[name], kind):
+            raise ValueError(f"data.{name} is {tree[name]!r}")
+    options = DataOptions(**{name: value for name, value in tree.items() if name in kinds})
     if "scenes" not in tree:  # Older runs used the scenes if they named no other source.
         options = replace(options, scenes=True)
     paths: dict[str, Any] = {}
@@ -130,3 +169,17 @@ def _data_options(tree: dict[str, Any], folder: Path) -> DataOptions:
         elif isinstance(value, list):
             paths[name] = [located(item, folder) for item in value]
     return replace(options, **paths)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of the type of an option."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return value in parts
+    if origin is UnionType:
+        return any(_fits(value, part) for part in parts)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, parts[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(item, str) for pair in value.items() for item in pair)
+    return type(value) is kind or (kind is float and type(value) is int)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from PIL import Image
@@ -62,15 +63,14 @@ class TrainTransform:
         # least sqrt(3/4 * low) * m, since the ratio of its sides is at least 3/4; and at least low * m, since its
         # longer side is at most n.
         self.shortest = math.ceil(max(size) / max(crop_scale[0], math.sqrt(LEAST_RATIO * crop_scale[0])))
+        resizing: dict[str, Any] = {"interpolation": modes[interpolation], "antialias": True}
+        ratio = (LEAST_RATIO, 1 / LEAST_RATIO)
+        is_whole = crop_scale[0] == 1  # A crop would cut a wide image to the largest ratio.
         steps: list[torch.nn.Module] = [
             v2.PILToTensor(),  # Resizing uint8 tensors is about twice as fast as Pillow's resizing.
-            v2.RandomResizedCrop(
-                size,
-                scale=crop_scale,
-                ratio=(LEAST_RATIO, 1 / LEAST_RATIO),
-                interpolation=modes[interpolation],
-                antialias=True,
-            ),
+            v2.Resize(size, **resizing)
+            if is_whole
+            else v2.RandomResizedCrop(size, scale=crop_scale, ratio=ratio, **resizing),
         ]
         if flip:
             steps.append(v2.RandomHorizontalFlip())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from loopitr.building.card import write_export_card
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.processing import LoopITRProcessor
+from loopitr.reading import user_path
 
 from .graphs import FusionGraph, ImageGraph, TextGraph
 from .onnx_card import onnx_card
@@ -107,13 +108,13 @@ def export_onnx(
         write_export_card(
             folder,
             onnx_card(source, list(precisions), parity),
-            title=Path(output).expanduser().resolve().name,
+            title=user_path(output).resolve().name,
             source=source.name,
             rankings=source.rankings,
             tags=["onnx"],
             library="onnx",
         )
-    return OnnxExport(folder=Path(output).expanduser(), graphs=list(graphs), parity=parity)
+    return OnnxExport(folder=user_path(output), graphs=list(graphs), parity=parity)
 
 
 @dataclass(frozen=True)

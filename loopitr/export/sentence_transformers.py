@@ -27,6 +27,7 @@ from loopitr.models.image_backbone import VisionBackbone
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.processing import LoopITRProcessor
 from loopitr.models.text_backbone import ALWAYS_FULL, TextBackbone
+from loopitr.reading import user_path
 
 from .reading import save_image_processor, save_tokenizer
 from .sentence_transformers_card import sentence_transformers_card
@@ -106,14 +107,14 @@ def export_sentence_transformers(
         write_export_card(
             folder,
             sentence_transformers_card(source),
-            title=Path(output).expanduser().resolve().name,
+            title=user_path(output).resolve().name,
             source=source.name,
             rankings=source.rankings[:1],
             tags=["sentence-transformers"],
             library="sentence-transformers",
             pipeline="feature-extraction" if source.has_images else "sentence-similarity",
         )
-    return SentenceTransformersExport(folder=Path(output).expanduser(), parity=parity)
+    return SentenceTransformersExport(folder=user_path(output), parity=parity)
 
 
 def _library() -> Any:

@@ -17,6 +17,7 @@ from loopitr.building.towers import load_tower
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.processing import LoopITRProcessor
 from loopitr.models.towers import TOWERS, ImageTower, TextTower, tower_config, tower_prefixes
+from loopitr.reading import user_path
 
 Exportable = LoopITRModel | DualEncoder | ImageTower | TextTower
 
@@ -100,7 +101,7 @@ def new_folder(output: str | Path) -> Iterator[Path]:
         OSError: `output` is a file, or cannot be written to.
         ValueError: `output` is a folder that is not empty.
     """
-    folder = Path(output).expanduser()
+    folder = user_path(output)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{output} is not a folder")
     if folder.is_dir() and any(folder.iterdir()):

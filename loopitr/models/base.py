@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from loopitr.models.foreign import check_no_kernel, one_line_errors
+from loopitr.models.foreign import check_shards, check_weights, config_of, one_line_errors
 from loopitr.models.image_backbone import VisionBackbone
 from loopitr.models.lora import Model, freeze_adapted, merge_lora
 
@@ -37,14 +37,14 @@ class LoopITRPreTrainedModel(PreTrainedModel):
         if os.path.isdir(path) and not os.path.isfile(os.path.join(path, kwargs.get("subfolder", ""), "config.json")):
             raise OSError(f"{path} holds no model: it has no config.json")
         hub_arguments = {name: value for name, value in kwargs.items() if name in HUB_ARGUMENTS}
-        saved_config, _ = PreTrainedConfig.get_config_dict(path, **hub_arguments)
+        saved_config = config_of(path, **hub_arguments)
         assert cls.config_class is not None
         wanted = cls.config_class.model_type
         if saved_config.get("model_type") != wanted:
             raise ValueError(
                 f"{path} holds a {saved_config.get('model_type')!r} model, {cls.__name__} loads {wanted!r}"
             )
-        check_no_kernel(saved_config, path)
+        check_shards(path, str(kwargs.get("subfolder") or ""))
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["use_safetensors"] = True
         kwargs["ignore_mismatched_sizes"] = True  # transformers then returns the mismatches, which are named below.
@@ -66,6 +66,7 @@ class LoopITRPreTrainedModel(PreTrainedModel):
                 module.restore_buffers(model.config)
                 module.freeze_unused_head()  # Loading has set requires_grad of all parameters.
         freeze_adapted(getattr(model, "dual", model))
+        check_weights(model, path)
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.device.type == "cpu":
                 # Weights mapped from the file break if the file changes, and may be unaligned, which changes last bits.

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Mapping
+from types import NoneType
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -16,6 +18,8 @@ POOLINGS = ("first", "mean", "backbone")
 PROJECTIONS = ("affine", "linear", "none", "mlp")
 FUSION_STYLES = ("late", "shared")
 ADAPTED = ("vision", "text")
+# Arguments of `timm.create_model` with which it would read files or download them.
+FILES = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
 
 VISION_DEFAULTS: dict[str, Any] = {
     "name": "vit_small_patch16_224",
@@ -50,6 +54,8 @@ LORA_DEFAULTS: dict[str, Any] = {
 
 
 def _merged(kind: str, given: dict[str, Any] | None, defaults: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(given, (Mapping, NoneType)):
+        raise ValueError(f"{kind} must be a mapping, got {given!r}")
     given = dict(given or {})
     unknown = sorted(set(given) - set(defaults))
     if unknown:
@@ -57,9 +63,37 @@ def _merged(kind: str, given: dict[str, Any] | None, defaults: dict[str, Any]) -
     return {**defaults, **given}
 
 
+def _vision(given: dict[str, Any] | None) -> dict[str, Any]:
+    vision = _merged("vision", given, VISION_DEFAULTS)
+    if not isinstance(vision["kwargs"], Mapping):
+        raise ValueError(f"vision.kwargs must be a mapping, got {vision['kwargs']!r}")
+    for name in FILES:
+        if name in vision["kwargs"]:
+            raise ValueError(f"vision.kwargs describe the network, not its weights: {name!r} does not belong there")
+    return vision
+
+
+def _text(given: dict[str, Any] | None) -> dict[str, Any]:
+    if not isinstance(given, (Mapping, NoneType)):
+        raise ValueError(f"text must be a mapping, got {given!r}")
+    return dict(given or TEXT_DEFAULTS)
+
+
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _check_no_layers(fusion: dict[str, Any], *, mlm_head: bool) -> None:
+    """Check that a fusion head without layers has token agreement and nothing that needs layers."""
+    if fusion["agreement"] is None:
+        raise ValueError("fusion.num_layers 0 needs fusion.agreement: otherwise nothing would score a pair")
+    if fusion["style"] != "late":
+        raise ValueError(f"fusion.num_layers 0 needs fusion.style 'late', got {fusion['style']!r}")
+    if fusion["image_positions"]:
+        raise ValueError("fusion.num_layers 0 has no use for fusion.image_positions")
+    if mlm_head:
+        raise ValueError("mlm_head needs fused tokens, which fusion.num_layers 0 does not make")
 
 
 def _positive(name: str, value: Any) -> None:
@@ -113,8 +147,8 @@ class DualEncoderConfig(PreTrainedConfig):
         lora: dict[str, dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.vision = _merged("vision", vision, VISION_DEFAULTS)
-        self.text = dict(text) if text else dict(TEXT_DEFAULTS)
+        self.vision = _vision(vision)
+        self.text = _text(text)
         if "model_type" not in self.text:
             raise ValueError(f"text needs a model_type (a transformers config as a dict), got keys {sorted(self.text)}")
         _positive("vision.image_size", self.vision["image_size"])
@@ -144,6 +178,8 @@ class DualEncoderConfig(PreTrainedConfig):
             if dim > embed_dim:
                 raise ValueError(f"matryoshka_dims must be at most embed_dim {embed_dim}, got {dim}")
         self.matryoshka_dims = list(matryoshka_dims) if matryoshka_dims else None
+        if not isinstance(lora, (Mapping, NoneType)):
+            raise ValueError(f"lora must be a mapping, got {lora!r}")
         for part in lora or ():
             _one_of("lora", part, ADAPTED)
         self.lora = {part: _merged("lora", given, LORA_DEFAULTS) for part, given in (lora or {}).items()} or None
@@ -156,7 +192,7 @@ class LoopITRConfig(DualEncoderConfig):
     Args:
         fusion: see `FUSION_DEFAULTS`. `style` is `late` (layers of its own on the text backbone's output; ALBEF,
             LoopITR) or `shared` (the text backbone's last `num_layers` layers run again with cross-attention
-            inserted; BLIP).
+            inserted; BLIP). Without layers (`num_layers` 0), token agreement (`agreement`) is the whole head.
         mlm_head: whether the model has a masked-language-model head on the fused tokens.
         similarity_weight: w >= 0 of the reranking score, match score + w x similarity / temperature; 1 until it is
             fitted on held-out data (at the end of every run, and by `recipes/calibrate.py`).
@@ -185,7 +221,10 @@ class LoopITRConfig(DualEncoderConfig):
     ) -> None:
         self.fusion = _merged("fusion", fusion, FUSION_DEFAULTS)
         _one_of("fusion.style", self.fusion["style"], FUSION_STYLES)
-        _positive("fusion.num_layers", self.fusion["num_layers"])
+        if self.fusion["num_layers"] == 0 and type(self.fusion["num_layers"]) is int:
+            _check_no_layers(self.fusion, mlm_head=mlm_head)
+        else:
+            _positive("fusion.num_layers", self.fusion["num_layers"])
         for name in ("num_heads", "intermediate_size", "agreement"):
             if self.fusion[name] is not None:
                 _positive(f"fusion.{name}", self.fusion[name])
@@ -219,7 +258,7 @@ class ImageTowerConfig(PreTrainedConfig):
         lora: dict[str, dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.vision = _merged("vision", vision, VISION_DEFAULTS)
+        self.vision = _vision(vision)
         _positive("vision.image_size", self.vision["image_size"])
         _one_of("vision_pooling", vision_pooling, POOLINGS)
         self.vision_pooling = vision_pooling
@@ -243,7 +282,7 @@ class TextTowerConfig(PreTrainedConfig):
         lora: dict[str, dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.text = dict(text) if text else dict(TEXT_DEFAULTS)
+        self.text = _text(text)
         _one_of("text_pooling", text_pooling, POOLINGS)
         self.text_pooling = text_pooling
         _set_head(self, embed_dim, projection)

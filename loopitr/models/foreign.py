@@ -5,10 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import nn
 
+from loopitr.reading import read_object
+
+MOST_LAYERS, LARGEST = 1000, 2**31
+SHOWN = 300  # letters of an error that is not of this package
 ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 
 
@@ -35,20 +41,94 @@ def refused_objects(error: Exception) -> str | None:
     return "it holds Python objects besides tensors; reading those could run code: save only its weights"
 
 
+def config_of(source: str, **hub_arguments: Any) -> dict[str, Any]:
+    """The content of the config.json of a local folder or a hub id.
+
+    Raises:
+        OSError: there is none.
+        ValueError: it is damaged, or holds something other than an object.
+    """
+    from transformers import PreTrainedConfig
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    path = Path(source, hub_arguments.get("subfolder") or "", "config.json")
+    if path.parent.is_dir():
+        read_object(path)  # transformers raises errors of many kinds for a file that is not an object.
+    with one_line_errors(source):
+        config, _ = PreTrainedConfig.get_config_dict(source, **hub_arguments)
+        adapter = find_adapter_config_file(source, **hub_arguments)
+    if adapter is not None:  # transformers would load it, or even a model elsewhere that it names, without a word.
+        raise ValueError(f"{source} holds an adapter of peft (adapter_config.json), which is not loaded: merge it")
+    if config.get("quantization_config") is not None:
+        raise ValueError(f"{source}: its config.json asks for a quantisation, which is not supported")
+    check_no_kernel(config, source)
+    _check_numbers(config, source)
+    return config
+
+
+def _check_numbers(value: Any, source: str, name: str = "") -> None:
+    """Refuse a config with numbers for which a model could not be built within hours, or in any memory."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            _check_numbers(inner, source, str(key))
+    elif isinstance(value, list):
+        for inner in value:
+            _check_numbers(inner, source, name)
+    elif isinstance(value, int) and value > (MOST_LAYERS if re.search("layer|depth|block", name) else LARGEST):
+        raise ValueError(f"{source}: {name} in its config.json is too large, {value}")
+
+
+def check_shards(source: str, subfolder: str = "") -> None:
+    """Check the list of files of weights in a local folder, if there is one: it names files of that folder.
+
+    Raises:
+        ValueError: it does not.
+    """
+    path = Path(source, subfolder, "model.safetensors.index.json")
+    if not path.is_file():
+        return
+    files = read_object(path).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise ValueError(f"{path} is damaged: it has no weight_map")
+    for name in files.values():
+        if not isinstance(name, str) or Path(name).name != name or not (path.parent / name).is_file():
+            raise ValueError(f"{path} names {name!r}, which is no file in that folder")
+
+
+def check_weights(model: nn.Module, source: str) -> None:
+    """
+    Raises:
+        ValueError: a weight is NaN or infinite, as after a divergence.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.numel() and not all(bound.isfinite() for bound in parameter.detach().aminmax()):
+            raise ValueError(f"{source}: its weights are damaged: {name} is not finite")
+
+
 @contextmanager
 def one_line_errors(source: str) -> Iterator[None]:
     """A context for reading weights, configs and tokenizers, whose libraries raise many kinds of errors.
 
     Raises:
-        OSError: damaged weights; other OSErrors, ValueErrors, and errors of memory or missing packages are unchanged.
+        OSError: damaged weights; other OSErrors, and errors of memory or missing packages are unchanged.
         ValueError: any other error, as one line that names `source`.
     """
     try:
         yield
     except SafetensorError as error:
         raise OSError(f"{source}: its weights are damaged ({error})") from error
-    except (OSError, ValueError, MemoryError, ModuleNotFoundError):
+    except (OSError, MemoryError, ModuleNotFoundError):
         raise
+    except ValueError as error:
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        if source in reason and len(reason) <= SHOWN:
+            raise
+        raise ValueError(_shortened(reason if source in reason else f"{source}: {reason}")) from error
     except Exception as error:
-        reason = refused_objects(error) or next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise ValueError(f"{source} cannot be loaded: {reason}") from error
+        first = next(iter(str(error).splitlines()), "") or type(error).__name__
+        first = f"{type(error).__name__} {first}" if isinstance(error, LookupError) else first
+        raise ValueError(_shortened(f"{source} cannot be loaded: {refused_objects(error) or first}")) from error
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from loopitr.reading import read_object
 
 TOKENIZER = "tokenizer_config.json"
 IMAGES = ("processor_config.json", "preprocessor_config.json")
@@ -27,25 +28,23 @@ def check_processor_files(folder: Path) -> None:
             wanted = names[0] if len(names) == 1 else f"{names[0]} or {names[1]}"
             raise OSError(f"{folder} has no {kind}: {wanted} is missing")
     for name in (TOKENIZER, *IMAGES, VOCABULARIES[0]):
-        path = folder / name
-        if not path.is_file():
-            continue
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged: it is not JSON ({error})") from error
-        if not isinstance(content, dict):
-            raise ValueError(f"{path} is damaged: it holds a {type(content).__name__}, wanted an object")
+        if (folder / name).is_file():
+            read_object(folder / name)
 
 
 def check_words(tokenizer: Any, source: str) -> None:
-    """Check that a tokenizer has words and a padding token.
+    """Check that a tokenizer has words, a padding token, and room for a word in its maximum length.
 
     Raises:
-        ValueError: it lacks either.
+        ValueError: it lacks one of them.
     """
     special = len(tokenizer.all_special_tokens)
     if len(tokenizer) <= special:
         raise ValueError(f"the tokenizer of {source} knows no words: it has only {special} special tokens")
     if tokenizer.pad_token is None:
         raise ValueError(f"the tokenizer of {source} has no padding token")
+    limit, least = tokenizer.model_max_length, tokenizer.num_special_tokens_to_add() + 1
+    if not (isinstance(limit, int) and limit >= least) and limit != float("inf"):
+        raise ValueError(
+            f"the tokenizer of {source} has model_max_length {limit!r}, wanted a number of at least {least}"
+        )

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .lance import ALL, connect, delete_rows, put_rows, table_names, tidy
+from .lance import ALL, check_files, connect, delete_rows, put_rows, table_names, tidy
 from .lance_errors import line_of, reading
 from .manifest import TOKEN_TYPES, Manifest
 
@@ -52,9 +52,10 @@ class Contents:
         import pyarrow as pa
 
         place = manifest.contents or folder
-        database = connect(place)
         columns = [("id", pa.int64()), ("tokens", pa.large_binary()), ("encoded", pa.large_binary())]
         try:
+            check_files(Path(str(place), "contents.lance"))
+            database = connect(place)
             if create and "contents" not in table_names(database):
                 database.create_table("contents", schema=pa.schema(columns))
             return cls(database.open_table("contents"), manifest, place)
@@ -68,7 +69,14 @@ class Contents:
         Raises:
             ValueError: it holds the contents of another index.
         """
-        if manifest.contents is not None and "contents" in table_names(connect(manifest.contents)):
+        if manifest.contents is None:
+            return
+        try:
+            names = table_names(connect(manifest.contents))
+        except (ValueError, RuntimeError, OSError) as error:
+            place = manifest.contents
+            raise ValueError(f"the contents of an index cannot be kept in {place}: {line_of(error)}") from error
+        if "contents" in names:
             raise ValueError(f"{manifest.contents} holds the contents of an index already; choose another place")
 
     def check_room(self, count: int) -> None:
@@ -135,6 +143,8 @@ class Contents:
         if encoded:
             return Content(tokens=None, encoded=buffer.to_pybytes())
         assert self.dtype is not None and self.shape is not None
+        if buffer.size != math.prod(self.shape) * self.dtype.itemsize:
+            raise ValueError(f"{self.place} is a damaged index: it has {buffer.size} bytes of tokens for an image")
         values = torch.frombuffer(bytearray(buffer), dtype=self.dtype)
         return Content(tokens=values.view(self.shape), encoded=None)
 

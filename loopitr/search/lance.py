@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -62,6 +63,19 @@ def connect(folder: str | Path) -> Any:
     return lancedb.connect(str(folder), read_consistency_interval=timedelta(0))
 
 
+def check_files(table: Path) -> None:
+    """Check that a table in a local folder consists of files: LanceDB would wait for a pipe forever.
+
+    Raises:
+        ValueError: it does not.
+    """
+    for folder, _, names in os.walk(table):
+        for name in names:
+            path = Path(folder, name)
+            if path.exists() and not path.is_file():
+                raise ValueError(f"{path} is not a file")
+
+
 class LanceImages:
     """The table of an index's images, whose writes are atomic."""
 
@@ -77,6 +91,7 @@ class LanceImages:
         """
         database = connect(folder)
         try:
+            check_files(Path(folder, "images.lance"))
             if create and "images" not in table_names(database):
                 database.create_table("images", schema=_schema(embed_dim))
             return cls(database.open_table("images"), embed_dim, folder)
@@ -138,9 +153,10 @@ class LanceImages:
             ValueError: the condition is not valid SQL, or has an unknown column.
         """
         query = self.table.search(vector.astype(np.float32), vector_column_name="embed").distance_type("dot")
-        query = query.bypass_vector_index() if exact else query.nprobes(_probes(len(self)))
+        count = len(self)
+        query = query.bypass_vector_index() if exact else query.nprobes(_probes(count))
         query = query if where is None else query.where(_whole(where), prefilter=True)
-        rows = self._asked(query, where, limit=limit, names=[*self._names(), "_distance"])
+        rows = self._asked(query, where, limit=min(limit, max(1, count)), names=[*self._names(), "_distance"])
         return [_found(row, 1.0 - row.pop("_distance")) for row in rows]
 
     def finish(self) -> None:
@@ -226,7 +242,7 @@ def _cell(value: Any, field: pa.Field) -> Any:
         return None
     try:
         return pa.scalar(str(value) if pa.types.is_string(field.type) else value, type=field.type).as_py()
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
         problem = f"column {field.name!r} of the index holds {field.type}, and is now to hold {value!r}"
         raise ValueError(f"{problem}; give that column another name") from error
 

@@ -11,15 +11,19 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from loopitr.building.build import dual_key
+import torch
+
+from loopitr.building.keys import dual_key
 from loopitr.durable import write_file
 from loopitr.models.loop_model import LoopITRModel
+from loopitr.reading import read_file, read_object
 
 from .encoding import dual_of
 from .retriever import Retriever
 
 MANIFEST, LOCK, SKIPPED = "manifest.json", "index.lock", "skipped.csv"
 FORMAT = 1
+LARGEST = 2**31  # No width of a vector, or number of tokens, reaches it.
 _HELD: set[str] = set()  # the indexes that this process is writing to
 TOKEN_TYPES = {"fp16": "float16", "bf16": "bfloat16"}
 
@@ -89,27 +93,59 @@ def read_manifest(folder: str | Path) -> Manifest:
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        reason = f"there is no {MANIFEST} in it" if Path(folder).is_dir() else "no such folder"
+        missing = "it is a file" if Path(folder).exists() else "no such folder"
+        reason = f"there is no {MANIFEST} in it" if Path(folder).is_dir() else missing
         raise FileNotFoundError(f"{folder} is not a search index: {reason}; `loopitr search index` makes one")
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        version = int(content["format"])
-        if version != FORMAT:
-            readable = f"this version of loopitr reads format {FORMAT}"
-            raise ValueError(f"it has format {version}, {readable}; index again into another folder")
-        known = {field.name for field in fields(Manifest)}
-        manifest = Manifest(**{name: value for name, value in content.items() if name in known})
-        shape = manifest.token_shape
-        return replace(manifest, token_shape=None if shape is None else (int(shape[0]), int(shape[1])))
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {type(error).__name__} {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    content = read_object(path)
+    if content.get("format", FORMAT) != FORMAT:
+        readable = f"this version of loopitr reads format {FORMAT}"
+        raise ValueError(f"{path}: it has format {content['format']}, {readable}; index again into another folder")
+    known = {field.name for field in fields(Manifest)}
+    given = {name: value for name, value in content.items() if name in known}
+    for name in ("model", "model_hash", "embed_dim", "format", *given):
+        if name not in given or not _is_valid(name, given[name]):
+            raise ValueError(f"{path} is damaged: {name} is {given.get(name, 'missing')!r}")
+    manifest = Manifest(**given)
+    if (manifest.tokens is None) != (manifest.token_shape is None):
+        raise ValueError(f"{path} is damaged: tokens is {manifest.tokens!r}, token_shape {manifest.token_shape!r}")
+    shape = manifest.token_shape
+    return replace(manifest, token_shape=None if shape is None else (shape[0], shape[1]))
+
+
+def _is_valid(name: str, value: Any) -> bool:
+    if name == "tokens":
+        return value is None or value in [*TOKEN_TYPES]
+    if name == "token_shape":
+        return value is None or (isinstance(value, list) and len(value) == 2 and all(map(_is_size, value)))
+    if name in ("embed_dim", "format"):
+        return _is_size(value)
+    if name == "complete":
+        return isinstance(value, bool)
+    optional = name in ("store", "collection", "contents")
+    return (optional and value is None) or (isinstance(value, str) and value.isprintable() and value != "")
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < LARGEST
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest atomically."""
     write_file(folder / MANIFEST, json.dumps(asdict(manifest), indent=2) + "\n")
+
+
+def model_of(folder: str | Path, manifest: Manifest, device: str | torch.device | None) -> Retriever:
+    """The model that an index was made with.
+
+    Raises:
+        OSError: it cannot be loaded, for example because it has been moved.
+        ValueError: it is of another kind, or the device cannot be used.
+    """
+    try:
+        return Retriever.from_pretrained(manifest.model, device=device)
+    except OSError as error:
+        moved = "if it has been moved, give its new place as the model (--model)"
+        raise OSError(f"{folder}: the model of this index cannot be loaded ({error}); {moved}") from error
 
 
 def check_model(folder: str | Path, manifest: Manifest, retriever: Retriever) -> None:
@@ -118,6 +154,12 @@ def check_model(folder: str | Path, manifest: Manifest, retriever: Retriever) ->
     Raises:
         ValueError: it is another one.
     """
+    vision = dual_of(retriever.model).vision
+    if manifest.token_shape not in (None, (vision.num_tokens, vision.width)):
+        raise ValueError(
+            f"{folder} is a damaged index: its manifest has tokens of {list(manifest.token_shape or ())}, "
+            f"the model {[vision.num_tokens, vision.width]}"
+        )
     own = model_hash(retriever)
     if own != manifest.model_hash:
         raise ValueError(
@@ -135,11 +177,14 @@ def writing(folder: Path) -> Iterator[None]:
         OSError: the folder cannot be written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / LOCK
+    if lock.is_symlink() or (lock.exists() and not lock.is_file()):  # A pipe would never open.
+        raise OSError(f"{lock} is not a lock file: delete it")
     taken = f"{folder} is being written to by another process; wait for it to end"
     key = str(folder.resolve())
     if key in _HELD:  # The lock of the system does not work within one process.
         raise ValueError(taken)
-    with open(folder / LOCK, "a", encoding="utf-8") as file:
+    with open(lock, "a", encoding="utf-8") as file:
         try:
             import fcntl
 
@@ -157,12 +202,21 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def read_skipped(folder: str | Path) -> dict[str, str]:
-    """The skipped images: path -> reason."""
+    """The skipped images: path -> reason.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     path = Path(folder) / SKIPPED
     if not path.is_file():
         return {}
-    with open(path, newline="", encoding="utf-8") as file:
-        return {row["path"]: row["reason"] for row in csv.DictReader(file)}
+    try:
+        header, *rows = csv.reader(io.StringIO(read_file(path), newline=""))
+        if header != ["path", "reason"]:
+            raise ValueError(f"its header is {header}")
+        return {path: reason for path, reason in rows}  # noqa: C416 (a row of another length is an error)
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it") from error
 
 
 def write_skipped(folder: Path, skipped: Mapping[str, str]) -> None:

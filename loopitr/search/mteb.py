@@ -27,6 +27,7 @@ from torch import Tensor
 from loopitr.checks import check_at_least
 from loopitr.data import Record
 from loopitr.models.loop_model import LoopITRModel
+from loopitr.reading import user_path
 
 from .encoding import Batching, score_pairs
 from .inputs import GivenImages, given_texts
@@ -253,7 +254,7 @@ def _hub_name(source: str | Path | None) -> str:
     """The model's name as `OWNER/NAME`, which mteb needs; that of a folder is its own name."""
     if source is None:
         return "loopitr/model"
-    folder = Path(source).expanduser()
+    folder = user_path(source)
     return f"loopitr/{folder.resolve().name}" if folder.exists() else str(source)
 
 

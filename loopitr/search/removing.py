@@ -6,6 +6,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from loopitr.reading import user_path
+
 from .contents import Contents
 from .manifest import read_manifest, read_skipped, write_skipped, writing
 from .sources import shown
@@ -31,7 +33,7 @@ def remove_images(
     if not paths and where is None and not missing:
         raise ValueError("nothing is named to remove: give paths, a condition (where), or missing")
     manifest = read_manifest(index)
-    folder = Path(index).expanduser()
+    folder = user_path(index)
     with writing(folder):
         images = open_images(folder, manifest)
         chosen = images.listed(where)

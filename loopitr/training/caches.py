@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from loopitr.building.build import text_cache_key, token_cache_key
+from loopitr.building.keys import text_cache_key, token_cache_key
 from loopitr.data import ImageCache, Record, TextTokenCache, TokenCache
 from loopitr.data.cache_folder import make_folder
 from loopitr.data.options import DataOptions

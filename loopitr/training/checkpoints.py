@@ -18,6 +18,7 @@ from accelerate.utils.other import load
 
 from loopitr.distributed import each_rank, first_rank
 from loopitr.durable import PARTIAL, as_os_error, fault, sync, write_file, write_manifest
+from loopitr.reading import read_object
 from loopitr.training.sharding import parts_of_state
 
 STATE_FILE, SCHEDULER_FILE = "progress.json", "scheduler.json"
@@ -190,7 +191,7 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, *, scheduler: Ha
             first_rank(partial(_convert_older, checkpoint))
         accelerator.load_state(str(checkpoint))
         if scheduler is not None:
-            scheduler.load_state_dict(json.loads((checkpoint / SCHEDULER_FILE).read_text()))
+            scheduler.load_state_dict(read_object(checkpoint / SCHEDULER_FILE))
         random_states = checkpoint / f"{RNG_STATE_NAME}_{accelerator.process_index}.pkl"
         if random_states.is_file():
             load(random_states)  # accelerate has ignored errors in this file, which would change the run.
@@ -215,8 +216,7 @@ def _convert_older(checkpoint: Path) -> None:
 
 
 def _progress(checkpoint: Path) -> Progress:
-    state: dict[str, Any] = json.loads((checkpoint / STATE_FILE).read_text())
-    progress = Progress(**state)
+    progress = Progress(**read_object(checkpoint / STATE_FILE))
     for name in COUNTS:
         if type(getattr(progress, name)) is not int:
             raise ValueError(f"{name} is {getattr(progress, name)!r}")
@@ -241,6 +241,8 @@ def _remove_remains(folder: Path) -> None:
     """Delete what processes left behind that were killed while they wrote or deleted checkpoints."""
     for suffix in (PARTIAL, DELETED):
         for path in folder.glob(f"step-*{suffix}"):
+            if path.is_symlink():
+                path.unlink()
             shutil.rmtree(path, ignore_errors=True)
     for replaced in folder.glob(f"step-*{REPLACED}"):
         if (replaced.with_suffix("") / STATE_FILE).is_file():

@@ -11,8 +11,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from loopitr.reading import read_object, read_yaml
 from loopitr.training.options import PretrainOptions
 from loopitr.training.resume_check import flat_options
 
@@ -73,7 +72,7 @@ class GridRun:
     def metrics(self) -> dict[str, Any] | None:
         """The content of the run's `metrics.json`; None before its end."""
         path = self.folder / "metrics.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        return read_object(path) if path.is_file() else None
 
 
 def read_grid(path: Path) -> Grid:
@@ -93,8 +92,8 @@ def read_grid(path: Path) -> Grid:
         ValueError: the file is not a grid; the message names the file and the row.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        tree = read_yaml(path)
+    except ValueError as error:
         raise ValueError(f"{path} is not a YAML file: {error}") from error
     if not isinstance(tree, dict) or not {"rows"} <= tree.keys() <= {"base", "seeds", "rows"}:
         raise ValueError(f"{path} must be a mapping of base, seeds and rows, got {_shown(tree)}")

@@ -77,11 +77,14 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
     """The rows of the history in `folder`; an incomplete last line, of a killed process, is ignored."""
     path = folder / HISTORY
     rows = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(row, dict):
+            break
+        rows.append(row)
     return rows
 
 

@@ -1,13 +1,16 @@
-"""Compares the options of a resumed run with those in the folder's `config.yaml`."""
+"""Compares the options and the data of a resumed run with those in the folder's `config.yaml` and `data.json`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from loopitr.data.description import difference
+from loopitr.reading import read_json
 from loopitr.training.options import PretrainOptions
 
 # Options of one command, not of the run, which are not written to `config.yaml`.
@@ -56,6 +59,16 @@ def changed_options(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]
             f"{name}: {' -> '.join('unset' if value in (MISSING, None) else str(value) for value in values)}"
         )
     return changes
+
+
+def changed_data(path: Path, described: Mapping[str, Any]) -> list[str]:
+    """`train data: old -> new`, and the same for `val`, where they differ from `data.json`, if that file exists."""
+    try:
+        old = read_json(path)
+        changes = {split: difference(old[split], new) for split, new in described.items()}
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+    return [f"{split} data: {change}" for split, change in changes.items() if change is not None]
 
 
 def flat_options(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

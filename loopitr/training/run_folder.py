@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,12 +13,15 @@ from typing import Any
 import yaml
 from accelerate import Accelerator
 
+from loopitr.data import HubStream, Record
+from loopitr.data.description import DESCRIPTION, describe_records
 from loopitr.distributed import first_rank
 from loopitr.durable import PARTIAL, write_file
+from loopitr.reading import read_json, read_yaml
 from loopitr.training.checkpoints import Progress, newest_checkpoint
 from loopitr.training.folder_lock import LOCK, FolderLock
 from loopitr.training.reporting import HISTORY, METRICS
-from loopitr.training.resume_check import changed_options, stored_config
+from loopitr.training.resume_check import changed_data, changed_options, stored_config
 
 CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"
 
@@ -46,6 +48,7 @@ def run_folder(
     accelerator: Accelerator,
     total_steps: int,
     *,
+    describe: Callable[[], dict[str, Any]],
     resume: bool,
     with_changes: bool = False,
 ) -> Iterator[Entered]:
@@ -57,6 +60,7 @@ def run_folder(
         config: the options of this run. Those of a resumed run must be the same, except for some that do not affect
             training (`resume_check.py`).
         total_steps: the number of steps of this run; a resumed run that has made them has nothing left to do.
+        describe: describes the records of this run (`describe_data`); those of a resumed run must be the same.
         with_changes: accept changed options.
 
     Raises:
@@ -67,7 +71,7 @@ def run_folder(
     accelerator.wait_for_everyone()  # Other ranks may still be reading `model.init` in this folder.
     locks: list[FolderLock] = []
     try:
-        request = _Request(resume, with_changes, total_steps, accelerator.num_processes)
+        request = _Request(resume, with_changes, total_steps, accelerator.num_processes, describe)
         entered = first_rank(partial(_enter, folder, stored_config(config), locks, request))
         for line in entered.lines:
             accelerator.print(line)
@@ -83,6 +87,7 @@ class _Request:
     with_changes: bool
     total_steps: int
     num_processes: int
+    describe: Callable[[], dict[str, Any]]
 
 
 def _enter(folder: Path, config: dict[str, Any], locks: list[FolderLock], request: _Request) -> Entered:
@@ -93,7 +98,7 @@ def _enter(folder: Path, config: dict[str, Any], locks: list[FolderLock], reques
     newest = newest_checkpoint(folder / CHECKPOINTS, log=lines.append) if request.resume else None
     progress = newest.progress if newest else None
     if request.resume:
-        changes = _changes(folder, config, progress, request.num_processes)
+        changes = _changes(folder, config, progress, request)
         if changes and not request.with_changes:
             raise ValueError(
                 f"{folder} was started with other options ({'; '.join(changes)}); resume it with its own, or accept "
@@ -122,33 +127,44 @@ def _enter(folder: Path, config: dict[str, Any], locks: list[FolderLock], reques
     return Entered(checkpoint=newest.path if newest else None, lines=tuple(lines))
 
 
-def store_config(folder: Path, config: dict[str, Any], *, step: int) -> None:
-    """Write `config.yaml` at the start or when the run is resumed after `step` steps.
+def describe_data(train: Sequence[Record] | HubStream, val: Sequence[Record]) -> dict[str, Any]:
+    """What `data.json` holds: a description of the records of a run."""
+    return {"train": describe_records(train), "val": describe_records(val)}
 
-    If options have changed, the earlier ones are kept in `config.before-STEP.yaml`, since evaluations look up the data
-    that a run was trained on.
+
+def store_config(folder: Path, config: dict[str, Any], described: dict[str, Any], *, step: int) -> None:
+    """Write `config.yaml` and `data.json` at the start or when the run is resumed after `step` steps.
+
+    If options or data have changed, the earlier files are kept as `config.before-STEP.yaml` and
+    `data.before-STEP.json`, since evaluations look up the data that a run was trained on.
     """
-    path, config = folder / CONFIG, stored_config(config)
-    if path.is_file() and changed_options(yaml.safe_load(path.read_text(encoding="utf-8")), config):
-        shutil.copyfile(path, folder / f"config.before-{step:08d}.yaml")
+    path, data, config = folder / CONFIG, folder / DESCRIPTION, stored_config(config)
+    if path.is_file() and (changed_options(read_yaml(path), config) or changed_data(data, described)):
+        for file in (path, data):
+            if file.is_file():
+                before = file.with_name(f"{file.stem}.before-{step:08d}{file.suffix}")
+                write_file(before, file.read_text(encoding="utf-8"))
     write_file(path, yaml.safe_dump(config, sort_keys=False))
+    write_file(data, json.dumps(described, indent=1) + "\n")
 
 
-def _changes(folder: Path, config: dict[str, Any], progress: Progress | None, num_processes: int) -> list[str]:
+def _changes(folder: Path, config: dict[str, Any], progress: Progress | None, request: _Request) -> list[str]:
     """The differences between this run and the one in the folder; empty if there is none."""
     if not (folder / CONFIG).is_file():
         return []
-    stored: dict[str, Any] = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-    changes = changed_options(stored, config)
-    if progress is not None and progress.places and len(progress.places) != num_processes:
-        changes.append(f"processes: {len(progress.places)} -> {num_processes}")
+    changes = changed_options(read_yaml(folder / CONFIG), config)
+    # Changed options of the data explain other records.
+    if not any(change.startswith("data.") for change in changes):
+        changes += changed_data(folder / DESCRIPTION, request.describe())
+    if progress is not None and progress.places and len(progress.places) != request.num_processes:
+        changes.append(f"processes: {len(progress.places)} -> {request.num_processes}")
     return changes
 
 
 def _finished(folder: Path) -> dict[str, Any] | None:
     """The metrics of a finished run; None: the run in the folder is not finished."""
     try:
-        metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+        metrics = read_json(folder / METRICS)
         return metrics if isinstance(metrics["training"]["steps"], int) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -202,8 +218,8 @@ def _content(folder: Path) -> list[str]:
 
 def _is_run(folder: Path) -> bool:
     try:
-        config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        config = read_yaml(folder / CONFIG)
+    except (OSError, ValueError):
         return False
     # Other programs have a config.yaml too, even one with a part `train`; that of a run names its folder, or has a
     # history next to it.

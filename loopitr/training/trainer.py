@@ -24,7 +24,7 @@ from loopitr.training.gate import Gate
 from loopitr.training.optimization import make_optimizer, make_scheduler
 from loopitr.training.options import RunOptions, TrainOptions, ValidationOptions
 from loopitr.training.reporting import run_metrics, write_results
-from loopitr.training.run_folder import run_folder, store_config
+from loopitr.training.run_folder import describe_data, run_folder, store_config
 from loopitr.training.run_log import RunLog
 from loopitr.training.saving import Saver
 from loopitr.training.setup import Caches, count_parameters, make_loader, prepare_model, start
@@ -91,7 +91,7 @@ class Trainer:
         Raises:
             ValueError, OSError: options that contradict each other, or data that cannot be read.
         """
-        self.options = options or TrainOptions()
+        self.options = options = options or TrainOptions()
         self.data, self.validation = data or DataOptions(), validation or ValidationOptions()
         self.config = config or dataclasses.asdict(RunOptions(self.options, self.data, self.validation))
         self.resume, self.with_changes = resume or resume_with_changes, resume_with_changes
@@ -103,10 +103,10 @@ class Trainer:
         self.whole = WholeModel(objective, self.accelerator)
         prepare_model(objective, self.options, self.data)
         self.caches = Caches(self.whole.model, processor, self.data, self.accelerator)
-        self.loader = make_loader(train, self.options, self.caches)
+        self.loader, self.described = make_loader(train, self.options, self.caches), partial(describe_data, train, val)
         self._prepare()
-        warmup = self.options.distillation_warmup * self.total_steps
-        self.gate = Gate(objective, fusion_start=self.fusion_start, warmup=warmup, log=self.log)
+        warmup, end = (part * self.total_steps for part in (options.distillation_warmup, options.distillation_end))
+        self.gate = Gate(objective, fusion_start=self.fusion_start, warmup=warmup, end=int(end), log=self.log)
         self.saver = Saver(self.accelerator, self.folder, self.options, scheduler=self.scheduler, log=self.log)
         parts = self.accelerator, self.objective, objective, self.optimizer, self.scheduler, self.options
         self.stepper = Stepper(*parts, folder=self.folder, total_steps=self.total_steps, log=self.log)
@@ -135,9 +135,9 @@ class Trainer:
         resumed stays as it is. On SIGTERM or Ctrl-C the current step is finished and saved, and `Stopped`, which is a
         `SystemExit`, is raised.
         """
-        resuming: dict[str, Any] = {"resume": self.resume, "with_changes": self.with_changes}
+        rest: dict[str, Any] = {"resume": self.resume, "with_changes": self.with_changes, "describe": self.described}
         stopping = Stopping()
-        folder = run_folder(self.folder, self.config, self.accelerator, self.total_steps, **resuming)
+        folder = run_folder(self.folder, self.config, self.accelerator, self.total_steps, **rest)
         try:
             with stopping, folder as entered:
                 metrics = entered.finished or self._run(entered.checkpoint, stopping)
@@ -181,7 +181,7 @@ class Trainer:
             self.model.config.similarity_weight = self.progress.similarity_weight
         self.saver.step = self.progress.step
         if accelerator.is_main_process:
-            store_config(self.folder, self.config, step=self.progress.step)
+            store_config(self.folder, self.config, self.described(), step=self.progress.step)
         watch = Watch(self.bare_objective, total_steps=self.total_steps, log=self.log)
         self.run_log = RunLog(accelerator, self.folder, self.progress, watch=watch, log=self.log)
         if accelerator.log_with:

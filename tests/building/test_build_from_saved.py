@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from transformers import DistilBertConfig, DistilBertModel
 
 from loopitr import DualEncoder, LoopITRModel
-from loopitr.building.build import build_model, text_cache_key, token_cache_key
+from loopitr.building.build import build_model
+from loopitr.building.keys import text_cache_key, token_cache_key
 from loopitr.building.options import FusionOptions, ModelOptions, TextOptions, VisionOptions
 
 
@@ -149,9 +150,12 @@ def test_text_cache_key_follows_the_text_backbone_where_fusion_starts_and_the_to
         key(lambda m, p: setattr(p.tokenizer, "model_max_length", 5)),
         key(lambda m, p: p.tokenizer.add_tokens(["squircle"])),
         key(lambda m, p: setattr(m.config, "text_pooling", "first")),
-        key(lambda m, p: m.config.fusion.update(num_layers=9)),
+        key(lambda m, p: m.config.fusion.update(style="shared")),
+        key(lambda m, p: m.config.fusion.update(style="shared", num_layers=9)),
     }
-    assert first not in others and len(others) == 5
+    assert first not in others and len(others) == 6
+    # Layers on top of the text backbone do not change its tokens.
+    assert key(lambda m, p: m.config.fusion.update(num_layers=9)) == first
 
 
 def test_cache_key_survives_saving(tmp_path):

@@ -170,7 +170,14 @@ def test_train_transform():
             TrainTransform(16, (0.5,) * 3, (0.5,) * 3, **arguments)
 
 
-@pytest.mark.parametrize("low", [0.08, 0.3, 0.5, 0.75, 0.9, 1.0])
+def test_the_whole_of_a_wide_image_is_kept_if_that_is_asked_for():
+    image = Image.new("RGB", (90, 30))
+    image.paste((255, 255, 255), (0, 0, 9, 30))  # The left tenth is white.
+    whole = TrainTransform(30, (0.0,) * 3, (1.0,) * 3, crop_scale=(1.0, 1.0))
+    assert whole(image)[0, 15, 0] > 0.9 and whole(image)[0, 15, 4:].max() < 0.1
+
+
+@pytest.mark.parametrize("low", [0.08, 0.3, 0.5, 0.75, 0.9])
 def test_crops_of_an_image_of_the_shortest_side_are_never_enlarged(low):
     transform = TrainTransform((40, 24), (0.5,) * 3, (0.5,) * 3, crop_scale=(low, 1.0))
     crop = next(step for step in transform.steps.transforms if isinstance(step, v2.RandomResizedCrop))

@@ -216,12 +216,14 @@ def test_many_images_get_a_vector_index_once(tmp_path, monkeypatch):
 def test_outputs_and_sources_that_cannot_be_used(tmp_path):
     photos, retriever = write_photos(tmp_path / "photos", 2), tiny_retriever()
     (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     for source, output, options, message in (
         (tmp_path / "none", "index", {}, "none: no such folder"),
         (tmp_path / "file", "index", {}, "file: is not a folder"),
         (tmp_path / "empty", "index", {}, "empty: there is no image to index"),
         (photos, "file", {}, "file is not a folder"),
+        (photos, "link", {}, "link is not a folder"),
         (photos, "photos", {}, "holds 000.jpg and no search index"),
         (photos, "index", {"tokens": "int4"}, "unknown tokens 'int4'; known: fp16, bf16, none"),
         (photos, "index", {"batch_size": 0}, "batch_size must be at least 1"),

@@ -1,0 +1,76 @@
+"""What an index says of itself is checked before it is used."""
+
+import json
+
+import pytest
+from helpers.tiny_index import index, tiny_retriever, write_photos
+
+from loopitr.search.manifest import read_manifest, read_skipped
+
+GOOD = {"format": 1, "model": "run", "model_hash": "abc", "embed_dim": 16, "tokens": "fp16", "token_shape": [17, 32]}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is damaged: it is not JSON"),
+        ("[]", "is damaged"),
+        ("null", "is damaged"),
+        ("{}", "is damaged: model is 'missing'"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"format": 1, "format": 1}', "'format' twice"),
+        (json.dumps({**GOOD, "format": 2}), "it has format 2, this version of loopitr reads format 1"),
+        (json.dumps({**GOOD, "format": float("inf")}), "it has format inf"),
+        (json.dumps({**GOOD, "model": None}), "is damaged: model is None"),
+        (json.dumps({**GOOD, "model_hash": 3}), "is damaged: model_hash is 3"),
+        (json.dumps({**GOOD, "embed_dim": "16"}), "is damaged: embed_dim is '16'"),
+        (json.dumps({**GOOD, "embed_dim": 0}), "is damaged: embed_dim is 0"),
+        (json.dumps({**GOOD, "tokens": "int4"}), "is damaged: tokens is 'int4'"),
+        (json.dumps({**GOOD, "token_shape": None}), "is damaged: tokens is 'fp16', token_shape None"),
+        (json.dumps({**GOOD, "token_shape": [3]}), "is damaged: token_shape is [3]"),
+        (json.dumps({**GOOD, "store": 5}), "is damaged: store is 5"),
+        (json.dumps({"format": 1}), "is damaged: model is"),
+    ],
+    ids=lambda x: x[:40],
+)
+def test_a_damaged_manifest_is_named(content, message, tmp_path):
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(ValueError, match=f"^{tmp_path}/manifest.json") as raised:
+        read_manifest(tmp_path)
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_what_later_versions_may_add_is_ignored(tmp_path):
+    (tmp_path / "manifest.json").write_text(json.dumps({**GOOD, "more": 1}))
+    assert read_manifest(tmp_path).token_shape == (17, 32)
+
+
+@pytest.mark.parametrize("content", [b"garbage\nx\n", b"path,reason\n\xff\xfe\n", b'path,reason\n"' + b"x" * 200_000])
+def test_a_damaged_list_of_skipped_images_is_named(content, tmp_path):
+    (tmp_path / "skipped.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{tmp_path}/skipped.csv is damaged .*: delete it$"):
+        read_skipped(tmp_path)
+
+
+def test_an_index_stays_as_it_was_made(tmp_path):
+    photos, retriever = write_photos(tmp_path / "photos", 2), tiny_retriever()
+    with pytest.raises(ValueError, match="collection 'x' is one of a Qdrant server: give its address as store"):
+        index(photos, retriever, tmp_path / "index", collection="x")
+    index(photos, retriever, tmp_path / "index", tokens="bf16")
+    for options in ({}, {"tokens": "bf16"}):
+        assert index(photos, retriever, tmp_path / "index", **options).unchanged == 2
+    for options, message in (
+        ({"tokens": "none"}, "was made with tokens bf16, which cannot become none"),
+        ({"tokens": "fp16"}, "was made with tokens bf16, which cannot become fp16"),
+        ({"store": "http://127.0.0.1:9"}, "was made with store none, which cannot become http://127.0.0.1:9"),
+        ({"contents": "elsewhere"}, "was made with contents none, which cannot become elsewhere"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            index(photos, retriever, tmp_path / "index", **options)
+
+
+def test_an_index_without_tokens_is_continued_by_the_same_call(tmp_path):
+    photos = write_photos(tmp_path / "photos", 2)
+    retriever = tiny_retriever()
+    for added in (2, 0):
+        assert index(photos, retriever, tmp_path / "index", tokens="none").added == added
