@@ -8,6 +8,7 @@ from typing import Literal
 from .records import DataError
 
 SOURCES = ("karpathy", "albef", "table", "hub")
+OF_OTHER_SOURCES = ("images", "val_albef", "val_table", "hub_name", "data_files", "image_column", "caption_column")
 
 
 @dataclass
@@ -101,7 +102,12 @@ def source_of(options: DataOptions) -> str:
     given = [name for name in SOURCES if getattr(options, name) is not None]
     if len(given) > 1:
         raise DataError(f"one data source is wanted, got {' and '.join(f'data.{name}' for name in given)}")
+    if given and not getattr(options, given[0]):
+        raise DataError(f"data.{given[0]} is empty")
+    named = ", ".join(f"data.{name}" for name in SOURCES)
+    unused = [name for name in OF_OTHER_SOURCES if getattr(options, name) is not None]
+    if not given and unused:
+        raise DataError(f"data.{unused[0]} is given, and none of {named} that it would belong to")
     if not given and not options.scenes:
-        named = ", ".join(f"data.{name}" for name in SOURCES)
         raise DataError(f"no data source is given: give one of {named}, or --data.scenes true for the built-in scenes")
     return given[0] if given else "scenes"

@@ -137,8 +137,6 @@ def _load_albef(options: DataOptions, split: str, report: LoadReport) -> Sequenc
     paths = [options.albef] if isinstance(options.albef, str) else list(options.albef or ())
     if split != options.split:
         paths = [_validation_path(options, split, "albef")]
-    if not paths:
-        raise DataError("data.albef is an empty list of files")
     parts = [load_albef(path, options.images, report, split=split) for path in paths]
     return parts[0] if len(parts) == 1 else join_lists(parts)
 

@@ -45,6 +45,4 @@ def check_words(tokenizer: Any, source: str) -> None:
         raise ValueError(f"the tokenizer of {source} has no padding token")
     limit, least = tokenizer.model_max_length, tokenizer.num_special_tokens_to_add() + 1
     if not (isinstance(limit, int) and limit >= least) and limit != float("inf"):
-        raise ValueError(
-            f"the tokenizer of {source} has model_max_length {limit!r}, wanted a number of at least {least}"
-        )
+        raise ValueError(f"the tokenizer of {source} has model_max_length {limit!r}, wanted at least {least}")

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .lance import ALL, check_files, connect, delete_rows, put_rows, table_names, tidy
+from .lance import ALL, connect, delete_rows, put_rows, table_names, tidy
+from .lance_checks import check_columns, check_files
 from .lance_errors import line_of, reading
 from .manifest import TOKEN_TYPES, Manifest
 
@@ -58,7 +59,9 @@ class Contents:
             database = connect(place)
             if create and "contents" not in table_names(database):
                 database.create_table("contents", schema=pa.schema(columns))
-            return cls(database.open_table("contents"), manifest, place)
+            table = database.open_table("contents")
+            check_columns(table, pa.schema(columns))
+            return cls(table, manifest, place)
         except (ValueError, RuntimeError, OSError) as error:
             raise ValueError(f"the contents of an index cannot be opened in {place}: {line_of(error)}") from error
 

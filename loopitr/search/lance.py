@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .lance_checks import check_columns, check_files
 from .lance_errors import line_of, reading, writing_to
 from .sources import Stamp
 
@@ -63,19 +63,6 @@ def connect(folder: str | Path) -> Any:
     return lancedb.connect(str(folder), read_consistency_interval=timedelta(0))
 
 
-def check_files(table: Path) -> None:
-    """Check that a table in a local folder consists of files: LanceDB would wait for a pipe forever.
-
-    Raises:
-        ValueError: it does not.
-    """
-    for folder, _, names in os.walk(table):
-        for name in names:
-            path = Path(folder, name)
-            if path.exists() and not path.is_file():
-                raise ValueError(f"{path} is not a file")
-
-
 class LanceImages:
     """The table of an index's images, whose writes are atomic."""
 
@@ -94,7 +81,9 @@ class LanceImages:
             check_files(Path(folder, "images.lance"))
             if create and "images" not in table_names(database):
                 database.create_table("images", schema=_schema(embed_dim))
-            return cls(database.open_table("images"), embed_dim, folder)
+            table = database.open_table("images")
+            check_columns(table, _schema(embed_dim))
+            return cls(table, embed_dim, folder)
         except (ValueError, RuntimeError, OSError) as error:
             raise ValueError(
                 f"{folder} is a damaged index: {line_of(error)}; index again into another folder"
@@ -283,7 +272,7 @@ def _whole(where: str) -> str:
 
 def _found(row: dict[str, Any], similarity: float) -> Found:
     others = {name: value for name, value in row.items() if name not in (*HIDDEN, "path") and value is not None}
-    return Found(id=row["id"], file=row["file"] or b"", path=row["path"], similarity=similarity, columns=others)
+    return Found(id=row["id"], file=row["file"] or b"", path=row["path"] or "", similarity=similarity, columns=others)
 
 
 def _partitions(count: int) -> int:

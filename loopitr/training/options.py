@@ -227,5 +227,8 @@ class PretrainOptions:
             raise ValueError(
                 f"nothing would be trained: {', '.join(f'objective.{name}' for name in weights)} are all 0"
             )
+        rates = (self.train.lr, self.train.backbone_lr, self.train.lora_lr or 0)
+        if not any(rates):
+            raise ValueError("nothing would be trained: train.lr and train.backbone_lr are both 0")
         if not self.objective.scores_pairs and self.validation.select not in ("auto", "dual"):
             raise ValueError(f"validation.select {self.validation.select!r} needs objective.itm, .lce or .distillation")

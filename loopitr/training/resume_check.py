@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import yaml
 
 from loopitr.data.description import difference
-from loopitr.reading import read_json
+from loopitr.reading import read_json, user_path
 from loopitr.training.options import PretrainOptions
 
 # Options of one command, not of the run, which are not written to `config.yaml`.
@@ -24,6 +25,10 @@ FREE = (
     "validation.gallery_queries",
 )
 FOLDERS = ("data.cache_images", "data.cache_tokens", "data.cache_text_tokens")  # Only whether they are set matters.
+PLACES = (  # Two spellings of the same place are no change.
+    *("data.karpathy", "data.albef", "data.table", "data.hub", "data.images", "data.val_albef", "data.val_table"),
+    *("model.init", "model.pair", "objective.teacher_model"),
+)
 MISSING = object()
 
 
@@ -53,12 +58,19 @@ def changed_options(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]
         values = [side.get(name, default) for side in (before, after)]
         if name in free or values[0] == values[1]:
             continue
-        if name in FOLDERS and None not in values:
+        if (name in FOLDERS and None not in values) or (name in PLACES and _same_place(*values)):
             continue
         changes.append(
             f"{name}: {' -> '.join('unset' if value in (MISSING, None) else str(value) for value in values)}"
         )
     return changes
+
+
+def _same_place(a: Any, b: Any) -> bool:
+    try:
+        return os.path.samefile(user_path(a), user_path(b))
+    except (OSError, TypeError, ValueError):
+        return False
 
 
 def changed_data(path: Path, described: Mapping[str, Any]) -> list[str]:

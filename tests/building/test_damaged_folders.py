@@ -4,10 +4,13 @@ import json
 import shutil
 
 import pytest
+import torch
 from helpers.tiny_building import save_tiny
+from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, BertTokenizerFast
 
 from loopitr import DualEncoder, LoopITRModel, LoopITRProcessor, load
+from loopitr.building.towers import load_tower
 from loopitr.models.processing import word_tokenizer
 
 
@@ -124,3 +127,86 @@ def test_missing_or_damaged_weights(folder):
 def test_what_is_whole_loads(saved):
     for name, kind in (("model", LoopITRModel), ("dual", DualEncoder)):
         assert type(load(saved / name).model) is kind
+
+
+def change_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("vision_projection.weight"))
+    change(weights[name])
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def weights_elsewhere(folder):
+    names = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "../outside.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def words(folder, change):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    change(content["model"]["vocab"])
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+def tokenizer(**changes):
+    return lambda folder: edit(folder / "tokenizer_config.json", None, **changes)
+
+
+def images(**changes):
+    return lambda folder: edit(folder / "processor_config.json", "image_processor", **changes)
+
+
+def config(part=None, **changes):
+    return lambda folder: edit(folder / "config.json", part, **changes)
+
+
+OTHERS = {
+    "weights of NaN": (
+        lambda folder: change_weights(folder, lambda tensor: tensor[0, 0].fill_(torch.nan)),
+        "its weights are damaged: .*vision_projection.weight is not finite",
+    ),
+    "weights elsewhere": (weights_elsewhere, "names '../outside.safetensors', which is no file in that folder"),
+    "an adapter": (
+        lambda folder: (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "/etc"}'),
+        "holds an adapter of peft",
+    ),
+    "a quantised config": (config(quantization_config={"quant_method": "fp8"}), "asks for a quantisation"),
+    "a checkpoint to read": (config("vision", kwargs={"checkpoint_path": "/etc/passwd"}), "'checkpoint_path' does not"),
+    "layers without end": (config("text", num_hidden_layers=10**9), "num_hidden_layers .* is too large"),
+    "a width without end": (config(embed_dim=10**12), "embed_dim .* is too large"),
+    "a deep config": (
+        lambda folder: (folder / "config.json").write_text("[" * 100_000),
+        "config.json is damaged: it is nested too deeply",
+    ),
+    "a list": (lambda folder: (folder / "config.json").write_text("[]"), "config.json is damaged: it holds a list"),
+    "parts of other types": (config(text=["bert"]), "text must be a mapping"),
+    "a token beyond the vocabulary": (lambda folder: words(folder, lambda words: words.update(red=5000)), "token 5000"),
+    "a negative length": (tokenizer(model_max_length=-5), "model_max_length -5, wanted at least 3"),
+    "no room for a word": (tokenizer(model_max_length=2), "model_max_length 2, wanted at least 3"),
+    "a length in words": (tokenizer(model_max_length="24"), "model_max_length '24'"),
+    "pixels divided by zero": (images(image_std=[0, 0, 0]), "pixels that are not finite"),
+    "an unknown resampling": (images(resample=99), "the image processor of .* cannot be loaded: KeyError 99"),
+    "huge images": (images(size={"shortest_edge": 10**9}), "resizes images to 1000000000 pixels"),
+}
+
+
+@pytest.mark.parametrize(("harm", "match"), OTHERS.values(), ids=OTHERS.keys())
+def test_what_would_be_another_model_or_none(folder, harm, match):
+    harm(folder)
+    refused(folder, match)
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_a_tower_is_checked_on_its_own_side(folder, tower):
+    harms = {
+        "image": [images(image_std=[0, 0, 0]), lambda f: change_weights(f, lambda tensor: tensor.fill_(torch.nan))],
+        "text": [lambda f: words(f, lambda words: words.update(red=5000))],
+    }
+    for number, (side, harm) in enumerate((side, harm) for side, all_harms in harms.items() for harm in all_harms):
+        shutil.copytree(folder, folder.parent / str(number))
+        harm(folder.parent / str(number))
+        if side == tower:
+            refused(folder.parent / str(number), "not finite|token 5000", by=lambda path: load_tower(path, tower))
+        else:
+            load_tower(folder.parent / str(number), tower)

@@ -30,6 +30,18 @@ def test_no_source_is_an_error():
     fails("no data source is given", "val", limit=3)
 
 
+def test_options_that_belong_to_another_source_are_not_ignored():
+    for name in ("images", "val_table", "val_albef", "hub_name", "data_files", "image_column", "caption_column"):
+        fails(f"data.{name} is given, and none of data.karpathy, ", scenes=True, **{name: "x"})
+    for name, empty in (("table", ""), ("hub", ""), ("karpathy", ""), ("albef", [])):
+        fails(f"data.{name} is empty", **{name: empty})
+
+
+def test_scenes_without_end_are_refused():
+    for changes in ({"scenes_train": 10**12}, {"scenes_image_size": 10**6}):
+        fails("at most", scenes=True, **changes)
+
+
 def test_scenes():
     def load(wanted="train", report=None, **options):
         return load_records(DataOptions(scenes=True, **options), wanted, report)
@@ -83,7 +95,7 @@ def test_several_albef_lists_are_one(tmp_path, image_dir):
         ("2.png", ("c",)),
     ]
     assert len({r.identity for r in records}) == 3  # The second list's ids 1 and 2 are other images.
-    fails("empty list", "train", albef=[], images=str(image_dir), val_fraction=0.0)
+    fails("data.albef is empty", "train", albef=[], images=str(image_dir), val_fraction=0.0)
 
 
 def test_albef_has_a_validation_file_of_its_own(tmp_path, image_dir):

@@ -9,6 +9,7 @@ import yaml
 from helpers.tiny_gallery import jpeg
 
 from loopitr.data import DataError, DataOptions, load_evaluated, load_records, trained_data, training_overlap
+from loopitr.data.description import describe_records
 
 
 def write_images(folder, count, first=0):
@@ -163,6 +164,12 @@ def test_the_data_of_the_run_that_a_model_started_from_count_too(table):
     [
         ({"table": "/gone/train.csv"}, "/gone/train.csv"),
         ({"hub": "webdataset", "streaming": True}, "trained on a stream"),
+        ({"hub": "webdataset", "data_files": {"train": "https://x.invalid/a.tar"}}, "nothing is downloaded"),
+        ({"table": "~nobody-of-that-name/train.csv"}, "~nobody-of-that-name/train.csv"),
+        ({"table": "a\0b.csv"}, "null byte"),
+        ({"table": ["a.csv"]}, r"data.table is ['a.csv']"),
+        ({"scenes": True, "limit": "many"}, "data.limit is 'many'"),
+        ({"scenes": True, "scenes_train": 10**12}, "must be at most"),
         (None, "cannot be read"),
     ],
 )
@@ -186,3 +193,53 @@ def test_training_images_that_are_gone_leave_it_open(table):
         f"1 of {len(load_records(options(table), 'train'))} training images are not here"
         in training_overlap(records, trained_data(run)).line()
     )
+
+
+def changed(table, data, described):
+    """What is said of `test.csv` by a run on `data`, which had the description `described`."""
+    run = write_run(table / "run", data)
+    (run / "data.json").write_text(json.dumps({"train": described}))
+    records = load_evaluated(options(table, "test", split="test")).records
+    overlap = training_overlap(records, trained_data(run))
+    (run / "config.yaml").unlink()
+    (run / "data.json").unlink()
+    run.rmdir()
+    return overlap
+
+
+def test_a_table_that_has_changed_since_leaves_it_open(table):
+    path = table / "train.csv"
+    data = {"table": str(path), "images": str(table / "images"), "val_fraction": 0.0}
+    described = describe_records(load_records(DataOptions(**data), "train"))
+    header, *rows = path.read_text().splitlines()
+    for lines, change in (
+        (rows, None),
+        (rows[::-1], None),
+        (rows[5:], "40 images and 40 captions -> 35 images and 35 captions"),
+        ([row.replace("caption", "picture") for row in rows], "with other names or texts"),
+    ):
+        path.write_text("\n".join([header, *lines]) + "\n")
+        overlap = changed(table, data, described)
+        assert overlap.shared == [] and (overlap.unknown is None) == (change is None)
+        assert change is None or change in overlap.line()
+    for damaged in (None, [], {}, "x"):
+        assert changed(table, data, damaged).unknown is None or damaged == {}
+
+
+def test_shared_images_are_named_although_others_are_gone(table):
+    run = write_run(table / "run", {"table": str(table / "train.csv"), "images": str(table / "images")})
+    trained = names(load_records(options(table), "train"))
+    shutil.copy(table / "images" / trained[0], table / "images" / "40.jpg")
+    (table / "images" / trained[-1]).unlink()
+    records = load_evaluated(options(table, "test", split="test")).records
+    overlap = training_overlap(records, trained_data(run))
+    assert [image.name for image in overlap.shared] == ["40.jpg"] and "are not here" in str(overlap.unknown)
+
+
+def test_a_config_that_cannot_be_read_is_named(table):
+    records = load_evaluated(options(table, "test", split="test")).records
+    run = write_run(table / "run", {})
+    for text in ("[" * 5000, "data: &a {b: *a}", "data: !!python/object/apply:os.getcwd []", "\0", "data: 2024-13-45"):
+        (run / "config.yaml").write_text(text)
+        line = training_overlap(records, trained_data(run)).line()
+        assert "is unknown" in line and f"{run}/config.yaml" in line and "\n" not in line

@@ -60,6 +60,12 @@ def test_an_objective_of_weights_zero_is_refused(tmp_path):
     assert tiny_options(tmp_path, **{**zero, "objective__itc": 0.1}).objective.itc == 0.1
 
 
+def test_learning_rates_of_zero_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="nothing would be trained: train.lr and train.backbone_lr are both 0"):
+        tiny_options(tmp_path, train__lr=0.0, train__backbone_lr=0.0)
+    assert tiny_options(tmp_path, train__lr=0.0).train.lr == 0.0
+
+
 def test_a_diverged_model_is_neither_validated_nor_kept(tmp_path, monkeypatch):
     """Its loss was finite: the last step made its weights what they are."""
 

@@ -1,5 +1,8 @@
 """A run goes on with the options it was begun with, or with others that --resume_with_changes accepts."""
 
+import json
+import shutil
+
 import pytest
 import yaml
 from helpers.tiny_run import OPTIONS, logged, run, weights, write_table
@@ -107,6 +110,51 @@ def test_where_a_cache_lies_is_free_and_whether_there_is_one_is_not():
 
     assert changed_options(caches("a"), caches("b")) == []
     assert changed_options(caches(None), caches("b")) == ["data.cache_images: unset -> b"]
+
+
+def test_another_spelling_of_a_place_is_no_change(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.csv").touch()
+    (tmp_path / "link.csv").symlink_to("a.csv")
+    (tmp_path / "b.csv").touch()
+    old = {"data": {"table": str(tmp_path / "a.csv"), "images": str(tmp_path)}}
+    for table, images in (("a.csv", f"{tmp_path}/"), ("link.csv", "."), (f"{tmp_path}/../{tmp_path.name}/a.csv", ".")):
+        assert changed_options(old, {"data": {"table": table, "images": images}}) == []
+    for table in ("b.csv", "gone.csv", None):
+        (change,) = changed_options(old, {"data": {"table": table, "images": "."}})
+        assert change.startswith("data.table: ")
+    assert changed_options({"data": {"split": "a.csv"}}, {"data": {"split": "./a.csv"}}) != []
+
+
+def test_data_that_have_changed_are_a_change(tmp_path):
+    table = write_table(tmp_path / "table", {"train": range(24), "val": range(24, 32)}, per_image=1)
+    data = {"data__table": str(table), "data__images": str(table.parent / "images")}
+    run(tmp_path, **SHORT, **data)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000002")
+    (tmp_path / "run" / "metrics.json").unlink()
+    header, *rows = table.read_text().splitlines()
+    last, train, val = rows[-1], rows[:24], rows[24:]
+    for changed, named in (
+        (rows[::-1], "train data: 24 images and 24 captions -> the same number, in another order; val data: 8"),
+        (rows[1:], r"\(train data: 24 images and 24 captions -> 23 images and 23 captions\)"),
+        (
+            [*rows[:-1], last.replace(",", ",other words ", 1)],
+            r"\(val data: .* number, with other names or texts",
+        ),
+    ):
+        table.write_text("\n".join([header, *changed]) + "\n")
+        with pytest.raises(ValueError, match=f"was started with other options .*{named}"):
+            run(tmp_path, **SHORT, **data, resume=True)
+    table.write_text("\n".join([header, *val, *train]) + "\n")  # Rows of another split do not matter.
+    run(tmp_path, **SHORT, **data, resume=True)
+    (tmp_path / "run" / "metrics.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000002")
+    table.write_text("\n".join([header, *rows[1:]]) + "\n")
+    before = (tmp_path / "run" / "data.json").read_text()
+    run(tmp_path, **SHORT, **data, resume_with_changes=True)
+    assert json.loads((tmp_path / "run" / "data.json").read_text())["train"]["images"] == 23
+    assert (tmp_path / "run" / "data.before-00000001.json").read_text() == before
+    assert [entry.described["images"] for entry in trained_data(tmp_path / "run")] == [23, 24]
 
 
 def test_the_number_of_workers_is_part_of_a_streams_order():
