@@ -147,7 +147,7 @@ def check_model(folder: str | Path, manifest: Manifest, retriever: Retriever) ->
     """Check that a model is the one that an index was made with.
 
     Raises:
-        ValueError: it is another one.
+        ValueError: it is another one, or the manifest has sizes that are not the model's.
     """
     own = model_hash(retriever)
     if own != manifest.model_hash:
@@ -155,6 +155,12 @@ def check_model(folder: str | Path, manifest: Manifest, retriever: Retriever) ->
             f"{folder} was indexed with another model ({manifest.model}, {manifest.model_hash[:12]}) than this one "
             f"({own[:12]}), so their vectors cannot be compared; give that model, or index again into another folder"
         )
+    dual = dual_of(retriever.model)
+    sizes = {"embed_dim": dual.config.embed_dim, "token_shape": (dual.vision.num_tokens, dual.vision.width)}
+    for name, size in sizes.items():
+        stored = getattr(manifest, name)
+        if stored not in (size, None):
+            raise ValueError(f"{folder}/{MANIFEST} is damaged: {name} is {stored}, and {size} in the model")
 
 
 @contextlib.contextmanager
