@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .lance import ALL, connect, delete_rows, put_rows, table_names, tidy
-from .lance_errors import line_of, reading
+from .lance_errors import line_of, reading, repair_of
 from .manifest import TOKEN_TYPES, Manifest
 
 if TYPE_CHECKING:
@@ -59,7 +59,8 @@ class Contents:
                 database.create_table("contents", schema=pa.schema(columns))
             return cls(database.open_table("contents"), manifest, place)
         except (ValueError, RuntimeError, OSError) as error:
-            raise ValueError(f"the contents of an index cannot be opened in {place}: {line_of(error)}") from error
+            problem = f"the contents of an index cannot be opened in {place}: {line_of(error)}"
+            raise ValueError(f"{problem}; {repair_of(error)}") from error
 
     @classmethod
     def check_new(cls, manifest: Manifest) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .lance_errors import line_of, reading, writing_to
+from .lance_errors import line_of, reading, repair_of, writing_to
 from .sources import Stamp
 
 if TYPE_CHECKING:
@@ -81,9 +81,7 @@ class LanceImages:
                 database.create_table("images", schema=_schema(embed_dim))
             return cls(database.open_table("images"), embed_dim, folder)
         except (ValueError, RuntimeError, OSError) as error:
-            raise ValueError(
-                f"{folder} is a damaged index: {line_of(error)}; index again into another folder"
-            ) from error
+            raise ValueError(f"{folder} is a damaged index: {line_of(error)}; {repair_of(error)}") from error
 
     def __len__(self) -> int:
         return self.table.count_rows()

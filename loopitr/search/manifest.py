@@ -168,7 +168,7 @@ def writing(folder: Path) -> Iterator[None]:
     """A context with the lock for writing to an index, which the system releases if the process is killed.
 
     Raises:
-        ValueError: another process is writing to the index.
+        ValueError: another process is writing to the index, or its lock is not a file.
         OSError: the folder cannot be written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -176,7 +176,10 @@ def writing(folder: Path) -> Iterator[None]:
     key = str(folder.resolve())
     if key in _HELD:  # The lock of the system does not work within one process.
         raise ValueError(taken)
-    with open(folder / LOCK, "a", encoding="utf-8") as file:
+    lock = folder / LOCK
+    if lock.exists() and not lock.is_file():  # A pipe would never open.
+        raise ValueError(f"{lock} is not a file; delete it")
+    with open(lock, "a", encoding="utf-8") as file:
         try:
             import fcntl
 

@@ -1,13 +1,14 @@
 """What an index says of itself is checked before it is used."""
 
 import json
+import os
 import shutil
 
 import pytest
 from helpers.tiny_index import index, listed, tiny_retriever, write_photos
 
 from loopitr import Searcher
-from loopitr.search.manifest import read_manifest, read_skipped
+from loopitr.search.manifest import read_manifest, read_skipped, writing
 
 GOOD = {"format": 1, "model": "run", "model_hash": "abc", "embed_dim": 16, "tokens": "fp16", "token_shape": [17, 32]}
 
@@ -69,6 +70,12 @@ def test_an_index_stays_as_it_was_made(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             index(photos, retriever, tmp_path / "index", **options)
+
+
+def test_a_lock_that_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "index.lock")
+    with pytest.raises(ValueError, match="index.lock is not a file; delete it"), writing(tmp_path):
+        pass
 
 
 def test_sizes_that_are_not_the_models(tmp_path):
