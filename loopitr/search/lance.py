@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .lance_checks import check_columns, check_files
-from .lance_errors import line_of, reading, writing_to
+from .lance_errors import line_of, reading, repair_of, writing_to
 from .sources import Stamp
 
 if TYPE_CHECKING:
@@ -85,9 +85,7 @@ class LanceImages:
             check_columns(table, _schema(embed_dim))
             return cls(table, embed_dim, folder)
         except (ValueError, RuntimeError, OSError) as error:
-            raise ValueError(
-                f"{folder} is a damaged index: {line_of(error)}; index again into another folder"
-            ) from error
+            raise ValueError(f"{folder} is a damaged index: {line_of(error)}; {repair_of(error)}") from error
 
     def __len__(self) -> int:
         return self.table.count_rows()

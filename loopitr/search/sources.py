@@ -249,7 +249,8 @@ def _joined(values: Sequence[Any], kind: type) -> Any:
     if not cells:
         return None
     if kind is str:
-        return "\n".join(dict.fromkeys(text for cell in cells for text in _texts(cell)))
+        text = "\n".join(dict.fromkeys(text for cell in cells for text in _texts(cell)))
+        return text.encode("utf-8", "backslashreplace").decode()  # JSON may have halves of characters.
     return str(cells[0]).strip().lower() == "true" if kind is bool else kind(cells[0])
 
 

@@ -127,6 +127,10 @@ def test_add_remove_and_info(made, capsys, tmp_path):
             ["index", "{made}/photos", "--model", "{made}/run", "--output", "{tmp}/out", "--store", "qdrant:6333"],
             "the store qdrant:6333: not an address such as http://host:6333",
         ),
+        (
+            ["index", "{made}/photos", "--model", "{made}/run", "--output", "{tmp}/out", "--store", "ftp://host"],
+            "the store ftp://host: not an address such as http://host:6333",
+        ),
         (["query", "{tmp}", "a dog"], "{tmp} is not a search index"),
         (["query", "{made}/index", "a", "dog"], "unexpected argument 'dog'; wanted INDEX QUERY, with quotes"),
         (["query", "{made}/index"], "the query is empty"),

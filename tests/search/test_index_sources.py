@@ -91,6 +91,13 @@ def test_columns_get_names_that_an_index_can_have(tmp_path):
         index(tmp_path / "data.csv", retriever, tmp_path / "other")
 
 
+def test_halves_of_characters_in_json(tmp_path):
+    write_photos(tmp_path, 1)
+    (tmp_path / "data.jsonl").write_text(json.dumps({"image": "000.jpg", "caption": "a \ud83d\0dog"}))
+    index(tmp_path / "data.jsonl", tiny_retriever(), tmp_path / "index")
+    assert listed(tmp_path / "index")["000.jpg"].columns["caption"] == "a \\ud83d\0dog"
+
+
 def test_times_of_change_beyond_the_calendar(tmp_path, monkeypatch):
     photos, stat = write_photos(tmp_path / "photos", 2), os.stat
 

@@ -102,7 +102,7 @@ def test_permissions_as_the_system_reports_them(tmp_path, monkeypatch):
     assert report.added == 2 and report.skipped == {str(photos / "closed"): "Permission denied"}
 
 
-def test_changed_files_are_replaced_and_gone_ones_stay_until_they_are_removed(tmp_path):
+def test_changed_files_are_replaced_and_gone_ones_stay_until_they_are_removed(tmp_path, monkeypatch):
     photos, retriever = write_photos(tmp_path / "photos", 6), tiny_retriever()
     index(photos, retriever, tmp_path / "index")
     before = embeds(tmp_path / "index")
@@ -123,6 +123,13 @@ def test_changed_files_are_replaced_and_gone_ones_stay_until_they_are_removed(tm
     assert remove_images(tmp_path / "index", [photos]) == len(before) - 3 and listed(tmp_path / "index") == {}
     with pytest.raises(ValueError, match="nothing is named"):
         remove_images(tmp_path / "index")
+    with monkeypatch.context() as patched:
+        patched.chdir(photos)
+        index(photos, retriever, tmp_path / "index")
+        for path in ("", " "):
+            with pytest.raises(ValueError, match="a path to remove is empty"):
+                remove_images(tmp_path / "index", [path])
+        assert remove_images(tmp_path / "index", ["."]) == len(before) - 1
 
 
 KILLED = """

@@ -1,11 +1,14 @@
 """What an index says of itself is checked before it is used."""
 
 import json
+import os
+import shutil
 
 import pytest
-from helpers.tiny_index import index, tiny_retriever, write_photos
+from helpers.tiny_index import index, listed, tiny_retriever, write_photos
 
-from loopitr.search.manifest import read_manifest, read_skipped
+from loopitr import Searcher
+from loopitr.search.manifest import read_manifest, read_skipped, writing
 
 GOOD = {"format": 1, "model": "run", "model_hash": "abc", "embed_dim": 16, "tokens": "fp16", "token_shape": [17, 32]}
 
@@ -67,6 +70,32 @@ def test_an_index_stays_as_it_was_made(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             index(photos, retriever, tmp_path / "index", **options)
+
+
+def test_a_lock_that_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "index.lock")
+    with pytest.raises(ValueError, match="index.lock is not a file; delete it"), writing(tmp_path):
+        pass
+
+
+def test_sizes_that_are_not_the_models(tmp_path):
+    photos, retriever = write_photos(tmp_path / "photos", 2), tiny_retriever()
+    index(photos, retriever, tmp_path / "index")
+    manifest = tmp_path / "index" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    for name, wrong in (("embed_dim", 8), ("token_shape", [3, 4])):
+        manifest.write_text(json.dumps({**content, name: wrong}))
+        with pytest.raises(ValueError, match=f"manifest.json is damaged: {name} is .*, and .* in the model"):
+            Searcher.open(tmp_path / "index", model=retriever)
+
+
+def test_tokens_that_are_lost_are_computed_again(tmp_path):
+    photos, retriever = write_photos(tmp_path / "photos", 3), tiny_retriever()
+    index(photos, retriever, tmp_path / "index")
+    shutil.rmtree(tmp_path / "index" / "contents.lance")
+    report = index(photos, retriever, tmp_path / "index")
+    assert (report.updated, report.unchanged) == (3, 0) and len(listed(tmp_path / "index")) == 3
+    assert index(photos, retriever, tmp_path / "index").unchanged == 3
 
 
 def test_an_index_without_tokens_is_continued_by_the_same_call(tmp_path):

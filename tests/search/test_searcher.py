@@ -211,8 +211,9 @@ def test_what_is_no_index(tmp_path, photos, retriever):
             Searcher.open(tmp_path / "index", model=retriever)
     manifest.write_text(content)
     (tmp_path / "index" / "images.lance").rename(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match="is a damaged index"):
+    with pytest.raises(ValueError, match="is a damaged index: .*images.*; repeat `loopitr search index`"):
         Searcher.open(tmp_path / "index", model=retriever)
+    assert index(photos, retriever, tmp_path / "index").added == COUNT
 
 
 def test_files_of_an_index_that_are_cut_off_are_one_line_that_names_it(tmp_path, photos, retriever):
