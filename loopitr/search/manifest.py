@@ -65,6 +65,95 @@ def manifest_of(
     contents: str | None,
 ) -> Manifest:
     """The manifest of a new index."""
+    vision = dual_of(retriever.model).vision
+    tokens = tokens if isinstance(retriever.model, LoopITRModel) else None  # Only a fusion head reads tokens.
+    return Manifest(
+        model=model,
+        model_hash=model_hash(retriever),
+        embed_dim=dual_of(retriever.model).config.embed_dim,
+        tokens=tokens,
+        token_shape=(vision.num_tokens, vision.width) if tokens else None,
+        store=store,
+        collection=collection if store else None,
+        contents=contents,
+    )
+
+
+def model_hash(retriever: Retriever) -> str:
+    """A digest of the dual encoder, the same for a run and for the dual encoder exported from it."""
+    return dual_key(dual_of(retriever.model), retriever.processor)
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """Read the manifest of an index.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no index in it.
+        ValueError: the manifest is damaged, or of another version of this package.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        missing = "it is a file" if Path(folder).exists() else "no such folder"
+        reason = f"there is no {MANIFEST} in it" if Path(folder).is_dir() else missing
+        raise FileNotFoundError(f"{folder} is not a search index: {reason}; `loopitr search index` makes one")
+    content = read_object(path)
+    if content.get("format", FORMAT) != FORMAT:
+        readable = f"this version of loopitr reads format {FORMAT}"
+        raise ValueError(f"{path}: it has format {content['format']}, {readable}; index again into another folder")
+    known = {field.name for field in fields(Manifest)}
+    given = {name: value for name, value in content.items() if name in known}
+    for name in ("model", "model_hash", "embed_dim", "format", *given):
+        if name not in given or not _is_valid(name, given[name]):
+            raise ValueError(f"{path} is damaged: {name} is {given.get(name, 'missing')!r}")
+    manifest = Manifest(**given)
+    if (manifest.tokens is None) != (manifest.token_shape is None):
+        raise ValueError(f"{path} is damaged: tokens is {manifest.tokens!r}, token_shape {manifest.token_shape!r}")
+    shape = manifest.token_shape
+    return replace(manifest, token_shape=None if shape is None else (shape[0], shape[1]))
+
+
+def _is_valid(name: str, value: Any) -> bool:
+    if name == "tokens":
+        return value is None or value in [*TOKEN_TYPES]
+    if name == "token_shape":
+        return value is None or (isinstance(value, list) and len(value) == 2 and all(map(_is_size, value)))
+    if name in ("embed_dim", "format"):
+        return _is_size(value)
+    if name == "complete":
+        return isinstance(value, bool)
+    optional = name in ("store", "collection", "contents")
+    return (optional and value is None) or (isinstance(value, str) and value.isprintable() and value != "")
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < LARGEST
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest atomically."""
+    write_file(folder / MANIFEST, json.dumps(asdict(manifest), indent=2) + "\n")
+
+
+def model_of(folder: str | Path, manifest: Manifest, device: str | torch.device | None) -> Retriever:
+    """The model that an index was made with.
+
+    Raises:
+        OSError: it cannot be loaded, for example because it has been moved.
+        ValueError: it is of another kind, or the device cannot be used.
+    """
+    try:
+        return Retriever.from_pretrained(manifest.model, device=device)
+    except OSError as error:
+        moved = "if it has been moved, give its new place as the model (--model)"
+        raise OSError(f"{folder}: the model of this index cannot be loaded ({error}); {moved}") from error
+
+
+def check_model(folder: str | Path, manifest: Manifest, retriever: Retriever) -> None:
+    """Check that a model is the one that an index was made with.
+
+    Raises:
+        ValueError: it is another one, or the manifest has sizes that are not the model's.
+    """
     own = model_hash(retriever)
     if own != manifest.model_hash:
         raise ValueError(
