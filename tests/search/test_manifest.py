@@ -74,7 +74,7 @@ def test_an_index_stays_as_it_was_made(tmp_path):
 
 def test_a_lock_that_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "index.lock")
-    with pytest.raises(ValueError, match="index.lock is not a file; delete it"), writing(tmp_path):
+    with pytest.raises(OSError, match="index.lock is not a lock file: delete it"), writing(tmp_path):
         pass
 
 
@@ -83,9 +83,13 @@ def test_sizes_that_are_not_the_models(tmp_path):
     index(photos, retriever, tmp_path / "index")
     manifest = tmp_path / "index" / "manifest.json"
     content = json.loads(manifest.read_text())
-    for name, wrong in (("embed_dim", 8), ("token_shape", [3, 4])):
+    cases = [
+        ("embed_dim", 8, r"is a damaged index: its column 'embed' is .*\[16\], wanted .*\[8\]"),
+        ("token_shape", [3, 4], r"manifest.json is damaged: token_shape is \(3, 4\), and .* in the model"),
+    ]
+    for name, wrong, fault in cases:
         manifest.write_text(json.dumps({**content, name: wrong}))
-        with pytest.raises(ValueError, match=f"manifest.json is damaged: {name} is .*, and .* in the model"):
+        with pytest.raises(ValueError, match=fault):
             Searcher.open(tmp_path / "index", model=retriever)
 
 
