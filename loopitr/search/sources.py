@@ -227,14 +227,15 @@ def free_names(columns: Sequence[str], source: str) -> dict[str, str]:
     """The names in an index of a source's columns; `source` is what an error calls it.
 
     A column with the name of one of the index's own, or with a leading underscore, as LanceDB's own have, gets an
-    underscore after its name. A dot, which would name a part of a column, becomes an underscore.
+    underscore after its name. A dot, which would name a part of a column, and a backtick become underscores; a column
+    without a name, such as that of pandas' row numbers, is `unnamed`.
 
     Raises:
         DataError: two columns get the same name.
     """
     names: dict[str, str] = {}
     for column in columns:
-        name = column.replace(".", "_")
+        name = re.sub(r"[.`\0]", "_", column).encode("utf-8", "backslashreplace").decode() or "unnamed"
         name = f"{name}_" if name in RESERVED or name.startswith("_") else name
         other = next((other for other, given in names.items() if given == name), None)
         if other is not None:

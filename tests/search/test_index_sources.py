@@ -78,13 +78,22 @@ def test_integers_beyond_64_bits_are_texts(tmp_path):
 
 def test_columns_get_names_that_an_index_can_have(tmp_path):
     write_photos(tmp_path, 1)
-    header = "image,meta.size,_distance,_rowid,size,Path,two words"
-    (tmp_path / "data.csv").write_text(f"{header}\n000.jpg,1,2,3,4,5,6\n")
+    header = ",image,meta.size,_distance,_rowid,size,Path,two words,a`b"
+    (tmp_path / "data.csv").write_text(f"{header}\n0,000.jpg,1,2,3,4,5,6,7\n")
     retriever = tiny_retriever()
     index(tmp_path / "data.csv", retriever, tmp_path / "index")
     searcher = Searcher.open(tmp_path / "index", model=retriever)
     (hit,) = searcher.search("a dog", where="meta_size = 1 AND `Path` = 5 AND `two words` = 6")
-    wanted = {"meta_size": 1, "_distance_": 2, "_rowid_": 3, "size_": 4, "Path": 5, "two words": 6}
+    wanted = {
+        "meta_size": 1,
+        "_distance_": 2,
+        "_rowid_": 3,
+        "size_": 4,
+        "Path": 5,
+        "two words": 6,
+        "a_b": 7,
+        "unnamed": 0,
+    }
     assert {name: hit.columns[name] for name in wanted} == wanted
     (tmp_path / "data.csv").write_text("image,a.b,a_b\n000.jpg,1,2\n")
     with pytest.raises(ValueError, match="columns 'a.b' and 'a_b' would both be 'a_b' in the index; rename one"):
