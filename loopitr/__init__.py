@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from loopitr.building.build import build_model
     from loopitr.building.folders import load
     from loopitr.building.options import FusionOptions, ModelOptions, TextOptions, VisionOptions
-    from loopitr.data.records import LoadReport, Record
-    from loopitr.data.sources import DataOptions, load_records
+    from loopitr.data.options import DataOptions
+    from loopitr.data.records import Record
+    from loopitr.data.report import LoadReport
+    from loopitr.data.sources import load_records
     from loopitr.evaluation.options import EvaluationOptions
     from loopitr.evaluation.retrieval import evaluate_retrieval
     from loopitr.export.dual import export_dual
@@ -62,7 +64,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "Agreement": "loopitr.objective.terms",
     "Contrastive": "loopitr.objective.contrastive_terms",
-    "DataOptions": "loopitr.data.sources",
+    "DataOptions": "loopitr.data.options",
     "Distillation": "loopitr.objective.terms",
     "DualEncoder": "loopitr.models.dual_encoder",
     "DualEncoderConfig": "loopitr.models.config",
@@ -73,7 +75,7 @@ _MODULES = {
     "FusionOptions": "loopitr.building.options",
     "ImageState": "loopitr.models.outputs",
     "ImageTower": "loopitr.models.towers",
-    "LoadReport": "loopitr.data.records",
+    "LoadReport": "loopitr.data.report",
     "LoopITRConfig": "loopitr.models.config",
     "LoopITRModel": "loopitr.models.loop_model",
     "LoopITRProcessor": "loopitr.models.processing",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
+import select
 import sys
 import tempfile
 import textwrap
@@ -19,7 +21,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_pa
 from loopitr.reading import MAX_VALUES, DuplicateName, expanded_size
 
 Options = TypeVar("Options")
-USAGE_ERROR, INTERRUPTED = 2, 130
+USAGE_ERROR, INTERRUPTED, NO_READER = 2, 130, 141
 HELP, HELP_ALL = ("-h", "--help"), ("--help_all", "--help-all")
 TWO_SCREENS = 100  # the number of lines above which --help only names the options of groups
 SWITCHES = ("--recall", "--resume", "--resume_with_changes", "--table_only", "--json", "--open", "--missing")
@@ -69,19 +71,39 @@ def run(main: Callable[[], None]) -> None:
     """Run a recipe.
 
     Errors that the user can correct print one line to stderr and exit with status 2, Ctrl-C prints one line and exits
-    with 130; other errors print a traceback. LOOPITR_DEBUG=1 prints the traceback of every error.
+    with 130; other errors print a traceback. LOOPITR_DEBUG=1 prints the traceback of every error. If the reader of the
+    output has ended, such as `head`, this ends too, without a line.
     """
     try:
-        main()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         # A ModuleNotFoundError means that an extra is not installed.
+        if isinstance(error, BrokenPipeError) and _has_no_reader():
+            sys.exit(NO_READER)
         if os.environ.get("LOOPITR_DEBUG"):
             raise
         print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(USAGE_ERROR)
+
+
+def _has_no_reader() -> bool:
+    """Whether stdout is a pipe whose reader has ended; then stdout is turned off, since Python would write to it at
+    exit."""
+    with contextlib.suppress(OSError):  # stdout may have no file.
+        output = sys.stdout.fileno()
+        if hasattr(select, "poll"):
+            poll = select.poll()
+            poll.register(output, select.POLLOUT)
+            if any(event & select.POLLERR for _, event in poll.poll(0)):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+                return True
+    return False
 
 
 def check_output_file(output: str | Path) -> None:

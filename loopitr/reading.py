@@ -31,18 +31,6 @@ def read_file(path: str | Path) -> str:
         raise ValueError(f"{path} is damaged: it is not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file through another, `NAME.partial`, so that readers see the old or the new content.
-
-    An older `NAME.partial` is deleted, since it may be a link to a file elsewhere.
-    """
-    partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)
-    with partial.open("x", encoding="utf-8", newline="") as file:
-        file.write(text)
-    partial.replace(path)
-
-
 def user_path(path: str | Path) -> Path:
     """The path with the home folder in place of `~`; `~NAME` of an unknown user stays as it is."""
     try:
@@ -51,12 +39,33 @@ def user_path(path: str | Path) -> Path:
         return Path(path)
 
 
+def parse_json(text: str) -> Any:
+    """`json.loads`, but a name that occurs twice in an object is an error.
+
+    Raises:
+        ValueError: the text is not valid JSON, has a name twice, or is too deep or has too long a number for Python.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_without_duplicates)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):  # json would silently keep the last value.
+        names = [name for name, _ in pairs]
+        duplicate = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object has the name {duplicate!r} twice")
+    return content
+
+
 def read_json(path: str | Path) -> Any:
     """The content of a JSON file.
 
     Raises:
         OSError: it cannot be read (`read_file`).
-        ValueError: it is not JSON, or is nested too deeply.
+        ValueError: it is not JSON (`parse_json`).
 
     Example:
         >>> import tempfile
@@ -69,9 +78,7 @@ def read_json(path: str | Path) -> Any:
     """
     text = read_file(path)
     try:
-        return json.loads(text)
-    except RecursionError as error:
-        raise ValueError(f"{path} is damaged: it is nested too deeply") from error
+        return parse_json(text)
     except ValueError as error:
         raise ValueError(f"{path} is damaged: it is not JSON ({error})") from error
 

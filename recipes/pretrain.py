@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loopitr.cli import parse, run
-from loopitr.data.sources import SOURCES, source_of
+from loopitr.data.options import SOURCES, source_of
 from loopitr.training.launching import start_all_processes
 from loopitr.training.options import PretrainOptions
 

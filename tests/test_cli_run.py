@@ -1,7 +1,12 @@
 """`run`: what a user can mend is one line, anything else keeps its traceback."""
 
+import os
+import sys
+
 import pytest
 import torch
+from forked import fork
+from helpers.waiting import wait
 from torch.utils.data import DataLoader
 
 from loopitr.cli import run
@@ -48,6 +53,26 @@ def test_other_errors_keep_their_traceback(capsys):
 def test_success_is_silent(capsys):
     run(lambda: None)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("text", ["a line", "x" * 1_000_000], ids=["short", "long"])
+def test_output_that_nobody_reads_ends_it_without_a_line(text, tmp_path):
+    reading, writing = os.pipe()
+    os.close(reading)
+
+    def main():
+        os.dup2(writing, 1)
+        sys.stdout.reconfigure(line_buffering=False)
+        run(lambda: print(text))
+
+    assert wait(fork(main, tmp_path / "log")) == 141
+    assert (tmp_path / "log").read_text() == ""
+
+
+def test_another_pipe_that_breaks_is_an_error(capsys):
+    with pytest.raises(SystemExit) as raised:
+        run(fail(BrokenPipeError(32, "Broken pipe")))
+    assert raised.value.code == 2 and "Broken pipe" in capsys.readouterr().err
 
 
 class Broken(torch.utils.data.Dataset):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -30,7 +28,7 @@ from loopitr.models.config import LoopITRConfig
 from loopitr.models.fusion import BertParts
 from loopitr.models.heads import MLMHead
 from loopitr.models.image_backbone import create_timm, fit_weights, vision_data
-from loopitr.models.loop_model import DualEncoder, LoopITRModel
+from loopitr.models.loop_model import LoopITRModel
 from loopitr.models.lora import add_lora
 from loopitr.models.processing import LoopITRProcessor, image_processor, limit_length, set_image_size, word_tokenizer
 from loopitr.models.text_backbone import bert_layers
@@ -69,7 +67,7 @@ def build_model(options: ModelOptions, *, vocabulary: list[str] | None = None) -
         warnings.warn(f"{options.init} has no token agreement: model.fusion.agreement is left off", stacklevel=2)
     if options.mlm_head:
         _prepare_word_prediction(model, processor)
-    if options.init is None and model.agreement is not None:
+    if options.init is None and model.agreement is not None and model.itm_head is not None:
         # Token agreement learns faster than a new ITM head, whose random logits would only add noise to it.
         nn.init.zeros_(model.itm_head.weight)
         nn.init.zeros_(model.itm_head.bias)
@@ -84,58 +82,6 @@ def build_model(options: ModelOptions, *, vocabulary: list[str] | None = None) -
     return model, processor
 
 
-def token_cache_key(model: LoopITRModel, processor: LoopITRProcessor) -> str:
-    """A digest of everything that image tokens depend on: the image backbone's weights and the transform."""
-    return _digest([model.config.vision, processor.image_processor.to_dict()], model.dual.vision)
-
-
-def text_cache_key(model: LoopITRModel, processor: LoopITRProcessor) -> str:
-    """A digest of everything that caption tokens depend on: the text backbone's weights and layers, the tokenizer."""
-    config, tokenizer = model.config, processor.tokenizer
-    parts = [
-        config.text,
-        config.text_pooling,
-        {name: config.fusion[name] for name in ("style", "num_layers", "first_token_id")},
-        *_tokenizer_rules(tokenizer),
-    ]
-    return _digest(parts, model.dual.text)
-
-
-def dual_key(dual: DualEncoder, processor: LoopITRProcessor) -> str:
-    """A digest of everything that embeds depend on: the dual encoder's weights and config, transform and tokenizer.
-
-    A model and the dual encoder exported from it have the same digest.
-    """
-    config = dual.config
-    parts = [
-        config.vision,
-        config.text,
-        config.vision_pooling,
-        config.text_pooling,
-        processor.image_processor.to_dict(),
-        *_tokenizer_rules(processor.tokenizer),
-    ]
-    return _digest(parts, dual)
-
-
-def _tokenizer_rules(tokenizer: Any) -> list[Any]:
-    fast = getattr(tokenizer, "backend_tokenizer", None)
-    rules = tokenizer.get_vocab() if fast is None else json.loads(fast.to_str())
-    if fast is not None:  # These are the arguments of the latest call, not properties of the tokenizer.
-        del rules["truncation"], rules["padding"]
-    return [type(tokenizer).__name__, tokenizer.model_max_length, rules]
-
-
-def _digest(parts: Any, backbone: nn.Module) -> str:
-    """A digest of `parts`, which can be written as JSON, and of a backbone's weights."""
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps(parts, sort_keys=True).encode())
-    for name, tensor in sorted(backbone.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def _from_saved(path: str) -> tuple[LoopITRModel, LoopITRProcessor]:
     saved = load_saved(path, dtype=torch.float32)
     if not isinstance(saved.model, LoopITRModel):
@@ -146,6 +92,8 @@ def _from_saved(path: str) -> tuple[LoopITRModel, LoopITRProcessor]:
 def _prepare_word_prediction(model: LoopITRModel, processor: LoopITRProcessor) -> None:
     """Add a mask token to a tokenizer without one (CLIP's), and a prediction head to a model without one."""
     text, tokenizer = model.dual.text.model, processor.tokenizer
+    if not model.config.fusion["num_layers"]:
+        raise ValueError("model.mlm_head needs fused tokens, and this model has no fusion layers")
     if tokenizer.mask_token_id is None:
         tokenizer.add_special_tokens({"mask_token": "[MASK]"})
         wanted = int(tokenizer.convert_tokens_to_ids("[MASK]")) + 1
@@ -188,6 +136,8 @@ def _from_backbones(options: ModelOptions, vocabulary: list[str] | None) -> tupl
     fusion = {**asdict(options.fusion), "agreement": options.fusion.agreement_width}
     init = fusion.pop("init")
     if init == "text_upper_layers":
+        if not options.fusion.num_layers:
+            raise ValueError("fusion.init 'text_upper_layers' initialises layers, but fusion.num_layers is 0")
         if options.fusion.style != "late" or not text.pretrained or options.fusion.num_layers > depth:
             raise ValueError("fusion.init 'text_upper_layers' needs style 'late' and a pretrained text with the layers")
         fusion["num_heads"] = text_config["num_attention_heads"]

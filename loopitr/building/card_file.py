@@ -6,7 +6,7 @@ import hashlib
 import re
 from pathlib import Path
 
-from loopitr.reading import replace_text
+from loopitr.durable import write_file
 
 CARD = "README.md"
 MARK = "<!-- written by loopitr ({}); a card that is changed by hand is kept -->"
@@ -16,7 +16,7 @@ MARKED = re.compile(r"\n<!-- written by loopitr \(([0-9a-f]{16})\)[^\n]*-->\n?\Z
 def save_card(path: Path, card: str) -> None:
     """Write a generated card atomically, with the mark by which `is_own` recognises it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, _marked(card))
+    write_file(path, _marked(card))
 
 
 def may_write(path: Path) -> bool:

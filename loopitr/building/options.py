@@ -73,7 +73,7 @@ class FusionOptions:
     """New layers on top of the text backbone (late; ALBEF), or the text backbone's own layers run again with
     cross-attention (shared; BLIP)."""
     num_layers: int = 3
-    """Number of fusion layers."""
+    """Number of fusion layers; 0: token agreement alone scores pairs (`agreement`), which is many times faster."""
     num_heads: int | None = None
     """Attention heads; unset: width / 64, or those of the text backbone if its layers are copied or shared."""
     intermediate_size: int | None = None
@@ -90,13 +90,15 @@ class FusionOptions:
     `text.num_layers` cuts off."""
 
     def __post_init__(self) -> None:
+        check_at_least(0, "model.fusion", num_layers=self.num_layers)
         check_at_least(
             1,
             "model.fusion",
-            num_layers=self.num_layers,
             num_heads=self.num_heads,
             intermediate_size=self.intermediate_size,
         )
+        if not self.num_layers and not self.agreement:
+            raise ValueError("model.fusion.num_layers 0 needs model.fusion.agreement: nothing else would score a pair")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.fusion.dropout must be from 0 to below 1, got {self.dropout}")
         if not 0 <= self.agreement_dropout < 1:
@@ -178,3 +180,10 @@ class ModelOptions:
     starts from weights (`init`, `pair`, `pretrained`, `checkpoint`)."""
     freeze: list[str] = field(default_factory=list)
     """Parts that are not trained: vision, text, dual_head, fusion."""
+
+    def __post_init__(self) -> None:
+        if self.image_size is not None and self.init is None and self.pair is None:
+            raise ValueError(
+                f"model.image_size {self.image_size} is the size for a model.init or model.pair; a new model takes "
+                "images of model.vision.image_size"
+            )

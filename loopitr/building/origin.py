@@ -11,12 +11,11 @@ from typing import Any
 import timm
 
 from loopitr.building.weights import TEXT_ALIASES
+from loopitr.lineage import PastRun, located, runs_of
 from loopitr.reading import read_json, read_yaml, user_path
 
-CONFIG, METRICS = "config.yaml", "metrics.json"
-INSIDE_A_RUN = ("best", "model")
+METRICS = "metrics.json"
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-MAX_RUNS = 8  # the length to which a chain of runs that started from each other is followed
 UNKNOWN = "unknown"  # in the hub's list of licences
 FILES = ("karpathy", "table", "albef")
 BUILDERS = ("imagefolder", "parquet", "webdataset", "json", "csv", "arrow")  # values of data.hub that are formats
@@ -55,21 +54,18 @@ class Origin:
 
 def origin_of(source: str | Path) -> Origin:
     """The origin of the model of a run folder, as far as its files say; for a hub id, that id is the base model."""
-    folder = user_path(source)
-    if not folder.is_dir():
+    if not user_path(source).is_dir():
         return Origin().starting_from(str(source))
-    if folder.name in INSIDE_A_RUN and not (folder / CONFIG).is_file():
-        folder = folder.parent
-    run = read_object(folder / CONFIG)
-    data, bases = _group(run, "data"), tuple(dict.fromkeys(_base_models(run, folder)))
-    datasets = tuple(dict.fromkeys(_datasets(data)))
-    licence = _group(run, "train").get("license")
+    run, *before = runs_of(source)
+    bases = tuple(dict.fromkeys(_base_models(before[-1] if before else run)))
+    datasets = tuple(dict.fromkeys(_datasets(run.config.group("data"))))
+    licence = run.config.group("train").get("license")
     if not isinstance(licence, str):
         # A model trained from scratch on the built-in data has the licence of this package.
-        from_scratch = datasets == ("scenes",) and not bases and not _group(run, "model").get("init")
+        from_scratch = datasets == ("scenes",) and not bases and not run.start
         licence = "apache-2.0" if from_scratch else UNKNOWN
     origin = Origin(license=licence, base_models=bases, datasets=datasets)
-    return _with_metrics(origin, read_object(folder / METRICS))
+    return _with_metrics(origin, read_object(run.folder / METRICS))
 
 
 def _with_metrics(origin: Origin, metrics: Mapping[str, Any]) -> Origin:
@@ -111,8 +107,8 @@ def read_object(path: Path) -> Mapping[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _group(run: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    group = run.get(name)
+def _group(options: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    group = options.get(name)
     return group if isinstance(group, dict) else {}
 
 
@@ -128,16 +124,15 @@ def _datasets(data: Mapping[str, Any]) -> list[str]:
     return names or (["scenes"] if data.get("scenes") else [])
 
 
-def _base_models(run: Mapping[str, Any], folder: Path, depth: int = 0) -> list[str]:
-    """The hub ids of the weights that a run started from, directly or through earlier runs."""
-    model = _group(run, "model")
-    start = model.get("init") or model.get("pair")
-    if start:
-        earlier = next((p for p in _places(str(start), folder) if p.is_dir()), None)
-        if earlier is not None:
-            before = read_object(earlier / CONFIG)
-            return _base_models(before, earlier, depth + 1) if depth < MAX_RUNS else []
-        return [str(start)] if _is_hub_id(str(start)) else []
+def _base_models(first: PastRun) -> list[str]:
+    """The hub ids of the weights that the first run of a model's history started from."""
+    if first.start is not None:
+        return []  # There are more runs than are followed.
+    if not first.configs:
+        return [first.name] if _is_hub_id(first.name) else []
+    model = first.config.group("model")
+    if pair := model.get("pair"):
+        return [str(pair)] if _is_hub_id(located(str(pair), first.folder)) else []
     vision, text, bases = _group(model, "vision"), _group(model, "text"), []
     if vision.get("pretrained") and not vision.get("checkpoint"):
         bases.append(_timm_id(str(vision.get("name"))))
@@ -145,11 +140,6 @@ def _base_models(run: Mapping[str, Any], folder: Path, depth: int = 0) -> list[s
         name = str(text.get("name"))
         bases.append(TEXT_ALIASES.get(name, name))
     return [base for base in bases if _is_hub_id(base)]
-
-
-def _places(path: str, folder: Path) -> list[Path]:
-    """The places to look for a relative path of a run: the current folder, and the parents of the run folder."""
-    return [start / user_path(path) for start in (Path(), *folder.resolve().parents)]
 
 
 def _timm_id(name: str) -> str:

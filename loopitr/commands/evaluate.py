@@ -11,7 +11,7 @@ from loopitr.checks import check_at_least, usable_device
 from loopitr.cli import check_output_file
 from loopitr.data import DataOptions, LoadReport, TrainingOverlap, load_evaluated, trained_data, training_overlap
 from loopitr.data.coco_ids import coco_images
-from loopitr.training.durable import write_file
+from loopitr.durable import write_file
 from loopitr.training.reporting import write_json
 
 from .subcommands import quiet
@@ -90,7 +90,7 @@ def evaluate(options: EvaluateOptions) -> None:
         ValueError, OSError: the model, the data or the device cannot be used.
     """
     from loopitr.distributed import first_rank
-    from loopitr.evaluation.gallery_page import gallery_page
+    from loopitr.evaluation.gallery_html import gallery_page
 
     check_at_least(1, gallery_queries=options.gallery_queries)
     outputs = [Path(name) for name in (options.output, options.gallery) if name is not None]
@@ -225,7 +225,7 @@ def _evaluation(options: MeasureOptions, *, calibrate: bool, examples: int) -> "
 def _tokens(
     options: DataOptions, saved: "Saved", records: "Sequence[Record]", device: "torch.device", *, progress: bool
 ) -> "TokenCache | None":
-    from loopitr.building.build import token_cache_key
+    from loopitr.building.keys import token_cache_key
     from loopitr.data import TokenCache
     from loopitr.evaluation.gallery import evaluation_transform
     from loopitr.models.loop_model import LoopITRModel

@@ -1,13 +1,14 @@
 """`loopitr search`: builds, searches and changes an index of images."""
 
 import json
+import math
 import sys
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from loopitr.cli import parse
+from loopitr.cli import check_output_file, parse
 
 from .search_options import AddOptions, IndexOptions, InfoOptions, QueryOptions, RemoveOptions
 from .serve import SERVE, ServeOptions, serve
@@ -137,6 +138,9 @@ def _query(arguments: Sequence[str]) -> None:
     options = _options(QueryOptions, positional(arguments, "index", "query"), QUERY, "index")
     if not options.query.strip():  # before a model is loaded
         raise ValueError("the query is empty: give a text, or the path of an image")
+    if options.html is not None:
+        check_output_file(options.html)
+    from loopitr.search.inputs import is_text
     from loopitr.search.searcher import Searcher
 
     quiet()
@@ -148,7 +152,9 @@ def _query(arguments: Sequence[str]) -> None:
         where=options.where,
         similarity_weight=options.similarity_weight,
     )
-    print(json.dumps([asdict(hit) for hit in hits], indent=2, default=str) if options.json else _table(hits))
+    if options.rerank > 0 and not searcher.reranks and is_text(options.query):
+        print(f"warning: {searcher.retriever.source} has no fusion head to rerank with", file=sys.stderr)
+    print(json.dumps([_plain(asdict(hit)) for hit in hits], indent=2, default=str) if options.json else _table(hits))
     if options.open or options.html:
         from loopitr.search.results_page import write_page
 
@@ -158,6 +164,13 @@ def _query(arguments: Sequence[str]) -> None:
             import webbrowser
 
             webbrowser.open(page.resolve().as_uri())
+
+
+def _plain(value: Any) -> Any:
+    """`value` with None for NaN and infinite numbers, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _table(hits: "Sequence[Hit]") -> str:

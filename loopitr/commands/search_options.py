@@ -34,8 +34,9 @@ class _Indexing:
     """Run folder, exported dual encoder, or hub id."""
     output: str = ""
     """Folder of the index."""
-    tokens: Literal["fp16", "bf16", "none"] = "fp16"
-    """Type in which image tokens are stored, for reranking without opening images; none: images are opened again."""
+    tokens: Literal["fp16", "bf16", "none"] | None = None
+    """Type in which image tokens are stored, for reranking without opening images; none: images are opened again.
+    Unset: fp16 in a new index."""
     store: str | None = None
     """Address of a Qdrant server for the vectors (http://host:6333); unset: LanceDB in the index."""
     collection: str | None = None

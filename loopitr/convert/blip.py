@@ -21,7 +21,7 @@ from transformers import BlipForImageTextRetrieval
 from loopitr.building.weights import hub_access, load_exactly, refuse
 from loopitr.convert.weights import head_count, read_checkpoint, resize_positions
 from loopitr.models.config import LoopITRConfig
-from loopitr.models.foreign import config_of
+from loopitr.models.foreign import config_of, one_line_errors
 from loopitr.models.image_backbone import ACTIVATIONS, mlp_ratio
 from loopitr.models.loop_model import LoopITRModel
 
@@ -124,7 +124,7 @@ def convert_blip(
             has_enc_token=True,
         )
         return _build(weights, original_name, settings, kind, image_size)
-    with hub_access(source):
+    with hub_access(source), one_line_errors(source):
         model_type = config_of(source).get("model_type")
         if model_type != "blip":
             raise ValueError(f"{source} holds a {model_type!r} model, wanted 'blip' (a BlipForImageTextRetrieval)")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from transformers import AutoTokenizer, CLIPImageProcessor, PreTrainedTokenizerB
 from loopitr.building.card import write_card
 from loopitr.building.folders import check_output
 from loopitr.building.weights import hub_access, listed, text_source
+from loopitr.models.foreign import refused_objects
 from loopitr.models.loop_model import LoopITRModel
 from loopitr.models.processing import LoopITRProcessor, image_processor
 from loopitr.reading import user_path
@@ -66,11 +66,8 @@ def _load_torch(file: Path) -> Any:
     except (OSError, MemoryError):
         raise
     except Exception as error:  # torch raises errors of several kinds, and advises to switch this check off.
-        if re.search("unsupported (global|class)|not an allowed global", str(error), re.IGNORECASE):
-            reason = "holds Python objects besides tensors; reading those could run code: save only its weights"
-        else:
-            reason = "is not a checkpoint that torch can read, or is incomplete"
-        raise ValueError(f"{file} {reason}") from error
+        reason = refused_objects(error) or "it is not a checkpoint that torch can read, or is incomplete"
+        raise ValueError(f"{file}: {reason}") from error
 
 
 def resize_positions(positions: Tensor, grid: int) -> Tensor:

@@ -19,20 +19,12 @@ if TYPE_CHECKING:
     from .image_cache import ImageCache
     from .images import UnreadableImage, decode_image
     from .karpathy import load_albef, load_karpathy
+    from .options import DataOptions
     from .overlap import SharedImage, shared_images
-    from .records import (
-        DataError,
-        LazyRecords,
-        LoadReport,
-        Record,
-        captions_of,
-        identity_of,
-        name_of,
-        relevance_of,
-        stable_hash,
-    )
+    from .records import DataError, LazyRecords, Record, captions_of, identity_of, name_of, relevance_of, stable_hash
+    from .report import LoadReport
     from .scenes import Scene, SceneObject, SceneRecords, relevance, scene_captions, scene_vocabulary
-    from .sources import DataOptions, load_records
+    from .sources import load_records
     from .splits import EvaluatedRecords, load_evaluated
     from .table import load_table
     from .text_cache import TextTokenCache
@@ -45,7 +37,7 @@ _MODULES = {
     "CaptionDataset": ".dataset",
     "Collator": ".collate",
     "DataError": ".records",
-    "DataOptions": ".sources",
+    "DataOptions": ".options",
     "DecodedImages": ".decoded",
     "EpochSampler": ".dataset",
     "EvaluatedRecords": ".splits",
@@ -53,7 +45,7 @@ _MODULES = {
     "HubStream": ".hub_stream",
     "ImageCache": ".image_cache",
     "LazyRecords": ".records",
-    "LoadReport": ".records",
+    "LoadReport": ".report",
     "Record": ".records",
     "Scene": ".scenes",
     "SceneObject": ".scenes",

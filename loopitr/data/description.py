@@ -35,7 +35,7 @@ def describe_records(records: Sequence[Record] | HubStream) -> dict[str, Any] | 
     for index in range(0, count, step):
         texts = (*(() if lazy else (name_of(records, index),)), *captions_of(records, index))
         row = hashlib.blake2b("\0".join(texts).encode(errors="surrogatepass"), digest_size=16).digest()
-        rows = (rows + int.from_bytes(row)) % 2**128
+        rows = (rows + int.from_bytes(row, "big")) % 2**128
         order.update(row)
     captions = sum(caption_count(records, index) for index in range(count))
     return {"images": count, "captions": captions, "rows": f"{rows:032x}", "order": order.hexdigest()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from collections.abc import Hashable, Iterable, Sequence
@@ -10,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .records import DataError, LoadReport, Record, clean_captions, printable
+from loopitr.reading import parse_json
+
+from .records import DataError, Record, printable
+from .report import LoadReport, clean_captions
 
 PROBED = 8  # The number of images whose files are looked for at load; other missing files are counted when read.
 
@@ -46,27 +48,6 @@ def read_text(path: str | Path) -> str:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise DataError(f"{path}: not UTF-8 text (a zero byte in line {line})")
     return text
-
-
-def parse_json(text: str) -> Any:
-    """`json.loads`, but a name that occurs twice in an object is an error.
-
-    Raises:
-        ValueError: the text is not valid JSON, has a name twice, or is too deep or has too long a number for Python.
-    """
-    try:
-        return json.loads(text, object_pairs_hook=_without_duplicates)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):  # json would silently keep the last value.
-        names = [name for name, _ in pairs]
-        duplicate = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"an object has the name {printable(duplicate)!r} twice")
-    return content
 
 
 def read_json(path: str | Path) -> Any:

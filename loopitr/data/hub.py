@@ -23,7 +23,8 @@ from .columns import (
     image_value,
 )
 from .hub_stream import KEYS, URL, HubStream, one_line
-from .records import DataError, LazyRecords, LoadReport, Record, clean_captions
+from .records import DataError, LazyRecords, Record
+from .report import LoadReport, clean_captions
 from .tars import tar_fault
 
 if TYPE_CHECKING:

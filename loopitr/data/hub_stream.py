@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .columns import Columns, dotted_value, image_value
-from .records import DataError, LoadReport, Record, clean_captions, printable, stable_hash
+from .records import DataError, Record, printable, stable_hash
+from .report import LoadReport, clean_captions
 from .tars import tar_fault
 
 URL = "__url__"

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from .files import PROBED, Row, check_images_exist, group_rows, image_folder, read_json
-from .records import INT64, DataError, LoadReport, Record, clean_captions, printable
+from .records import INT64, DataError, Record, printable
+from .report import LoadReport, clean_captions
 
 
 def load_karpathy(path: str | Path, images: str | Path, split: str, report: LoadReport) -> list[Record]:

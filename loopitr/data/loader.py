@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader, Sampler
 
 from .collate import Batch, Collator
 from .dataset import CaptionDataset, EpochSampler, StreamDataset
-from .records import LoadReport, printable
+from .records import printable
+from .report import LoadReport
 from .workers import leave_signals_to_the_run
 
 

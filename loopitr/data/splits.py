@@ -11,8 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .hub_stream import HubStream
-from .records import DataError, LoadReport, Record
-from .sources import SOURCES, DataOptions, has_splits, held_out_fraction, load_records, source_of
+from .options import SOURCES, DataOptions, source_of
+from .records import DataError, Record
+from .report import LoadReport
+from .sources import has_splits, held_out_fraction, load_records
 
 HELD_OUT = "held-out part"  # the name of the validation split of a file without splits
 

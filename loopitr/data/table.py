@@ -10,8 +10,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from .files import Row, group_rows, parse_json, read_text
-from .records import DataError, LoadReport, Record, printable
+from loopitr.reading import parse_json
+
+from .files import Row, group_rows, read_text
+from .records import DataError, Record, printable
+from .report import LoadReport
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 JSON_LINES = (".jsonl", ".ndjson")

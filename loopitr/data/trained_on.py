@@ -9,18 +9,17 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from loopitr.reading import read_json, read_yaml, user_path
+from loopitr.lineage import CONFIG, StoredConfig, located, runs_of
+from loopitr.reading import read_json
 
 from .description import DESCRIPTION, describe_records, difference
 from .hub import from_cache_alone
 from .hub_stream import HubStream
+from .options import DataOptions
 from .overlap import SharedImage, listed, shared_images
 from .records import DataError, Record
 from .scenes import SceneRecords
-from .sources import DataOptions, load_records
-
-CONFIG, EARLIER = "config.yaml", "config.before-*.yaml"
-MAX_RUNS = 8  # the length to which a chain of runs that started from each other is followed
+from .sources import load_records
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,26 +70,15 @@ class TrainingOverlap:
 def trained_data(model: str | Path) -> list[TrainedOn]:
     """The data of the run that made this model, then of the run whose model that one started from, and so on.
 
-    Relative paths in a `config.yaml` start at the folder in which the run was started, which is not recorded. They are
-    looked for from the current folder, then from the folders that contain the run folder.
+    Relative paths in a `config.yaml` are looked for from the current folder, then from the folders that contain the run
+    folder. A run that was resumed with other options has several data.
     """
     history: list[TrainedOn] = []
-    folder: str | Path | None = model
-    while folder is not None and len(history) < MAX_RUNS:
-        path = _config_file(user_path(folder))
-        if path is None:
-            history.append(TrainedOn(data=None, reason=f"the data of {folder} are not recorded (it has no {CONFIG})"))
-            break
-        start = None
-        # A run that was resumed with other options also has files with its earlier options.
-        for file in (path, *sorted(path.parent.glob(EARLIER), reverse=True)):
-            try:
-                tree = read_yaml(file)
-                history.append(TrainedOn(data=_data_options(tree["data"], path.parent), described=_described(file)))
-                start = (tree.get("model") or {}).get("init") or start
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                history.append(TrainedOn(data=None, reason=f"{file} cannot be read ({_reason(error)})"))
-        folder = None if start is None else _located(str(start), path.parent)
+    for run in runs_of(model):
+        history += [_trained_on(config, run.folder) for config in run.configs]
+        if not run.configs:
+            reason = f"the data of {run.name} are not recorded (it has no {CONFIG})"
+            history.append(TrainedOn(data=None, reason=reason))
     return history
 
 
@@ -142,6 +130,16 @@ def _check_readable(records: Sequence[Record]) -> None:
         raise DataError(f"{len(missing)} of {len(records)} training images are not here: {listed(missing)}")
 
 
+def _trained_on(config: StoredConfig, folder: Path) -> TrainedOn:
+    error = config.error
+    if error is None:
+        try:
+            return TrainedOn(data=_data_options(config.content["data"], folder), described=_described(config.path))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as reason:
+            error = _reason(reason)
+    return TrainedOn(data=None, reason=f"{config.path} cannot be read ({error})")
+
+
 def _reason(error: Exception) -> str:
     return str(error) if isinstance(error, (OSError, ValueError)) else type(error).__name__
 
@@ -155,11 +153,6 @@ def _described(config: Path) -> Any:
         return None
 
 
-def _config_file(folder: Path) -> Path | None:
-    places = (folder, folder.parent) if folder.name in ("best", "model") else (folder,)
-    return next((place / CONFIG for place in places if (place / CONFIG).is_file()), None)
-
-
 def _data_options(tree: dict[str, Any], folder: Path) -> DataOptions:
     kinds = get_type_hints(DataOptions)
     for name, kind in kinds.items():
@@ -168,14 +161,14 @@ def _data_options(tree: dict[str, Any], folder: Path) -> DataOptions:
     options = DataOptions(**{name: value for name, value in tree.items() if name in kinds})
     if "scenes" not in tree:  # Older runs used the scenes if they named no other source.
         options = replace(options, scenes=True)
-    located: dict[str, Any] = {}
+    paths: dict[str, Any] = {}
     for name in ("karpathy", "albef", "table", "hub", "images", "val_albef", "val_table"):
         value = getattr(options, name)
         if isinstance(value, str):
-            located[name] = _located(value, folder)
+            paths[name] = located(value, folder)
         elif isinstance(value, list):
-            located[name] = [_located(item, folder) for item in value]
-    return replace(options, **located)
+            paths[name] = [located(item, folder) for item in value]
+    return replace(options, **paths)
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -190,12 +183,3 @@ def _fits(value: Any, kind: Any) -> bool:
     if origin is dict:
         return isinstance(value, dict) and all(_fits(item, str) for pair in value.items() for item in pair)
     return type(value) is kind or (kind is float and type(value) is int)
-
-
-def _located(path: str, folder: Path) -> str:
-    """A path of a run's config, relative to the current folder or the nearest parent of the run folder that has it."""
-    for start in (Path(), *folder.resolve().parents):
-        candidate = start / user_path(path)
-        if candidate.exists():
-            return str(candidate)
-    return path

@@ -8,7 +8,7 @@ from loopitr.lazy import lazy_names
 
 if TYPE_CHECKING:
     from .gallery import evaluation_transform
-    from .gallery_page import gallery_page
+    from .gallery_html import gallery_page
     from .options import EvaluationOptions
     from .ranking import (
         Ranking,
@@ -31,7 +31,7 @@ _MODULES = {
     "candidate_ranks": ".ranking",
     "evaluate_retrieval": ".retrieval",
     "evaluation_transform": ".gallery",
-    "gallery_page": ".gallery_page",
+    "gallery_page": ".gallery_html",
     "jaccard_at_k": ".ranking",
     "markdown_table": ".report",
     "mean_average_precision_at_r": ".ranking",

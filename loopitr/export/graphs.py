@@ -66,6 +66,8 @@ class FusionGraph(nn.Module):
         every_mask = mask.unsqueeze(0).expand(images, texts, length).flatten(0, 1)  # [I T, L]
         placed = self.fusion.place(image_tokens)  # [I, N, Dv]
         layers = self._layers()
+        if self.itm_head is None:
+            return self._agree(image_tokens, text_tokens, mask)
         hidden = text_tokens
         for index, (parts, cross) in enumerate(layers):
             # The last layer only needs the row of the first token.

@@ -84,6 +84,18 @@ def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
+def _check_no_layers(fusion: dict[str, Any], *, mlm_head: bool) -> None:
+    """Check that a fusion head without layers has token agreement and nothing that needs layers."""
+    if fusion["agreement"] is None:
+        raise ValueError("fusion.num_layers 0 needs fusion.agreement: otherwise nothing would score a pair")
+    if fusion["style"] != "late":
+        raise ValueError(f"fusion.num_layers 0 needs fusion.style 'late', got {fusion['style']!r}")
+    if fusion["image_positions"]:
+        raise ValueError("fusion.num_layers 0 has no use for fusion.image_positions")
+    if mlm_head:
+        raise ValueError("mlm_head needs fused tokens, which fusion.num_layers 0 does not make")
+
+
 def _positive(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
@@ -180,7 +192,7 @@ class LoopITRConfig(DualEncoderConfig):
     Args:
         fusion: see `FUSION_DEFAULTS`. `style` is `late` (layers of its own on the text backbone's output; ALBEF,
             LoopITR) or `shared` (the text backbone's last `num_layers` layers run again with cross-attention
-            inserted; BLIP).
+            inserted; BLIP). Without layers (`num_layers` 0), token agreement (`agreement`) is the whole head.
         mlm_head: whether the model has a masked-language-model head on the fused tokens.
         similarity_weight: w >= 0 of the reranking score, match score + w x similarity / temperature; 1 until it is
             fitted on held-out data (at the end of every run, and by `recipes/calibrate.py`).
@@ -209,7 +221,10 @@ class LoopITRConfig(DualEncoderConfig):
     ) -> None:
         self.fusion = _merged("fusion", fusion, FUSION_DEFAULTS)
         _one_of("fusion.style", self.fusion["style"], FUSION_STYLES)
-        _positive("fusion.num_layers", self.fusion["num_layers"])
+        if self.fusion["num_layers"] == 0 and type(self.fusion["num_layers"]) is int:
+            _check_no_layers(self.fusion, mlm_head=mlm_head)
+        else:
+            _positive("fusion.num_layers", self.fusion["num_layers"])
         for name in ("num_heads", "intermediate_size", "agreement"):
             if self.fusion[name] is not None:
                 _positive(f"fusion.{name}", self.fusion[name])

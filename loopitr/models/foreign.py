@@ -34,6 +34,13 @@ def check_no_kernel(config: Any, source: str) -> None:
             check_no_kernel(value, source)
 
 
+def refused_objects(error: Exception) -> str | None:
+    """What to tell the user if `torch.load` refused a file that has more than weights; None: it failed otherwise."""
+    if not re.search("unsupported (global|class)|not an allowed global", str(error), re.IGNORECASE):
+        return None
+    return "it holds Python objects besides tensors; reading those could run code: save only its weights"
+
+
 def config_of(source: str, **hub_arguments: Any) -> dict[str, Any]:
     """The content of the config.json of a local folder or a hub id.
 
@@ -118,12 +125,9 @@ def one_line_errors(source: str) -> Iterator[None]:
             raise
         raise ValueError(_shortened(reason if source in reason else f"{source}: {reason}")) from error
     except Exception as error:
-        if re.search("unsupported (global|class)|not an allowed global", str(error), re.IGNORECASE):
-            reason = "it holds Python objects besides tensors; reading those could run code: save only its weights"
-        else:
-            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-            reason = f"{type(error).__name__} {reason}" if isinstance(error, LookupError) else reason
-        raise ValueError(_shortened(f"{source} cannot be loaded: {reason}")) from error
+        first = next(iter(str(error).splitlines()), "") or type(error).__name__
+        first = f"{type(error).__name__} {first}" if isinstance(error, LookupError) else first
+        raise ValueError(_shortened(f"{source} cannot be loaded: {refused_objects(error) or first}")) from error
 
 
 def _shortened(text: str) -> str:

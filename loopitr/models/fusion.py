@@ -153,6 +153,8 @@ class FusionEncoder(nn.Module):
         Args:
             projected: whether the images come with keys and values.
         """
+        if not self.cross:
+            return 0
         cross = self._cross()[0]
         width, image_width = cross.key.weight.shape
         wide = 2 * self.intermediate_size  # The feed-forward rows, before and after the activation.

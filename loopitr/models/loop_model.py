@@ -65,7 +65,8 @@ class LoopITRModel(FreezableParts, LoopITRPreTrainedModel):
         self.dual = DualEncoder(config.dual_config())
         vision, text = self.dual.vision, self.dual.text
         if config.fusion["image_positions"] is None:
-            config.fusion["image_positions"] = vision.is_map  # A CNN's tokens do not say where they are.
+            # A CNN's tokens do not say where they are.
+            config.fusion["image_positions"] = vision.is_map and config.fusion["num_layers"] > 0
         self._inner_layer: int | None = None
         if config.fusion["style"] == "shared":
             self._inner_layer = len(text.layers) - config.fusion["num_layers"]
@@ -79,7 +80,7 @@ class LoopITRModel(FreezableParts, LoopITRPreTrainedModel):
         self.fusion = FusionEncoder(
             config, width=text.width, image_width=vision.width, num_image_tokens=vision.num_tokens
         )
-        self.itm_head = nn.Linear(text.width, 2)
+        self.itm_head = nn.Linear(text.width, 2) if config.fusion["num_layers"] else None
         self.agreement: TokenAgreement | None = None
         if config.fusion["agreement"] is not None:
             self.agreement = TokenAgreement(
@@ -101,7 +102,7 @@ class LoopITRModel(FreezableParts, LoopITRPreTrainedModel):
 
     def image_state(self, tokens: Tensor) -> ImageState:
         """The state of images from their backbone tokens `[B, N, D]`, such as cached ones, in any precision."""
-        tokens = tokens.to(self.itm_head.weight.dtype)
+        tokens = tokens.to(self.dual.logit_scale.dtype)
         return ImageState(embeds=self.dual.embed_image_tokens(tokens), tokens=tokens)
 
     def encode_texts(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> TextState:
@@ -123,7 +124,7 @@ class LoopITRModel(FreezableParts, LoopITRPreTrainedModel):
 
     def text_state(self, features: TextFeatures, attention_mask: Tensor) -> TextState:
         """The state of texts from the backbone's output, such as a cached one, in any precision."""
-        pooled, tokens = (x.to(self.itm_head.weight.dtype) for x in (features.pooled, features.tokens))
+        pooled, tokens = (x.to(self.dual.logit_scale.dtype) for x in (features.pooled, features.tokens))
         return TextState(embeds=self.dual.embed_pooled_texts(pooled), tokens=tokens, mask=attention_mask.bool())
 
     def project_images(self, state: ImageState) -> ImageState:
@@ -225,13 +226,14 @@ class LoopITRModel(FreezableParts, LoopITRPreTrainedModel):
             own = self.agreement.activation_elements(rows, used, images.tokens.shape[1], projected=projected)
             elements = max(elements, own)
         room = BLOCK_BYTES if images.tokens.device.type == "cpu" else GPU_BLOCK_BYTES
-        return max(1, len(pairs) * room // (elements * self.itm_head.weight.element_size()))
+        return max(1, len(pairs) * room // (elements * images.tokens.element_size()))
 
     def _score_block(self, images: ImageState, texts: TextState, mask: Tensor, pairs: Tensor) -> Tensor:
         """Pairs and mask on the CPU -> logits `[P, 2]`, in full precision so that close scores do not tie."""
         arranged = self._arrangement.arrange(images, mask, pairs)
         packed = packed_tokens(texts, arranged)
-        logits = _full(self.itm_head(self._fuse(arranged, packed, first_only=True)))  # [P, 2]
+        fused = None if self.itm_head is None else self.itm_head(self._fuse(arranged, packed, first_only=True))
+        logits = _full(packed.new_zeros(len(pairs), 2) if fused is None else fused)  # [P, 2]
         if self.agreement is None:
             return logits
         regions = arranged.regions
@@ -254,8 +256,8 @@ class LoopITRModel(FreezableParts, LoopITRPreTrainedModel):
     def parts(self) -> dict[str, list[nn.Module | nn.Parameter]]:
         """Modules and parameters by the names that `freeze` and the optimiser's groups use."""
         dual = self.dual
-        fusion: list[nn.Module | nn.Parameter] = [self.fusion, self.itm_head]
-        fusion += [head for head in (self.agreement, self.mlm_head) if head is not None]
+        fusion: list[nn.Module | nn.Parameter] = [self.fusion]
+        fusion += [head for head in (self.itm_head, self.agreement, self.mlm_head) if head is not None]
         dual_head: list[nn.Module | nn.Parameter] = [dual.vision_projection, dual.text_projection, dual.logit_scale]
         if dual.logit_bias is not None:
             dual_head.append(dual.logit_bias)

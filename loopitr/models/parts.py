@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -10,15 +11,15 @@ from torch import nn
 Parts = TypeVar("Parts", bound="FreezableParts")
 
 
-class FreezableParts(nn.Module):
+class FreezableParts(nn.Module, ABC):
     """A model whose parts can be frozen by name; frozen modules stay in eval mode."""
 
     config: Any
     _frozen: set[str]
 
+    @abstractmethod
     def parts(self) -> dict[str, list[nn.Module | nn.Parameter]]:
         """Modules and parameters by the name of their part."""
-        raise NotImplementedError
 
     def freeze(self, names: Iterable[str]) -> None:
         """Stop training whole parts (`vision`, `text`, `dual_head`, `fusion`); their modules stay in eval mode.

@@ -42,7 +42,7 @@ class CachedSearcher:
         check_at_least(1, rerank=rerank)
         self.searcher, self.rerank = searcher, rerank
         model = searcher.retriever.model
-        self.reranks = isinstance(model, LoopITRModel)
+        self.reranks = searcher.reranks
         self.own_weight = float(model.config.similarity_weight) if isinstance(model, LoopITRModel) else DUAL_ALONE
         self.has_captions = COLUMN in searcher.info()["columns"]
         self._candidates = lru_cache(maxsize=KEPT)(self._search)

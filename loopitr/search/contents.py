@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .lance import ALL, connect, delete_rows, put_rows, table_names, tidy
 from .lance_checks import check_columns, check_files
-from .lance_errors import line_of, reading
+from .lance_errors import line_of, reading, repair_of
 from .manifest import TOKEN_TYPES, Manifest
 
 if TYPE_CHECKING:
@@ -63,7 +63,8 @@ class Contents:
             check_columns(table, pa.schema(columns))
             return cls(table, manifest, place)
         except (ValueError, RuntimeError, OSError) as error:
-            raise ValueError(f"the contents of an index cannot be opened in {place}: {line_of(error)}") from error
+            problem = f"the contents of an index cannot be opened in {place}: {line_of(error)}"
+            raise ValueError(f"{problem}; {repair_of(error)}") from error
 
     @classmethod
     def check_new(cls, manifest: Manifest) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from loopitr.data.columns import image_value
 from loopitr.data.hub import DataFiles, load_images
 
-from .sources import Source, Stamp, free_name, shown
+from .sources import Source, Stamp, free_names, shown, stamp_of
 
 
 @dataclass
@@ -28,6 +28,7 @@ class HubSource(Source):
         self._others = self.dataset.select_columns(
             [name for name, feature in self.dataset.features.items() if name != self.image_column and _is_kept(feature)]
         )
+        self._names = free_names(self._others.column_names, self.name_of_source)
         self._images = self.dataset.select_columns([self.image_column])
         row = 0
         for batch in self._images.iter(batch_size=100):
@@ -51,7 +52,7 @@ class HubSource(Source):
 
     def columns(self, position: int) -> Mapping[str, Any]:
         row = self._others[self.rows[position]] if self._others.column_names else {}
-        named = {free_name(name): value for name, value in row.items()}
+        named = {self._names[name]: value for name, value in row.items()}
         return {name: "\n".join(value) if isinstance(value, list) else value for name, value in named.items()}
 
     def image(self, position: int) -> str | bytes:
@@ -69,11 +70,10 @@ class HubSource(Source):
         stamp = (len(image), 0)
         if file is not None:
             try:
-                status = os.stat(file)
+                stamp = stamp_of(os.stat(file))
             except OSError as error:
                 self.skipped.append((shown(file), error.strerror or type(error).__name__))
                 return
-            stamp = (status.st_size, status.st_mtime_ns // 1000)
         self.rows.append(row)
         self.stamps.append(stamp)
         self.files.append(file)

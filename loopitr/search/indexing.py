@@ -8,10 +8,22 @@ from pathlib import Path
 import torch
 
 from loopitr.checks import check_at_least, check_known
+from loopitr.models.loop_model import LoopITRModel
 from loopitr.reading import user_path
 
 from .contents import Contents
-from .manifest import LOCK, MANIFEST, TOKEN_TYPES, check_model, manifest_of, read_manifest, write_manifest, writing
+from .manifest import (
+    LOCK,
+    MANIFEST,
+    TOKEN_TYPES,
+    Manifest,
+    check_model,
+    manifest_of,
+    model_of,
+    read_manifest,
+    write_manifest,
+    writing,
+)
 from .retriever import Retriever
 from .sources import Source, check_images, open_source
 from .stores import check_new
@@ -25,7 +37,7 @@ def build_index(
     *,
     images: str | Path | None = None,
     image_column: str = "image",
-    tokens: str = "fp16",
+    tokens: str | None = None,
     store: str | None = None,
     collection: str | None = None,
     contents: str | None = None,
@@ -48,7 +60,7 @@ def build_index(
         images: the folder that relative paths of a table start from; None: the folder of the table.
         image_column: the column of a table that has the paths.
         tokens: the type in which image tokens are stored for reranking, `fp16` or `bf16`; `none`: images are opened
-            again for it.
+            again for it. None: fp16 in a new index.
         store: the address of a Qdrant server for the vectors, whose API key is in the environment variable
             QDRANT_API_KEY; None: LanceDB in the index.
         collection: the name of the collection on that server; None: that of the folder of the index.
@@ -59,8 +71,8 @@ def build_index(
             GPU, and none on a CPU, where the threads that encode images open them too.
 
     Raises:
-        ValueError: the source has no image, the index is of another model or version, an option is out of range, or the
-            store does not answer.
+        ValueError: the source has no image, the index is of another model or version or is stored otherwise, an option
+            is out of range, or the store does not answer.
         OSError: there is no such model, or the folder cannot be written to.
         ModuleNotFoundError: LanceDB is not installed.
 
@@ -72,7 +84,10 @@ def build_index(
     """
     check_at_least(1, batch_size=batch_size)
     check_at_least(0, num_workers=num_workers)
-    check_known([*TOKEN_TYPES, "none"], tokens=tokens)
+    if tokens is not None:
+        check_known([*TOKEN_TYPES, "none"], tokens=tokens)
+    if collection is not None and store is None:
+        raise ValueError(f"collection {collection!r} is one of a Qdrant server: give its address as store")
     folder = user_path(output)
     _check_output(folder)
     if not isinstance(source, Source):
@@ -88,8 +103,10 @@ def build_index(
         if (folder / MANIFEST).exists():
             manifest = read_manifest(folder)
             check_model(folder, manifest, model)
+            kept = tokens if isinstance(model.model, LoopITRModel) else None  # A dual encoder's index has none.
+            _check_same(folder, manifest, tokens=kept, store=store, collection=collection, contents=contents)
         else:
-            kept = None if tokens == "none" else tokens
+            kept = None if tokens == "none" else tokens or "fp16"
             where = {"store": store, "collection": collection or folder.resolve().name, "contents": contents}
             manifest = manifest_of(model, name, tokens=kept, **where)
             check_new(manifest)
@@ -120,7 +137,7 @@ def add_images(
     manifest = read_manifest(index)
     return build_index(
         source,
-        model or manifest.model,
+        model or model_of(index, manifest, device),
         index,
         images=images,
         image_column=image_column,
@@ -131,8 +148,16 @@ def add_images(
     )
 
 
+def _check_same(folder: Path, manifest: Manifest, **given: str | None) -> None:
+    """Check that an existing index has what is `given`, if anything is; it cannot be changed."""
+    for name, value in given.items():
+        own = getattr(manifest, name) or "none"
+        if value is not None and value != own:
+            raise ValueError(f"{folder} was made with {name} {own}, which cannot become {value}; use another folder")
+
+
 def _check_output(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
+    if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is not a folder")
     foreign = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     if MANIFEST not in foreign and (other := [name for name in foreign if not name.startswith((MANIFEST, LOCK))]):

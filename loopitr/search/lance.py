@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .lance_checks import check_columns, check_files
-from .lance_errors import line_of, reading, writing_to
+from .lance_errors import line_of, reading, repair_of, writing_to
 from .sources import Stamp
 
 if TYPE_CHECKING:
@@ -85,9 +85,7 @@ class LanceImages:
             check_columns(table, _schema(embed_dim))
             return cls(table, embed_dim, folder)
         except (ValueError, RuntimeError, OSError) as error:
-            raise ValueError(
-                f"{folder} is a damaged index: {line_of(error)}; index again into another folder"
-            ) from error
+            raise ValueError(f"{folder} is a damaged index: {line_of(error)}; {repair_of(error)}") from error
 
     def __len__(self) -> int:
         return self.table.count_rows()
@@ -142,9 +140,10 @@ class LanceImages:
             ValueError: the condition is not valid SQL, or has an unknown column.
         """
         query = self.table.search(vector.astype(np.float32), vector_column_name="embed").distance_type("dot")
-        query = query.bypass_vector_index() if exact else query.nprobes(_probes(len(self)))
+        count = len(self)
+        query = query.bypass_vector_index() if exact else query.nprobes(_probes(count))
         query = query if where is None else query.where(_whole(where), prefilter=True)
-        rows = self._asked(query, where, limit=limit, names=[*self._names(), "_distance"])
+        rows = self._asked(query, where, limit=min(limit, max(1, count)), names=[*self._names(), "_distance"])
         return [_found(row, 1.0 - row.pop("_distance")) for row in rows]
 
     def finish(self) -> None:
@@ -230,7 +229,7 @@ def _cell(value: Any, field: pa.Field) -> Any:
         return None
     try:
         return pa.scalar(str(value) if pa.types.is_string(field.type) else value, type=field.type).as_py()
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
         problem = f"column {field.name!r} of the index holds {field.type}, and is now to hold {value!r}"
         raise ValueError(f"{problem}; give that column another name") from error
 

@@ -34,6 +34,11 @@ def writing_to(table: Any) -> Iterator[None]:
         raise OSError(f"table {table.name!r} of the index cannot be written to: {line_of(error)}") from error
 
 
+def repair_of(error: Exception) -> str:
+    """What helps against an error on opening a table: one that is missing is made by indexing again."""
+    return "repeat `loopitr search index`" if "was not found" in str(error) else "index again into another folder"
+
+
 def line_of(error: Exception) -> str:
     """LanceDB's message without the position in its source."""
     text = " ".join(str(error).split())

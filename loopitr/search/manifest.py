@@ -11,9 +11,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from loopitr.building.build import dual_key
+import torch
+
+from loopitr.building.keys import dual_key
+from loopitr.durable import write_file
 from loopitr.models.loop_model import LoopITRModel
-from loopitr.reading import read_file, read_object, replace_text
+from loopitr.reading import read_file, read_object
 
 from .encoding import dual_of
 from .retriever import Retriever
@@ -90,7 +93,8 @@ def read_manifest(folder: str | Path) -> Manifest:
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        reason = f"there is no {MANIFEST} in it" if Path(folder).is_dir() else "no such folder"
+        missing = "it is a file" if Path(folder).exists() else "no such folder"
+        reason = f"there is no {MANIFEST} in it" if Path(folder).is_dir() else missing
         raise FileNotFoundError(f"{folder} is not a search index: {reason}; `loopitr search index` makes one")
     content = read_object(path)
     if content.get("format", FORMAT) != FORMAT:
@@ -127,27 +131,41 @@ def _is_size(value: Any) -> bool:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest atomically."""
-    replace_text(folder / MANIFEST, json.dumps(asdict(manifest), indent=2) + "\n")
+    write_file(folder / MANIFEST, json.dumps(asdict(manifest), indent=2) + "\n")
+
+
+def model_of(folder: str | Path, manifest: Manifest, device: str | torch.device | None) -> Retriever:
+    """The model that an index was made with.
+
+    Raises:
+        OSError: it cannot be loaded, for example because it has been moved.
+        ValueError: it is of another kind, or the device cannot be used.
+    """
+    try:
+        return Retriever.from_pretrained(manifest.model, device=device)
+    except OSError as error:
+        moved = "if it has been moved, give its new place as the model (--model)"
+        raise OSError(f"{folder}: the model of this index cannot be loaded ({error}); {moved}") from error
 
 
 def check_model(folder: str | Path, manifest: Manifest, retriever: Retriever) -> None:
     """Check that a model is the one that an index was made with.
 
     Raises:
-        ValueError: it is another one.
+        ValueError: it is another one, or the manifest has sizes that are not the model's.
     """
-    vision = dual_of(retriever.model).vision
-    if manifest.token_shape not in (None, (vision.num_tokens, vision.width)):
-        raise ValueError(
-            f"{folder} is a damaged index: its manifest has tokens of {list(manifest.token_shape or ())}, "
-            f"the model {[vision.num_tokens, vision.width]}"
-        )
     own = model_hash(retriever)
     if own != manifest.model_hash:
         raise ValueError(
             f"{folder} was indexed with another model ({manifest.model}, {manifest.model_hash[:12]}) than this one "
             f"({own[:12]}), so their vectors cannot be compared; give that model, or index again into another folder"
         )
+    dual = dual_of(retriever.model)
+    sizes = {"embed_dim": dual.config.embed_dim, "token_shape": (dual.vision.num_tokens, dual.vision.width)}
+    for name, size in sizes.items():
+        stored = getattr(manifest, name)
+        if stored not in (size, None):
+            raise ValueError(f"{folder}/{MANIFEST} is damaged: {name} is {stored}, and {size} in the model")
 
 
 @contextlib.contextmanager
@@ -155,7 +173,7 @@ def writing(folder: Path) -> Iterator[None]:
     """A context with the lock for writing to an index, which the system releases if the process is killed.
 
     Raises:
-        ValueError: another process is writing to the index.
+        ValueError: another process is writing to the index, or its lock is not a file.
         OSError: the folder cannot be written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -203,6 +221,6 @@ def read_skipped(folder: str | Path) -> dict[str, str]:
 
 def write_skipped(folder: Path, skipped: Mapping[str, str]) -> None:
     """Write the list of skipped images atomically."""
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows([("path", "reason"), *skipped.items()])
-    replace_text(folder / SKIPPED, text.getvalue())
+    table = io.StringIO()
+    csv.writer(table).writerows([("path", "reason"), *skipped.items()])
+    write_file(folder / SKIPPED, table.getvalue())

@@ -163,11 +163,12 @@ def _client(store: str) -> Any:
     except ModuleNotFoundError as error:
         message = 'an index on a Qdrant server needs its client: pip install "loopitr[qdrant]"'
         raise ModuleNotFoundError(message) from error
-    if not store.startswith(("http://", "https://")) and os.sep not in store:
+    is_address = store.startswith(("http://", "https://"))
+    if not is_address and ("://" in store or os.sep not in store):
         raise ValueError(f"the store {store}: not an address such as http://host:6333 (nor a folder such as ./vectors)")
     with _answering(store):
         key = os.environ.get("QDRANT_API_KEY")
-        if store.startswith(("http://", "https://")):
+        if is_address:
             return QdrantClient(url=store, api_key=key, timeout=TIMEOUT, check_compatibility=False)
         folder = os.path.abspath(store)
         if folder not in _LOCAL:

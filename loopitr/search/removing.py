@@ -28,10 +28,13 @@ def remove_images(
 
     Raises:
         FileNotFoundError: there is no such index.
-        ValueError: no criterion is given, or the index has no image at one of the paths; then none is removed.
+        ValueError: no criterion is given, a path is empty, or the index has no image at one of the paths; then none is
+            removed.
     """
     if not paths and where is None and not missing:
         raise ValueError("nothing is named to remove: give paths, a condition (where), or missing")
+    if any(not str(path).strip() for path in paths):  # It would be taken for the current folder.
+        raise ValueError("a path to remove is empty")
     manifest = read_manifest(index)
     folder = user_path(index)
     with writing(folder):

@@ -17,9 +17,9 @@ from loopitr.models.loop_model import LoopITRModel
 from loopitr.models.scoring import reranking_score
 
 from .contents import Contents
-from .inputs import is_text
+from .inputs import is_one, is_text
 from .lance import Found
-from .manifest import Manifest, check_model, read_manifest, read_skipped
+from .manifest import Manifest, check_model, model_of, read_manifest, read_skipped
 from .match_scores import match_scores
 from .retriever import Retriever
 from .stores import ImageStore, open_images
@@ -113,13 +113,20 @@ class Searcher:
                 f"{folder} is not complete: it has {count} images so far; continue with `loopitr search index`",
                 stacklevel=2,
             )
-        if not isinstance(model, Retriever):
-            model = Retriever.from_pretrained(model or manifest.model, device=device)
+        if model is None:
+            model = model_of(folder, manifest, device)
+        elif not isinstance(model, Retriever):
+            model = Retriever.from_pretrained(model, device=device)
         check_model(folder, manifest, model)
         return cls(model, images, contents, Path(folder), manifest)
 
     def __len__(self) -> int:
         return len(self._images)
+
+    @property
+    def reranks(self) -> bool:
+        """Whether the model has a fusion head."""
+        return isinstance(self.retriever.model, LoopITRModel)
 
     def search(
         self,
@@ -196,6 +203,8 @@ class Searcher:
         """The vector `[E]` of a query, and the query itself if it is a text."""
         if isinstance(query, str) and not query.strip():
             raise ValueError("the query is empty: give a text, or the path of an image")
+        if not is_one(query):
+            raise ValueError(f"the query must be one text or one image, got {type(query).__name__}")
         if as_text or is_text(query):
             return self.retriever.encode_texts(query, show_progress=False), query
         return self.retriever.encode_images(query, show_progress=False), None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,8 +19,10 @@ from loopitr.data.table import DELIMITERS, JSON_LINES, captions_of_cell, read_ta
 from .manifest import MANIFEST
 
 RESERVED = ("id", "file", "path", "size", "mtime", "width", "height", "embed")
+INTEGER, MOST_DIGITS = re.compile(r"[+-]?\d+"), 40
 TABLES = (*DELIMITERS, *JSON_LINES)
 Stamp = tuple[int, int]  # the size in bytes, and the time of the last change in microseconds since 1970
+EARLIEST, LATEST = -62_135_596_800_000_000, 253_402_300_799_999_999  # The years 1 to 9999, as far as dates go.
 
 
 @dataclass
@@ -54,6 +57,11 @@ class Source:
     def id(self, position: int) -> int:
         """The id of the image in the index."""
         return image_id(self.file(position) or self.name(position).encode())
+
+
+def stamp_of(status: os.stat_result) -> Stamp:
+    """The stamp of a file; a time that no date can express counts as the nearest one that can be expressed."""
+    return status.st_size, min(max(status.st_mtime_ns // 1000, EARLIEST), LATEST)
 
 
 def image_id(key: bytes) -> int:
@@ -103,7 +111,7 @@ class FileSource(Source):
             self.skipped.append((shown(path), f"not a file but {_kind(status.st_mode)}"))
             return
         self.paths.append(path)
-        self.stamps.append((status.st_size, status.st_mtime_ns // 1000))
+        self.stamps.append(stamp_of(status))
         if self.rows is not None:
             self.rows.append(row or {})
 
@@ -165,11 +173,10 @@ def table_source(path: str | Path, images: str | Path | None = None, image_colum
     """The images that a CSV, TSV or JSON-lines file names, with its other columns.
 
     Relative paths start at `images`, or at the folder of the table. Rows of the same image are joined: its captions,
-    and other texts that differ, become one text with a line for each. A column with the name of one of the index's own
-    (`RESERVED`) gets an underscore after its name.
+    and other texts that differ, become one text with a line for each. `free_names` says what columns are called.
 
     Raises:
-        DataError: the table cannot be read, or lacks the column.
+        DataError: the table cannot be read, lacks the column, or has two columns that would get the same name.
     """
     rows, columns = read_table(path)
     if image_column not in columns:
@@ -183,10 +190,11 @@ def table_source(path: str | Path, images: str | Path | None = None, image_colum
             source.skipped.append((f"{Path(path).name} row {number}", "no image path"))
             continue
         rows_of_files.setdefault(os.path.abspath(folder / image.strip()), []).append(row)
-    types = {name: _type_of([row.get(name) for row in rows]) for name in columns if name != image_column}
+    names = free_names([name for name in columns if name != image_column], str(path))
+    types = {name: _type_of([row.get(name) for row in rows]) for name in names}
     for file, own in rows_of_files.items():
         cells = {name: _joined([row.get(name) for row in own], kind) for name, kind in types.items()}
-        source.look_at(file, {free_name(name): cell for name, cell in cells.items()})
+        source.look_at(file, {names[name]: cell for name, cell in cells.items()})
     return source
 
 
@@ -215,9 +223,26 @@ def check_images(source: Source, name: str) -> None:
     raise DataError(f"{name}: there is no image to index{first}")
 
 
-def free_name(column: str) -> str:
-    """The name of a source's column in an index."""
-    return f"{column}_" if column in RESERVED else column
+def free_names(columns: Sequence[str], source: str) -> dict[str, str]:
+    """The names in an index of a source's columns; `source` is what an error calls it.
+
+    A column with the name of one of the index's own, or with a leading underscore, as LanceDB's own have, gets an
+    underscore after its name. A dot, which would name a part of a column, and a backtick become underscores; a column
+    without a name, such as that of pandas' row numbers, is `unnamed`.
+
+    Raises:
+        DataError: two columns get the same name.
+    """
+    names: dict[str, str] = {}
+    for column in columns:
+        name = re.sub(r"[.`\0]", "_", column).encode("utf-8", "backslashreplace").decode() or "unnamed"
+        name = f"{name}_" if name in RESERVED or name.startswith("_") else name
+        other = next((other for other, given in names.items() if given == name), None)
+        if other is not None:
+            both = f"columns {other!r} and {column!r} would both be {name!r} in the index"
+            raise DataError(f"{source}: {both}; rename one of them")
+        names[column] = name
+    return names
 
 
 def _joined(values: Sequence[Any], kind: type) -> Any:
@@ -225,7 +250,8 @@ def _joined(values: Sequence[Any], kind: type) -> Any:
     if not cells:
         return None
     if kind is str:
-        return "\n".join(dict.fromkeys(text for cell in cells for text in _texts(cell)))
+        text = "\n".join(dict.fromkeys(text for cell in cells for text in _texts(cell)))
+        return text.encode("utf-8", "backslashreplace").decode()  # JSON may have halves of characters.
     return str(cells[0]).strip().lower() == "true" if kind is bool else kind(cells[0])
 
 
@@ -235,10 +261,12 @@ def _texts(cell: Any) -> list[str]:
 
 
 def _type_of(values: Sequence[Any]) -> type:
-    """The type of all cells of a column: bool, int, float, or else text."""
+    """The type of all cells of a column: bool, int (of 64 bits), float, or else text."""
     cells = [str(value).strip() for value in values if value is not None and value != ""]
     if cells and all(cell.lower() in ("true", "false") for cell in cells):
         return bool
+    if cells and any(INTEGER.fullmatch(cell) and not -(2**63) <= int(cell[:MOST_DIGITS]) < 2**63 for cell in cells):
+        return str  # A float would not keep all digits.
     kinds: tuple[type[int], type[float]] = (int, float)
     for kind in kinds:
         try:

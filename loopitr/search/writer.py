@@ -72,14 +72,16 @@ class Writer:
         self.images = open_images(folder, manifest, create=True)
         self.contents = Contents.open(folder, manifest, create=True)
         self.known = self.images.stamps()
-        self.contents.delete([*{*self.contents.ids()} - self.known.keys()])  # A killed process may have left some.
+        held = {*self.contents.ids()}
+        self.contents.delete([*held - self.known.keys()])  # A killed process may have left some.
+        self.bare = {*self.known} - held if self.contents.dtype is not None else set[int]()
 
     def index(self, source: Source, batch_size: int, num_workers: int | None, progress: bool) -> IndexReport:
         started = time.perf_counter()
         todo: dict[int, int] = {}  # id -> position, so that an image that occurs twice is indexed once
         ids = [source.id(position) for position in range(len(source))]
         for position, own in enumerate(ids):
-            if self.known.get(own) != source.stamp(position):
+            if self.known.get(own) != source.stamp(position) or own in self.bare:
                 todo.setdefault(own, position)
         self.contents.check_room(len(todo))
         skipped = dict(source.skipped)

@@ -10,10 +10,10 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from loopitr.building.build import text_cache_key, token_cache_key
+from loopitr.building.keys import text_cache_key, token_cache_key
 from loopitr.data import ImageCache, Record, TextTokenCache, TokenCache
 from loopitr.data.cache_folder import make_folder
-from loopitr.data.sources import DataOptions
+from loopitr.data.options import DataOptions
 from loopitr.data.transforms import TrainTransform
 from loopitr.evaluation.retrieval import evaluation_transform
 from loopitr.models.loop_model import LoopITRModel

@@ -17,8 +17,8 @@ from accelerate.utils.constants import FSDP_MODEL_NAME, RNG_STATE_NAME
 from accelerate.utils.other import load
 
 from loopitr.distributed import each_rank, first_rank
+from loopitr.durable import PARTIAL, as_os_error, fault, sync, write_file, write_manifest
 from loopitr.reading import read_object
-from loopitr.training.durable import PARTIAL, as_os_error, fault, sync, write_file, write_manifest
 from loopitr.training.sharding import parts_of_state
 
 STATE_FILE, SCHEDULER_FILE = "progress.json", "scheduler.json"

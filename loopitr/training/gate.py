@@ -28,17 +28,19 @@ class Gate:
         *,
         fusion_start: int,
         warmup: float,
+        end: int,
         log: Callable[[str], None] = print,
     ) -> None:
         """
         Args:
             fusion_start: the step from which pairs are scored; without a margin, distillation is on from there.
             warmup: the number of steps over which the weight rises from 0, each time that distillation is turned on.
+            end: the step from which distillation is off for good.
             log: logs when the gate opens or closes.
         """
         self.teacher: Teacher | None = objective.teacher
         self.margin = objective.teacher_margin
-        self.fusion_start, self.warmup, self.log = fusion_start, warmup, log
+        self.fusion_start, self.warmup, self.end, self.log = fusion_start, warmup, end, log
 
     @property
     def is_used(self) -> bool:
@@ -48,7 +50,7 @@ class Gate:
     def next_scale(self, progress: Progress) -> float:
         """The factor on the weight of the distillation in the next step."""
         since = progress.teaching_since if self.is_used else self.fusion_start
-        if since is None:
+        if since is None or progress.step >= self.end:
             return 0.0
         progress.has_taught = True
         return min(1.0, (progress.step + 1 - since) / self.warmup) if self.warmup > 0 else 1.0
@@ -67,7 +69,7 @@ class Gate:
             scores: mean R@1 of the model by head (`dual`, `match`, `reranked`).
             measure: computes these scores for a teacher's own model.
         """
-        if self.teacher is None or progress.step < self.fusion_start:
+        if self.teacher is None or not self.fusion_start <= progress.step < self.end:
             return {}
         if self.margin is None and progress.watch.get("teacher") is not None:
             return {}  # The warning has already been given.

@@ -13,6 +13,7 @@ from typing import Any
 
 from loopitr.reading import read_object, read_yaml
 from loopitr.training.options import PretrainOptions
+from loopitr.training.resume_check import flat_options
 
 Parser = Callable[[list[str]], PretrainOptions]
 TABLE = "ablation"  # the name of the files with the tables, without their suffix
@@ -157,7 +158,7 @@ def progress_of(run: GridRun, parse: Parser) -> Progress:
         before = parse([f"--config={recorded}"])
     except ValueError as error:
         raise ValueError(f"row {run.row!r}: {recorded} cannot be compared with the row's options: {error}") from error
-    old, new = _flat(dataclasses.asdict(before.decided())), _flat(dataclasses.asdict(run.options.decided()))
+    old, new = (flat_options(dataclasses.asdict(options.decided())) for options in (before, run.options))
     for own in ("train.output_dir", "resume"):
         del old[own], new[own]
     for name in sorted(old.keys() | new.keys()):
@@ -217,17 +218,6 @@ def _refuse_own(words: Iterable[str], where: str) -> None:
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options by dotted names; tuples become lists, since YAML has no tuples."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
-    return flat
 
 
 def _shown(value: Any) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loopitr.durable import write_files
 from loopitr.evaluation.report import HEADS, markdown_table
 from loopitr.training.grid import TABLE, GridRun
 from loopitr.training.grid_running import attempts, failure
@@ -165,16 +166,13 @@ def plot(summaries: Sequence[RowSummary], path: Path, *, title: str) -> None:
 def write_tables(runs: Sequence[GridRun], output: Path) -> list[RowSummary]:
     """Write `ablation.md`, `.csv` and `.png` to `output`, each atomically."""
     summaries = summarize(runs)
-    output.mkdir(parents=True, exist_ok=True)
-    for suffix in ("md", "csv", "png"):
-        path = output / f"{TABLE}.{suffix}"
-        partial = path.with_name(path.name + ".partial")
-        if suffix == "png":
-            plot(summaries, partial, title=output.name)
-        else:
-            text = markdown(summaries, title=output.name) if suffix == "md" else table_csv(summaries)
-            partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+
+    def write(folder: Path) -> None:
+        (folder / f"{TABLE}.md").write_text(markdown(summaries, title=output.name), encoding="utf-8")
+        (folder / f"{TABLE}.csv").write_text(table_csv(summaries), encoding="utf-8")
+        plot(summaries, folder / f"{TABLE}.png", title=output.name)
+
+    write_files(output, write)
     return summaries
 
 

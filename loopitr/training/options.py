@@ -7,7 +7,7 @@ from typing import Literal
 
 from loopitr.building.options import ModelOptions
 from loopitr.checks import check_at_least
-from loopitr.data.sources import DataOptions
+from loopitr.data.options import DataOptions
 from loopitr.objective.options import ObjectiveOptions
 
 
@@ -62,6 +62,9 @@ class TrainOptions:
     that the fusion head learns to read change little."""
     distillation_warmup: float = 0.1
     """Fraction of the steps over which the weight of the distillation rises from 0, each time it is turned on."""
+    distillation_end: float = 1.0
+    """Fraction of the steps after which distillation is off. What a falling learning rate finds, the teacher does not
+    know yet: end where the rate begins to fall, at `decay_start` (recipes/results/distillation.md)."""
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Autocast in training and evaluation; unset: as `accelerate launch` says."""
     compile: bool = False
@@ -118,6 +121,11 @@ class TrainOptions:
             )
         if not 0 <= self.fusion_start < 1:
             raise ValueError(f"train.fusion_start is a part of the steps, from 0 to below 1, got {self.fusion_start}")
+        if not self.fusion_start < self.distillation_end <= 1:
+            raise ValueError(
+                f"train.distillation_end is a part of the steps, from above train.fusion_start ({self.fusion_start}) "
+                f"to 1, got {self.distillation_end}"
+            )
         if self.loop_backbone_lr is not None and not self.fusion_start:
             raise ValueError("train.loop_backbone_lr needs train.fusion_start above 0; otherwise it is backbone_lr")
         if self.schedule == "warmup_stable_decay" and not self.warmup <= self.decay_start <= 1:
@@ -204,7 +212,7 @@ class PretrainOptions:
         from_scratch = self.model.init is None and self.objective.scores_pairs and "fusion" not in self.model.freeze
         mlm, agreement, distillation = self.objective.mlm, self.objective.agreement, self.objective.distillation
         if mlm is None:
-            mlm = 1.0 if from_scratch else 0.0
+            mlm = 1.0 if from_scratch and self.model.fusion.num_layers else 0.0
         if agreement is None:
             agreement = 1.0 if from_scratch and self.model.fusion.agreement else 0.0
         if distillation is None:

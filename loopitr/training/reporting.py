@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loopitr.training.durable import sync, write_file
+from loopitr.durable import sync, write_file
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -136,7 +136,7 @@ def write_results(
     `curves.png` of the history's `rows`, and the model card.
     """
     from loopitr.building.card import write_card  # These imports are heavy; options are read without them.
-    from loopitr.evaluation.gallery_page import gallery_page
+    from loopitr.evaluation.gallery_html import gallery_page
 
     title = f"{folder.name}: {metrics['split']}"
     write_json(folder / METRICS, metrics)

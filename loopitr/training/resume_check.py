@@ -47,8 +47,8 @@ def changed_options(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]
         >>> changed_options({"train": {"lr": 0.1, "epochs": 10}}, {"train": {"lr": 0.2, "output_dir": "elsewhere"}})
         ['train.lr: 0.1 -> 0.2']
     """
-    before, after = _flat(stored_config(old)), _flat(stored_config(new))
-    defaults = _flat(stored_config(asdict(PretrainOptions())))
+    before, after = flat_options(stored_config(old)), flat_options(stored_config(new))
+    defaults = flat_options(stored_config(asdict(PretrainOptions())))
     streams = bool(before.get("data.streaming") or after.get("data.streaming"))
     # The workers of a loader share the files of a stream, so their number affects its order.
     free = FREE if streams else (*FREE, "data.num_workers", "data.shuffle_buffer")
@@ -83,11 +83,18 @@ def changed_data(path: Path, described: Mapping[str, Any]) -> list[str]:
     return [f"{split} data: {change}" for split, change in changes.items() if change is not None]
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_options(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options by dotted names, without empty groups; tuples become lists, since YAML has no tuples.
+
+    Example:
+        >>> from loopitr.training.resume_check import flat_options
+        >>> flat_options({"train": {"lr": 0.1}, "seeds": (0, 1)})
+        {'train.lr': 0.1, 'seeds': [0, 1]}
+    """
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{name}."))
+            flat |= flat_options(value, f"{prefix}{name}.")
         else:
-            flat[f"{prefix}{name}"] = value
+            flat[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
     return flat

@@ -16,9 +16,9 @@ from accelerate import Accelerator
 from loopitr.data import HubStream, Record
 from loopitr.data.description import DESCRIPTION, describe_records
 from loopitr.distributed import first_rank
+from loopitr.durable import PARTIAL, write_file
 from loopitr.reading import read_json, read_yaml
 from loopitr.training.checkpoints import Progress, newest_checkpoint
-from loopitr.training.durable import PARTIAL, write_file
 from loopitr.training.folder_lock import LOCK, FolderLock
 from loopitr.training.reporting import HISTORY, METRICS
 from loopitr.training.resume_check import changed_data, changed_options, stored_config

@@ -28,7 +28,7 @@ from loopitr.data import (
     load_records,
 )
 from loopitr.data.loader import EpochLoader
-from loopitr.data.sources import DataOptions, source_of
+from loopitr.data.options import DataOptions, source_of
 from loopitr.distributed import rank
 from loopitr.models.processing import interpolation_of
 from loopitr.objective.grad_cache import check_batch_statistics
@@ -162,7 +162,7 @@ def prepare_model(objective: LoopObjective, train: TrainOptions, data: DataOptio
         model.freeze(["fusion"])
     if not trains_scores and not objective.predicts_words:
         model.fusion.requires_grad_(False)
-    if not trains_scores:
+    if model.itm_head is not None and not trains_scores:
         model.itm_head.requires_grad_(False)
     if model.agreement is not None and not trains_scores and not objective.compares_tokens:
         model.agreement.requires_grad_(False)

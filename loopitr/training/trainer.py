@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from loopitr.data import HubStream, Record
 from loopitr.data.loader import SkipCounter
-from loopitr.data.sources import DataOptions
+from loopitr.data.options import DataOptions
 from loopitr.memory import trim_memory
 from loopitr.models.processing import LoopITRProcessor
 from loopitr.objective.loop_objective import LoopObjective
@@ -91,7 +91,7 @@ class Trainer:
         Raises:
             ValueError, OSError: options that contradict each other, or data that cannot be read.
         """
-        self.options = options or TrainOptions()
+        self.options = options = options or TrainOptions()
         self.data, self.validation = data or DataOptions(), validation or ValidationOptions()
         self.config = config or dataclasses.asdict(RunOptions(self.options, self.data, self.validation))
         self.resume, self.with_changes = resume or resume_with_changes, resume_with_changes
@@ -105,13 +105,14 @@ class Trainer:
         self.caches = Caches(self.whole.model, processor, self.data, self.accelerator)
         self.loader, self.described = make_loader(train, self.options, self.caches), partial(describe_data, train, val)
         self._prepare()
-        warmup = self.options.distillation_warmup * self.total_steps
-        self.gate = Gate(objective, fusion_start=self.fusion_start, warmup=warmup, log=self.log)
+        warmup, end = (part * self.total_steps for part in (options.distillation_warmup, options.distillation_end))
+        self.gate = Gate(objective, fusion_start=self.fusion_start, warmup=warmup, end=int(end), log=self.log)
         self.saver = Saver(self.accelerator, self.folder, self.options, scheduler=self.scheduler, log=self.log)
         parts = self.accelerator, self.objective, objective, self.optimizer, self.scheduler, self.options
         self.stepper = Stepper(*parts, folder=self.folder, total_steps=self.total_steps, log=self.log)
-        rest: dict[str, Any] = {"folder": self.folder, "records": val, "fusion_start": self.fusion_start}
-        self.validator = Validator(objective, self.whole, self.caches, self.validation, **rest)
+        self.validator = Validator(
+            objective, self.whole, self.caches, self.validation, self.folder, val, fusion_start=self.fusion_start
+        )
 
     def _prepare(self) -> None:
         options, accelerator = self.options, self.accelerator

@@ -11,14 +11,14 @@ from accelerate import Accelerator
 
 from loopitr.building.folders import save_for_use
 from loopitr.data import Record
-from loopitr.data.sources import DataOptions
+from loopitr.data.options import DataOptions
+from loopitr.durable import write_files
 from loopitr.evaluation.retrieval import EvaluationOptions, RetrievalResult, evaluate_retrieval
 from loopitr.models.loop_model import LoopITRModel
 from loopitr.objective.loop_objective import LoopObjective
 from loopitr.training.caches import Caches
 from loopitr.training.checkpoints import Progress
 from loopitr.training.divergence import check_finite
-from loopitr.training.durable import write_files
 from loopitr.training.options import ValidationOptions
 from loopitr.training.sharding import WholeModel
 
@@ -32,9 +32,9 @@ class Validator:
         whole: WholeModel,
         caches: Caches,
         options: ValidationOptions,
-        *,
         folder: Path,
         records: Sequence[Record],
+        *,
         fusion_start: int = 0,
     ) -> None:
         self.whole, self.caches, self.options, self.folder = whole, caches, options, folder

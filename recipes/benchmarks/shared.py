@@ -206,8 +206,8 @@ class PlainPairs:
 
     def logits(self, image_tokens: Tensor, text_tokens: Tensor, mask: Tensor) -> Tensor:
         """`image_tokens [P, N, Dv]`, `text_tokens [P, L, D]`, `mask [P, L]` -> `[P, 2]`."""
-        fusion = self.model.fusion
-        assert fusion.text is not None
+        fusion, itm_head = self.model.fusion, self.model.itm_head
+        assert fusion.text is not None and itm_head is not None
         image_tokens, hidden = fusion.place(image_tokens), text_tokens
         layer: Any
         cross: Any
@@ -221,7 +221,7 @@ class PlainPairs:
             hidden = cross.norm(cross.dropout(cross.output(attended)) + hidden)
             inner = parts.activation(parts.feed_forward_in(hidden))
             hidden = parts.feed_forward_norm(parts.dropout(parts.feed_forward_out(inner)) + hidden)
-        return self.model.itm_head(hidden[:, 0])
+        return itm_head(hidden[:, 0])
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, heads: int, where: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
 from transformers import RobertaConfig, RobertaModel
 
-from loopitr.building.options import FusionOptions, TextOptions, VisionOptions
+from loopitr.building.options import FusionOptions, ModelOptions, TextOptions, VisionOptions
 from loopitr.data import SceneRecords
 from loopitr.objective.word_masking import token_masking
 
@@ -55,6 +55,11 @@ def test_the_scenes_model_reads_scenes():
     assert model.dual.text.model.config.vocab_size == len(processor.tokenizer)
     assert 1 / model.dual.scale.item() == pytest.approx(0.07)
     assert model.dual.logit_bias is None
+
+
+def test_the_size_for_a_saved_model_is_refused_for_a_new_one():
+    with pytest.raises(ValueError, match=r"model.image_size 288 is the size .* a new model .* model.vision.image_size"):
+        ModelOptions(image_size=288)
 
 
 def test_the_dual_head_of_the_sigmoid_loss():

@@ -1,6 +1,7 @@
 """Models out of saved ones, the key of their cached tokens, and what is said when a model cannot be built."""
 
 import warnings
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,8 @@ from safetensors.torch import load_file
 from transformers import DistilBertConfig, DistilBertModel
 
 from loopitr import DualEncoder, LoopITRModel
-from loopitr.building.build import build_model, text_cache_key, token_cache_key
+from loopitr.building.build import build_model
+from loopitr.building.keys import text_cache_key, token_cache_key
 from loopitr.building.options import FusionOptions, ModelOptions, TextOptions, VisionOptions
 
 
@@ -112,14 +114,16 @@ def test_freezing_stops_exactly_the_named_parts():
 # The key of cached tokens
 
 
-def test_cache_key_follows_the_image_backbone_and_the_transform_only(saved):
-    def key(change=None, **options):
-        model, processor = build_model(ModelOptions(init=saved, **options))
-        with torch.no_grad():
-            if change is not None:
-                change(model, processor)
-        return token_cache_key(model, processor)
+def key_after(compute, saved, change=None, **options):
+    model, processor = build_model(ModelOptions(init=saved, **options))
+    with torch.no_grad():
+        if change is not None:
+            change(model, processor)
+    return compute(model, processor)
 
+
+def test_cache_key_follows_the_image_backbone_and_the_transform_only(saved):
+    key = partial(key_after, token_cache_key, saved)
     first = key()
     assert key() == first
     assert key(lambda m, p: next(m.dual.text.parameters()).add_(1)) == first
@@ -135,13 +139,7 @@ def test_cache_key_follows_the_image_backbone_and_the_transform_only(saved):
 
 @pytest.mark.slow
 def test_text_cache_key_follows_the_text_backbone_where_fusion_starts_and_the_tokenizer_only(saved):
-    def key(change=None, **options):
-        model, processor = build_model(ModelOptions(init=saved, **options))
-        with torch.no_grad():
-            if change is not None:
-                change(model, processor)
-        return text_cache_key(model, processor)
-
+    key = partial(key_after, text_cache_key, saved)
     first = key()
     assert key() == first
     assert key(lambda m, p: next(m.dual.vision.parameters()).add_(1)) == first
@@ -152,9 +150,12 @@ def test_text_cache_key_follows_the_text_backbone_where_fusion_starts_and_the_to
         key(lambda m, p: setattr(p.tokenizer, "model_max_length", 5)),
         key(lambda m, p: p.tokenizer.add_tokens(["squircle"])),
         key(lambda m, p: setattr(m.config, "text_pooling", "first")),
-        key(lambda m, p: m.config.fusion.update(num_layers=9)),
+        key(lambda m, p: m.config.fusion.update(style="shared")),
+        key(lambda m, p: m.config.fusion.update(style="shared", num_layers=9)),
     }
-    assert first not in others and len(others) == 5
+    assert first not in others and len(others) == 6
+    # Layers on top of the text backbone do not change its tokens.
+    assert key(lambda m, p: m.config.fusion.update(num_layers=9)) == first
 
 
 def test_cache_key_survives_saving(tmp_path):

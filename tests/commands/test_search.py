@@ -9,6 +9,7 @@ from helpers.tiny_building import save_tiny
 from helpers.tiny_gallery import jpeg
 from helpers.tiny_index import write_photos
 
+from loopitr import export_dual
 from loopitr.commands.main import main
 from loopitr.commands.search import COMMANDS, _table
 from loopitr.commands.subcommands import positional
@@ -64,6 +65,32 @@ def test_a_path_neither_breaks_the_line_nor_steers_the_terminal():
     assert _table([hit]).splitlines()[1:] == ["    0.5000        -    0.500  /photos/a\\n\\x1b[31m caf\xe9.jpg"]
 
 
+def test_json_has_no_number_that_json_does_not_have(made, capsys, tmp_path):
+    rows = ["image,share", f"{made}/photos/000.jpg,nan", f"{made}/photos/001.jpg,inf", f"{made}/photos/002.jpg,0.5"]
+    (tmp_path / "data.csv").write_text("\n".join(rows))
+    run(capsys, "index", tmp_path / "data.csv", "--model", made / "run", "--output", tmp_path / "index")
+    hits = json.loads(run(capsys, "query", tmp_path / "index", "a dog", "--json"), parse_constant=pytest.fail)
+    assert sorted((hit["columns"]["share"] for hit in hits), key=str) == [0.5, None, None]
+
+
+def test_a_model_that_cannot_rerank_and_one_that_has_been_moved(made, capsys, tmp_path):
+    words = ("query", made / "index", "a dog", "--top", 1)
+    export_dual(made / "run", tmp_path / "dual")
+    main(["search", *map(str, words), "--model", str(tmp_path / "dual")])
+    assert f"warning: {tmp_path}/dual has no fusion head to rerank with\n" in capsys.readouterr().err
+    main(["search", *map(str, words), "--model", str(tmp_path / "dual"), "--rerank", "0"])
+    assert "fusion head" not in capsys.readouterr().err
+    (made / "run").rename(tmp_path / "moved")
+    try:
+        for command in (words, ("add", made / "index", made / "photos")):
+            line = fails(capsys, *command)
+            assert f"{made}/index: the model of this index cannot be loaded (no model folder {made}/run)" in line
+            assert "give its new place as the model (--model)" in line
+        assert len(run(capsys, *words, "--model", tmp_path / "moved").splitlines()) == 2
+    finally:
+        (tmp_path / "moved").rename(made / "run")
+
+
 def test_a_page_of_results(made, capsys, tmp_path, monkeypatch):
     opened = []
     monkeypatch.setattr("webbrowser.open", opened.append)
@@ -100,10 +127,15 @@ def test_add_remove_and_info(made, capsys, tmp_path):
             ["index", "{made}/photos", "--model", "{made}/run", "--output", "{tmp}/out", "--store", "qdrant:6333"],
             "the store qdrant:6333: not an address such as http://host:6333",
         ),
+        (
+            ["index", "{made}/photos", "--model", "{made}/run", "--output", "{tmp}/out", "--store", "ftp://host"],
+            "the store ftp://host: not an address such as http://host:6333",
+        ),
         (["query", "{tmp}", "a dog"], "{tmp} is not a search index"),
         (["query", "{made}/index", "a", "dog"], "unexpected argument 'dog'; wanted INDEX QUERY, with quotes"),
         (["query", "{made}/index"], "the query is empty"),
         (["query", "{made}/index", "nowhere.jpg"], "nowhere.jpg: unreadable image (no such file)"),
+        (["query", "{made}/index", "a dog", "--html", "{tmp}"], "output {tmp} cannot be written: it is a folder"),
         (["query", "{made}/index", "a dog", "--top", "0"], "top must be at least 1, got 0"),
         (["query", "{made}/index", "a dog", "--where", "widht > 3"], "where 'widht > 3': Schema error: No field"),
         (["query", "{made}/index", "a dog", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),

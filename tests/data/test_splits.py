@@ -144,7 +144,9 @@ def test_trained_images_are_named_whatever_they_are_called(table):
     assert overlap.to_json() == {"count": 1, "images": ["new.jpg"], "unknown": None}
     held_out = load_evaluated(options(table, split="test"), trained_on=options(table)).records
     clean = training_overlap(held_out, trained_data(run))
-    assert clean.line().startswith(f"the model was trained on none of the {len(held_out)} images (files are compared")
+    assert clean.line() == (
+        f"the model was trained on none of the {len(held_out)} images (files are compared, not pictures)"
+    )
 
 
 def test_the_data_of_the_run_that_a_model_started_from_count_too(table):

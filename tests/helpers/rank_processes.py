@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from forked import fork
 from helpers.tiny_run import reset_accelerate
-from helpers.waiting import wait
+from helpers.waiting import wait_for_all
 
 RANKS = 2
 VARIABLE = "LOOPITR_TEST_RANKS"  # how many of them there are
@@ -53,17 +53,11 @@ def start_ranks(file: str, folder: Path, *, ranks: int = RANKS) -> list[dict[str
         runpy.run_path(file, run_name="__main__")
 
     pids = [fork(partial(work, index), folder / f"log{index}") for index in range(ranks)]
-    codes: dict[int, int] = {}
     try:
-        for pid in pids:
-            codes[pid] = wait(pid, TIMEOUT)
+        codes = wait_for_all(pids, TIMEOUT)
     except TimeoutError:
-        codes[pid] = -signal.SIGKILL
-    finally:
-        for pid in set(pids) - codes.keys():
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-    if any(codes.values()) or len(codes) < ranks:
+        codes = [-signal.SIGKILL]
+    if any(codes):
         text = "\n".join((folder / f"log{index}").read_text()[-3000:] for index in range(ranks))
-        pytest.fail(f"exit codes {list(codes.values())} ({-signal.SIGKILL}: hung for {TIMEOUT} s)\n{text}")
+        pytest.fail(f"exit codes {codes} ({-signal.SIGKILL}: hung for {TIMEOUT} s)\n{text}")
     return [torch.load(folder / f"rank{index}.pt", weights_only=True) for index in range(ranks)]

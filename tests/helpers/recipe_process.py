@@ -7,12 +7,14 @@ import runpy
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.utils.other import get_free_port
 from forked import fork
-from helpers.waiting import wait
+from helpers.waiting import wait_for_all
 
 ROOT = Path(__file__).resolve().parents[2]
 ACCELERATE = ("-m", "accelerate.commands.launch")
@@ -33,22 +35,36 @@ def launch(recipe: str, *arguments: Any, launcher: tuple[str, ...] = ()) -> subp
     return subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=600)
 
 
-def forked(recipe: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
-    """`python recipes/RECIPE arguments` in a process forked from this one, which has imported torch already."""
-    words = [str(ROOT / "recipes" / recipe), *map(str, arguments)]
+def fork_recipe(words: Sequence[str], output: Path, errors: Path, **variables: object) -> int:
+    """Fork a process that runs `python words`, without importing torch again; returns its pid."""
+
+    def work() -> None:
+        from helpers.tiny_run import reset_accelerate  # It imports this module.
+
+        reset_accelerate()
+        os.environ.update(environment() | {name: str(value) for name, value in variables.items()})
+        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+        sys.argv = list(words)
+        runpy.run_path(words[0], run_name="__main__")
+
+    return fork(work, output)
+
+
+def forked(recipe: str, *arguments: Any, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    """`python recipes/RECIPE arguments` in processes forked from this one, which has imported torch already.
+
+    Several ranks get the variables that torchrun sets; the output is that of all, the status the first that is not 0.
+    """
+    words = command(recipe, *arguments)[1:]
+    variables: list[dict[str, object]] = [{}]
+    if ranks > 1:
+        meeting = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": get_free_port()}
+        sizes = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        variables = [{**meeting, **sizes, "RANK": rank, "LOCAL_RANK": rank} for rank in range(ranks)]
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ("output", "errors")]
-
-        def work() -> None:
-            from helpers.tiny_run import reset_accelerate  # It imports this module.
-
-            reset_accelerate()
-            os.environ.update(environment())
-            os.dup2(os.open(files[1], os.O_WRONLY | os.O_CREAT), 2)
-            sys.argv = words
-            runpy.run_path(words[0], run_name="__main__")
-
-        status = wait(fork(work, files[0]), 600)
+        statuses = wait_for_all([fork_recipe(words, *files, **own) for own in variables], 600)
+        status = next(filter(None, statuses), 0)
         return subprocess.CompletedProcess(words, status, *(file.read_text() for file in files))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 
 def wait(pid: int, seconds: float = 120) -> int:
@@ -19,6 +19,21 @@ def wait(pid: int, seconds: float = 120) -> int:
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     raise TimeoutError(f"process {pid} took over {seconds} s")
+
+
+def wait_for_all(pids: Sequence[int], seconds: float) -> list[int]:
+    """The exit statuses of processes; all are killed if they take longer."""
+    end, left = time.monotonic() + seconds, list(pids)
+    try:
+        statuses = []
+        for pid in pids:
+            left.remove(pid)
+            statuses.append(wait(pid, end - time.monotonic()))
+        return statuses
+    finally:
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:

@@ -24,8 +24,9 @@ from loopitr.data import (
     load_table,
     stable_hash,
 )
-from loopitr.data.files import parse_json
-from loopitr.data.records import clean_captions, printable
+from loopitr.data.records import printable
+from loopitr.data.report import clean_captions
+from loopitr.reading import parse_json
 
 few = settings(
     max_examples=100,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.step_reference import EveryThirdWord, assert_same_gradients, gradients, step, step_batch
-from helpers.support import CNN, VIT, images, ragged_texts, tiny_model
+from helpers.support import BERT, CNN, VIT, images, ragged_texts, tiny_model
 from torch._dynamo.utils import counters
 
 from loopitr.objective.build import build_objective
@@ -14,6 +14,10 @@ from loopitr.objective.grad_cache import cached_backward
 from loopitr.objective.options import ObjectiveOptions
 
 pytestmark = pytest.mark.slow
+
+# Tracing takes time by the layer, and layers of one kind are traced alike. Of the fusion layers the last differs.
+SHALLOW = {**VIT, "kwargs": {**VIT["kwargs"], "depth": 1}}
+ONE_LAYER = {**BERT, "num_hidden_layers": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -31,17 +35,17 @@ def compiled(*arguments, **options):
 
 
 @pytest.mark.parametrize(
-    ("vision", "style", "precision"),
+    ("vision", "style", "text", "precision"),
     [
-        pytest.param(VIT, "late", torch.float32, id="vit"),
-        pytest.param(CNN, "late", torch.float32, id="cnn"),
-        pytest.param(VIT, "shared", torch.float32, id="shared"),
-        pytest.param(VIT, "late", torch.bfloat16, id="bf16"),
-        pytest.param(CNN, "shared", torch.bfloat16, id="cnn-shared-bf16"),
+        pytest.param(SHALLOW, "late", ONE_LAYER, torch.float32, id="vit"),
+        pytest.param(CNN, "late", ONE_LAYER, torch.float32, id="cnn"),
+        pytest.param(VIT, "shared", BERT, torch.float32, id="shared"),
+        pytest.param(SHALLOW, "late", ONE_LAYER, torch.bfloat16, id="bf16"),
+        pytest.param(CNN, "shared", BERT, torch.bfloat16, id="cnn-shared-bf16"),
     ],
 )
-def test_whole_graphs_with_the_same_result(vision, style, precision):
-    plain, whole = tiny_model(vision, style).train(), compiled(vision, style).train()
+def test_whole_graphs_with_the_same_result(vision, style, text, precision):
+    plain, whole = tiny_model(vision, style, text=text).train(), compiled(vision, style, text=text).train()
     batch = step_batch(size=vision["image_size"])
     with torch.autocast("cpu", precision, enabled=precision != torch.float32):
         expected, actual = step(plain, batch), step(whole, batch)
@@ -56,7 +60,7 @@ def test_whole_graphs_with_the_same_result(vision, style, precision):
 
 @pytest.mark.parametrize("style", ["late", "shared"])
 def test_other_lengths_are_not_compiled_again(style):
-    model = compiled(VIT, style).train()
+    model = compiled(SHALLOW, style, layers=1, text=ONE_LAYER).train()
     graphs = []
     for seed, longest in enumerate((9, 12, 7, 14, 10, 13)):
         texts = model.encode_texts(*ragged_texts(6, longest=longest, seed=seed))
@@ -68,7 +72,7 @@ def test_other_lengths_are_not_compiled_again(style):
 
 def test_chunks_and_validation_need_a_graph_for_each_use_and_no_more():
     """Everything at once: chunks, blocks of any size, MLM, teachers without gradient, scoring with keys and values."""
-    model = compiled(VIT, mlm_head=True)
+    model = compiled(SHALLOW, layers=1, text=ONE_LAYER, mlm_head=True)
     options = ObjectiveOptions(num_negatives=4, itm_negatives=1, mlm=1.0)
     objective = build_objective(model, options, masking=EveryThirdWord(), pair_block=11)
     graphs = []
@@ -90,7 +94,8 @@ def test_chunks_and_validation_need_a_graph_for_each_use_and_no_more():
 @pytest.mark.parametrize("projected", [False, True])
 def test_token_agreement_goes_by_the_compiled_layout(projected):
     """Its buckets are padded with segments that occur twice, which must not count twice."""
-    plain, whole = tiny_model(fusion={"agreement": 12}).train(), compiled(fusion={"agreement": 12}).train()
+    parts = {"vision": SHALLOW, "layers": 1, "text": ONE_LAYER, "fusion": {"agreement": 12}}
+    plain, whole = tiny_model(**parts).train(), compiled(**parts).train()
     found = []
     for model in (plain, whole):
         model.agreement.score.weight.data.mul_(30)
@@ -105,7 +110,8 @@ def test_token_agreement_goes_by_the_compiled_layout(projected):
 
 
 def test_gradient_checkpointing_and_blocks_go_with_it():
-    plain, whole = tiny_model().train(), compiled().train()
+    parts = {"vision": SHALLOW, "text": ONE_LAYER}
+    plain, whole = tiny_model(**parts).train(), compiled(**parts).train()
     whole.fusion.gradient_checkpointing = True  # transformers warns in its own, which breaks the graph.
     actual = []
     for model, block in ((plain, None), (whole, 5)):

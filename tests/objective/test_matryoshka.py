@@ -25,7 +25,7 @@ from loopitr import (
     TrainOptions,
     export_dual,
 )
-from loopitr.data.sources import DataOptions
+from loopitr.data.options import DataOptions
 from loopitr.evaluation.ranking import Ranking
 from loopitr.objective.build import build_objective
 from loopitr.objective.grad_cache import cached_backward

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
-import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import yaml
-from helpers.recipe_process import call, command, environment, error_lines, forked
+from helpers.recipe_process import call, command, error_lines, fork_recipe, forked
 from helpers.tiny_run import write_config
+from helpers.waiting import wait, wait_until
+
+from loopitr.training import grid_running
 
 ROWS = [{"name": "base"}, {"name": "long", "overrides": {"train.epochs": 4, "train.checkpoint_every": 4}}]
 
@@ -24,15 +29,15 @@ def write_grid(folder, rows):
 
 @pytest.mark.slow
 def test_a_stopped_ablation_goes_on_and_repeats_no_finished_run(tmp_path):
-    words = command("ablate.py", write_grid(tmp_path, ROWS), "--output", tmp_path / "out")
-    process = subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    checkpoint, end = tmp_path / "out" / "long" / "seed-0" / "checkpoints" / "step-00000004", time.monotonic() + 600
-    while not checkpoint.exists() and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.005)
-    children = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, said
+    words = command("ablate.py", write_grid(tmp_path, ROWS), "--output", tmp_path / "out")[1:]
+    pid = fork_recipe(words, tmp_path / "output", tmp_path / "output")
+    checkpoint, children = tmp_path / "out" / "long" / "seed-0" / "checkpoints" / "step-00000004", []
+    try:
+        wait_until(checkpoint.exists, 600)
+        children = psutil.Process(pid).children(recursive=True)
+    finally:
+        os.kill(pid, signal.SIGTERM)
+        assert wait(pid, 60) == 128 + signal.SIGTERM, (tmp_path / "output").read_text()
     assert children and not any(child.is_running() for child in children)
     first, second = (tmp_path / "out" / name / "seed-0" for name in ("base", "long"))
     assert (first / "metrics.json").exists() and not (second / "metrics.json").exists()
@@ -51,8 +56,18 @@ def test_a_stopped_ablation_goes_on_and_repeats_no_finished_run(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_row_that_crashes_does_not_end_the_grid(tmp_path):
-    """Its options are understood, and only the run itself can see that they are wrong."""
+def test_a_row_that_crashes_does_not_end_the_grid(tmp_path, monkeypatch):
+    """Its options are understood, and only the run itself can see that they are wrong. The runs are forked."""
+
+    class Forked:
+        def __init__(self, words, *, stdout, **_):
+            self.pid = fork_recipe(words[1:], Path(stdout.name), Path(stdout.name))
+
+        def wait(self):
+            return wait(self.pid)
+
+    process = SimpleNamespace(Popen=Forked, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT)
+    monkeypatch.setattr(grid_running, "subprocess", process)
     rows = [{"name": "bad", "overrides": {"model.vision.name": "resnet10tt"}}, {"name": "good"}]
     done = forked("ablate.py", write_grid(tmp_path, rows), "--output", tmp_path / "out", "--", "--train.max_steps", 1)
     assert done.returncode == 1

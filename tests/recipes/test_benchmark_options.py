@@ -15,7 +15,7 @@ from shared import Timing, check_options, interleaved, peak_memory
 
 from loopitr.cli import check_output_file
 
-NAMES = ["encode", "evaluate", "grad_cache", "input", "pairs", "search", "step", "step_parts"]
+NAMES = ["agreement_alone", "encode", "evaluate", "grad_cache", "input", "pairs", "search", "step", "step_parts"]
 
 
 def recipe(name: str) -> SimpleNamespace:
@@ -41,7 +41,8 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     ("name", "option", "value"),
     [
         *((name, "--rounds", 0) for name in NAMES if name != "grad_cache"),
-        *((name, "--batch_size", 0) for name in NAMES if name != "pairs"),
+        *((name, "--batch_size", 0) for name in NAMES if name not in ("agreement_alone", "pairs")),
+        ("agreement_alone", "--images", 0),
         ("pairs", "--pairs", 0),
         ("grad_cache", "--chunk_size", 0),
         ("evaluate", "--k", 0),

@@ -40,6 +40,7 @@ SMALL["search.py"] = [
     *("--fusion_layers", "1", "--count", "5", "--vectors", "400", "--candidates", "8", "--rounds", "1"),
     *("--batch_size", "2", "--num_workers", "0"),
 ]
+SMALL["agreement_alone.py"] = ["--images", "3", "--layers", "1", "--rounds", "1"]
 SMALL["step_parts.py"] = ["--batch_size", "6", "--rounds", "1"]
 OWN = {  # How many figures there are, and what is counted in each.
     "step.py": (9, {"seconds", "flops", "ratio", "of_peak"}),
@@ -49,6 +50,7 @@ OWN = {  # How many figures there are, and what is counted in each.
     "input.py": (7, {"seconds", "images_per_second"}),
     "search.py": (3, set()),
     "step_parts.py": (8, set()),
+    "agreement_alone.py": (2, {"seconds", "flops"}),
 }
 
 
@@ -66,7 +68,7 @@ def test_figures_by_name(name, monkeypatch, capsys, tmp_path):
     assert len(figures) == count and all(case[key] > 0 for case in figures.values() for key in counted)
     assert all(case in done.stdout for case in figures)
     assert all(case.get("difference", 0.0) < 1e-5 for case in figures.values())
-    without = ("grad_cache.py", "search.py", "onnx_speed.py", "step_parts.py")
+    without = ("grad_cache.py", "search.py", "onnx_speed.py", "step_parts.py", "agreement_alone.py")
     assert name in without or any(case.get("of_peak", 0.0) > 0 for case in figures.values())
 
 

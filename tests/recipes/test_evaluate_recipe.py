@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers.recipe_process import TWO_ON_CPU, call, error_lines, forked, launch
+from helpers.recipe_process import call, error_lines, forked
 from helpers.small_karpathy import CAPTIONS, IMAGES, data, write_small_karpathy
 
 
@@ -36,7 +36,7 @@ def test_two_processes_give_the_figures_of_one(folder, tmp_path, monkeypatch, ca
     given += ["--rerank", 4, "--token_storage", "disk", "--token_dtype", "bf16", "--token_folder", tmp_path / "tokens"]
     outputs = [tmp_path / "one.json", tmp_path / "two.json"]
     assert call(monkeypatch, capsys, "evaluate.py", *given, "--output", outputs[0])[0] == 0
-    done = launch("evaluate.py", *given, "--output", outputs[1], launcher=TWO_ON_CPU)
+    done = forked("evaluate.py", *given, "--output", outputs[1], ranks=2)
     assert done.returncode == 0, done.stderr
     figures = [json.loads(output.read_text()) for output in outputs]
     for each in figures:
@@ -109,9 +109,8 @@ def test_a_wrong_option_is_one_line(folder, monkeypatch, capsys, change, named):
     assert named in line
 
 
-@pytest.mark.slow
-def test_no_traceback_from_a_real_process(folder):
-    done = launch("export_dual.py", "--model", folder / "run", "--output", folder / "run")
+def test_no_traceback_from_a_process_of_its_own(folder):
+    done = forked("export_dual.py", "--model", folder / "run", "--output", folder / "run")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert [line for line in done.stderr.splitlines() if "error" in line] == [done.stderr.splitlines()[-1]]
     assert "holds a 'loopitr' model" in done.stderr

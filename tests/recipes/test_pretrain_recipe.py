@@ -6,20 +6,17 @@ import importlib.util
 import json
 import os
 import signal
-import subprocess
-import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from helpers.forked_run import start
 from helpers.recipe_process import (
     ACCELERATE,
     ROOT,
     TWO_ON_CPU,
     call,
-    command,
-    environment,
     error_lines,
     forked,
     launch,
@@ -35,9 +32,11 @@ from helpers.tiny_run import (
     reset_accelerate,
     run,
     weights,
+    without_curves,
     write_config,
     write_table,
 )
+from helpers.waiting import wait, wait_until
 from safetensors.torch import load_file
 from transformers import AutoModel
 
@@ -135,7 +134,8 @@ def test_two_processes_validate_as_one(tmp_path):
     expected = run(tmp_path / "one", **changes)
     (tmp_path / "two").mkdir()
     config = write_config(tmp_path / "two", **changes)
-    done = launch("pretrain.py", "--config", config, launcher=TWO_ON_CPU)
+    with without_curves():
+        done = forked("pretrain.py", "--config", config, ranks=2)
     assert done.returncode == 0, done.stderr
     assert equal(weights(tmp_path / "one"), weights(tmp_path / "two"))
     actual = json.loads((tmp_path / "two" / "run" / "metrics.json").read_text())
@@ -151,20 +151,16 @@ def test_a_killed_run_that_is_resumed_equals_one_that_was_not(tmp_path):
     """Dropout and augmentation on."""
     changes = {"train__epochs": 4, "train__checkpoint_every": 4}  # 32 steps
     run(tmp_path / "whole", **changes)
-    (tmp_path / "parts").mkdir()
-    words = command("pretrain.py", "--config", write_config(tmp_path / "parts", **changes), launcher=ACCELERATE)
-    with (tmp_path / "output").open("w") as output:
-        process = subprocess.Popen(
-            words, env=environment(), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        checkpoint, end = tmp_path / "parts" / "run" / "checkpoints" / "step-00000004", time.monotonic() + 600
-        while not checkpoint.exists() and process.poll() is None and time.monotonic() < end:
-            time.sleep(0.005)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    assert checkpoint.exists(), (tmp_path / "output").read_text()
+    pid = start(tmp_path / "parts", tmp_path / "output", **changes)
+    checkpoint = tmp_path / "parts" / "run" / "checkpoints" / "step-00000004"
+    try:
+        wait_until(checkpoint.exists)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        assert wait(pid) == -signal.SIGKILL, (tmp_path / "output").read_text()
     assert not (tmp_path / "parts" / "run" / "metrics.json").exists()
-    done = subprocess.run([*words, "--resume"], env=environment(), capture_output=True, text=True, timeout=600)
+    config = tmp_path / "parts" / "tiny.yaml"
+    done = launch("pretrain.py", "--config", config, "--resume", launcher=ACCELERATE)
     assert done.returncode == 0, done.stderr
     assert "resuming from step" in done.stdout
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
@@ -187,7 +183,8 @@ def test_fine_tuning_on_a_table_with_a_broken_image_and_a_missing_caption(first,
         "--train.tracker": "none",
     }
     reset_accelerate()
-    done = run_here(monkeypatch, capsys, "pretrain.py", *(word for pair in given.items() for word in pair))
+    with without_curves():
+        done = run_here(monkeypatch, capsys, "pretrain.py", *(word for pair in given.items() for word in pair))
     reset_accelerate()
     assert done.returncode == 0, done.stderr
     (read,) = [line for line in done.stdout.splitlines() if line.startswith("train: ")]

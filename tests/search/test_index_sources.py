@@ -2,6 +2,7 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 from helpers.tiny_gallery import picture
@@ -9,6 +10,7 @@ from helpers.tiny_index import index, listed, tiny_retriever, write_photos
 
 from loopitr import Searcher
 from loopitr.search.indexing import add_images
+from loopitr.search.sources import folder_source
 
 
 def test_a_table_with_captions_and_other_columns(tmp_path):
@@ -61,6 +63,65 @@ def test_a_table_with_captions_and_other_columns(tmp_path):
     with pytest.raises(ValueError, match="column 'year' of the index holds int64, and is now to hold 'late'"):
         add_images(more, tmp_path / "index", model=retriever, num_workers=0, show_progress=False)
     assert row.columns["caption"] == "one\ntwo" and row.columns["place"] == "Rome" and "year" not in row.columns
+
+
+def test_integers_beyond_64_bits_are_texts(tmp_path):
+    write_photos(tmp_path, 2)
+    rows = [f"000.jpg,{10**22},{2**63 - 1},{'9' * 5000}", f"001.jpg,7,-{2**63},-5"]
+    (tmp_path / "data.csv").write_text("\n".join(["image,code,number,long", *rows]))
+    index(tmp_path / "data.csv", tiny_retriever(), tmp_path / "index")
+    first, second = (listed(tmp_path / "index")[name].columns for name in ("000.jpg", "001.jpg"))
+    assert (first["code"], second["code"]) == (str(10**22), "7")
+    assert (first["number"], second["number"]) == (2**63 - 1, -(2**63))
+    assert (first["long"], second["long"]) == ("9" * 5000, "-5")
+
+
+def test_columns_get_names_that_an_index_can_have(tmp_path):
+    write_photos(tmp_path, 1)
+    header = ",image,meta.size,_distance,_rowid,size,Path,two words,a`b"
+    (tmp_path / "data.csv").write_text(f"{header}\n0,000.jpg,1,2,3,4,5,6,7\n")
+    retriever = tiny_retriever()
+    index(tmp_path / "data.csv", retriever, tmp_path / "index")
+    searcher = Searcher.open(tmp_path / "index", model=retriever)
+    (hit,) = searcher.search("a dog", where="meta_size = 1 AND `Path` = 5 AND `two words` = 6")
+    wanted = {
+        "meta_size": 1,
+        "_distance_": 2,
+        "_rowid_": 3,
+        "size_": 4,
+        "Path": 5,
+        "two words": 6,
+        "a_b": 7,
+        "unnamed": 0,
+    }
+    assert {name: hit.columns[name] for name in wanted} == wanted
+    (tmp_path / "data.csv").write_text("image,a.b,a_b\n000.jpg,1,2\n")
+    with pytest.raises(ValueError, match="columns 'a.b' and 'a_b' would both be 'a_b' in the index; rename one"):
+        index(tmp_path / "data.csv", retriever, tmp_path / "other")
+
+
+def test_halves_of_characters_in_json(tmp_path):
+    write_photos(tmp_path, 1)
+    (tmp_path / "data.jsonl").write_text(json.dumps({"image": "000.jpg", "caption": "a \ud83d\0dog"}))
+    index(tmp_path / "data.jsonl", tiny_retriever(), tmp_path / "index")
+    assert listed(tmp_path / "index")["000.jpg"].columns["caption"] == "a \\ud83d\0dog"
+
+
+def test_times_of_change_beyond_the_calendar(tmp_path, monkeypatch):
+    photos, stat = write_photos(tmp_path / "photos", 2), os.stat
+
+    def late(path, *arguments, **options):
+        status = stat(path, *arguments, **options)
+        if not str(path).endswith("001.jpg"):
+            return status
+        return SimpleNamespace(st_mode=status.st_mode, st_size=status.st_size, st_mtime_ns=10**21)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "stat", late)
+        source = folder_source(photos)
+    assert index(source, tiny_retriever(), tmp_path / "index").added == 2
+    assert index(source, tiny_retriever(), tmp_path / "index").unchanged == 2
+    assert listed(tmp_path / "index")["001.jpg"].columns["mtime"].year == 9999
 
 
 def test_a_datasets_source(tmp_path):

@@ -102,7 +102,7 @@ def test_permissions_as_the_system_reports_them(tmp_path, monkeypatch):
     assert report.added == 2 and report.skipped == {str(photos / "closed"): "Permission denied"}
 
 
-def test_changed_files_are_replaced_and_gone_ones_stay_until_they_are_removed(tmp_path):
+def test_changed_files_are_replaced_and_gone_ones_stay_until_they_are_removed(tmp_path, monkeypatch):
     photos, retriever = write_photos(tmp_path / "photos", 6), tiny_retriever()
     index(photos, retriever, tmp_path / "index")
     before = embeds(tmp_path / "index")
@@ -123,6 +123,13 @@ def test_changed_files_are_replaced_and_gone_ones_stay_until_they_are_removed(tm
     assert remove_images(tmp_path / "index", [photos]) == len(before) - 3 and listed(tmp_path / "index") == {}
     with pytest.raises(ValueError, match="nothing is named"):
         remove_images(tmp_path / "index")
+    with monkeypatch.context() as patched:
+        patched.chdir(photos)
+        index(photos, retriever, tmp_path / "index")
+        for path in ("", " "):
+            with pytest.raises(ValueError, match="a path to remove is empty"):
+                remove_images(tmp_path / "index", [path])
+        assert remove_images(tmp_path / "index", ["."]) == len(before) - 1
 
 
 KILLED = """
@@ -216,12 +223,14 @@ def test_many_images_get_a_vector_index_once(tmp_path, monkeypatch):
 def test_outputs_and_sources_that_cannot_be_used(tmp_path):
     photos, retriever = write_photos(tmp_path / "photos", 2), tiny_retriever()
     (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     for source, output, options, message in (
         (tmp_path / "none", "index", {}, "none: no such folder"),
         (tmp_path / "file", "index", {}, "file: is not a folder"),
         (tmp_path / "empty", "index", {}, "empty: there is no image to index"),
         (photos, "file", {}, "file is not a folder"),
+        (photos, "link", {}, "link is not a folder"),
         (photos, "photos", {}, "holds 000.jpg and no search index"),
         (photos, "index", {"tokens": "int4"}, "unknown tokens 'int4'; known: fp16, bf16, none"),
         (photos, "index", {"batch_size": 0}, "batch_size must be at least 1"),

@@ -83,7 +83,8 @@ def test_candidates_that_are_not_reranked_follow(searcher):
     assert {*names(hits)[:4]} == {*names(plain)[:4]} and names(hits)[4:] == names(plain)[4:]
     assert [hit.match is None for hit in hits] == [False] * 4 + [True] * (COUNT - 4)
     assert len(searcher.search(TEXTS[0], top=3, rerank=2)) == 3
-    assert len(searcher.search(TEXTS[0], top=500, rerank=1000)) == COUNT
+    for top, rerank in ((500, 1000), (10**30, 0), (3, 10**30)):
+        assert len(searcher.search(TEXTS[0], top=top, rerank=rerank)) == min(top, COUNT)
 
 
 def test_an_image_finds_itself_and_its_neighbours(searcher, photos, retriever):
@@ -147,6 +148,8 @@ def test_queries_that_are_none(searcher, tmp_path):
         ("nowhere.jpg", "nowhere.jpg: unreadable image (no such file)"),
         (tmp_path / "broken.jpg", "not a known image format"),
         ("half \ud83d", "not valid Unicode"),
+        (["a dog", "a cat"], "the query must be one text or one image, got list"),
+        (None, "the query must be one text or one image, got NoneType"),
     ):
         with pytest.raises(ValueError) as raised:
             searcher.search(query)
@@ -191,6 +194,9 @@ def test_what_is_no_index(tmp_path, photos, retriever):
         Searcher.open(tmp_path / "none", model=retriever)
     with pytest.raises(FileNotFoundError, match="there is no manifest.json in it"):
         Searcher.open(tmp_path, model=retriever)
+    (tmp_path / "file").touch()
+    with pytest.raises(FileNotFoundError, match="file is not a search index: it is a file"):
+        Searcher.open(tmp_path / "file", model=retriever)
     index(photos, retriever, tmp_path / "index")
     manifest = tmp_path / "index" / MANIFEST
     content = manifest.read_text()
@@ -205,8 +211,9 @@ def test_what_is_no_index(tmp_path, photos, retriever):
             Searcher.open(tmp_path / "index", model=retriever)
     manifest.write_text(content)
     (tmp_path / "index" / "images.lance").rename(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match="is a damaged index"):
+    with pytest.raises(ValueError, match="is a damaged index: .*images.*; repeat `loopitr search index`"):
         Searcher.open(tmp_path / "index", model=retriever)
+    assert index(photos, retriever, tmp_path / "index").added == COUNT
 
 
 def test_files_of_an_index_that_are_cut_off_are_one_line_that_names_it(tmp_path, photos, retriever):

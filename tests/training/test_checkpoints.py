@@ -14,9 +14,10 @@ from helpers.tiny_run import reset_accelerate
 from safetensors import SafetensorError
 from torch import nn
 
-from loopitr.training import checkpoints, durable
+from loopitr import durable
+from loopitr.durable import MANIFEST
+from loopitr.training import checkpoints
 from loopitr.training.checkpoints import STATE_FILE, Progress, load_checkpoint, newest_checkpoint, save_checkpoint
-from loopitr.training.durable import MANIFEST
 from loopitr.training.optimization import warmup_cosine
 
 

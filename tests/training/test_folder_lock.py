@@ -57,7 +57,7 @@ def test_a_process_on_another_host_is_believed_to_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "state", ["gone", "another process with its pid", "half written", "empty", "this, earlier", "odd"]
+    "state", ["gone", "another process with its pid", "half written", "empty", "this, earlier", "odd", "deep"]
 )
 def test_a_stale_lock_is_taken_over(tmp_path, other, state):
     gone = subprocess.Popen([sys.executable, "-c", ""])
@@ -67,6 +67,7 @@ def test_a_stale_lock_is_taken_over(tmp_path, other, state):
         "another process with its pid": json.dumps(holder(other, started=other.create_time() - 100)),
         "half written": '{"pid": 1',
         "empty": "",
+        "deep": "[" * 100_000,
         "odd": '{"pid": 1e999, "host": "vm", "started": 0}',
         "this, earlier": json.dumps(holder(psutil.Process())),
     }[state]
@@ -84,6 +85,14 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
     with pytest.raises(OSError, match="run.lock is a link and no lock file"):
         FolderLock(tmp_path / "run").acquire()
     assert (tmp_path / "photo").read_text() == "photo"
+
+
+def test_a_lock_that_is_no_file_is_not_waited_for(tmp_path):
+    for make in (os.mkfifo, os.mkdir):
+        make(tmp_path / LOCK)
+        with pytest.raises(OSError, match="run.lock is a link and no lock file, or no file at all: delete it"):
+            FolderLock(tmp_path).acquire()
+        (tmp_path / LOCK).rename(tmp_path / f"{make.__name__} lock")
 
 
 def test_of_many_that_start_together_one_gets_it(tmp_path):

@@ -81,6 +81,16 @@ def test_distillation_warms_up_from_there(tmp_path, monkeypatch):
     assert scales[4:] == [(True, 0.5), (True, 1.0), (True, 1.0), (True, 1.0)]
     assert [pairs for pairs, _ in scales[:4]] == [False] * 4
 
+    scales.clear()
+    run(tmp_path, train__epochs=1, train__distillation_warmup=0.0, train__distillation_end=0.5)
+    assert scales == [(True, 1.0)] * 4 + [(True, 0.0)] * 4
+
+
+@pytest.mark.parametrize("end", [0.2, 0.5, 1.1])
+def test_distillation_ends_after_the_fusion_head_starts(end):
+    with pytest.raises(ValueError, match=f"train.distillation_end is a part of the steps.* got {end}"):
+        TrainOptions(fusion_start=0.5, distillation_end=end)
+
 
 @pytest.mark.parametrize("part", [-0.1, 1.0])
 def test_the_start_is_a_part_of_the_steps(part):

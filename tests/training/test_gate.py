@@ -13,9 +13,10 @@ from loopitr.training.checkpoints import Progress
 from loopitr.training.gate import Gate
 
 
-def gate(teacher=None, margin=1.0, *, fusion_start=0, warmup=0.0, log=None):
+def gate(teacher=None, margin=1.0, *, fusion_start=0, warmup=0.0, end=1000, log=None):
     objective = SimpleNamespace(teacher=teacher or Match(), teacher_margin=margin)
-    return Gate(objective, fusion_start=fusion_start, warmup=warmup, log=([] if log is None else log).append)
+    log = ([] if log is None else log).append
+    return Gate(objective, fusion_start=fusion_start, warmup=warmup, end=end, log=log)
 
 
 def validate(own, progress, step, **scores):
@@ -50,6 +51,18 @@ def test_the_weight_rises_anew_each_time_that_it_opens():
     assert own.next_scale(progress) == pytest.approx(0.5)
     progress.step = 200
     assert own.next_scale(progress) == 1.0
+
+
+@pytest.mark.parametrize("margin", [1.0, None])
+def test_distillation_ends_for_good(margin):
+    own, progress = gate(margin=margin, end=50), Progress()
+    validate(own, progress, 40, dual=1.0, match=9.0)
+    for step, scale in [(49, 1.0), (50, 0.0), (51, 0.0)]:
+        progress.step = step
+        assert own.next_scale(progress) == scale
+    # A validation after the end measures no teacher, and opens nothing.
+    assert validate(own, progress, 60, dual=1.0, match=9.0) == {}
+    assert own.next_scale(progress) == 0.0 and own.warning(progress) is None
 
 
 def test_without_a_margin_it_counts_from_the_start_of_the_fusion_head():

@@ -8,7 +8,7 @@ import yaml
 from helpers.tiny_run import OPTIONS, logged, run, weights, write_table
 
 from loopitr.data import trained_data
-from loopitr.training.durable import write_manifest
+from loopitr.durable import write_manifest
 from loopitr.training.resume_check import changed_options
 
 SHORT = {"train__max_steps": 2, "train__checkpoint_every": 1}

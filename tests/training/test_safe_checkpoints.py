@@ -10,8 +10,8 @@ import pytest
 import torch
 from helpers.tiny_run import equal, run, weights
 
+from loopitr.durable import MANIFEST
 from loopitr.training.checkpoints import newest_checkpoint
-from loopitr.training.durable import MANIFEST
 from loopitr.training.run_folder import check_run_folder
 
 SHORT = {"train__max_steps": 2, "train__checkpoint_every": 1}

@@ -6,9 +6,9 @@ import os
 import pytest
 from helpers.tiny_run import equal, run, weights
 
-from loopitr.training import checkpoints, durable, reporting, saving
+from loopitr import durable
+from loopitr.training import checkpoints, reporting, saving
 from loopitr.training import trainer as training
-from loopitr.training.durable import write_file, write_files
 from loopitr.training.reporting import History, read_history
 
 pytestmark = pytest.mark.slow
@@ -142,27 +142,3 @@ def test_rows_that_a_full_disk_does_not_take_are_written_later(tmp_path, monkeyp
     assert [row["step"] for row in read_history(tmp_path)] == [1]
     history.add(4, {"a": 4.0})
     assert [row["step"] for row in read_history(tmp_path)] == [1, 2, 3, 4]
-
-
-def test_a_file_that_cannot_be_written_is_as_it_was(tmp_path, monkeypatch):
-    write_file(tmp_path / "a", "old")
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-        patch.setattr(durable.os, "fsync", full)
-        write_file(tmp_path / "a", "new")
-    assert (tmp_path / "a").read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["a"]
-
-
-def test_files_written_together_replace_those_of_their_names_alone(tmp_path):
-    for name in ("a", "README.md", "mine"):
-        (tmp_path / name).write_text("old")
-
-    def write(folder):
-        assert [path.name for path in folder.iterdir()] == ["README.md"]  # which it may leave as it is
-        (folder / "a").write_text("new")
-
-    write_files(tmp_path, write, seen=("README.md", "absent"))
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
-        "a": "new",
-        "README.md": "old",
-        "mine": "old",
-    }

@@ -24,6 +24,7 @@ from helpers.tiny_run import (
     run,
     tiny_options,
     weights,
+    without_curves,
 )
 from torch import nn
 
@@ -78,7 +79,8 @@ def train(folder: Path, *, sharded: bool, **changes: Any) -> None:
     meeting.mkdir(parents=True, exist_ok=True)
     join(int(os.environ["RANK"]), meeting)
     reset_accelerate()
-    make_trainer(tiny_options(folder, **{**SMALL, **changes})).run()
+    with without_curves():
+        make_trainer(tiny_options(folder, **{**SMALL, **changes})).run()
 
 
 def train_in_two_goes(folder: Path) -> None:

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
 
 import datasets
 import pytest
 from accelerate import Accelerator
-from helpers.recipe_process import TWO_ON_CPU, command, environment
+from helpers.recipe_process import forked
 from helpers.tiny_gallery import captions, jpeg
-from helpers.tiny_run import VIT, equal, logged, trainer, weights, write_config
-
-TIMEOUT = 300  # After so many seconds a hang is a failure.
+from helpers.tiny_run import VIT, equal, logged, trainer, weights, without_curves, write_config
 
 
 @pytest.fixture(autouse=True)
@@ -73,22 +68,6 @@ def test_ranks_part_a_stream(tmp_path, monkeypatch, sizes):
     assert [len(part) for part in parts] == [8, 8] and len({*parts[0], *parts[1]}) == 16
 
 
-def launch_two(folder, *arguments):
-    """To the end of both, or not longer than `TIMEOUT`."""
-    words = command("pretrain.py", "--config", folder / "tiny.yaml", *arguments, launcher=TWO_ON_CPU)
-    own = {**environment(), "HF_DATASETS_CACHE": str(folder / "hf-cache")}
-    with (folder / "output").open("w+") as output:
-        process = subprocess.Popen(words, env=own, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            code: int | None = process.wait(TIMEOUT)
-        except subprocess.TimeoutExpired:
-            code = None
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        output.seek(0)
-        assert code == 0, f"exit code {code} (None: hung for {TIMEOUT} s)\n{output.read()[-3000:]}"
-
-
 @pytest.mark.slow
 def test_ranks_whose_streams_end_at_different_batches_accumulate_together_and_resume(tmp_path):
     """Epochs of 3 batches on one rank and of 5 on the other, in steps of 2: an epoch's end falls into a step."""
@@ -97,13 +76,17 @@ def test_ranks_whose_streams_end_at_different_batches_accumulate_together_and_re
     for folder in (whole, parts):
         folder.mkdir()
         write_config(folder, **changes, train__checkpoint_every=4)
-    launch_two(whole)
+    with without_curves():
+        done = forked("pretrain.py", "--config", whole / "tiny.yaml", ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
     checkpoint = whole / "run" / "checkpoints" / "step-00000004"
     assert json.loads((checkpoint / "progress.json").read_text())["places"] == [[2, 2], [1, 3]]  # 8 batches each
     (parts / "run").mkdir()
     shutil.copytree(checkpoint, parts / "run" / "checkpoints" / checkpoint.name)
     for name in ("history.jsonl", "config.yaml"):
         shutil.copy(whole / "run" / name, parts / "run")
-    launch_two(parts, "--resume")
+    with without_curves():
+        done = forked("pretrain.py", "--config", parts / "tiny.yaml", "--resume", ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
     assert logged(parts, "loss/total") == logged(whole, "loss/total") and len(logged(whole, "loss/total")) == 6
     assert equal(weights(parts), weights(whole))

@@ -125,7 +125,7 @@ def test_a_teacher_behind_that_teaches_all_the_same_is_said_once():
 
     lines: list[str] = []
     objective = SimpleNamespace(teacher=Match(), teacher_margin=None)
-    gate, progress = Gate(objective, fusion_start=0, warmup=0, log=lines.append), Progress()
+    gate, progress = Gate(objective, fusion_start=0, warmup=0, end=1000, log=lines.append), Progress()
     for scores in (
         {"dual": 20.0},
         {"dual": 20.0, "match": 21.0},
@@ -143,7 +143,7 @@ def test_another_models_lead_is_measured_once():
     lines, measured = [], []
     teacher = SimpleNamespace(name="frozen", model=object(), held_out_score=None)
     objective = SimpleNamespace(teacher=teacher, teacher_margin=None)
-    gate, progress = Gate(objective, fusion_start=0, warmup=0, log=lines.append), Progress()
+    gate, progress = Gate(objective, fusion_start=0, warmup=0, end=1000, log=lines.append), Progress()
 
     def measure(model):
         measured.append(model)

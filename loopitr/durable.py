@@ -20,7 +20,7 @@ PARTIAL = ".partial"
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write a text file atomically: readers see the old or the new content, also after a crash.
+    """Write a text file atomically: readers see the old or the new content, also after a crash. Line ends stay.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written to; the old file is unchanged.
@@ -28,7 +28,7 @@ def write_file(path: Path, text: str) -> None:
     Example:
         >>> import tempfile
         >>> from pathlib import Path
-        >>> from loopitr.training.durable import write_file
+        >>> from loopitr.durable import write_file
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     write_file(Path(folder, "a.txt"), "whole")
         ...     print(Path(folder, "a.txt").read_text())
@@ -37,7 +37,7 @@ def write_file(path: Path, text: str) -> None:
     partial = path.with_name(path.name + PARTIAL)
     try:
         partial.unlink(missing_ok=True)  # It may be a link to a file elsewhere.
-        with partial.open("x", encoding="utf-8") as file:
+        with partial.open("x", encoding="utf-8", newline="") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

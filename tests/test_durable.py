@@ -1,0 +1,42 @@
+"""Atomic writing of files."""
+
+import errno
+import os
+
+import pytest
+
+from loopitr import durable
+from loopitr.durable import write_file, write_files
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_text_is_written_as_it_is(tmp_path):
+    write_file(tmp_path / "a", "one\r\ntwo\n")
+    assert (tmp_path / "a").read_bytes() == b"one\r\ntwo\n"
+
+
+def test_a_file_that_cannot_be_written_is_as_it_was(tmp_path, monkeypatch):
+    write_file(tmp_path / "a", "old")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(durable.os, "fsync", full)
+        write_file(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_files_written_together_replace_those_of_their_names_alone(tmp_path):
+    for name in ("a", "README.md", "mine"):
+        (tmp_path / name).write_text("old")
+
+    def write(folder):
+        assert [path.name for path in folder.iterdir()] == ["README.md"]  # which it may leave as it is
+        (folder / "a").write_text("new")
+
+    write_files(tmp_path, write, seen=("README.md", "absent"))
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "a": "new",
+        "README.md": "old",
+        "mine": "old",
+    }
