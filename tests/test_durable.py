@@ -40,3 +40,13 @@ def test_files_written_together_replace_those_of_their_names_alone(tmp_path):
         "README.md": "old",
         "mine": "old",
     }
+
+
+def test_a_file_is_not_written_through_a_link(tmp_path):
+    other, path = tmp_path / "file", tmp_path / "new.json"
+    other.write_text("mine")
+    (tmp_path / "new.json.partial").symlink_to(other)
+    write_file(path, "\r\n{}")
+    assert path.read_bytes() == b"\r\n{}" and not path.is_symlink() and other.read_text() == "mine"
+    write_file(path, "again")
+    assert path.read_text() == "again" and sorted(tmp_path.iterdir()) == [other, path]

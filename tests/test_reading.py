@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from loopitr.reading import MAX_LETTERS, read_json, read_object, read_yaml, replace_text, user_path
+from loopitr.reading import MAX_LETTERS, read_json, read_object, read_yaml, user_path
 
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12))
 JSON = {
@@ -61,15 +61,6 @@ def test_what_is_whole_is_read(tmp_path):
     for content, kind in (("[]", "list"), ("null", "NoneType"), ('"x"', "str")):
         with pytest.raises(ValueError, match=f"holds a {kind}, wanted an object"):
             read_object(written(tmp_path, content))
-
-
-def test_a_file_is_not_written_through_a_link(tmp_path):
-    other, path = written(tmp_path, "mine"), tmp_path / "new.json"
-    (tmp_path / "new.json.partial").symlink_to(other)
-    replace_text(path, "\r\n{}")
-    assert path.read_bytes() == b"\r\n{}" and not path.is_symlink() and other.read_text() == "mine"
-    replace_text(path, "again")
-    assert path.read_text() == "again" and sorted(tmp_path.iterdir()) == [other, path]
 
 
 def test_a_home_of_nobody_is_no_error():

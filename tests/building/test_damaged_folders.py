@@ -177,7 +177,7 @@ OTHERS = {
     "a width without end": (config(embed_dim=10**12), "embed_dim .* is too large"),
     "a deep config": (
         lambda folder: (folder / "config.json").write_text("[" * 100_000),
-        "config.json is damaged: it is nested too deeply",
+        "config.json is damaged: .*nested too deeply",
     ),
     "a list": (lambda folder: (folder / "config.json").write_text("[]"), "config.json is damaged: it holds a list"),
     "parts of other types": (config(text=["bert"]), "text must be a mapping"),
