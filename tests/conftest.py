@@ -31,3 +31,9 @@ def gpu(monkeypatch) -> Iterator[PretendGPU]:
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x, *_: x)  # It holds in threads too.
     with PretendGPU() as mode:
         yield mode
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that no process of pytest-xdist ends with a long one while others wait."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
