@@ -39,7 +39,7 @@ def start_all_processes() -> bool:
     """
     parent = psutil.Process().parent()
     words = parent.cmdline() if parent is not None else []
-    if _launches(words) is not None:
+    if _launches(words) is not None or "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
     count = missing_processes(os.environ, words)
     if parent is not None and threads_by_default(os.environ, words, _environment(parent)):
@@ -69,7 +69,8 @@ def start_all_processes() -> bool:
 def end_with_parent() -> None:
     """Ask the system for a SIGTERM when the parent process ends (only on Linux).
 
-    accelerate passes no signals to a single process that it started, which would then run on after a Ctrl-C.
+    accelerate passes no signals to a single process that it started, which would then run on after a Ctrl-C. And ranks
+    whose launcher is killed before they meet would wait for it for hours.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

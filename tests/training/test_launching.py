@@ -1,6 +1,9 @@
 """When accelerate has started one process of the several it was asked for. (That they are then started: recipes/.)"""
 
 import os
+import select
+import signal
+import sys
 from types import SimpleNamespace
 
 import psutil
@@ -88,3 +91,25 @@ def test_one_thread_that_nobody_asked_for():
 )
 def test_threads_that_someone_chose_stay(environment, parent, parent_environment):
     assert not threads_by_default(environment, parent, parent_environment)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux signals the end of a parent")
+def test_a_rank_ends_with_its_launcher():
+    """Otherwise it would wait for hours to meet the others, or train on without anyone to stop it."""
+    reader, writer = os.pipe()
+    launcher = os.fork()
+    if not launcher:
+        if not os.fork():
+            signal.alarm(60)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.environ.update({"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2"})
+            start_all_processes()
+            os.write(writer, b"started")
+        while True:
+            signal.pause()
+    os.close(writer)
+    assert os.read(reader, 7) == b"started"
+    os.kill(launcher, signal.SIGKILL)
+    os.waitpid(launcher, 0)
+    assert select.select([reader], [], [], 30)[0] and os.read(reader, 1) == b""
+    os.close(reader)
