@@ -61,7 +61,7 @@ def test_dual_config_is_the_same_without_fusion():
         ({"initial_temperature": 0.0}, "initial_temperature must be above 0, got 0.0"),
         ({"fusion": {"layers": 2}}, "unknown fusion option 'layers'"),
         ({"fusion": {"style": "early"}}, "fusion.style must be one of late, shared, got 'early'"),
-        ({"fusion": {"num_layers": 0}}, "fusion.num_layers must be a positive integer, got 0"),
+        ({"fusion": {"num_layers": 0}}, "fusion.num_layers 0 needs fusion.agreement"),
         ({"fusion": {"agreement": 0}}, "fusion.agreement must be a positive integer, got 0"),
         ({"fusion": {"agreement": True}}, "fusion.agreement must be a positive integer, got True"),
         ({"fusion": {"num_heads": 1.5}}, "fusion.num_heads must be a positive integer, got 1.5"),
