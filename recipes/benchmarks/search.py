@@ -192,7 +192,8 @@ def reranking(options: Options, retriever: loopitr.Retriever, folder: Path) -> d
     width = config.text["hidden_size"]
     fused = {"width": width, "heads": config.fusion["num_heads"] or max(1, width // 64)}
     sizes = {"blip_base": {"layers": 12, "width": 768, "heads": 12, "image_width": 768}}
-    sizes["blip_our_size"] = {**fused, "layers": len(retriever.model.fusion.cross), "image_width": vision.width}
+    if layers := len(retriever.model.fusion.cross):  # Without layers, token agreement is the whole fusion head.
+        sizes["blip_our_size"] = {**fused, "layers": layers, "image_width": vision.width}
     length = len(retriever.processor(text=[text])["input_ids"][0])
     for name, size in sizes.items():
         calls[name] = partial(blip, blip_text_model(**size, device=options.device), options, vision.num_tokens, length)
