@@ -1,4 +1,4 @@
-"""Warnings about the records of a run: held-out images that are also trained on, and too few validation images."""
+"""Warnings about the records of a run: held-out images that are (or may be) trained on, too few validation images."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ def record_warnings(
         chooses: the split that chooses the best model, by its first `max_images` images.
     """
     lines = []
+    reason = _not_compared(train)
+    if reason is not None:
+        lines.append(f"held-out images are not looked for among the training images, {reason}")
     for split, records in held_out.items():
-        if isinstance(train, HubStream) or not _is_cheap(train):
-            continue
-        shared = shared_images(records, train)
+        shared = [] if reason is not None or isinstance(train, HubStream) else shared_images(records, train)
         if shared:
             names = listed(f"{image.name} ({image.other})" for image in shared)
             lines.append(f"warning: {len(shared)} of the {len(records)} {split} images are trained on too: {names}")
@@ -37,5 +38,10 @@ def record_warnings(
     return lines
 
 
-def _is_cheap(records: Sequence[Record]) -> bool:
-    return not isinstance(records, LazyRecords) or isinstance(records, SceneRecords) or len(records) <= MOST_READ
+def _not_compared(train: Sequence[Record] | HubStream) -> str | None:
+    """Why training images are not compared with others; None: they are."""
+    if isinstance(train, HubStream):
+        return "which are a stream"
+    if isinstance(train, LazyRecords) and not isinstance(train, SceneRecords) and len(train) > MOST_READ:
+        return f"which are over {MOST_READ:,} and would all have to be read"
+    return None

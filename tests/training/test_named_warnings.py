@@ -50,7 +50,9 @@ def test_a_stream_has_no_images_to_compare(tmp_path, monkeypatch):
 
     records = load_records(DataOptions(scenes=True, limit=100), "val")
     stream = object.__new__(HubStream)
-    assert record_warnings(stream, {"val": records}, chooses="val", max_images=None) == []
+    assert record_warnings(stream, {"val": records}, chooses="val", max_images=None) == [
+        "held-out images are not looked for among the training images, which are a stream"
+    ]
 
 
 def test_an_objective_of_weights_zero_is_refused(tmp_path):
