@@ -14,12 +14,12 @@ from loopitr.building.card import write_card
 from loopitr.building.sizes import check_sizes
 from loopitr.building.weights import hub_access
 from loopitr.checks import usable_device
+from loopitr.lineage import INSIDE_A_RUN
 from loopitr.models.foreign import config_of
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.processing import LoopITRProcessor
 from loopitr.reading import read_object, user_path
 
-INSIDE_A_RUN = (".", "best", "model")
 CLASSES: dict[str, type[LoopITRModel] | type[DualEncoder]] = {
     model.config_class.model_type: model for model in (LoopITRModel, DualEncoder)
 }
@@ -49,7 +49,7 @@ def model_source(path: str | Path) -> str:
     """
     folder = user_path(path)
     if folder.is_dir():
-        for name in INSIDE_A_RUN:
+        for name in (".", *INSIDE_A_RUN):
             if (folder / name / "config.json").is_file():
                 return str(folder / name)
         raise OSError(f"{path} holds no model: there is no config.json in it, nor in its best/ or model/")

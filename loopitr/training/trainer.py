@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,8 @@ class Trainer:
         self.whole = WholeModel(objective, self.accelerator)
         prepare_model(objective, self.options, self.data)
         self.caches = Caches(self.whole.model, processor, self.data, self.accelerator)
-        self.loader, self.described = make_loader(train, self.options, self.caches), partial(describe_data, train, val)
+        self.loader = make_loader(train, self.options, self.caches)
+        self.described = cache(partial(describe_data, train, val))
         self._prepare()
         warmup, end = (part * self.total_steps for part in (options.distillation_warmup, options.distillation_end))
         self.gate = Gate(objective, fusion_start=self.fusion_start, warmup=warmup, end=int(end), log=self.log)
