@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from loopitr.models.heads import outside_autocast
 from loopitr.models.packing import PairLayout, Segments, pack_texts
 
 DIFFERENCE_WIDTH = 64  # S
@@ -123,9 +124,7 @@ class TokenAgreement(nn.Module):
         weights = (scale * words @ regions.transpose(1, 2)).softmax(-1)  # [n, M, N]
         attended = weights.to(regions.dtype) @ regions  # [n, M, A]
         differences = self.norm(self.difference((words - attended).square()))  # [n, M, S]
-        with torch.autocast(words.device.type, enabled=False):  # In bfloat16, close candidates would tie.
-            differences = differences.to(self.score.weight.dtype)
-            return torch.cat([self.gate(differences), self.score(differences)], -1)  # [n, M, 2]
+        return torch.cat([outside_autocast(head, differences) for head in (self.gate, self.score)], -1)  # [n, M, 2]
 
     def _weighted_mean(self, compared: Tensor, texts: Segments) -> Tensor:
         """The mean score of each text's words, weighted by their gates: `[rows, ..., 2]` -> `[P, ...]`."""

@@ -27,6 +27,12 @@ def projection(kind: str, width: int, embed_dim: int, *, dropout: float = 0.0) -
     return nn.Identity()
 
 
+def outside_autocast(head: nn.Linear, x: Tensor) -> Tensor:
+    """`head(x)` in the precision of its weights: a score that autocast rounds to bfloat16 ties with close ones."""
+    with torch.autocast(x.device.type, enabled=False):
+        return head(x.to(head.weight.dtype))  # type: ignore[no-any-return]
+
+
 def unit_embeds(project: nn.Module, pooled: Tensor) -> Tensor:
     """Pooled `[B, D']` -> embeds `[B, E]`, unit length: the dual head's side of one modality."""
     return F.normalize(project(pooled), dim=-1)
