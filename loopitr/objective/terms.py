@@ -84,8 +84,8 @@ class Term(ABC):
         return self.weight
 
     def trained_negatives(self, num_negatives: int) -> int:
-        """How many of a query's negatives need match scores with gradient."""
-        return 0
+        """How many of a query's `num_negatives` need match scores with gradient; all, if the term asks for scores."""
+        return num_negatives if self.uses_pairs else 0
 
     def check(self, model: LoopITRModel) -> None:  # noqa: B027  most terms need nothing
         """Raise a ValueError if `model` lacks what this term needs."""
@@ -197,6 +197,9 @@ class Distillation(Term):
 
     def weight_in(self, step: Step) -> float:
         return self.weight * step.distillation_scale
+
+    def trained_negatives(self, num_negatives: int) -> int:
+        return 0  # It trains the dual head alone.
 
 
 @dataclass(frozen=True)
