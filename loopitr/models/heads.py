@@ -30,7 +30,7 @@ def projection(kind: str, width: int, embed_dim: int, *, dropout: float = 0.0) -
 
 
 def limited_scale(log_scale: Tensor, limit: float) -> Tensor:
-    """`exp(log_scale)`, at most `limit`, with the gradient of `exp` even there, so that a scale at its limit can fall."""
+    """`exp(log_scale)`, at most `limit`. At the limit the gradient is not zero, as a clamp's is, so the scale can fall."""
     scale = log_scale.exp()
     return scale - (scale - limit).clamp(min=0).detach()
 
