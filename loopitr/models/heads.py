@@ -30,7 +30,7 @@ def projection(kind: str, width: int, embed_dim: int, *, dropout: float = 0.0) -
 
 
 def limited_scale(log_scale: Tensor, limit: float) -> Tensor:
-    """`exp(log_scale)`, at most `limit`. At the limit the gradient is not zero, as a clamp's is, so the scale can fall."""
+    """`exp(log_scale)`, at most `limit`. A clamp would leave it there: its gradient is zero, and this one's is not."""
     scale = log_scale.exp()
     return scale - (scale - limit).clamp(min=0).detach()
 
