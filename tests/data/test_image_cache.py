@@ -25,7 +25,7 @@ from loopitr.data import (
     TrainTransform,
     decode_image,
     decoded,
-    names_digest,
+    images_digest,
 )
 from loopitr.data import image_cache as image_cache_module
 
@@ -82,7 +82,7 @@ def test_images_are_shrunk_to_the_shorter_side_and_never_enlarged(files, folder,
         assert actual.dtype == np.uint8 and np.abs(actual - wanted).mean() < 4
         if whole.size == wanted.shape[1::-1]:
             assert np.array_equal(actual, wanted)
-    assert os.listdir(folder) == [cache.folder.name] == [f"24px-{names_digest(files)[:16]}"]
+    assert os.listdir(folder) == [cache.folder.name] == [f"24px-{images_digest(files)[:16]}"]
 
 
 def test_a_large_jpeg_is_as_sharp_as_from_a_whole_decode(folder):
@@ -180,7 +180,7 @@ def test_refuses(folder, files):
             build(folder, files)
     (cache.folder / "pixels.bin").write_bytes(whole)
     meta = json.loads((cache.folder / "meta.json").read_text())
-    (cache.folder / "meta.json").write_text(json.dumps({**meta, "names_digest": "0" * 32}))
+    (cache.folder / "meta.json").write_text(json.dumps({**meta, "images_digest": "0" * 32}))
     with pytest.raises(DataError, match="made for another size or set of images"):
         build(folder, files)
 
