@@ -185,6 +185,31 @@ def test_refuses(folder, files):
         build(folder, files)
 
 
+def test_an_image_replaced_under_its_name_is_read_again(files, folder):
+    first = build(folder, files)
+    path = files[0].image
+    other = picture((40, 30), 99)
+    other.save(path, quality=95)
+    os.utime(path, (0, 0))  # A copy may have any time.
+    second = build(folder, files)
+    assert second.folder != first.folder and not torch.equal(second[0], first[0])
+    assert torch.equal(second[2], first[2])
+    os.utime(path, (10**9, 10**9))
+    assert build(folder, files).folder == second.folder
+    path.unlink()  # A file that has gone is another than one of any size, even of none.
+    third = build(folder, files)
+    path.touch()
+    assert len({first.folder, second.folder, third.folder, build(folder, files).folder}) == 4
+
+
+def test_an_older_cache_can_be_opened(files, folder):
+    cache = build(folder, files)
+    path = cache.folder / "meta.json"
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps({"names_digest": meta.pop("images_digest"), **meta}))
+    assert torch.equal(ImageCache(cache.folder)[0], cache[0])
+
+
 def test_a_folder_that_cannot_be_made_is_named(files, tmp_path):
     file = tmp_path / "file"
     file.touch()
