@@ -147,12 +147,17 @@ def fork(work: Callable[[], None], log: Path) -> int:
 class Launch:
     """A running training: its processes, one per rank."""
 
-    def __init__(self, folder: Path, words: list[str], *, phase: Phase, resume: bool, ranks: int = 1) -> None:
-        """Fork them; `phase` is rank 0's."""
+    def __init__(
+        self, folder: Path, words: list[str], *, phase: Phase, resume: bool, ranks: int = 1, fsdp: bool = False
+    ) -> None:
+        """Fork them; `phase` is rank 0's, and with `fsdp` the weights are sharded over the ranks by FSDP 2."""
         folder.mkdir(parents=True, exist_ok=True)
         words = [*TINY, *words, f"--train.output_dir={folder / 'run'}", *(["--resume=true"] if resume else [])]
         phase.shared[0] = 0
         meeting = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port())}
+
+        if fsdp:
+            meeting |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
         def work(rank: int) -> None:
             AcceleratorState._reset_state(True)  # This process may have trained before it was forked.
@@ -170,6 +175,7 @@ class Launch:
 
         self.pids = [fork(partial(work, rank), folder / "log") for rank in range(ranks)]
         self.statuses: dict[int, int] = {}
+        self.phase = phase
 
     def ended(self, *, until: float = float("inf"), look: Callable[[], None] = lambda: None) -> list[int] | None:
         """The exit statuses of all ranks; None: one of them runs at the time `until` (`time.monotonic`)."""
