@@ -14,7 +14,7 @@ from loopitr.search.removing import remove_images
 START = (
     'Invalid input, Failed to connect to namespace: IO { source: Generic { store: "S3", source: ListRequest { source: '
 )
-REFUSED = """RetryError { inner: Http(ConnectError("tcp connect error", Os { code: 111, message: "Connection refused" })) } }
+REFUSED = """Http(ConnectError("tcp connect error", Os { code: 111, message: "Connection refused" })) }
 location: Location { file: "/root/object_store.rs" } }"""
 NO_BUCKET = """RetryError { inner: Status { status: 404, body: Some("<Code>NoSuchBucket</Code>
 <Message>There is no such bucket</Message>") } } } }"""
