@@ -3,9 +3,10 @@
 Trains tiny models on the built-in scenes for a given time, kills the training at random moments (SIGKILL, every fifth
 time SIGTERM) and resumes it, in several settings in turn. The result is compared with an undisturbed run of the same
 options: `history.jsonl` and `model.safetensors` byte by byte, and the images of every step. Of several ranks, one (each
-in turn) or all are killed; the others have to end within a minute. With `--fsdp true`, the ranks share the weights.
-With `--source tars` the runs stream WebDataset tars. The growth of memory per 1,000 steps and the open files of an
-undisturbed run are measured as well. It runs on the CPU, on Linux and macOS.
+in turn) or all are killed; the others have to end within a minute, except that before the ranks have met they get a
+SIGTERM, as from a launcher. With `--fsdp true`, the ranks share the weights. With `--source tars` the runs stream
+WebDataset tars. The growth of memory per 1,000 steps and the open files of an undisturbed run are measured as well. It
+runs on the CPU, on Linux and macOS.
 """
 
 from __future__ import annotations
@@ -124,8 +125,11 @@ def disturb(
             number = signal.SIGTERM if turn % 5 == 4 else signal.SIGKILL
             alone = turn % (ranks + 1)  # this rank alone; every so often, as with SIGTERM, all of them
             killed = range(ranks) if number == signal.SIGTERM or alone == ranks else [alone]
-            tally.kills[launch.phase.read()] += 1
+            during = launch.phase.read()
+            tally.kills[during] += 1
             launch.kill(number, killed)
+            if during == "waiting for ranks":  # They would wait for the killed one, if no launcher ended them.
+                launch.kill(signal.SIGTERM, range(ranks))
             statuses = launch.ended(until=time.monotonic() + 60)
             if statuses is None:
                 launch.kill(signal.SIGKILL, range(ranks))
