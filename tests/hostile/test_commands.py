@@ -6,6 +6,7 @@ thirtieth. All of them are read by the other tests of this folder, without a com
 
 import json
 import os
+import signal
 
 import datasets
 import pytest
@@ -16,6 +17,7 @@ from helpers.recipe_process import error_lines, run_here
 from helpers.tiny_building import save_tiny
 from helpers.tiny_run import reset_accelerate
 
+SECONDS = 60
 EVERY = int(os.environ.get("LOOPITR_HOSTILE_EVERY", 30))
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -35,6 +37,7 @@ def evaluate(model, monkeypatch, capsys, tmp_path):
     def evaluate(*words):
         reset_accelerate()
         output.unlink(missing_ok=True)
+        signal.alarm(SECONDS)  # of this command; conftest.py turns the alarm off after the test
         given = [
             "--model",
             model,
