@@ -10,15 +10,10 @@ import argparse
 from collections.abc import Sequence
 from typing import NoReturn
 
-from loopitr.building.folders import check_output
 from loopitr.cli import run
-from loopitr.convert import albef, blip
-from loopitr.convert.weights import save_converted
-from loopitr.models.loop_model import LoopITRModel
 
-FAMILIES = {"albef": albef.convert_albef, "blip": blip.convert_blip}
+# Heavy modules are imported where they are used, so that --help works without torch.
 CHECKPOINTS = {"albef": "a .pth of ALBEF", "blip": "a .pth of BLIP, a transformers folder of it, or its hub id"}
-MAX_LENGTHS = {"albef": albef.MAX_LENGTH, "blip": blip.MAX_LENGTH}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -35,8 +30,15 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "python -m lo
         ValueError, OSError: an error that the user can correct.
     """
     options = _parser(program).parse_args(arguments)
+    from loopitr.building.folders import check_output
+    from loopitr.convert import albef, blip
+    from loopitr.convert.weights import save_converted
+    from loopitr.models.loop_model import LoopITRModel
+
+    is_blip = options.family == "blip"
     check_output(options.out, LoopITRModel.config_class.model_type)
-    model = FAMILIES[options.family](
+    convert = blip.convert_blip if is_blip else albef.convert_albef
+    model = convert(
         options.source,
         image_size=options.image_size,
         vision_heads=options.vision_heads,
@@ -46,7 +48,7 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "python -m lo
         model,
         options.out,
         tokenizer=options.tokenizer,
-        max_length=MAX_LENGTHS[options.family],
+        max_length=blip.MAX_LENGTH if is_blip else albef.MAX_LENGTH,
         source=options.source,
     )
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
@@ -57,7 +59,7 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "python -m lo
 def _parser(program: str) -> OneLineParser:
     parser = OneLineParser(prog=program, description="Makes a model folder of a public checkpoint.")
     families = parser.add_subparsers(dest="family", required=True, metavar="albef|blip")
-    for family in FAMILIES:
+    for family in CHECKPOINTS:
         options = families.add_parser(family, help=f"SRC is {CHECKPOINTS[family]}")
         options.add_argument("source", metavar="SRC", help=CHECKPOINTS[family])
         options.add_argument("out", metavar="OUT", help="folder to write")

@@ -19,8 +19,20 @@ IMAGE = 'images = model.encode([Image.open("photo.jpg")])'
 TEXT = 'texts = model.encode(["a dog on a beach"])'
 PIL = "from PIL import Image\n"
 NOTES = """
-PIL images with 8 bits per channel give the same vectors as the model itself, in every mode. First rotate images with an
-EXIF orientation (`PIL.ImageOps.exif_transpose`), and scale 16-bit and float images to 8 bits.
+PIL images with 8 bits per channel give the same vectors as the model itself, in every mode. Stock modules
+neither rotate nor scale an image, so convert these first, by the line that applies:
+
+```python
+import numpy as np
+from PIL import Image, ImageOps
+
+image = ImageOps.exif_transpose(image)  # an EXIF orientation
+image = Image.fromarray((np.asarray(image) / 257 + 0.5).astype(np.uint8))  # mode I;16, or I with values over 255
+image = Image.fromarray((np.asarray(image) * 255 + 0.5).clip(0, 255).astype(np.uint8))  # mode F with values from 0 to 1
+```
+
+Of a path, sentence-transformers itself opens the image, rotates it, and drops its transparency, which the model has on
+white: pass `Image.open(path)` for an image with transparency.
 """
 
 

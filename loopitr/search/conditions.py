@@ -16,6 +16,7 @@ WORD = re.compile(
 )
 KEYWORDS = ("and", "or", "not", "in", "is", "null", "between", "like", "has", "true", "false", "timestamp")
 RELATIONS = ("in", "between", "like", "has")
+EXACT = 2**53  # Up to it a range, which an index on any numbers answers, is exact.
 BOUNDS = {"<": "lt", "<=": "lte", ">": "gt", ">=": "gte"}
 
 
@@ -179,7 +180,8 @@ class _Parser:
         if isinstance(value, datetime):
             bounds = {"gte": value, "lte": value} if sign == "=" else {BOUNDS[sign]: value}
             return models.FieldCondition(key=column, range=models.DatetimeRange(**bounds))
-        if sign == "=" and not isinstance(value, float):
+        exact = isinstance(value, (str, bool)) or (isinstance(value, int) and abs(value) > EXACT)
+        if sign == "=" and exact:
             return models.FieldCondition(key=column, match=models.MatchValue(value=value))
         if isinstance(value, (str, bool)):
             raise self.error(f"{value!r} has no order on a Qdrant server; compare it by =, <>, IN or HAS")

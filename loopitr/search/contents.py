@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from .lance import ALL, connect, delete_rows, put_rows, table_names, tidy
-from .lance_checks import check_columns, check_files
+from .lance_checks import check_columns, check_facts, check_files, with_facts
 from .lance_errors import line_of, reading, repair_of
-from .manifest import TOKEN_TYPES, Manifest
+from .manifest import TOKEN_TYPES, Manifest, facts_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -48,19 +48,22 @@ class Contents:
         """Open the table, or create it.
 
         Raises:
-            ValueError: there is no such table, it is damaged, or the storage does not answer.
+            ValueError: there is no such table, it is damaged or of another index, or the storage does not answer.
         """
         import pyarrow as pa
 
         place = manifest.contents or folder
         columns = [("id", pa.int64()), ("tokens", pa.large_binary()), ("encoded", pa.large_binary())]
+        facts = facts_of(manifest)
+        schema = with_facts(pa.schema(columns), facts)
         try:
             check_files(Path(str(place), "contents.lance"))
             database = connect(place)
             if create and "contents" not in table_names(database):
-                database.create_table("contents", schema=pa.schema(columns))
+                database.create_table("contents", schema=schema)
             table = database.open_table("contents")
-            check_columns(table, pa.schema(columns))
+            check_columns(table, schema)
+            check_facts(table, facts)
             return cls(table, manifest, place)
         except (ValueError, RuntimeError, OSError) as error:
             problem = f"the contents of an index cannot be opened in {place}: {line_of(error)}"

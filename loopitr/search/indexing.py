@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -88,11 +87,17 @@ def build_index(
         check_known([*TOKEN_TYPES, "none"], tokens=tokens)
     if collection is not None and store is None:
         raise ValueError(f"collection {collection!r} is one of a Qdrant server: give its address as store")
+    if "://" in str(output):
+        raise ValueError(
+            f"{output}: an index is a folder of this machine; only its contents can be elsewhere (contents)"
+        )
     folder = user_path(output)
     _check_output(folder)
     if not isinstance(source, Source):
         source = open_source(source, images, image_column)
     check_images(source, "the source")
+    if contents is not None and "://" not in str(contents):
+        contents = str(user_path(contents).resolve())  # The index may be used from another folder.
     name = str(model)
     if isinstance(model, Retriever):
         name = str(model.model.name_or_path)
@@ -111,8 +116,7 @@ def build_index(
             manifest = manifest_of(model, name, tokens=kept, **where)
             check_new(manifest)
             Contents.check_new(manifest)
-        manifest = replace(manifest, complete=False)
-        write_manifest(folder, manifest)
+            write_manifest(folder, manifest)
         size = batch_size or (4 * torch.get_num_threads() if model.device.type == "cpu" else 64)
         return Writer(folder, manifest, model).index(source, size, num_workers, show_progress)
 

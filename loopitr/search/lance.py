@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .lance_checks import check_columns, check_files
+from .lance_checks import check_columns, check_facts, check_files, with_facts
+from .lance_columns import cell_of, check_cells, new_fields
 from .lance_errors import line_of, reading, repair_of, writing_to
 from .sources import Stamp
 
@@ -70,19 +71,23 @@ class LanceImages:
         self.table, self.embed_dim, self.folder = table, embed_dim, folder
 
     @classmethod
-    def open(cls, folder: str | Path, embed_dim: int, *, create: bool = False) -> LanceImages:
-        """Open the table, or create it.
+    def open(
+        cls, folder: str | Path, embed_dim: int, *, facts: Mapping[str, str] | None = None, create: bool = False
+    ) -> LanceImages:
+        """Open the table, or create it with the `facts` of the manifest, which are compared with them later.
 
         Raises:
-            ValueError: there is no such table, or it is damaged.
+            ValueError: there is no such table, it is damaged, or it has other facts.
         """
+        schema = with_facts(_schema(embed_dim), facts or {})
         database = connect(folder)
         try:
             check_files(Path(folder, "images.lance"))
             if create and "images" not in table_names(database):
-                database.create_table("images", schema=_schema(embed_dim))
+                database.create_table("images", schema=schema)
             table = database.open_table("images")
-            check_columns(table, _schema(embed_dim))
+            check_columns(table, schema)
+            check_facts(table, facts or {})
             return cls(table, embed_dim, folder)
         except (ValueError, RuntimeError, OSError) as error:
             raise ValueError(f"{folder} is a damaged index: {line_of(error)}; {repair_of(error)}") from error
@@ -108,7 +113,10 @@ class LanceImages:
         """Add images; those with ids in `replaced` replace their earlier rows."""
         import pyarrow as pa
 
-        self._add_columns(rows)
+        new = new_fields([row.columns for row in rows], self.table.schema)
+        if new:
+            with writing_to(self.table):
+                self.table.add_columns(new)
         schema = self.table.schema
         extra = [name for name in schema.names if name not in _schema(self.embed_dim).names]
         columns = {
@@ -120,10 +128,18 @@ class LanceImages:
             "width": [row.width for row in rows],
             "height": [row.height for row in rows],
             "embed": _vectors(np.stack([row.embed for row in rows])),
-            **{name: [_cell(row.columns.get(name), schema.field(name)) for row in rows] for name in extra},
+            **{name: [cell_of(row.columns.get(name), schema.field(name)) for row in rows] for name in extra},
         }
         arrow = pa.table({name: columns[name] for name in schema.names}, schema=schema)
         put_rows(self.table, arrow, replace=bool(replaced))
+
+    def check(self, columns: Iterable[Mapping[str, Any]]) -> None:
+        """Check that the other columns of images to store, one mapping per image, fit those that there are.
+
+        Raises:
+            ValueError: a value is not of the type of its column.
+        """
+        check_cells(columns, self.table.schema)
 
     def delete(self, ids: Sequence[int]) -> None:
         """Delete images by id."""
@@ -178,19 +194,6 @@ class LanceImages:
     def _names(self) -> list[str]:
         return [name for name in self.table.schema.names if name != "embed"]
 
-    def _add_columns(self, rows: Sequence[Row]) -> None:
-        """Add the columns of these rows that the table lacks."""
-        import pyarrow as pa
-
-        known = set(self.table.schema.names)
-        new: dict[str, Any] = {}
-        for row in rows:
-            for name, value in row.columns.items():
-                if name not in known and value is not None:
-                    new.setdefault(name, _arrow_type(value))
-        if new:
-            self.table.add_columns([pa.field(name, kind) for name, kind in new.items()])
-
 
 def table_names(database: Any) -> list[str]:
     """The names of a database's tables."""
@@ -212,26 +215,6 @@ def _schema(embed_dim: int) -> pa.Schema:
             pa.field("embed", pa.list_(pa.float32(), embed_dim)),
         ]
     )
-
-
-def _arrow_type(value: Any) -> pa.DataType:
-    import pyarrow as pa
-
-    if isinstance(value, bool):
-        return pa.bool_()
-    return pa.int64() if isinstance(value, int) else pa.float64() if isinstance(value, float) else pa.string()
-
-
-def _cell(value: Any, field: pa.Field) -> Any:
-    import pyarrow as pa
-
-    if value is None:
-        return None
-    try:
-        return pa.scalar(str(value) if pa.types.is_string(field.type) else value, type=field.type).as_py()
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
-        problem = f"column {field.name!r} of the index holds {field.type}, and is now to hold {value!r}"
-        raise ValueError(f"{problem}; give that column another name") from error
 
 
 def _vectors(embeds: np.ndarray) -> pa.FixedSizeListArray:

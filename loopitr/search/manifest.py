@@ -79,6 +79,13 @@ def manifest_of(
     )
 
 
+def facts_of(manifest: Manifest) -> dict[str, str]:
+    """What the tables of an index repeat of its manifest, because their columns alone would not contradict it."""
+    shape = manifest.token_shape
+    described = "none" if shape is None else f"{manifest.tokens} {shape[0]}x{shape[1]}"
+    return {"model_hash": manifest.model_hash, "tokens": described}
+
+
 def model_hash(retriever: Retriever) -> str:
     """A digest of the dual encoder, the same for a run and for the dual encoder exported from it."""
     return dual_key(dual_of(retriever.model), retriever.processor)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import json
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import Any
@@ -16,9 +17,12 @@ from .lance import EPOCH, Found, Row
 from .manifest import Manifest
 from .sources import Stamp
 
-PAGE = 1000  # the number of points that are read or written at a time
+PAGE = 1000  # the number of points that are read, or at most written, at a time
+REQUEST_BYTES = 2**23  # of the points written at a time, roughly; a server takes 32 MiB
+NUMBER_BYTES = 24  # of a number of a vector as JSON, at most
 TIMEOUT = 30  # seconds
-OWN = ("path", "size", "mtime", "width", "height")
+OWN = {"path": "keyword", "size": "integer", "mtime": "datetime", "width": "integer", "height": "integer"}
+ADDRESS = ("http://", "https://")
 _LOCAL: dict[str, Any] = {}  # clients of local folders, each of which only one client may open
 
 
@@ -41,16 +45,20 @@ class QdrantImages:
         """
         store, collection = str(manifest.store), str(manifest.collection)
         images = cls(_client(store), collection, store)
+        from qdrant_client import models
+
         with _answering(store):
             if images.client.collection_exists(collection):
-                size = images.client.get_collection(collection).config.params.vectors.size
-                if size != manifest.embed_dim:
-                    raise ValueError(f"{collection!r} holds vectors of {size} dimensions, wanted {manifest.embed_dim}")
+                vectors = images.client.get_collection(collection).config.params.vectors
+                if getattr(vectors, "distance", None) != models.Distance.DOT:
+                    raise ValueError(f"{collection!r} is not of an index: it does not compare vectors by dot product")
+                if vectors.size != manifest.embed_dim:
+                    problem = f"{collection!r} holds vectors of {vectors.size} dimensions"
+                    raise ValueError(f"{problem}, wanted {manifest.embed_dim}")
             elif create:
-                from qdrant_client import models
-
                 vectors = models.VectorParams(size=manifest.embed_dim, distance=models.Distance.DOT)
                 images.client.create_collection(collection, vectors_config=vectors)
+                images._index(OWN)
             else:
                 raise ValueError(f"it has no collection {collection!r}")
         return images
@@ -80,15 +88,12 @@ class QdrantImages:
 
     def put(self, rows: Sequence[Row], replaced: Collection[int] = ()) -> None:
         """Add images. Points of the same id are always replaced, so `replaced` is not used."""
-        from qdrant_client import models
-
-        for start in range(0, len(rows), PAGE):
-            points = [
-                models.PointStruct(id=row.id, vector=row.embed.tolist(), payload=_payload(row))
-                for row in rows[start : start + PAGE]
-            ]
+        for points in _requests(rows):
             with _answering(self.store):
                 self.client.upsert(self.collection, points, wait=True)
+
+    def check(self, columns: Iterable[Mapping[str, Any]]) -> None:
+        """Does nothing, since each image's values may be of any type."""
 
     def delete(self, ids: Sequence[int]) -> None:
         from qdrant_client import models
@@ -114,17 +119,30 @@ class QdrantImages:
         return [_found(point, point.score) for point in points]
 
     def finish(self) -> None:
-        """Does nothing, since the server indexes the vectors by itself."""
+        """Have the server index new columns for conditions; it indexes the vectors by itself."""
+        self._index({name: _kind(value) for name, value in self._examples().items() if name not in OWN})
 
     def columns(self) -> list[str]:
         """The columns of the first 100 images, since a collection has no list of its columns."""
-        with _answering(self.store):
-            points, _ = self.client.scroll(self.collection, limit=100, with_payload=True)
-        names = dict.fromkeys(name for point in points for name in point.payload if name != "file")
-        return list(dict.fromkeys([*OWN, *names]))
+        return list(dict.fromkeys([*OWN, *self._examples()]))
 
     def vector_index(self) -> str | None:
         return "HNSW"
+
+    def _examples(self) -> dict[str, Any]:
+        """A value of each column that the first 100 images have."""
+        with _answering(self.store):
+            points, _ = self.client.scroll(self.collection, limit=100, with_payload=True)
+        return {name: value for point in reversed(points) for name, value in point.payload.items() if name != "file"}
+
+    def _index(self, kinds: Mapping[str, str]) -> None:
+        """Index columns on the server, without which a condition reads all images, and may be refused."""
+        if not self.store.startswith(ADDRESS):
+            return
+        with _answering(self.store):
+            indexed = self.client.get_collection(self.collection).payload_schema
+            for name in kinds.keys() - indexed.keys():
+                self.client.create_payload_index(self.collection, name, field_schema=kinds[name], wait=True)
 
     def _filter(self, where: str | None) -> Any:
         """The Qdrant filter for a condition.
@@ -140,8 +158,9 @@ class QdrantImages:
         for column in sorted(condition.columns):
             empty = models.IsEmptyCondition(is_empty=models.PayloadField(key=column))
             with _answering(self.store):
-                have = self.client.count(self.collection, count_filter=models.Filter(must_not=[empty]), exact=True)
-            if column == "file" or not have.count:
+                has = models.Filter(must_not=[empty])
+                found, _ = self.client.scroll(self.collection, scroll_filter=has, limit=1, with_payload=False)
+            if column == "file" or not found:
                 raise ValueError(f"where {where!r}: no image has a column {column!r}; there are {self.columns()}")
         return condition.filter
 
@@ -163,7 +182,7 @@ def _client(store: str) -> Any:
     except ModuleNotFoundError as error:
         message = 'an index on a Qdrant server needs its client: pip install "loopitr[qdrant]"'
         raise ModuleNotFoundError(message) from error
-    is_address = store.startswith(("http://", "https://"))
+    is_address = store.startswith(ADDRESS)
     if not is_address and ("://" in store or os.sep not in store):
         raise ValueError(f"the store {store}: not an address such as http://host:6333 (nor a folder such as ./vectors)")
     with _answering(store):
@@ -190,6 +209,31 @@ def _answering(store: str) -> Iterator[None]:
         if text.startswith("the store "):
             raise
         raise ValueError(f"the store {store}: {' '.join(text.split()) or type(error).__name__}") from error
+
+
+def _requests(rows: Sequence[Row]) -> Iterator[list[Any]]:
+    """The rows as points, as many in a request as its size allows."""
+    from qdrant_client import models
+
+    points: list[Any] = []
+    size = 0
+    for row in rows:
+        payload = _payload(row)
+        own = NUMBER_BYTES * len(row.embed) + len(json.dumps(payload))
+        if points and (size + own > REQUEST_BYTES or len(points) == PAGE):
+            yield points
+            points, size = [], 0
+        points.append(models.PointStruct(id=row.id, vector=row.embed.tolist(), payload=payload))
+        size += own
+    if points:
+        yield points
+
+
+def _kind(value: Any) -> str:
+    """The kind of an index on a column with this value; `float` takes all numbers, and `text` finds words."""
+    if isinstance(value, bool):
+        return "bool"
+    return "float" if isinstance(value, (int, float)) else "text"
 
 
 def _payload(row: Row) -> dict[str, Any]:

@@ -223,6 +223,7 @@ def index_info(folder: str | Path, manifest: Manifest, images: ImageStore) -> di
         "embed_dim": manifest.embed_dim,
         "tokens": manifest.tokens,
         "store": manifest.store or "lance",
+        "contents": manifest.contents,
         "format": manifest.format,
     }
 

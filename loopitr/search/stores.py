@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from .lance import Found, LanceImages, Row
-from .manifest import Manifest
+from .manifest import Manifest, facts_of
 from .sources import Stamp
 
 
@@ -23,6 +23,8 @@ class ImageStore(Protocol):
     def listed(self, where: str | None = None) -> list[Found]: ...
 
     def put(self, rows: Sequence[Row], replaced: Collection[int] = ()) -> None: ...
+
+    def check(self, columns: Iterable[Mapping[str, Any]]) -> None: ...
 
     def delete(self, ids: Sequence[int]) -> None: ...
 
@@ -45,7 +47,7 @@ def open_images(folder: str | Path, manifest: Manifest, *, create: bool = False)
         ModuleNotFoundError: the package of its store is not installed.
     """
     if manifest.store is None:
-        return LanceImages.open(folder, manifest.embed_dim, create=create)
+        return LanceImages.open(folder, manifest.embed_dim, facts=facts_of(manifest), create=create)
     from .qdrant import QdrantImages
 
     return QdrantImages.open(manifest, create=create)

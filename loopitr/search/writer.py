@@ -83,7 +83,10 @@ class Writer:
         for position, own in enumerate(ids):
             if self.known.get(own) != source.stamp(position) or own in self.bare:
                 todo.setdefault(own, position)
+        self.images.check(source.columns(position) for position in todo.values())
         self.contents.check_room(len(todo))
+        self.manifest = replace(self.manifest, complete=False)
+        write_manifest(self.folder, self.manifest)
         skipped = dict(source.skipped)
         for path, reason in self._encode(source, [*todo.values()], batch_size, num_workers, progress):
             skipped[path] = reason

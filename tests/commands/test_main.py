@@ -41,7 +41,8 @@ def test_help_has_a_line_for_each_command_and_does_without_torch():
 
 
 @pytest.mark.parametrize(
-    ("name", "option"), [("evaluate", "--rerank"), ("calibrate", "--rerank"), ("export", "--output")]
+    ("name", "option"),
+    [("evaluate", "--rerank"), ("calibrate", "--rerank"), ("export", "--output"), ("convert", "albef|blip")],
 )
 def test_help_of_a_command_does_without_torch(name, option):
     *shown, imported = started(name, "--help")

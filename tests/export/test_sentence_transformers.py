@@ -10,7 +10,7 @@ import torch
 from helpers.recipe_process import environment
 from helpers.support import BERT, CNN, SIZES, VIT, tiny_model
 from helpers.tiny_gallery import captions, picture, tiny_processor
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from sentence_transformers import SentenceTransformer
 
 import loopitr.export.sentence_transformers as exporting
@@ -73,7 +73,7 @@ def test_it_loads_without_this_package_and_without_notes(tmp_path):
 import sys
 sys.modules["loopitr"] = None
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from sentence_transformers import SentenceTransformer
 model = SentenceTransformer(sys.argv[1], device="cpu", trust_remote_code=False)
 query, images = model.encode_query(["a red circle"]), model.encode([Image.new("RGB", (40, 30), "red")])
@@ -143,3 +143,37 @@ def test_the_callers_model_stays_as_it_is(tmp_path):
     limit = (processor := tiny_processor()).tokenizer.model_max_length
     exporting.export_sentence_transformers(model, tmp_path / "out", processor=processor)
     assert model.dtype == torch.bfloat16 and processor.tokenizer.model_max_length == limit
+
+
+def test_the_cards_lines_convert_the_images_that_differ(tmp_path):
+    model, processor = tiny_model(), tiny_processor()
+    export_sentence_transformers(model, tmp_path / "out", processor=processor)
+    loaded, own = SentenceTransformer(str(tmp_path / "out"), device="cpu"), Retriever(model, processor)
+    lines = [line for line in (tmp_path / "out" / "README.md").read_text().splitlines() if line.startswith("image = ")]
+    grey = np.asarray(picture(3).convert("L"))
+    rotated = picture(5, (40, 30))
+    rotated.getexif()[ExifTags.Base.Orientation] = 6
+    images = [rotated, Image.fromarray(grey.astype(np.uint16) * 250), Image.fromarray(grey.astype(np.float32) / 255)]
+    assert [image.mode for image in images] == ["RGB", "I;16", "F"] and len(lines) == 3
+    for image, line in zip(images, lines):
+        wanted = own.encode_images([image])
+        names = {"np": np, "Image": Image, "ImageOps": ImageOps, "image": image}
+        exec(line, names)
+        assert np.abs(loaded.encode([image]) - wanted).max() > 1e-3
+        assert np.abs(loaded.encode([names["image"]]) - wanted).max() <= 1e-5, line
+
+
+def test_an_image_with_transparency_is_not_passed_as_a_path(tmp_path):
+    model, processor = tiny_model(), tiny_processor()
+    export_sentence_transformers(model, tmp_path / "out", processor=processor)
+    loaded, own = SentenceTransformer(str(tmp_path / "out"), device="cpu"), Retriever(model, processor)
+    clear, rotated = picture(20).convert("RGBA"), picture(5, (40, 30))
+    clear.putalpha(picture(21).convert("L"))
+    rotated.getexif()[ExifTags.Base.Orientation] = 6
+    paths = [str(tmp_path / "rotated.png"), str(tmp_path / "clear.png")]
+    rotated.save(paths[0], exif=rotated.getexif())
+    clear.save(paths[1])
+    wanted = own.encode_images(paths)
+    by_path, opened = loaded.encode(paths), loaded.encode([Image.open(paths[1])])
+    difference = np.abs(by_path - wanted).max(1)
+    assert difference[0] <= 1e-5 and difference[1] > 1e-3 and np.abs(opened - wanted[1:]).max() <= 1e-5

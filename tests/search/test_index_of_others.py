@@ -44,7 +44,7 @@ MANIFESTS = {
     "model_hash": [5],
     "embed_dim": [-1, "x", 10**12, True],
     "tokens": ["evil", ["fp16"], None],
-    "token_shape": [[5], "ab", [10**12, 1], [0, 4], None, [5, 5]],
+    "token_shape": [[5], "ab", [10**12, 1], [0, 4], None],
     "store": [5, ["x"]],
     "contents": [5, "a\0b"],
     "complete": ["no"],

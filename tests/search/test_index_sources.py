@@ -10,10 +10,12 @@ from helpers.tiny_index import index, listed, tiny_retriever, write_photos
 
 from loopitr import Searcher
 from loopitr.search.indexing import add_images
+from loopitr.search.manifest import read_manifest
 from loopitr.search.sources import folder_source
+from loopitr.search.writer import Writer
 
 
-def test_a_table_with_captions_and_other_columns(tmp_path):
+def test_a_table_with_captions_and_other_columns(tmp_path, monkeypatch):
     write_photos(tmp_path / "photos", 4)
     lines = ["image,caption,year,stars,public,width", "000.jpg,a red circle,2020,1.5,true,x", "000.jpg,a dog,2020,,,x"]
     lines += [
@@ -60,8 +62,13 @@ def test_a_table_with_captions_and_other_columns(tmp_path):
     row = listed(tmp_path / "index")["050.jpg"]
     write_photos(tmp_path / "more", 1, first=51)
     more.write_text(json.dumps({"image": "51.jpg", "year": "late"}).replace("51", "more/051"))
-    with pytest.raises(ValueError, match="column 'year' of the index holds int64, and is now to hold 'late'"):
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(ValueError, match="column 'year' of the index holds int64, and is now to hold 'late'"),
+    ):
+        patched.setattr(Writer, "_encode", None)  # It is found before the first image is encoded,
         add_images(more, tmp_path / "index", model=retriever, num_workers=0, show_progress=False)
+    assert read_manifest(tmp_path / "index").complete  # and the index stays as it was.
     assert row.columns["caption"] == "one\ntwo" and row.columns["place"] == "Rome" and "year" not in row.columns
 
 

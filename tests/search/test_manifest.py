@@ -8,7 +8,8 @@ import pytest
 from helpers.tiny_index import index, listed, tiny_retriever, write_photos
 
 from loopitr import Searcher
-from loopitr.search.manifest import read_manifest, read_skipped, writing
+from loopitr.search.manifest import check_model, read_manifest, read_skipped, writing
+from loopitr.search.removing import remove_images
 
 GOOD = {"format": 1, "model": "run", "model_hash": "abc", "embed_dim": 16, "tokens": "fp16", "token_shape": [17, 32]}
 
@@ -66,7 +67,7 @@ def test_an_index_stays_as_it_was_made(tmp_path):
         ({"tokens": "none"}, "was made with tokens bf16, which cannot become none"),
         ({"tokens": "fp16"}, "was made with tokens bf16, which cannot become fp16"),
         ({"store": "http://127.0.0.1:9"}, "was made with store none, which cannot become http://127.0.0.1:9"),
-        ({"contents": "elsewhere"}, "was made with contents none, which cannot become elsewhere"),
+        ({"contents": "elsewhere"}, "was made with contents none, which cannot become /.*/elsewhere"),
     ):
         with pytest.raises(ValueError, match=message):
             index(photos, retriever, tmp_path / "index", **options)
@@ -85,12 +86,48 @@ def test_sizes_that_are_not_the_models(tmp_path):
     content = json.loads(manifest.read_text())
     cases = [
         ("embed_dim", 8, r"is a damaged index: its column 'embed' is .*\[16\], wanted .*\[8\]"),
-        ("token_shape", [3, 4], r"manifest.json is damaged: token_shape is \(3, 4\), and .* in the model"),
+        ("token_shape", [3, 4], r"its 'tokens' is fp16 17x32 in the table 'images', but fp16 3x4 in the manifest"),
     ]
     for name, wrong, fault in cases:
         manifest.write_text(json.dumps({**content, name: wrong}))
         with pytest.raises(ValueError, match=fault):
             Searcher.open(tmp_path / "index", model=retriever)
+        with pytest.raises(ValueError, match=f"manifest.json is damaged: {name} is .*, and .* in the model"):
+            check_model(tmp_path / "index", read_manifest(tmp_path / "index"), retriever)
+
+
+def test_facts_that_the_tables_contradict(tmp_path):
+    photos, retriever = write_photos(tmp_path / "photos", 2), tiny_retriever()
+    index(photos, retriever, tmp_path / "index")
+    manifest = tmp_path / "index" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    cases = [
+        ({"tokens": "bf16"}, "its 'tokens' is fp16 17x32 in the table 'images', but bf16 17x32 in the manifest"),
+        (
+            {"tokens": None, "token_shape": None},
+            "its 'tokens' is fp16 17x32 in the table 'images', but none in the manifest",
+        ),
+        ({"model_hash": "abc"}, r"its 'model_hash' is \w+ in the table 'images', but abc in the manifest"),
+    ]
+    for wrong, fault in cases:
+        manifest.write_text(json.dumps({**content, **wrong}))
+        for use in (lambda: Searcher.open(tmp_path / "index", model=retriever), lambda: removed(tmp_path / "index")):
+            with pytest.raises(ValueError, match=fault):
+                use()
+
+
+def removed(folder):
+    return remove_images(folder, where="width > 0")
+
+
+def test_the_contents_of_another_index(tmp_path):
+    photos, model, other = write_photos(tmp_path / "photos", 2), tiny_retriever(), tiny_retriever(embed_dim=8)
+    for name, retriever in (("one", model), ("two", other)):
+        index(photos, retriever, tmp_path / name, contents=str(tmp_path / f"{name}_contents"))
+    path = tmp_path / "one" / "manifest.json"
+    path.write_text(path.read_text().replace("one_contents", "two_contents"))
+    with pytest.raises(ValueError, match="cannot be opened in .*two_contents: its 'model_hash' is "):
+        Searcher.open(tmp_path / "one", model=model)
 
 
 def test_tokens_that_are_lost_are_computed_again(tmp_path):
