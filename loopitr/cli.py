@@ -71,8 +71,9 @@ def run(main: Callable[[], None]) -> None:
     """Run a recipe.
 
     Errors that the user can correct print one line to stderr and exit with status 2, Ctrl-C prints one line and exits
-    with 130; other errors print a traceback. LOOPITR_DEBUG=1 prints the traceback of every error. If the reader of the
-    output has ended, such as `head`, this ends too, without a line.
+    with 130; other errors print a traceback. An error in the Rust code of a library, such as that of a tokenizer whose
+    regular expression takes too long, prints one line too. LOOPITR_DEBUG=1 prints the traceback of every error. If the
+    reader of the output has ended, such as `head`, this ends too, without a line.
     """
     try:
         try:
@@ -87,6 +88,11 @@ def run(main: Callable[[], None]) -> None:
         if isinstance(error, BrokenPipeError) and _has_no_reader():
             sys.exit(NO_READER)
         if os.environ.get("LOOPITR_DEBUG"):
+            raise
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        sys.exit(USAGE_ERROR)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException" or os.environ.get("LOOPITR_DEBUG"):
             raise
         print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(USAGE_ERROR)
@@ -241,7 +247,7 @@ def _check_groups(options: Any, namespace: Any, group: str = "") -> None:
         _check_groups(kind, value, f"{group}{field.name}.")
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     text = str(error).strip()
     if text.startswith("Caught ") and "DataLoader worker" in text:
         # The text has the worker's traceback; its last line is the error.

@@ -38,6 +38,20 @@ def test_an_error_without_words_is_named(capsys):
     assert capsys.readouterr().err == "error: ValueError\n"
 
 
+def test_a_panic_of_rust_code_is_one_line(capfd, monkeypatch):
+    """As of a tokenizer whose regular expression was made to take for ever: its engine gives up."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    monkeypatch.delenv("LOOPITR_DEBUG", raising=False)
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(x+x+)+y"), "isolated")
+    with pytest.raises(SystemExit) as raised:
+        run(lambda: tokenizer.encode("x" * 60))
+    errors = capfd.readouterr().err
+    assert raised.value.code == 2 and "Traceback" not in errors
+    assert errors.splitlines()[-1] == "error: Onig: Regex search error: retry-limit-in-match over"
+
+
 def test_debug_shows_the_traceback(monkeypatch):
     monkeypatch.setenv("LOOPITR_DEBUG", "1")
     with pytest.raises(ValueError, match="wrong"):

@@ -216,6 +216,9 @@ def _load(module: nn.Module, weights: Mapping[str, Tensor], source: str, *, extr
         elif misfit.other_shape:
             name, (shape, wanted) = next(iter(misfit.other_shape.items()))
             fault = f"{name} is {shape}, wanted {wanted}"
+        elif misfit.other_type:
+            name, kind = next(iter(misfit.other_type.items()))
+            fault = f"{name} is of type {kind}, wanted floating point"
         else:
             fault = f"missing {first_keys(misfit.missing)}"
         return f"weights of {source} do not fit: {fault}"

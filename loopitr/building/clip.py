@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedCo
 
 from loopitr.building.text import describe_text, load_tokenizer
 from loopitr.building.weights import first_keys, hub_access, local_or_hub
-from loopitr.models.foreign import config_of, one_line_errors
+from loopitr.models.foreign import check_types, config_of, one_line_errors
 from loopitr.models.image_backbone import ACTIVATIONS, mlp_ratio
 
 # timm's ViTs of these model types; arguments change their size.
@@ -70,6 +70,7 @@ def load_pair(name: str) -> Pair:
         model, info = AutoModel.from_pretrained(
             source, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
+        check_types(model, source)
     if info["missing_keys"]:
         raise ValueError(f"model.pair {name}: missing weights {first_keys(sorted(info['missing_keys']))}")
     state = model.state_dict()

@@ -14,7 +14,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from loopitr.models.foreign import config_of, one_line_errors
+from loopitr.models.foreign import check_types, config_of, one_line_errors
+from loopitr.models.processor_files import check_vocabulary
 from loopitr.models.text_backbone import ALWAYS_FULL, text_class
 
 # These are saved even if they are defaults of the config's class, because the fusion head may copy them.
@@ -44,6 +45,7 @@ def load_text(source: str) -> PretrainedText:
         model, info = model_class.from_pretrained(
             source, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
+        check_types(model, source)
     random_names = {name.removeprefix("text_model.") for name in info["missing_keys"]}
     return PretrainedText(getattr(model, "text_model", model), random_names)
 
@@ -52,12 +54,13 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub id.
 
     Raises:
-        ValueError: it cannot be loaded, or has no padding token.
+        ValueError: it cannot be loaded, has no padding token, or gives two tokens one id.
     """
     with one_line_errors(f"the tokenizer of {source}"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if tokenizer.pad_token is None:
         raise ValueError(f"the tokenizer of {source} has no padding token")
+    check_vocabulary(tokenizer, source)
     return tokenizer
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from loopitr.building.folders import model_source, saved_class
 from loopitr.building.sizes import check_sizes
 from loopitr.building.weights import hub_access
-from loopitr.models.foreign import check_shards, check_weights, one_line_errors
+from loopitr.models.foreign import check_shards, check_types, check_weights, one_line_errors
 from loopitr.models.processing import LoopITRProcessor
 from loopitr.models.towers import TOWERS, ImageTower, TextTower, tower_config, tower_prefixes
 
@@ -50,6 +50,7 @@ def load_tower(path: str | Path, tower: str) -> tuple[ImageTower | TextTower, Lo
         raise ValueError(f"{path}: config.json does not fit the weights of its {tower} tower ({error})") from error
     with one_line_errors(source):
         model.to(next(iter(weights.values())).dtype)
+    check_types(model, str(folder))
     check_weights(model, source)
     check_sizes(model, processor, source)
     return model.eval(), processor

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from loopitr.models.foreign import one_line_errors
 from loopitr.reading import user_path
 
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SHOWN = 3  # the number of keys of each kind that an error names
 INSTALL = 'pip install "loopitr[backbones]"'
 
@@ -155,14 +156,16 @@ def hub_access(name: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Misfit:
-    """The keys of weights that do not fit a module: missing, left over, or of another shape.
+    """The keys of weights that do not fit a module: missing, left over, of another shape, or of another type.
 
-    `other_shape` maps a name to the shape of the weights and the shape of the module.
+    `other_shape` maps a name to the shape of the weights and the shape of the module, and `other_type` a name to the
+    type of weights that are integers, complex or of 8 bits where the module has a floating point.
     """
 
     missing: list[str]
     left_over: list[str]
     other_shape: dict[str, tuple[list[int], list[int]]]
+    other_type: dict[str, str]
 
 
 def load_weights(
@@ -195,8 +198,13 @@ def load_weights(
         missing=[name for name in wanted if name not in weights and not name.endswith("num_batches_tracked")],
         left_over=[] if extra_allowed else [name for name in weights if name not in wanted],
         other_shape={name: pair for name, pair in shapes.items() if pair[0] != pair[1]},
+        other_type={
+            name: str(weights[name].dtype).removeprefix("torch.")
+            for name, ours in wanted.items()
+            if name in weights and own[ours].is_floating_point() and weights[name].dtype not in FLOATS
+        },
     )
-    if misfit.missing or misfit.left_over or misfit.other_shape:
+    if misfit.missing or misfit.left_over or misfit.other_shape or misfit.other_type:
         raise ValueError(error(misfit))
     module.load_state_dict({ours: weights[name] for name, ours in wanted.items() if name in weights}, strict=False)
 
@@ -211,12 +219,15 @@ def load_exactly(
         names: as in `load_weights`.
 
     Raises:
-        ValueError: keys are missing, left over or of another shape; the line has their names in `weights`.
+        ValueError: keys are missing, left over, of another shape or type; the line has their names in `weights`.
     """
 
     def error(misfit: Misfit) -> str:
         shapes = [f"{name} {shape} (wanted {wanted})" for name, (shape, wanted) in misfit.other_shape.items()]
-        return misfit_error(source, missing=misfit.missing, left_over=misfit.left_over, other_shape=shapes)
+        types = [f"{name} {kind} (wanted floating point)" for name, kind in misfit.other_type.items()]
+        return misfit_error(
+            source, missing=misfit.missing, left_over=misfit.left_over, other_shape=shapes, other_type=types
+        )
 
     load_weights(module, weights, extra_allowed=False, error=error, names=names)
 
@@ -234,10 +245,20 @@ def refuse(
 
 
 def misfit_error(
-    source: str, *, missing: Collection[str], left_over: Collection[str], other_shape: Collection[str]
+    source: str,
+    *,
+    missing: Collection[str],
+    left_over: Collection[str],
+    other_shape: Collection[str],
+    other_type: Collection[str] = (),
 ) -> str:
     """The message for weights of `source` that do not fit: the first keys of each kind, and their number."""
-    kinds = {"missing": missing, "left over": left_over, "of another shape": other_shape}
+    kinds = {
+        "missing": missing,
+        "left over": left_over,
+        "of another shape": other_shape,
+        "of another type": other_type,
+    }
     faults = [f"{kind} {listed(keys)}" for kind, keys in kinds.items() if keys]
     return f"{source} does not fit: {'; '.join(faults)}"
 

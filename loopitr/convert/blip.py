@@ -21,7 +21,7 @@ from transformers import BlipForImageTextRetrieval
 from loopitr.building.weights import hub_access, load_exactly, refuse
 from loopitr.convert.weights import head_count, read_checkpoint, resize_positions
 from loopitr.models.config import LoopITRConfig
-from loopitr.models.foreign import config_of, one_line_errors
+from loopitr.models.foreign import check_types, config_of, one_line_errors
 from loopitr.models.image_backbone import ACTIVATIONS, mlp_ratio
 from loopitr.models.loop_model import LoopITRModel
 
@@ -129,6 +129,7 @@ def convert_blip(
         if model_type != "blip":
             raise ValueError(f"{source} holds a {model_type!r} model, wanted 'blip' (a BlipForImageTextRetrieval)")
         loaded: Any = BlipForImageTextRetrieval.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+        check_types(loaded[0], source)
     blip, info = loaded
     refuse(kind, missing=sorted(info["missing_keys"]), left_over=sorted(info["unexpected_keys"]))
     settings = _read_settings(blip.config, vision_heads, text_heads)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from loopitr.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .cache_folder import names_digest
+    from .cache_folder import images_digest
     from .collate import Batch, Collator, caption_id, count_truncated
     from .dataset import CaptionDataset, EpochSampler, StreamDataset
     from .decoded import DecodedImages
@@ -69,7 +69,7 @@ _MODULES = {
     "load_records": ".sources",
     "load_table": ".table",
     "name_of": ".records",
-    "names_digest": ".cache_folder",
+    "images_digest": ".cache_folder",
     "relevance": ".scenes",
     "relevance_of": ".records",
     "scene_captions": ".scenes",

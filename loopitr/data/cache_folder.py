@@ -24,21 +24,31 @@ from torch.utils.data import DataLoader
 from loopitr.reading import read_object
 
 from .decoded import DecodedImages, ToTensor
+from .image_sizes import image_sizes
 from .records import DataError, LazyRecords, Record, name_of
 from .workers import leave_signals_to_the_run
 
 META = "meta.json"
 
 
-def names_digest(records: Sequence[Record]) -> str:
-    """A digest of the names of a sequence's images, in order. It reads no image."""
+def images_digest(records: Sequence[Record]) -> str:
+    """A digest of the names of a sequence's images, and of the sizes of their files, in order. It reads no image."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(getattr(records, "fingerprint", "").encode())
     for index in range(len(records)):
         digest.update(b"\0" + name_of(records, index).encode(errors="surrogatepass"))
         if not isinstance(records, LazyRecords) and isinstance(records[index].image, (str, Path)):
             digest.update(b"\1" + str(records[index].image).encode(errors="surrogatepass"))
+    sizes = image_sizes(records)
+    if sizes is not None:
+        digest.update(b"\2" + sizes.astype("<i8").tobytes())
     return digest.hexdigest()
+
+
+def stored_digest(meta: dict[str, Any]) -> str:
+    """The digest of the images in a cache's `meta.json`; older caches have one of their names alone."""
+    digest: str = meta["images_digest" if "images_digest" in meta else "names_digest"]
+    return digest
 
 
 def make_folder(folder: str | Path) -> None:

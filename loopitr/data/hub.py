@@ -7,6 +7,7 @@ takes seconds.
 from __future__ import annotations
 
 import contextlib
+import glob
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from .columns import (
     image_value,
 )
 from .hub_stream import KEYS, URL, HubStream, one_line
+from .image_sizes import file_size
 from .records import DataError, LazyRecords, Record
 from .report import LoadReport, clean_captions
 from .tars import tar_fault
@@ -70,7 +72,8 @@ def load_hub(
         dataset = _load(path, split, name, data_files, streaming, features=features)
     dataset = _undecoded(dataset, columns, features)
     if streaming:
-        return HubStream(dataset=dataset, columns=columns, source=source, split=split, report=report)
+        files = _local_files(path, split, data_files)
+        return HubStream(dataset=dataset, columns=columns, source=source, split=split, report=report, files=files)
     return HubRecords(dataset, columns=columns, source=source, split=split, report=report)
 
 
@@ -113,6 +116,15 @@ def _load(path: str, split: str, name: str | None, data_files: DataFiles, stream
         raise DataError(f"{named}: datasets cannot load it: {one_line(error)}") from error
 
 
+def _local_files(path: str, split: str, data_files: DataFiles) -> tuple[str, ...]:
+    """The local files that a source is read from, as far as they show without asking `datasets`, sorted by path."""
+    if data_files is None:
+        return tuple(sorted(str(file) for file in Path(path).rglob("*") if file.is_file()))
+    named = data_files.get(split.split("[")[0], ()) if isinstance(data_files, dict) else data_files
+    patterns = [named] if isinstance(named, str) else named
+    return tuple(sorted(file for pattern in patterns for file in glob.glob(pattern, recursive=True)))
+
+
 @contextlib.contextmanager
 def from_cache_alone() -> Iterator[None]:
     """A context in which hub ids are read from the cache of `datasets`, and nothing is downloaded."""
@@ -150,7 +162,8 @@ class HubRecords(LazyRecords):
         self._dataset = dataset
         self._texts = dataset.select_columns([columns.caption_root])
         self._keys = dataset.select_columns(list(KEYS)) if set(KEYS) <= set(dataset.column_names) else None
-        self._paths, missing, self._identities = image_facts(dataset, columns.image)
+        self._images = image_facts(dataset, columns.image)
+        missing = self._images.missing
         for tar in [] if self._keys is None else dataset.data.column(URL).unique().to_pylist():
             if fault := tar_fault(tar):
                 report.skip(fault, tar)
@@ -202,10 +215,17 @@ class HubRecords(LazyRecords):
         return int(self._counts[index])
 
     def identity(self, index: int) -> int:
-        return int(self._identities[self._rows[index]])
+        return int(self._images.identities[self._rows[index]])
 
     def name(self, index: int) -> str:
         return self._row_name(int(self._rows[index]))
+
+    def image_sizes(self) -> np.ndarray:
+        sizes = self._images.sizes[self._rows]  # a copy
+        if self._images.paths is not None:
+            for index in np.flatnonzero(sizes < 0):
+                sizes[index] = file_size(self._images.paths[int(self._rows[index])].as_py())
+        return sizes
 
     @property
     def fingerprint(self) -> str:
@@ -219,5 +239,5 @@ class HubRecords(LazyRecords):
         if self._keys is not None:
             keys = self._keys[row]
             return f"{keys['__url__']}::{keys['__key__']}"
-        path = None if self._paths is None else self._paths[row].as_py()
+        path = None if self._images.paths is None else self._images.paths[row].as_py()
         return path if path and "/" in path else f"{self.source} row {row}" + (f" ({path})" if path else "")

@@ -22,7 +22,8 @@ class HubStream:
 
     A stream has no row numbers that all shards agree on, so a record's identity is a hash of the image (its bytes, or
     else its path). Shards are whole files if their number is divisible by that of the shards, otherwise every n-th row.
-    Shards may differ in length, so training on several ranks should count steps, not epochs.
+    Shards may differ in length, so training on several ranks should count steps, not epochs. `files` are the local
+    files that it reads.
     """
 
     dataset: Any
@@ -36,6 +37,7 @@ class HubStream:
     buffer_size: int = 1000
     epoch: int = 0
     limit: int | None = None
+    files: tuple[str, ...] = ()
 
     def shard(self, num_shards: int, index: int) -> HubStream:
         """Part `index` of `num_shards` disjoint parts of this stream."""

@@ -19,10 +19,11 @@ from .cache_folder import (
     check_space,
     damaged,
     expect_intact,
-    names_digest,
+    images_digest,
     none_readable,
     read_images,
     read_meta,
+    stored_digest,
 )
 from .records import DataError, Record
 
@@ -41,7 +42,7 @@ class ImageCache:
         with expect_intact(self.folder, "not an image cache"):
             meta = read_meta(self.folder)
             self.shortest: int = meta["shortest"]
-            self.names_digest: str = meta["names_digest"]
+            self.images_digest = stored_digest(meta)
             self.unreadable: dict[int, str] = {int(index): reason for index, reason in meta["unreadable"].items()}
         index, pixels = self._mapped()
         if index.ndim != 2 or index.shape[1] != 3 or int(index[:, 1:].prod(axis=1).sum()) * 3 != len(pixels):
@@ -58,24 +59,24 @@ class ImageCache:
         batch_size: int = 16,
         progress: bool = True,
     ) -> ImageCache:
-        """Open `folder/<shortest>px-<names digest[:16]>`, building it first if it is not there.
+        """Open `folder/<shortest>px-<images digest[:16]>`, building it first if it is not there.
 
         Images whose shorter side is above `shortest` pixels are shrunk to it; none is enlarged. Images are identified
-        by name and path, not by content: delete the folder after editing images in place. `build_once` says what
+        by name, path and size of the file in bytes, so a replaced image makes another cache. `build_once` says what
         happens to interrupted and concurrent builds.
         """
         if shortest < 1:
             raise ValueError(f"shortest must be at least 1 pixel, got {shortest}")
-        digest = names_digest(records)
+        digest = images_digest(records)
         target = Path(folder) / f"{shortest}px-{digest[:16]}"
 
         def build(temporary: Path) -> dict[str, Any]:
             unreadable = _build(temporary, records, shortest, batch_size, num_workers, progress)
-            return {"shortest": shortest, "names_digest": digest, "unreadable": unreadable}
+            return {"shortest": shortest, "images_digest": digest, "unreadable": unreadable}
 
         build_once(target, build)
         cache = cls(target)
-        if cache.shortest != shortest or cache.names_digest != digest or len(cache) != len(records):
+        if cache.shortest != shortest or cache.images_digest != digest or len(cache) != len(records):
             raise DataError(f"{target}: made for another size or set of images; delete it")
         return cache
 

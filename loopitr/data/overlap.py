@@ -6,14 +6,13 @@ Only files of equal size are read. A copy that was encoded again has other bytes
 from __future__ import annotations
 
 import hashlib
-import os
-import stat
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
+from .image_sizes import file_size
 from .records import Record
 from .scenes import SceneRecords
 
@@ -82,12 +81,8 @@ def _size(image: str | Path | bytes | Image.Image) -> Hashable:
         return len(image) or None
     if isinstance(image, Image.Image):
         return (image.mode, *image.size)
-    try:
-        status = os.stat(image)
-    except (OSError, ValueError):
-        return None
-    # Reading a pipe or a device may never end, so these count as unreadable.
-    return status.st_size or None if stat.S_ISREG(status.st_mode) else None
+    size = file_size(image)
+    return size if size > 0 else None
 
 
 def _digest(image: str | Path | bytes | Image.Image) -> bytes | None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, overload
 from PIL import Image
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 INT64 = range(-(2**63), 2**63)  # what a tensor of identities can hold
@@ -140,6 +141,13 @@ class LazyRecords(Sequence[Record]):
     def fingerprint(self) -> str:
         """A text that distinguishes sources whose records have the same names; empty if names are enough."""
         return ""
+
+    def image_sizes(self) -> np.ndarray | None:
+        """The sizes of all images in bytes `[R]`, -1 where unknown; None if none is known.
+
+        They show whether an image was replaced under its name since a cache was built or a run was started.
+        """
+        return None
 
     def caption_count(self, index: int) -> int:
         """The number of captions of that record."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from .image_sizes import image_sizes
 from .records import LazyRecords, Record, captions_of, identity_of, name_of, relevance_of
 
 
@@ -28,6 +29,10 @@ class Subset(LazyRecords):
 
     def name(self, index: int) -> str:
         return name_of(self.records, self.positions[index])
+
+    def image_sizes(self) -> Any:
+        sizes = image_sizes(self.records)
+        return None if sizes is None else sizes[self.positions]
 
     def relevance(self, positions: Sequence[int]) -> Any:  # a tensor; torch is not imported here
         return relevance_of(self.records, [self.positions[index] for index in positions])

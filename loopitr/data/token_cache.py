@@ -18,10 +18,11 @@ from .cache_folder import (
     check_space,
     damaged,
     expect_intact,
-    names_digest,
+    images_digest,
     none_readable,
     read_images,
     read_meta,
+    stored_digest,
 )
 from .records import DataError, Record, name_of
 
@@ -42,7 +43,7 @@ class TokenCache:
         with expect_intact(self.folder, "not a token cache"):
             meta = read_meta(self.folder)
             self.key: str = meta["key"]
-            self.names_digest: str = meta["names_digest"]
+            self.images_digest = stored_digest(meta)
             self.shape: tuple[int, int, int] = tuple(meta["shape"])
             self.unreadable: frozenset[int] = frozenset(meta["unreadable"])
         self._array: np.ndarray | None = None
@@ -67,15 +68,15 @@ class TokenCache:
         seed: int | None = None,
         shortest: int | None = None,
     ) -> TokenCache:
-        """Open `folder/<key[:16]>-<names digest[:8]>`, building it first if it is not there.
+        """Open `folder/<key[:16]>-<images digest[:8]>`, building it first if it is not there.
 
         `key` is the caller's digest of everything but the images that decides the tokens: backbone weights, transform.
-        Images are identified by name and path, not by content: delete the folder after editing images in place.
+        Images are identified by name, path and size of the file in bytes, so a replaced image makes another cache.
         `build_once` says what happens to interrupted and concurrent builds. A random `transform` needs a `seed`;
         `shortest` is passed to `decode_image`.
         """
         check_key(key)
-        digest = names_digest(records)
+        digest = images_digest(records)
         target = Path(folder) / f"{key[:16]}-{digest[:8]}"
 
         def build(temporary: Path) -> dict[str, Any]:
@@ -83,11 +84,11 @@ class TokenCache:
                 records, transform, batch_size=batch_size, num_workers=num_workers, shortest=shortest, seed=seed
             )
             shape, unreadable = _build(temporary, records, images, encode, device, progress)
-            return {"key": key, "names_digest": digest, "shape": shape, "unreadable": unreadable}
+            return {"key": key, "images_digest": digest, "shape": shape, "unreadable": unreadable}
 
         build_once(target, build)
         cache = cls(target)
-        if cache.key != key or cache.names_digest != digest:
+        if cache.key != key or cache.images_digest != digest:
             raise DataError(f"{target}: made for another backbone, transform or set of images; delete it")
         return cache
 

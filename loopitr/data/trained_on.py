@@ -96,7 +96,7 @@ def training_overlap(records: Sequence[Record], history: Sequence[TrainedOn]) ->
             for image in shared_images(records, others):
                 shared.setdefault(image.name, image)
             _check_readable(others)
-            change = difference(run.described, describe_records(others), in_order=False)
+            change = difference(run.described, describe_records(others), others, in_order=False)
             if change is not None:
                 raise DataError(f"the training data have changed since ({change})")
         except (DataError, OSError) as error:

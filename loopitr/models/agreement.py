@@ -11,13 +11,12 @@ the rest of the batch.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from loopitr.models.heads import limit_log_scale, limited_scale, outside_autocast
 from loopitr.models.packing import PairLayout, Segments, pack_texts
 
 DIFFERENCE_WIDTH = 64  # S
@@ -63,6 +62,10 @@ class TokenAgreement(nn.Module):
     def project_words(self, tokens: Tensor) -> Tensor:
         """Text tokens `[R, D]` -> unit vectors `[R, A]`, computed once per text."""
         return F.normalize(self.word(self.dropout(tokens)), dim=-1)
+
+    def limit_scale(self) -> None:
+        """Keep the trained scale of the cosines within its limit; call this after every optimiser step."""
+        limit_log_scale(self.logit_scale, MAX_SCALE)
 
     def forward(self, packed: Tensor, regions: Tensor, layout: PairLayout) -> Tensor:
         """The logits `[P]` of the pairs of a layout; arguments as of `FusionEncoder.forward`.
@@ -119,13 +122,12 @@ class TokenAgreement(nn.Module):
             words: `[n, M, A]`, or `[M, A]`: the same words for all images.
             regions: `[n, N, A]`.
         """
-        scale = self.logit_scale.clamp(max=math.log(MAX_SCALE)).exp()
-        weights = (scale * words @ regions.transpose(1, 2)).softmax(-1)  # [n, M, N]
+        weights = (limited_scale(self.logit_scale, MAX_SCALE) * words @ regions.transpose(1, 2)).softmax(
+            -1
+        )  # [n, M, N]
         attended = weights.to(regions.dtype) @ regions  # [n, M, A]
         differences = self.norm(self.difference((words - attended).square()))  # [n, M, S]
-        with torch.autocast(words.device.type, enabled=False):  # In bfloat16, close candidates would tie.
-            differences = differences.to(self.score.weight.dtype)
-            return torch.cat([self.gate(differences), self.score(differences)], -1)  # [n, M, 2]
+        return torch.cat([outside_autocast(head, differences) for head in (self.gate, self.score)], -1)  # [n, M, 2]
 
     def _weighted_mean(self, compared: Tensor, texts: Segments) -> Tensor:
         """The mean score of each text's words, weighted by their gates: `[rows, ..., 2]` -> `[P, ...]`."""

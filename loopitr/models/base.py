@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from loopitr.models.foreign import check_shards, check_weights, config_of, one_line_errors
+from loopitr.models.foreign import check_shards, check_types, check_weights, config_of, one_line_errors
 from loopitr.models.image_backbone import VisionBackbone
 from loopitr.models.lora import Model, freeze_adapted, merge_lora
 
@@ -66,6 +66,7 @@ class LoopITRPreTrainedModel(PreTrainedModel):
                 module.restore_buffers(model.config)
                 module.freeze_unused_head()  # Loading has set requires_grad of all parameters.
         freeze_adapted(getattr(model, "dual", model))
+        check_types(model, path, **hub_arguments)
         check_weights(model, path)
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.device.type == "cpu":

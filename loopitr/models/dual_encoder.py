@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from loopitr.models.base import LoopITRPreTrainedModel
 from loopitr.models.config import DualEncoderConfig
-from loopitr.models.heads import projection, unit_embeds
+from loopitr.models.heads import limit_log_scale, limited_scale, projection, unit_embeds
 from loopitr.models.image_backbone import VisionBackbone
 from loopitr.models.lora import inject_lora
 from loopitr.models.outputs import DualOutput
@@ -54,8 +54,12 @@ class DualEncoder(LoopITRPreTrainedModel):
 
     @property
     def scale(self) -> Tensor:
-        """1 / temperature, clamped to at most `config.max_logit_scale`."""
-        return self.logit_scale.exp().clamp(max=self.config.max_logit_scale)
+        """1 / temperature, at most `config.max_logit_scale`."""
+        return limited_scale(self.logit_scale, self.config.max_logit_scale)
+
+    def limit_scale(self) -> None:
+        """Keep the trained temperature within its limit; call this after every optimiser step."""
+        limit_log_scale(self.logit_scale, self.config.max_logit_scale)
 
     def embed_image_tokens(self, tokens: Tensor) -> Tensor:
         """Image tokens `[B, N, D]` -> embeds `[B, E]`, unit length."""

@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from loopitr.reading import read_object
 
 MOST_LAYERS, LARGEST = 1000, 2**31
+FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
 SHOWN = 300  # letters of an error that is not of this package
 ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 
@@ -93,6 +94,45 @@ def check_shards(source: str, subfolder: str = "") -> None:
     for name in files.values():
         if not isinstance(name, str) or Path(name).name != name or not (path.parent / name).is_file():
             raise ValueError(f"{path} names {name!r}, which is no file in that folder")
+
+
+def check_types(model: nn.Module, source: str, *, subfolder: str = "", **hub_arguments: Any) -> None:
+    """Check the types in which the weights of a model are saved: transformers casts any type without a word.
+
+    Raises:
+        ValueError: a weight is saved as integers, as quantised weights are, or in another type that is no number of at
+            least 16 bits with a floating point.
+    """
+    floats = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    ends = {_end(name) for name in floats}  # The beginning differs where a part of a model is loaded.
+    for file in _weight_files(source, subfolder, hub_arguments):
+        with safe_open(file, framework="pt") as content:
+            for name in content.keys():  # noqa: SIM118 (`content` is not a dictionary)
+                kind = content.get_slice(name).get_dtype()
+                if kind not in FLOATS and (name in floats or _end(name) in ends):
+                    raise ValueError(f"{source}: {name} is saved as {kind}, wanted one of {', '.join(FLOATS)}")
+
+
+def _end(name: str) -> tuple[str, ...]:
+    return tuple(name.split(".")[-2:])
+
+
+def _weight_files(source: str, subfolder: str, hub_arguments: Mapping[str, Any]) -> list[str]:
+    """The safetensors files of a folder, or of a hub id whose files have been downloaded."""
+    from transformers.utils import cached_file
+
+    folder = Path(source, subfolder)
+
+    def find(name: str) -> str | None:
+        if folder.is_dir():
+            return str(folder / name) if (folder / name).is_file() else None
+        quiet = {"_raise_exceptions_for_missing_entries": False, "local_files_only": True}
+        return cached_file(source, name, **{**hub_arguments, **quiet}, subfolder=subfolder)  # type: ignore[arg-type]
+
+    names = ["model.safetensors"]
+    if find(names[0]) is None and (index := find("model.safetensors.index.json")) is not None:
+        names = sorted({*read_object(index)["weight_map"].values()})
+    return [file for file in map(find, names) if file is not None]
 
 
 def check_weights(model: nn.Module, source: str) -> None:

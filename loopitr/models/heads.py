@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,6 +27,25 @@ def projection(kind: str, width: int, embed_dim: int, *, dropout: float = 0.0) -
     if width != embed_dim:
         raise ValueError(f"projection 'none' needs embed_dim {width}, the pooled width, got {embed_dim}")
     return nn.Identity()
+
+
+def limited_scale(log_scale: Tensor, limit: float) -> Tensor:
+    """`exp(log_scale)`, at most `limit`. A clamp would leave it there: its gradient is zero, and this one's is not."""
+    scale = log_scale.exp()
+    return scale - (scale - limit).clamp(min=0).detach()
+
+
+@torch.no_grad()
+def limit_log_scale(log_scale: nn.Parameter, limit: float) -> None:
+    """Bring a trained scale that an optimiser step took above `limit` back to it, as CLIP (arXiv 2103.00020) does."""
+    if log_scale.requires_grad:
+        log_scale.clamp_(max=math.log(limit))
+
+
+def outside_autocast(head: nn.Linear, x: Tensor) -> Tensor:
+    """`head(x)` in the precision of its weights: a score that autocast rounds to bfloat16 ties with close ones."""
+    with torch.autocast(x.device.type, enabled=False):
+        return head(x.to(head.weight.dtype))  # type: ignore[no-any-return]
 
 
 def unit_embeds(project: nn.Module, pooled: Tensor) -> Tensor:

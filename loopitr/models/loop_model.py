@@ -20,7 +20,7 @@ from loopitr.models.compiling import compile_in_place
 from loopitr.models.config import LoopITRConfig
 from loopitr.models.dual_encoder import DualEncoder
 from loopitr.models.fusion import FusionEncoder
-from loopitr.models.heads import MLMHead
+from loopitr.models.heads import MLMHead, outside_autocast
 from loopitr.models.layout import (
     Arrangement,
     EagerArrangement,
@@ -183,7 +183,8 @@ class LoopITRModel(FreezableParts, LoopITRPreTrainedModel):
         blocks = image_blocks(unique, block_size or self._block_size(image_state, mask, unique))
         recompute = block_size is not None and len(blocks) > 1 and torch.is_grad_enabled()
         score = partial(checkpoint, self._score_block, use_reentrant=False) if recompute else self._score_block
-        logits = torch.cat([score(image_state, text_state, mask, block) for block in blocks])
+        # `checkpoint` restores dropout's random state on the device of a tensor argument, not of one in a dataclass.
+        logits = torch.cat([score(image_state.tokens, image_state, text_state, mask, block) for block in blocks])
         scored = logits.index_select(0, *send([inverse], logits.device))  # [P, 2]
         return PairScores(logits=scored, score=scored[:, 1] - scored[:, 0])
 
@@ -228,12 +229,13 @@ class LoopITRModel(FreezableParts, LoopITRPreTrainedModel):
         room = BLOCK_BYTES if images.tokens.device.type == "cpu" else GPU_BLOCK_BYTES
         return max(1, len(pairs) * room // (elements * images.tokens.element_size()))
 
-    def _score_block(self, images: ImageState, texts: TextState, mask: Tensor, pairs: Tensor) -> Tensor:
+    def _score_block(self, _: Tensor, images: ImageState, texts: TextState, mask: Tensor, pairs: Tensor) -> Tensor:
         """Pairs and mask on the CPU -> logits `[P, 2]`, in full precision so that close scores do not tie."""
         arranged = self._arrangement.arrange(images, mask, pairs)
         packed = packed_tokens(texts, arranged)
-        fused = None if self.itm_head is None else self.itm_head(self._fuse(arranged, packed, first_only=True))
-        logits = _full(packed.new_zeros(len(pairs), 2) if fused is None else fused)  # [P, 2]
+        logits = _full(packed.new_zeros(len(pairs), 2))
+        if self.itm_head is not None:
+            logits = _full(outside_autocast(self.itm_head, self._fuse(arranged, packed, first_only=True)))  # [P, 2]
         if self.agreement is None:
             return logits
         regions = arranged.regions
@@ -261,12 +263,7 @@ class LoopITRModel(FreezableParts, LoopITRPreTrainedModel):
         dual_head: list[nn.Module | nn.Parameter] = [dual.vision_projection, dual.text_projection, dual.logit_scale]
         if dual.logit_bias is not None:
             dual_head.append(dual.logit_bias)
-        return {
-            "vision": [dual.vision],
-            "text": [dual.text],
-            "dual_head": dual_head,
-            "fusion": fusion,
-        }
+        return {"vision": [dual.vision], "text": [dual.text], "dual_head": dual_head, "fusion": fusion}
 
     def resize_images(self, image_size: int) -> None:
         """Change the image size to `image_size` pixels per side; positional embeddings are interpolated."""

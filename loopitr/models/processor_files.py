@@ -32,12 +32,25 @@ def check_processor_files(folder: Path) -> None:
             read_object(folder / name)
 
 
+def check_vocabulary(tokenizer: Any, source: str) -> None:
+    """
+    Raises:
+        ValueError: the tokenizer gives two tokens the same id, so that the model cannot tell them apart.
+    """
+    names: dict[int, str] = {}
+    for name, number in tokenizer.get_vocab().items():
+        if number in names:
+            raise ValueError(f"the tokenizer of {source} gives {names[number]!r} and {name!r} the same id {number}")
+        names[number] = name
+
+
 def check_words(tokenizer: Any, source: str) -> None:
-    """Check that a tokenizer has words, a padding token, and room for a word in its maximum length.
+    """Check that a tokenizer has words, a padding token, room for a word in its maximum length, and distinct ids.
 
     Raises:
         ValueError: it lacks one of them.
     """
+    check_vocabulary(tokenizer, source)
     special = len(tokenizer.all_special_tokens)
     if len(tokenizer) <= special:
         raise ValueError(f"the tokenizer of {source} knows no words: it has only {special} special tokens")

@@ -102,7 +102,10 @@ class LoopObjective(nn.Module):
         return next((term.margin for term in self.terms if isinstance(term, Distillation)), None)
 
     def after_step(self) -> None:
-        """Update a momentum teacher; call this after every optimiser step."""
+        """Keep temperatures within their limits and update a momentum teacher; call this after every optimiser step."""
+        self.model.dual.limit_scale()
+        if self.model.agreement is not None:
+            self.model.agreement.limit_scale()
         if self.teacher is not None:
             self.teacher.after_step(self.model)
 

@@ -29,6 +29,7 @@ from loopitr.distributed import all_gather, rank, rows_of_ranks, world_size
 from loopitr.objective import losses
 from loopitr.objective.gathering import gather_images, gather_texts
 from loopitr.objective.losses.means import at_least_float32
+from loopitr.objective.no_gradient import without_gradient
 from loopitr.objective.parts import (
     Agreements,
     Candidates,
@@ -171,14 +172,14 @@ class Step:
         candidates, trained = self.candidates, self.objective.trained_negatives
         count = candidates.pairs.shape[2]
         if trained == 0:
-            with torch.no_grad():
+            with without_gradient():
                 logits = self._score(candidates, slice(None))
         elif 1 + trained == count:
             logits = self._score(candidates, slice(None))
         else:
             if self.objective.pair_block is None:  # Both calls below then share one projection of the images.
                 candidates = replace(candidates, images=self.model.project_images(candidates.images))
-            with torch.no_grad():
+            with without_gradient():
                 only_teach = self._score(candidates, slice(1 + trained, None))
             logits = torch.cat([self._score(candidates, slice(1 + trained)), only_teach], 2)
         return MatchScores(self.gather_queries(logits), self.queries.valid, self.queries.student)
@@ -213,7 +214,7 @@ class Step:
     def words(self) -> PredictedWords:
         """The words that the fusion head predicts for this rank's masked captions, each read with its own image."""
         masked, head = self.encoded.masked, self.model.mlm_head
-        assert masked is not None and head is not None
+        assert masked is not None and head is not None, "words need a term with `masking` and a model with an mlm_head"
         pairs = torch.arange(len(masked.labels)).repeat(2, 1).T  # [B, 2]
         fused = self.model.fused_tokens(self._images, masked.state, pairs)  # [tokens, D]
         labels = masked.labels[masked.state.mask]  # [tokens]

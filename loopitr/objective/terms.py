@@ -48,7 +48,8 @@ class Term(ABC):
     Attributes:
         name: the name in the log.
         weight: the factor in the total; a term of weight 0 is left out.
-        uses_pairs: whether it asks for match scores; such a term is left out while the dual head trains alone.
+        uses_pairs: whether it asks for match scores. They have a gradient unless it overrides `trained_negatives`. Such
+            a term is left out while the dual head trains alone.
         compares_tokens: whether it asks for token agreement.
         masking: hides words of the captions; the masked copies are `step.encoded.masked`.
         teacher: gives the scores that it learns from (`teachers.py`).
@@ -84,8 +85,8 @@ class Term(ABC):
         return self.weight
 
     def trained_negatives(self, num_negatives: int) -> int:
-        """How many of a query's negatives need match scores with gradient."""
-        return 0
+        """How many of a query's `num_negatives` need match scores with gradient; all, if the term asks for scores."""
+        return num_negatives if self.uses_pairs else 0
 
     def check(self, model: LoopITRModel) -> None:  # noqa: B027  most terms need nothing
         """Raise a ValueError if `model` lacks what this term needs."""
@@ -197,6 +198,9 @@ class Distillation(Term):
 
     def weight_in(self, step: Step) -> float:
         return self.weight * step.distillation_scale
+
+    def trained_negatives(self, num_negatives: int) -> int:
+        return 0  # It trains the dual head alone.
 
 
 @dataclass(frozen=True)

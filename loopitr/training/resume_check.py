@@ -1,17 +1,15 @@
-"""Compares the options and the data of a resumed run with those in the folder's `config.yaml` and `data.json`."""
+"""Compares the options of a resumed run with those in the folder's `config.yaml`."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from loopitr.data.description import difference
-from loopitr.reading import read_json, user_path
+from loopitr.reading import user_path
 from loopitr.training.options import PretrainOptions
 
 # Options of one command, not of the run, which are not written to `config.yaml`.
@@ -71,16 +69,6 @@ def _same_place(a: Any, b: Any) -> bool:
         return os.path.samefile(user_path(a), user_path(b))
     except (OSError, TypeError, ValueError):
         return False
-
-
-def changed_data(path: Path, described: Mapping[str, Any]) -> list[str]:
-    """`train data: old -> new`, and the same for `val`, where they differ from `data.json`, if that file exists."""
-    try:
-        old = read_json(path)
-        changes = {split: difference(old[split], new) for split, new in described.items()}
-    except (OSError, ValueError, LookupError, TypeError):
-        return []
-    return [f"{split} data: {change}" for split, change in changes.items() if change is not None]
 
 
 def flat_options(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,15 +13,14 @@ from typing import Any
 import yaml
 from accelerate import Accelerator
 
-from loopitr.data import HubStream, Record
-from loopitr.data.description import DESCRIPTION, describe_records
+from loopitr.data.description import DESCRIPTION, DescribedData
 from loopitr.distributed import first_rank
 from loopitr.durable import PARTIAL, write_file
 from loopitr.reading import read_json, read_yaml
 from loopitr.training.checkpoints import Progress, newest_checkpoint
 from loopitr.training.folder_lock import LOCK, FolderLock
 from loopitr.training.reporting import HISTORY, METRICS
-from loopitr.training.resume_check import changed_data, changed_options, stored_config
+from loopitr.training.resume_check import changed_options, stored_config
 
 CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"
 
@@ -48,7 +47,7 @@ def run_folder(
     accelerator: Accelerator,
     total_steps: int,
     *,
-    describe: Callable[[], dict[str, Any]],
+    data: DescribedData,
     resume: bool,
     with_changes: bool = False,
 ) -> Iterator[Entered]:
@@ -60,7 +59,7 @@ def run_folder(
         config: the options of this run. Those of a resumed run must be the same, except for some that do not affect
             training (`resume_check.py`).
         total_steps: the number of steps of this run; a resumed run that has made them has nothing left to do.
-        describe: describes the records of this run (`describe_data`); those of a resumed run must be the same.
+        data: the records of this run; those of a resumed run must be the same.
         with_changes: accept changed options.
 
     Raises:
@@ -71,7 +70,7 @@ def run_folder(
     accelerator.wait_for_everyone()  # Other ranks may still be reading `model.init` in this folder.
     locks: list[FolderLock] = []
     try:
-        request = _Request(resume, with_changes, total_steps, accelerator.num_processes, describe)
+        request = _Request(resume, with_changes, total_steps, accelerator.num_processes, data)
         entered = first_rank(partial(_enter, folder, stored_config(config), locks, request))
         for line in entered.lines:
             accelerator.print(line)
@@ -87,7 +86,7 @@ class _Request:
     with_changes: bool
     total_steps: int
     num_processes: int
-    describe: Callable[[], dict[str, Any]]
+    data: DescribedData
 
 
 def _enter(folder: Path, config: dict[str, Any], locks: list[FolderLock], request: _Request) -> Entered:
@@ -127,25 +126,20 @@ def _enter(folder: Path, config: dict[str, Any], locks: list[FolderLock], reques
     return Entered(checkpoint=newest.path if newest else None, lines=tuple(lines))
 
 
-def describe_data(train: Sequence[Record] | HubStream, val: Sequence[Record]) -> dict[str, Any]:
-    """What `data.json` holds: a description of the records of a run."""
-    return {"train": describe_records(train), "val": describe_records(val)}
-
-
-def store_config(folder: Path, config: dict[str, Any], described: dict[str, Any], *, step: int) -> None:
+def store_config(folder: Path, config: dict[str, Any], data: DescribedData, *, step: int) -> None:
     """Write `config.yaml` and `data.json` at the start or when the run is resumed after `step` steps.
 
     If options or data have changed, the earlier files are kept as `config.before-STEP.yaml` and
     `data.before-STEP.json`, since evaluations look up the data that a run was trained on.
     """
-    path, data, config = folder / CONFIG, folder / DESCRIPTION, stored_config(config)
-    if path.is_file() and (changed_options(read_yaml(path), config) or changed_data(data, described)):
-        for file in (path, data):
+    path, description, config = folder / CONFIG, folder / DESCRIPTION, stored_config(config)
+    if path.is_file() and (changed_options(read_yaml(path), config) or data.changes_since(description)):
+        for file in (path, description):
             if file.is_file():
                 before = file.with_name(f"{file.stem}.before-{step:08d}{file.suffix}")
                 write_file(before, file.read_text(encoding="utf-8"))
     write_file(path, yaml.safe_dump(config, sort_keys=False))
-    write_file(data, json.dumps(described, indent=1) + "\n")
+    write_file(description, json.dumps(data.content, indent=1) + "\n")
 
 
 def _changes(folder: Path, config: dict[str, Any], progress: Progress | None, request: _Request) -> list[str]:
@@ -155,7 +149,7 @@ def _changes(folder: Path, config: dict[str, Any], progress: Progress | None, re
     changes = changed_options(read_yaml(folder / CONFIG), config)
     # Changed options of the data explain other records.
     if not any(change.startswith("data.") for change in changes):
-        changes += changed_data(folder / DESCRIPTION, request.describe())
+        changes += request.data.changes_since(folder / DESCRIPTION)
     if progress is not None and progress.places and len(progress.places) != request.num_processes:
         changes.append(f"processes: {len(progress.places)} -> {request.num_processes}")
     return changes

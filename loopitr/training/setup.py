@@ -169,7 +169,8 @@ def prepare_model(objective: LoopObjective, train: TrainOptions, data: DataOptio
     if model.mlm_head is not None and not objective.predicts_words:
         model.mlm_head.requires_grad_(False)
     if train.gradient_checkpointing:
-        model.activation_checkpointing_enable()
+        # transformers called it gradient_checkpointing_enable before (5.20 and older).
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     if train.compile:
         model.compile_parts()
     check_caches(model, data)

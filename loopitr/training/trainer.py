@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from loopitr.data import HubStream, Record
+from loopitr.data.description import DescribedData
 from loopitr.data.loader import SkipCounter
 from loopitr.data.options import DataOptions
 from loopitr.memory import trim_memory
@@ -24,7 +25,7 @@ from loopitr.training.gate import Gate
 from loopitr.training.optimization import make_optimizer, make_scheduler
 from loopitr.training.options import RunOptions, TrainOptions, ValidationOptions
 from loopitr.training.reporting import run_metrics, write_results
-from loopitr.training.run_folder import describe_data, run_folder, store_config
+from loopitr.training.run_folder import run_folder, store_config
 from loopitr.training.run_log import RunLog
 from loopitr.training.saving import Saver
 from loopitr.training.setup import Caches, count_parameters, make_loader, prepare_model, start
@@ -104,7 +105,7 @@ class Trainer:
         prepare_model(objective, self.options, self.data)
         self.caches = Caches(self.whole.model, processor, self.data, self.accelerator)
         self.loader = make_loader(train, self.options, self.caches)
-        self.described = cache(partial(describe_data, train, val))
+        self.described = DescribedData(train=train, val=val)
         self._prepare()
         warmup, end = (part * self.total_steps for part in (options.distillation_warmup, options.distillation_end))
         self.gate = Gate(objective, fusion_start=self.fusion_start, warmup=warmup, end=int(end), log=self.log)
@@ -136,7 +137,7 @@ class Trainer:
         resumed stays as it is. On SIGTERM or Ctrl-C the current step is finished and saved, and `Stopped`, which is a
         `SystemExit`, is raised.
         """
-        rest: dict[str, Any] = {"resume": self.resume, "with_changes": self.with_changes, "describe": self.described}
+        rest: dict[str, Any] = {"resume": self.resume, "with_changes": self.with_changes, "data": self.described}
         stopping = Stopping()
         folder = run_folder(self.folder, self.config, self.accelerator, self.total_steps, **rest)
         try:
@@ -182,7 +183,7 @@ class Trainer:
             self.model.config.similarity_weight = self.progress.similarity_weight
         self.saver.step = self.progress.step
         if accelerator.is_main_process:
-            store_config(self.folder, self.config, self.described(), step=self.progress.step)
+            store_config(self.folder, self.config, self.described, step=self.progress.step)
         watch = Watch(self.bare_objective, total_steps=self.total_steps, log=self.log)
         self.run_log = RunLog(accelerator, self.folder, self.progress, watch=watch, log=self.log)
         if accelerator.log_with:

@@ -28,7 +28,7 @@ from loopitr.building import build as _build  # noqa: F401
 from loopitr.cli import parse, run
 from loopitr.data.loader import EpochLoader
 from loopitr.objective import build as _objective  # noqa: F401
-from loopitr.training import saving, trainer, validation
+from loopitr.training import saving, setup, trainer, validation
 from loopitr.training.options import PretrainOptions
 
 RECIPE = Path(__file__).parents[1] / "pretrain.py"
@@ -44,7 +44,7 @@ TINY = [
     *("--train.checkpoint_every=7", "--train.log_every=3", "--validation.rerank=4", "--validation.final_rerank=8"),
     "--validation.every_steps=10",
 ]
-PHASES = ("starting", "step", "save", "validation", "final table", "cache")
+PHASES = ("starting", "waiting for ranks", "step", "save", "validation", "final table", "cache")
 
 
 class Phase:
@@ -71,6 +71,17 @@ class Phase:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             with self.during(phase):
                 return original(*args, **kwargs)
+
+        setattr(owner, name, wrapped)
+
+    def then(self, owner: Any, name: str, phase: str) -> None:
+        """Make the first call of `owner.name` end in that phase."""
+        original = getattr(owner, name)
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            self.shared[0] = PHASES.index(phase)
+            return result
 
         setattr(owner, name, wrapped)
 
@@ -147,12 +158,17 @@ def fork(work: Callable[[], None], log: Path) -> int:
 class Launch:
     """A running training: its processes, one per rank."""
 
-    def __init__(self, folder: Path, words: list[str], *, phase: Phase, resume: bool, ranks: int = 1) -> None:
-        """Fork them; `phase` is rank 0's."""
+    def __init__(
+        self, folder: Path, words: list[str], *, phase: Phase, resume: bool, ranks: int = 1, fsdp: bool = False
+    ) -> None:
+        """Fork them; `phase` is rank 0's, and with `fsdp` the weights are sharded over the ranks by FSDP 2."""
         folder.mkdir(parents=True, exist_ok=True)
         words = [*TINY, *words, f"--train.output_dir={folder / 'run'}", *(["--resume=true"] if resume else [])]
-        phase.shared[0] = 0
+        phase.shared[0] = PHASES.index("waiting for ranks" if ranks > 1 else "starting")
         meeting = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port())}
+
+        if fsdp:
+            meeting |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
         def work(rank: int) -> None:
             AcceleratorState._reset_state(True)  # This process may have trained before it was forked.
@@ -161,6 +177,7 @@ class Launch:
                 os.environ.update(meeting | {name: str(value) for name, value in own.items()})
             note_samples(folder / f"samples-{rank}.jsonl")
             if rank == 0:
+                phase.then(setup, "start", "starting")
                 phase.wrap(saving.Saver, "save", "save")
                 phase.wrap(validation.Validator, "validate", "validation")
                 phase.wrap(trainer.Trainer, "_finish", "final table")
@@ -170,6 +187,7 @@ class Launch:
 
         self.pids = [fork(partial(work, rank), folder / "log") for rank in range(ranks)]
         self.statuses: dict[int, int] = {}
+        self.phase = phase
 
     def ended(self, *, until: float = float("inf"), look: Callable[[], None] = lambda: None) -> list[int] | None:
         """The exit statuses of all ranks; None: one of them runs at the time `until` (`time.monotonic`)."""

@@ -1,11 +1,12 @@
-"""python recipes/benchmarks/soak.py [--minutes 10] [--kills 100] [--ranks 2] [--source tars] [--output F.json]
+"""python recipes/benchmarks/soak.py [--minutes 10] [--kills 100] [--ranks 2 [--fsdp true]] [--source tars]
 
 Trains tiny models on the built-in scenes for a given time, kills the training at random moments (SIGKILL, every fifth
 time SIGTERM) and resumes it, in several settings in turn. The result is compared with an undisturbed run of the same
 options: `history.jsonl` and `model.safetensors` byte by byte, and the images of every step. Of several ranks, one (each
-in turn) or all are killed; the others have to end within a minute. With `--source tars` the runs stream WebDataset
-tars. The growth of memory per 1,000 steps and the open files of an undisturbed run are measured as well. It runs on the
-CPU, on Linux and macOS.
+in turn) or all are killed; the others have to end within a minute, except that before the ranks have met they get a
+SIGTERM, as from a launcher. With `--fsdp true`, the ranks share the weights. With `--source tars` the runs stream
+WebDataset tars. The growth of memory per 1,000 steps and the open files of an undisturbed run are measured as well. It
+runs on the CPU, on Linux and macOS.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import psutil
 import torch
 from forked import Launch, Phase, last_words, samples
-from soak_settings import SETTINGS, words_of
+from soak_settings import SETTINGS, with_fsdp, words_of
 
 from loopitr.checks import check_at_least
 from loopitr.cli import check_output_file, parse, run
@@ -44,6 +46,8 @@ class Options:
     """Number of kills after which to stop."""
     ranks: int = 1
     """Number of processes of a run."""
+    fsdp: bool = False
+    """Shard the weights over the processes by FSDP 2 (needs several `ranks`); in the settings that it supports."""
     source: Literal["scenes", "tars"] = "scenes"
     """`tars`: scenes in WebDataset tars, which are streamed."""
     images: int = 256
@@ -61,10 +65,15 @@ class Options:
     def __post_init__(self) -> None:
         check_at_least(1, kills=self.kills, ranks=self.ranks, images=self.images, epochs=self.epochs)
         check_at_least(0, minutes=self.minutes, memory_steps=self.memory_steps)
+        if self.fsdp and (self.ranks < 2 or self.source != "scenes"):
+            raise ValueError("fsdp needs ranks of at least 2, and the source scenes")
         if not hasattr(os, "fork"):
             raise ValueError("soak.py forks its training processes, which this system cannot")
         if self.output:
             check_output_file(self.output)
+
+
+Start = Callable[..., Launch]  # with the folder of a run, its options, and whether to resume it
 
 
 @dataclass
@@ -80,11 +89,11 @@ class Tally:
     problems: list[str] = field(default_factory=list)
 
 
-def undisturbed(folder: Path, words: list[str], phase: Phase, ranks: int) -> float:
+def undisturbed(folder: Path, words: list[str], start: Start) -> float:
     """The run to compare with; returns its seconds."""
     started = time.monotonic()
-    statuses = Launch(folder, words, phase=phase, resume=False, ranks=ranks).ended()
-    if statuses != [0] * ranks:
+    statuses = start(folder, words, resume=False).ended()
+    if statuses is None or any(statuses):
         raise ValueError(f"the undisturbed run ended with status {statuses}: {last_words(folder)}")
     return time.monotonic() - started
 
@@ -94,12 +103,11 @@ def disturb(
     words: list[str],
     whole: Path,
     seconds: float,
-    phase: Phase,
+    start: Start,
     tally: Tally,
     end: float,
     kills_left: Callable[[], int],
     draw: random.Random,
-    ranks: int,
     most: int,
 ) -> None:
     """Train one run that is killed at random moments, at most `most` times, then compare it with `whole`."""
@@ -107,8 +115,8 @@ def disturb(
     tally.rounds += 1
     resume, patience, before = False, 0.4 * seconds, tally.kills.total()
     while True:
-        launch = Launch(folder, words, phase=phase, resume=resume, ranks=ranks)
-        resume = True
+        launch = start(folder, words, resume=resume)
+        resume, ranks = True, len(launch.pids)
         may_kill = kills_left() > 0 and tally.kills.total() - before < most and time.monotonic() < end
         moment = time.monotonic() + draw.uniform(0, patience) if may_kill else float("inf")
         statuses = launch.ended(until=moment)
@@ -117,8 +125,11 @@ def disturb(
             number = signal.SIGTERM if turn % 5 == 4 else signal.SIGKILL
             alone = turn % (ranks + 1)  # this rank alone; every so often, as with SIGTERM, all of them
             killed = range(ranks) if number == signal.SIGTERM or alone == ranks else [alone]
-            tally.kills[phase.read()] += 1
+            during = launch.phase.read()
+            tally.kills[during] += 1
             launch.kill(number, killed)
+            if during == "waiting for ranks":  # They would wait for the killed one, if no launcher ended them.
+                launch.kill(signal.SIGTERM, range(ranks))
             statuses = launch.ended(until=time.monotonic() + 60)
             if statuses is None:
                 launch.kill(signal.SIGKILL, range(ranks))
@@ -197,7 +208,8 @@ def soak(options: Options, root: Path) -> None:
     phase, draw = Phase(), random.Random(options.seed)
     end = time.monotonic() + 60 * options.minutes
     memory = watch_memory(root / "memory", options.memory_steps, phase) if options.memory_steps else {}
-    settings = SETTINGS[options.source]
+    settings = with_fsdp() if options.fsdp else SETTINGS[options.source]
+    start = partial(Launch, phase=phase, ranks=options.ranks, fsdp=options.fsdp)
     tallies = {name: Tally() for name in settings}
     seconds: dict[str, float] = {}
 
@@ -213,13 +225,13 @@ def soak(options: Options, root: Path) -> None:
         amount = {"source": options.source, "images": options.images, "epochs": options.epochs}
         words = words_of(settings[name], place, **amount)
         try:
-            seconds[name] = seconds.get(name) or undisturbed(place / "whole", words, phase, options.ranks)
+            seconds[name] = seconds.get(name) or undisturbed(place / "whole", words, start)
         except ValueError as error:
             tallies[name].problems.append(str(error))
             break
         shutil.rmtree(place / "cache", ignore_errors=True)
         paths = place / "parts", words, place / "whole", seconds[name]
-        disturb(*paths, phase, tallies[name], end, kills_left, draw, options.ranks, share)
+        disturb(*paths, start, tallies[name], end, kills_left, draw, share)
         print(
             f"{name}: {sum(tallies[name].kills.values())} kills, {tallies[name].problems or 'no problem'}", flush=True
         )

@@ -33,6 +33,17 @@ STREAMS = {
 }
 SETTINGS = {"scenes": SCENES, "tars": STREAMS}
 
+_VIT = [
+    *("--model.vision.name=vit_tiny_patch16_224", "--model.vision.pooling=mean"),
+    "--model.vision.kwargs={patch_size: 8, embed_dim: 32, depth: 1, num_heads: 2}",
+]
+
+
+def with_fsdp() -> dict[str, list[str]]:
+    """The settings that FSDP 2 supports, without batch statistics."""
+    without = {"--train.chunk_size=4", "--objective.teacher=momentum"}
+    return {name: [*words, *_VIT] for name, words in SCENES.items() if not without & {*words}}
+
 
 def words_of(setting: list[str], folder: Path, *, source: str, images: int, epochs: int) -> list[str]:
     """The options of a setting whose runs store their files in `folder`."""

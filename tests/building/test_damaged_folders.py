@@ -5,11 +5,13 @@ import shutil
 
 import pytest
 import torch
-from helpers.tiny_building import save_tiny
+from helpers.tiny_building import build, save_bert, save_tiny, with_text
+from helpers.tiny_pairs import save_pair
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, BertTokenizerFast
 
 from loopitr import DualEncoder, LoopITRModel, LoopITRProcessor, load
+from loopitr.building.options import ModelOptions
 from loopitr.building.towers import load_tower
 from loopitr.models.processing import word_tokenizer
 
@@ -149,6 +151,25 @@ def words(folder, change):
     (folder / "tokenizer.json").write_text(json.dumps(content))
 
 
+def saved_as(kind, ending):
+    """The weights whose names end so, saved in another type."""
+
+    def harm(folder):
+        weights = load_file(folder / "model.safetensors")
+        for name in [name for name in weights if name.endswith(ending)]:
+            weights[name] = (20 * weights[name]).to(kind)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return harm
+
+
+def same_id(folder):
+    def change(words):
+        words["red"] = words["blue"]
+
+    words(folder, change)
+
+
 def tokenizer(**changes):
     return lambda folder: edit(folder / "tokenizer_config.json", None, **changes)
 
@@ -167,6 +188,14 @@ OTHERS = {
         "its weights are damaged: .*vision_projection.weight is not finite",
     ),
     "weights elsewhere": (weights_elsewhere, "names '../outside.safetensors', which is no file in that folder"),
+    "weights in eight bits": (
+        saved_as(torch.int8, "_projection.weight"),
+        "projection.weight is saved as I8, wanted one of F64, F32, F16, BF16",
+    ),
+    "a weight of yes and no": (saved_as(torch.bool, "vision_projection.weight"), "is saved as BOOL"),
+    "weights of 8 bits with a point": (saved_as(torch.float8_e4m3fn, "weight"), "is saved as F8_E4M3"),
+    "complex weights": (saved_as(torch.complex64, "logit_scale"), "logit_scale is saved as C64"),
+    "two words of one id": (same_id, "gives '(red|blue)' and '(red|blue)' the same id"),
     "an adapter": (
         lambda folder: (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "/etc"}'),
         "holds an adapter of peft",
@@ -200,13 +229,31 @@ def test_what_would_be_another_model_or_none(folder, harm, match):
 @pytest.mark.parametrize("tower", ["image", "text"])
 def test_a_tower_is_checked_on_its_own_side(folder, tower):
     harms = {
-        "image": [images(image_std=[0, 0, 0]), lambda f: change_weights(f, lambda tensor: tensor.fill_(torch.nan))],
+        "image": [
+            saved_as(torch.int8, "vision_projection.weight"),
+            images(image_std=[0, 0, 0]),
+            lambda f: change_weights(f, lambda tensor: tensor.fill_(torch.nan)),
+        ],
         "text": [lambda f: words(f, lambda words: words.update(red=5000))],
     }
     for number, (side, harm) in enumerate((side, harm) for side, all_harms in harms.items() for harm in all_harms):
         shutil.copytree(folder, folder.parent / str(number))
         harm(folder.parent / str(number))
         if side == tower:
-            refused(folder.parent / str(number), "not finite|token 5000", by=lambda path: load_tower(path, tower))
+            refused(
+                folder.parent / str(number),
+                "not finite|token 5000|saved as I8",
+                by=lambda path: load_tower(path, tower),
+            )
         else:
             load_tower(folder.parent / str(number), tower)
+
+
+def test_a_text_backbone_or_a_pair_in_eight_bits(tmp_path):
+    bert, clip = save_bert(tmp_path / "bert"), save_pair(tmp_path / "clip", "clip")
+    saved_as(torch.int8, "attention.self.query.weight")(tmp_path / "bert")
+    saved_as(torch.uint8, "text_projection.weight")(tmp_path / "clip")
+    for options, kind in ((with_text(bert, 2), "I8"), (ModelOptions(pair=clip), "U8")):
+        with pytest.raises(ValueError, match=f"weight is saved as {kind}, wanted one of F64") as raised:
+            build(options)
+        assert "\n" not in str(raised.value)

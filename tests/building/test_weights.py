@@ -210,3 +210,12 @@ def test_weights_that_do_not_fit_change_nothing():
     with pytest.raises(ValueError, match=r"other_shape={'0.bias': \(\[4\], \[3\]\)}"):
         load(module, other, extra_allowed=True)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_weights_in_eight_bits_are_refused():
+    """torch would copy them into the module's floats."""
+    module, weights = norm(), norm().state_dict()
+    for kind in (torch.int8, torch.bool, torch.float8_e4m3fn):
+        with pytest.raises(ValueError, match=f"other_type={{'0.weight': '{str(kind)[6:]}'}}"):
+            load(module, {**weights, "0.weight": weights["0.weight"].to(kind)})
+    load(module, {**weights, "0.weight": weights["0.weight"].half()})

@@ -25,7 +25,7 @@ from loopitr.data import (
     TrainTransform,
     decode_image,
     decoded,
-    names_digest,
+    images_digest,
 )
 from loopitr.data import image_cache as image_cache_module
 
@@ -82,7 +82,7 @@ def test_images_are_shrunk_to_the_shorter_side_and_never_enlarged(files, folder,
         assert actual.dtype == np.uint8 and np.abs(actual - wanted).mean() < 4
         if whole.size == wanted.shape[1::-1]:
             assert np.array_equal(actual, wanted)
-    assert os.listdir(folder) == [cache.folder.name] == [f"24px-{names_digest(files)[:16]}"]
+    assert os.listdir(folder) == [cache.folder.name] == [f"24px-{images_digest(files)[:16]}"]
 
 
 def test_a_large_jpeg_is_as_sharp_as_from_a_whole_decode(folder):
@@ -180,9 +180,34 @@ def test_refuses(folder, files):
             build(folder, files)
     (cache.folder / "pixels.bin").write_bytes(whole)
     meta = json.loads((cache.folder / "meta.json").read_text())
-    (cache.folder / "meta.json").write_text(json.dumps({**meta, "names_digest": "0" * 32}))
+    (cache.folder / "meta.json").write_text(json.dumps({**meta, "images_digest": "0" * 32}))
     with pytest.raises(DataError, match="made for another size or set of images"):
         build(folder, files)
+
+
+def test_an_image_replaced_under_its_name_is_read_again(files, folder):
+    first = build(folder, files)
+    path = files[0].image
+    other = picture((40, 30), 99)
+    other.save(path, quality=95)
+    os.utime(path, (0, 0))  # A copy may have any time.
+    second = build(folder, files)
+    assert second.folder != first.folder and not torch.equal(second[0], first[0])
+    assert torch.equal(second[2], first[2])
+    os.utime(path, (10**9, 10**9))
+    assert build(folder, files).folder == second.folder
+    path.unlink()  # A file that has gone is another than one of any size, even of none.
+    third = build(folder, files)
+    path.touch()
+    assert len({first.folder, second.folder, third.folder, build(folder, files).folder}) == 4
+
+
+def test_an_older_cache_can_be_opened(files, folder):
+    cache = build(folder, files)
+    path = cache.folder / "meta.json"
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps({"names_digest": meta.pop("images_digest"), **meta}))
+    assert torch.equal(ImageCache(cache.folder)[0], cache[0])
 
 
 def test_a_folder_that_cannot_be_made_is_named(files, tmp_path):

@@ -18,7 +18,7 @@ from loopitr.data import (
     Record,
     TrainTransform,
     decode_image,
-    names_digest,
+    images_digest,
 )
 
 
@@ -65,7 +65,7 @@ def test_a_plain_list_is_cached(image_dir, tmp_path):
     for index, record in enumerate(records):
         assert images[index].permute(1, 2, 0).numpy().tolist() == np.asarray(decode_image(record.image)).tolist()
     other = Record(image=(image_dir / "5.png").read_bytes(), captions=("blue",))  # Other bytes give another cache.
-    assert names_digest([*records[:2], other, records[3]]) != names_digest(records)
+    assert images_digest([*records[:2], other, records[3]]) != images_digest(records)
 
 
 def test_a_plain_list_is_evaluated(image_dir):

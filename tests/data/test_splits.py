@@ -222,6 +222,11 @@ def test_a_table_that_has_changed_since_leaves_it_open(table):
         overlap = changed(table, data, described)
         assert overlap.shared == [] and (overlap.unknown is None) == (change is None)
         assert change is None or change in overlap.line()
+    (table / "images" / "7.jpg").write_bytes(b"another image")
+    for lines, named in ((rows, ", the first is 7.jpg"), (rows[::-1], "bytes)")):
+        path.write_text("\n".join([header, *lines]) + "\n")
+        overlap = changed(table, data, described)
+        assert "1 of 40 images are other files" in str(overlap.unknown) and f"{named})" in str(overlap.unknown)
     for damaged in (None, [], {}, "x"):
         assert changed(table, data, damaged).unknown is None or damaged == {}
 

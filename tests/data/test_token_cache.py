@@ -12,7 +12,7 @@ from helpers.killed_build import killed_in_the_third
 from helpers.tiny_tokens import KEY, encode, to_tensor
 from torch.utils.data import DataLoader
 
-from loopitr.data import CaptionDataset, DataError, Record, SceneRecords, TokenCache, decode_image, names_digest
+from loopitr.data import CaptionDataset, DataError, Record, SceneRecords, TokenCache, decode_image, images_digest
 
 
 def build(folder, records, key=KEY, encode=encode, **options):
@@ -40,7 +40,7 @@ def test_tokens_are_those_of_the_backbone_and_are_kept(tmp_path, options):
     for index, record in enumerate(records):
         wanted = encode(to_tensor(decode_image(record.image))[None])[0].half()
         assert cache[index].dtype == torch.float16 and torch.equal(cache[index], wanted)
-    assert cache.folder.name == f"{KEY[:16]}-{names_digest(records)[:8]}"
+    assert cache.folder.name == f"{KEY[:16]}-{images_digest(records)[:8]}"
     assert torch.equal(build(tmp_path, records, encode=never)[7], cache[7])
     assert os.listdir(tmp_path) == [cache.folder.name]
 
@@ -53,7 +53,16 @@ def test_other_images_or_key_make_another_cache(tmp_path):
     with pytest.raises(DataError, match="made for another"):  # The first 16 characters are the same.
         build(tmp_path, records, key=KEY[:16] + "ffff")
     paths = [[Record(image=f"{folder}/0.png", captions=("c",), identity=0, name="0.png")] for folder in "ab"]
-    assert names_digest(paths[0]) != names_digest(paths[1])
+    assert images_digest(paths[0]) != images_digest(paths[1])
+
+
+def test_an_image_replaced_under_its_name_makes_another_cache(tmp_path, image_dir):
+    records = [Record(image=image_dir / f"{i}.png", captions=("c",)) for i in range(4)]
+    first = build(tmp_path, records)
+    (image_dir / "2.png").write_bytes((image_dir / "3.png").read_bytes() + b"x")
+    second = build(tmp_path, records)
+    assert second.folder != first.folder and torch.equal(second[1], first[1])
+    assert torch.equal(second[2], first[3]) and not torch.equal(second[2], first[2])
 
 
 def test_training_on_cached_tokens_skips_unreadable(tmp_path):

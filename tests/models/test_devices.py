@@ -51,6 +51,23 @@ def test_scoring_does_not_wait(gpu, style, projected):
     torch.testing.assert_close(scored.logits.cpu(), expected)
 
 
+def test_recomputed_blocks_get_the_dropout_of_the_gpu(gpu, monkeypatch):
+    """`checkpoint` restores the random state only of the devices of the tensors that it is given itself."""
+    given = []
+    monkeypatch.setattr(
+        "loopitr.models.loop_model.checkpoint", lambda score, *args, **_: given.append(args) or score(*args)
+    )
+    model = tiny_model().train()
+    model.cuda()
+    image_state, text_state = (
+        model.encode_images(images(5).cuda()),
+        model.encode_texts(*(x.cuda() for x in ragged_texts())),
+    )
+    model.score_pairs(image_state, text_state, torch.cartesian_prod(torch.arange(5), torch.arange(5)), block_size=10)
+    assert len(given) == 3
+    assert all(any(isinstance(x, torch.Tensor) and x.is_cuda for x in args) for args in given)
+
+
 @pytest.mark.parametrize("chunk_size", [None, 3])
 @pytest.mark.parametrize("case", CASES)
 def test_a_step(gpu, case, chunk_size, monkeypatch):

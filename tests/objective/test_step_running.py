@@ -5,8 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.step_reference import EveryThirdWord, assert_same_gradients, gradients, reference_mlm, step, step_batch
+from helpers.step_reference import (
+    EveryThirdWord,
+    assert_same_gradients,
+    gradients,
+    model_of,
+    reference_mlm,
+    step,
+    step_batch,
+)
 from helpers.support import tiny_model
+from torch.overrides import TorchFunctionMode
 
 from loopitr.objective.build import build_objective
 from loopitr.objective.options import ObjectiveOptions
@@ -113,6 +122,43 @@ def test_bfloat16_is_close_to_float32(style):
     assert all(torch.isfinite(g).all() for g in actual.values())
     flat = [torch.cat([grads[name].flatten() for name in expected]) for grads in (actual, expected)]
     assert F.cosine_similarity(*flat, dim=0) > 0.99
+
+
+class OldAutocast(TorchFunctionMode):
+    """Keeps the weights of linear layers as torch's autocast before issue 112583 did: as first used, with gradient or
+    without. It casts to float32, so that nothing else changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.casts: dict[int, torch.Tensor] = {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.linear:
+            x, weight, *rest = args
+            if isinstance(weight, torch.nn.Parameter):
+                weight = self.casts.setdefault(id(weight), weight * 1)
+            args = (x, weight, *rest)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_negatives": 4, "itm_negatives": 1},
+        {"itm": 0.0, "mlm": 1.0},
+        {"itm": 0.0, "agreement": 1.0},
+    ],
+    ids=["some only teach", "words", "agreement"],
+)
+def test_scores_without_gradient_leave_no_weights_in_autocasts_cache(monkeypatch, options):
+    chosen = ObjectiveOptions(**{"itc": 0.0, "distillation": 1.0, "distillation_loss": "kl", **options})
+    model = model_of(chosen)
+    objective = build_objective(model, chosen, masking=EveryThirdWord())
+    expected = gradients(model, objective(**step_batch()).loss)
+    with torch.autocast("cpu", enabled=False), OldAutocast() as old:  # Only the outermost autocast empties the cache.
+        monkeypatch.setattr(torch, "clear_autocast_cache", old.casts.clear)
+        loss = objective(**step_batch()).loss
+    assert_same_gradients(gradients(model, loss), expected)
 
 
 @pytest.mark.parametrize("style", ["late", "shared"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -253,3 +254,44 @@ def test_metrics_of_a_term_reach_the_log():
     out = LoopObjective(tiny_model().train(), [HighestSimilarity()])(**step_batch())
     assert out.metrics.keys() == {"temperature", "image_similarity", "text_similarity", "highest"}
     assert out.metrics["highest"] >= -out.terms["own_pair"]
+
+
+@dataclass(frozen=True)
+class Confidence(Term):
+    """A term of one's own on match scores: those of positives are to be high."""
+
+    weight: float = 1.0
+    name = "confidence"
+    uses_pairs = True
+
+    def __call__(self, step: Step) -> Tensor:
+        return -step.match.scores[..., 0].mean()
+
+
+def test_a_term_of_ones_own_that_asks_for_match_scores_trains_them():
+    model = tiny_model().train()
+    objective = LoopObjective(model, [Confidence()], miner=TopK(2))
+    assert objective.trained_negatives == 2
+    assert gradients(model, objective(**step_batch()).loss)["itm_head.weight"].any()
+
+
+@pytest.mark.parametrize("head", ["dual", "agreement"])
+def test_a_temperature_at_its_limit_can_rise_again(head):
+    """CLIP's is there from the start. Beyond the limit, the gradient of a clamp would be zero for ever."""
+    model = tiny_model(fusion={"agreement": 12}).train()
+    objective = LoopObjective(model, [Contrastive(), Agreement()])
+    log_scale = getattr(model, head).logit_scale
+    with torch.no_grad():
+        log_scale.fill_(math.log(100) + 0.5)
+    beyond = objective(**step_batch()).loss
+    assert gradients(model, beyond)[f"{head}.logit_scale"] != 0
+    objective.after_step()
+    assert log_scale.item() == pytest.approx(math.log(100))
+    at_it = objective(**step_batch()).loss
+    torch.testing.assert_close(at_it, beyond)
+    assert gradients(model, at_it)[f"{head}.logit_scale"] != 0
+    model.freeze(["dual_head", "fusion"])
+    with torch.no_grad():
+        log_scale.fill_(5.0)
+    objective.after_step()
+    assert log_scale == 5  # A frozen weight stays as it is.

@@ -157,6 +157,34 @@ def test_data_that_have_changed_are_a_change(tmp_path):
     assert [entry.described["images"] for entry in trained_data(tmp_path / "run")] == [23, 24]
 
 
+def test_images_that_were_replaced_are_a_change(tmp_path):
+    table = write_table(tmp_path / "table", {"train": range(24), "val": range(24, 32)}, per_image=1)
+    images = table.parent / "images"
+    data = {"data__table": str(table), "data__images": str(images)}
+    run(tmp_path, **SHORT, **data)
+    described = tmp_path / "run" / "data.json"
+    for name, other in ((3, 10), (7, 11), (30, 12)):
+        (images / f"{name}.jpg").write_bytes((images / f"{other}.jpg").read_bytes() + b"x")
+    with pytest.raises(ValueError) as raised:
+        run(tmp_path, **SHORT, **data, resume=True)
+    assert (
+        "(train data: 2 of 24 images are other files (of another size in bytes), the first is 3.jpg; "
+        "val data: 1 of 8 images are other files (of another size in bytes), the first is 30.jpg)" in str(raised.value)
+    )
+    older = json.loads(described.read_text())
+    for split in older.values():
+        del split["sizes"]
+    before = described.read_text()
+    for content in (json.dumps(older), before.replace('"sizes": "', '"sizes": "x')):  # of an older run, and damaged
+        described.write_text(content)
+        run(tmp_path, **SHORT, **data, resume=True)  # It is finished, and says so.
+    described.write_text(before)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000002")
+    (tmp_path / "run" / "metrics.json").unlink()
+    run(tmp_path, **SHORT, **data, resume_with_changes=True)
+    assert (tmp_path / "run" / "data.before-00000001.json").read_text() == before
+
+
 def test_the_number_of_workers_is_part_of_a_streams_order():
     old = {"data": {"streaming": True, "num_workers": 1}}
     assert changed_options(old, {"data": {"streaming": True, "num_workers": 2}}) == ["data.num_workers: 1 -> 2"]

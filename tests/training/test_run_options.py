@@ -10,9 +10,10 @@ from helpers.tiny_building import save_tiny
 from helpers.tiny_run import NO_AUGMENTATION, NO_DROPOUT, VIT, run, trainer
 from torch import nn
 from torchvision.transforms import InterpolationMode, v2
+from transformers import PreTrainedModel
 from transformers.image_utils import PILImageResampling
 
-from loopitr import LoopITRProcessor
+from loopitr import LoopITRModel, LoopITRProcessor
 from loopitr.data import DataError
 from loopitr.training.setup import make_loader
 
@@ -129,6 +130,15 @@ def test_gradient_checkpointing_reaches_every_part(tmp_path, wanted):
         layer = model.dual.text.model.encoder.layer[0]
         actual = [model.fusion.gradient_checkpointing, model.dual.vision.model.grad_checkpointing]
         assert [*actual, layer.gradient_checkpointing] == [wanted] * 3
+
+
+def test_gradient_checkpointing_by_its_older_name(tmp_path, monkeypatch):
+    """transformers 5.20 and older have no `activation_checkpointing_enable`."""
+    calls = []
+    monkeypatch.delattr(PreTrainedModel, "activation_checkpointing_enable", raising=False)
+    monkeypatch.setattr(PreTrainedModel, "gradient_checkpointing_enable", lambda self: calls.append(type(self)))
+    with trainer(tmp_path, **EXACT, train__gradient_checkpointing=True):
+        assert calls == [LoopITRModel]
 
 
 def test_learning_rates_and_weight_decay_reach_their_groups(tmp_path):

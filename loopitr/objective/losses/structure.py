@@ -22,9 +22,8 @@ def cmd_loss(
     _check_paired(source, target)
     check_positive("source_temperature", source_temperature)
     check_positive("target_temperature", target_temperature)
-    source, target = at_least_float32(source), at_least_float32(target)
-    log_p = (source @ source.T / source_temperature).log_softmax(dim=-1)  # [B, B]
-    log_q = (target @ target.T / target_temperature).log_softmax(dim=-1)  # [B, B]
+    log_p = (_products(source, source) / source_temperature).log_softmax(dim=-1)  # [B, B]
+    log_q = (_products(target, target) / target_temperature).log_softmax(dim=-1)  # [B, B]
     return (log_p.exp() * (log_p - log_q)).sum() / max(len(source), 1)
 
 
@@ -38,7 +37,7 @@ def cmc_loss(source: Tensor, target: Tensor, *, temperature: float = 0.07, valid
     if source.shape != target.shape:
         raise ValueError(f"expected source and target of one width, got {source.shape[1]} and {target.shape[1]}")
     check_positive("temperature", temperature)
-    logits = at_least_float32(target) @ at_least_float32(source).T / temperature  # [B, B]
+    logits = _products(target, source) / temperature  # [B, B]
     own = torch.eye(len(source), dtype=logits.dtype, device=logits.device)  # [B, B]
     if valid is not None:  # Selecting rows instead of masking them would make the host wait for a GPU.
         if valid.shape != source.shape[:1] or valid.dtype != torch.bool:
@@ -47,6 +46,12 @@ def cmc_loss(source: Tensor, target: Tensor, *, temperature: float = 0.07, valid
             )
         logits, own = logits.masked_fill(~valid, lowest(logits)), own * valid
     return soft_cross_entropy(logits, own)
+
+
+def _products(first: Tensor, second: Tensor) -> Tensor:
+    """The dot products `[B, B]` of all rows, in at least float32 whatever autocast says."""
+    with torch.autocast(first.device.type, enabled=False):
+        return at_least_float32(first) @ at_least_float32(second).T
 
 
 def _check_paired(source: Tensor, target: Tensor) -> None:

@@ -53,6 +53,14 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda x: cmc_loss(source, x, valid=valid), target)
 
 
+def test_autocast_changes_nothing():
+    source, target = embeds(4, 3).float(), embeds(4, 3, seed=1).float()
+    for loss in (cmd_loss, cmc_loss):
+        exact = loss(source, target)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(loss(source, target), exact)
+
+
 def test_wrong_input_is_named():
     with pytest.raises(ValueError, match=r"\(4, 3\), \(5, 3\)"):
         cmd_loss(embeds(4, 3), embeds(5, 3))
