@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "objective": {"checks", "objective.losses", "objective.mining", *MODELS_UP},
     "building": {"checks", "durable", "lineage", "models", "reading"},
     "evaluation": {"checks", "data", "lazy", *MODELS_UP},
-    "convert": {"building", "cli", "models", "reading"},
+    "convert": {"building", "cli", "lazy", "models", "reading"},
     "export": {"building", "data", "evaluation", "models", "reading"},
     "search": {"building", "checks", "data", "durable", "evaluation", "memory", "models", "reading", "rgb"},
     "training": {

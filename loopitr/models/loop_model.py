@@ -184,7 +184,7 @@ class LoopITRModel(FreezableParts, LoopITRPreTrainedModel):
         recompute = block_size is not None and len(blocks) > 1 and torch.is_grad_enabled()
         score = partial(checkpoint, self._score_block, use_reentrant=False) if recompute else self._score_block
         # `checkpoint` restores dropout's random state on the device of a tensor argument, not of one in a dataclass.
-        logits = torch.cat([score(image_state, text_state, mask, block, image_state.tokens) for block in blocks])
+        logits = torch.cat([score(image_state.tokens, image_state, text_state, mask, block) for block in blocks])
         scored = logits.index_select(0, *send([inverse], logits.device))  # [P, 2]
         return PairScores(logits=scored, score=scored[:, 1] - scored[:, 0])
 
@@ -229,7 +229,7 @@ class LoopITRModel(FreezableParts, LoopITRPreTrainedModel):
         room = BLOCK_BYTES if images.tokens.device.type == "cpu" else GPU_BLOCK_BYTES
         return max(1, len(pairs) * room // (elements * images.tokens.element_size()))
 
-    def _score_block(self, images: ImageState, texts: TextState, mask: Tensor, pairs: Tensor, *_: Tensor) -> Tensor:
+    def _score_block(self, _: Tensor, images: ImageState, texts: TextState, mask: Tensor, pairs: Tensor) -> Tensor:
         """Pairs and mask on the CPU -> logits `[P, 2]`, in full precision so that close scores do not tie."""
         arranged = self._arrangement.arrange(images, mask, pairs)
         packed = packed_tokens(texts, arranged)

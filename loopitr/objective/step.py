@@ -214,7 +214,7 @@ class Step:
     def words(self) -> PredictedWords:
         """The words that the fusion head predicts for this rank's masked captions, each read with its own image."""
         masked, head = self.encoded.masked, self.model.mlm_head
-        assert masked is not None and head is not None
+        assert masked is not None and head is not None, "words need a term with `masking` and a model with an mlm_head"
         pairs = torch.arange(len(masked.labels)).repeat(2, 1).T  # [B, 2]
         fused = self.model.fused_tokens(self._images, masked.state, pairs)  # [tokens, D]
         labels = masked.labels[masked.state.mask]  # [tokens]

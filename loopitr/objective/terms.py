@@ -48,7 +48,8 @@ class Term(ABC):
     Attributes:
         name: the name in the log.
         weight: the factor in the total; a term of weight 0 is left out.
-        uses_pairs: whether it asks for match scores; such a term is left out while the dual head trains alone.
+        uses_pairs: whether it asks for match scores. They have a gradient unless it overrides `trained_negatives`. Such
+            a term is left out while the dual head trains alone.
         compares_tokens: whether it asks for token agreement.
         masking: hides words of the captions; the masked copies are `step.encoded.masked`.
         teacher: gives the scores that it learns from (`teachers.py`).
