@@ -59,7 +59,7 @@ def test_other_images_or_key_make_another_cache(tmp_path):
 def test_an_image_replaced_under_its_name_makes_another_cache(tmp_path, image_dir):
     records = [Record(image=image_dir / f"{i}.png", captions=("c",)) for i in range(4)]
     first = build(tmp_path, records)
-    (image_dir / "2.png").write_bytes((image_dir / "3.png").read_bytes() + b"x")
+    (image_dir / "2.png").write_bytes((image_dir / "3.png").read_bytes() + bytes(50))
     second = build(tmp_path, records)
     assert second.folder != first.folder and torch.equal(second[1], first[1])
     assert torch.equal(second[2], first[3]) and not torch.equal(second[2], first[2])
