@@ -111,6 +111,6 @@ def _sentence_transformers(options: ExportOptions) -> None:
     print(f"SentenceTransformer in {options.output}; largest difference from the model: {differences}")
     if "image" in exported.parity:
         print(
-            "so it is for PIL images with 8 bits per channel, in any mode; those that an EXIF tag turns need "
-            "PIL.ImageOps.exif_transpose first, 16-bit and float ones scaling to 8 bits"
+            "so it is for PIL images with 8 bits per channel, in any mode; for those turned by an EXIF tag, and 16-bit "
+            f"and float ones, {options.output}/README.md has the line that converts them"
         )

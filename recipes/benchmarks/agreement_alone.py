@@ -2,8 +2,8 @@
 
 Measures the reranking of one caption's candidates by token agreement alone (`model.fusion.num_layers 0`) against a
 fusion head that has layers besides. The image tokens are already computed. Both heads run interleaved in one process;
-the medians of their seconds and of the ratios are reported. The default sizes are those of configs/flickr8k.yaml: 49
-image tokens of width 1,280 and a text backbone of width 384.
+the medians of their seconds and of the ratios are reported. The default sizes are those of configs/flickr8k.yaml at 224
+px: 49 image tokens of width 1,280 and a text backbone of width 384.
 """
 
 from __future__ import annotations
