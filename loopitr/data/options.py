@@ -82,7 +82,8 @@ class DataOptions:
     """Decode large training JPEGs at 1/2, 1/4 or 1/8 of their size, as far as no random crop has to be enlarged."""
     cache_images: str | None = None
     """Folder for the training images, decoded and shrunk once to the size that random crops need. An image takes width
-    x height x 3 bytes: 0.5 MB at 224 px and the default crops."""
+    x height x 3 bytes: 0.5 MB at 224 px and the default crops. As with `cache_tokens`, other images make another cache:
+    those of another name or path, or whose file has another size in bytes."""
     cache_tokens: str | None = None
     """Folder for the image tokens of a frozen image backbone, computed once."""
     cached_views: int = 1

@@ -122,9 +122,8 @@ class TokenAgreement(nn.Module):
             words: `[n, M, A]`, or `[M, A]`: the same words for all images.
             regions: `[n, N, A]`.
         """
-        weights = (limited_scale(self.logit_scale, MAX_SCALE) * words @ regions.transpose(1, 2)).softmax(
-            -1
-        )  # [n, M, N]
+        scale = limited_scale(self.logit_scale, MAX_SCALE)
+        weights = (scale * words @ regions.transpose(1, 2)).softmax(-1)  # [n, M, N]
         attended = weights.to(regions.dtype) @ regions  # [n, M, A]
         differences = self.norm(self.difference((words - attended).square()))  # [n, M, S]
         return torch.cat([outside_autocast(head, differences) for head in (self.gate, self.score)], -1)  # [n, M, 2]

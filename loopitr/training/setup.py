@@ -170,7 +170,8 @@ def prepare_model(objective: LoopObjective, train: TrainOptions, data: DataOptio
         model.mlm_head.requires_grad_(False)
     if train.gradient_checkpointing:
         # transformers called it gradient_checkpointing_enable before (5.20 and older).
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+        getattr(model, next(name for name in names if hasattr(model, name)))()
     if train.compile:
         model.compile_parts()
     check_caches(model, data)

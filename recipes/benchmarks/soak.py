@@ -121,7 +121,7 @@ def disturb(
         moment = time.monotonic() + draw.uniform(0, patience) if may_kill else float("inf")
         statuses = launch.ended(until=moment)
         if statuses is None:
-            turn = tally.kills.total()
+            turn = kills_left()  # over all settings
             number = signal.SIGTERM if turn % 5 == 4 else signal.SIGKILL
             alone = turn % (ranks + 1)  # this rank alone; every so often, as with SIGTERM, all of them
             killed = range(ranks) if number == signal.SIGTERM or alone == ranks else [alone]

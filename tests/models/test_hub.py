@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.tiny_building import save_tiny
 from helpers.tiny_outputs import assert_same_tensors
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
 
 from loopitr import DualEncoder, DualEncoderConfig, LoopITRConfig, LoopITRModel, LoopITRProcessor
@@ -49,6 +50,23 @@ def test_a_hub_id_is_evaluated_exported_and_trained_on(cache, tmp_path, monkeypa
     assert isinstance(saved.model, LoopITRModel) and isinstance(load_saved("some/dual").model, DualEncoder)
     assert_same_tensors(export_dual("some/model", tmp_path / "dual"), saved.model.dual_encoder())
     assert_same_tensors(build_model(ModelOptions(init="some/model"))[0], saved.model)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_weights_in_eight_bits_are_refused_by_hub_id_too(cache, shards):
+    folder = cache / "models--some--dual" / "snapshots" / COMMIT
+    model = DualEncoder.from_pretrained("some/dual", cache_dir=cache)
+    if shards > 1:
+        (folder / "model.safetensors").unlink()
+        model.save_pretrained(folder, max_shard_size="20KB")
+        assert_same_tensors(DualEncoder.from_pretrained("some/dual", cache_dir=cache), model)
+    for path in folder.glob("model*.safetensors"):
+        weights = {
+            name: tensor.to(torch.int8) if tensor.ndim > 1 else tensor for name, tensor in load_file(path).items()
+        }
+        save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="some/dual: .*weight is saved as I8"):
+        DualEncoder.from_pretrained("some/dual", cache_dir=cache)
 
 
 def test_an_unknown_hub_id_is_named(cache, monkeypatch):

@@ -34,6 +34,7 @@ def test_a_few_kills(monkeypatch, capsys, tmp_path, more, first):
     [
         ("--kills", 0, "kills must be at least 1, got 0"),
         ("--minutes", -1, "minutes must be at least 0, got -1.0"),
+        ("--fsdp", "true", "fsdp needs ranks of at least 2, and the source scenes"),
     ],
 )
 def test_bad_options_are_one_line(monkeypatch, capsys, option, value, said):
