@@ -62,7 +62,10 @@ class Gain:
         source = f"95%, bootstrap over {self.num_images} images with their captions"
         if self.points > self.margin:
             return f"reranking pays: {figures} ({source})"
-        advice = "train longer with word prediction (objective.mlm 1), or start from a trained fusion head (model.init)"
+        advice = (
+            "train longer, a fusion head with layers with word prediction (objective.mlm 1), or start from a trained "
+            "fusion head (model.init)"
+        )
         if self.points < -self.margin:
             return f"reranking does not pay: {figures} ({source}); {advice}, and fit the weight (recipes/calibrate.py)"
         more = "evaluate on more images, " if self.points > 0 else ""

@@ -241,13 +241,19 @@ class LoopObjective(nn.Module):
         distillation_scale: float = 1.0,
         with_pairs: bool = True,
     ) -> StepOutput:
-        """The losses of encoded pairs; arguments as of `forward`."""
+        """The losses of encoded pairs; arguments as of `forward`.
+
+        Raises:
+            ValueError: a term asks for match scores, and no term says so by `uses_pairs`: they would have no gradient.
+        """
         step = Step(self, encoded, identities, caption_ids, distillation_scale=distillation_scale)
         outputs: dict[str, TermOutput] = {}
         loss = self._zero_of_unused(step, with_pairs=with_pairs)
         for term in self.terms:
             if (with_pairs or not term.uses_pairs) and (weight := term.weight_in(step)):
                 output = term(step)
+                if not self.uses_pairs and "match" in vars(step):
+                    raise ValueError(f"the term {term.name!r} asks for match scores: give it uses_pairs = True")
                 output = output if isinstance(output, TermOutput) else TermOutput(output)
                 outputs[term.name] = output
                 loss = loss + weight * output.loss

@@ -96,8 +96,8 @@ class Trainer:
         self.data, self.validation = data or DataOptions(), validation or ValidationOptions()
         self.config = config or dataclasses.asdict(RunOptions(self.options, self.data, self.validation))
         self.resume, self.with_changes = resume or resume_with_changes, resume_with_changes
-        self.folder = Path(self.options.output_dir)
-        self.accelerator = accelerator or start(self.options)
+        self.folder = Path(options.output_dir)
+        self.accelerator = accelerator or start(options)
         self.log = self.accelerator.print
         self.bare_objective, self.model, self.processor = objective, objective.model, processor
         self.test, self.test_split = val if test is None else test, test_split
@@ -110,7 +110,7 @@ class Trainer:
         warmup, end = (part * self.total_steps for part in (options.distillation_warmup, options.distillation_end))
         self.gate = Gate(objective, fusion_start=self.fusion_start, warmup=warmup, end=int(end), log=self.log)
         self.saver = Saver(self.accelerator, self.folder, self.options, scheduler=self.scheduler, log=self.log)
-        parts = self.accelerator, self.objective, objective, self.optimizer, self.scheduler, self.options
+        parts = self.accelerator, self.objective, objective, self.optimizer, self.scheduler, options
         self.stepper = Stepper(*parts, folder=self.folder, total_steps=self.total_steps, log=self.log)
         self.validator = Validator(
             objective, self.whole, self.caches, self.validation, self.folder, val, fusion_start=self.fusion_start
@@ -138,10 +138,9 @@ class Trainer:
         `SystemExit`, is raised.
         """
         rest: dict[str, Any] = {"resume": self.resume, "with_changes": self.with_changes, "data": self.described}
-        stopping = Stopping()
         folder = run_folder(self.folder, self.config, self.accelerator, self.total_steps, **rest)
         try:
-            with stopping, folder as entered:
+            with (stopping := Stopping()), folder as entered:
                 metrics = entered.finished or self._run(entered.checkpoint, stopping)
         except RuntimeError as error:
             if not stopping.signal:

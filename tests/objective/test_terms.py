@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -275,23 +274,7 @@ def test_a_term_of_ones_own_that_asks_for_match_scores_trains_them():
     assert gradients(model, objective(**step_batch()).loss)["itm_head.weight"].any()
 
 
-@pytest.mark.parametrize("head", ["dual", "agreement"])
-def test_a_temperature_at_its_limit_can_rise_again(head):
-    """CLIP's is there from the start. Beyond the limit, the gradient of a clamp would be zero for ever."""
-    model = tiny_model(fusion={"agreement": 12}).train()
-    objective = LoopObjective(model, [Contrastive(), Agreement()])
-    log_scale = getattr(model, head).logit_scale
-    with torch.no_grad():
-        log_scale.fill_(math.log(100) + 0.5)
-    beyond = objective(**step_batch()).loss
-    assert gradients(model, beyond)[f"{head}.logit_scale"] != 0
-    objective.after_step()
-    assert log_scale.item() == pytest.approx(math.log(100))
-    at_it = objective(**step_batch()).loss
-    torch.testing.assert_close(at_it, beyond)
-    assert gradients(model, at_it)[f"{head}.logit_scale"] != 0
-    model.freeze(["dual_head", "fusion"])
-    with torch.no_grad():
-        log_scale.fill_(5.0)
-    objective.after_step()
-    assert log_scale == 5  # A frozen weight stays as it is.
+def test_a_term_that_does_not_say_that_it_asks_for_match_scores_is_refused(monkeypatch):
+    monkeypatch.setattr(Confidence, "uses_pairs", False)
+    with pytest.raises(ValueError, match="the term 'confidence' asks for match scores: give it uses_pairs = True"):
+        LoopObjective(tiny_model().train(), [Confidence()], miner=TopK(2))(**step_batch())

@@ -62,6 +62,17 @@ def from_backbones(folder: Path) -> dict[str, object]:
     }
 
 
+def frozen(folder: Path) -> dict[str, object]:
+    return {
+        "model.vision.name": "test_vit",
+        "model.vision.pretrained": False,
+        "model.vision.image_size": 32,
+        "model.text.name": save_bert(folder / "bert"),
+        "data.cache_tokens": folder / "cache",
+        "data.cache_text_tokens": folder / "cache",
+    }
+
+
 TOYS = {
     "albef_coco": albef,
     "albef_flickr30k": albef,
@@ -69,6 +80,7 @@ TOYS = {
     "clip_b16_coco": clip,
     "siglip2_b16_coco": siglip,
     "pretrain_4m": from_backbones,
+    "few_photos": frozen,
 }
 
 
@@ -77,7 +89,7 @@ def test_no_config_is_left_out():
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*TOYS, "scenes", "flickr8k"}
 
 
-FAST = ("albef_coco", "pretrain_4m")
+FAST = ("albef_coco", "pretrain_4m", "few_photos")
 SETUPS = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in TOYS]
 
 
