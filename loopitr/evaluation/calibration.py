@@ -63,8 +63,8 @@ class Gain:
         if self.points > self.margin:
             return f"reranking pays: {figures} ({source})"
         advice = (
-            "train longer, a fusion head with layers with word prediction (objective.mlm 1), or start from a trained "
-            "fusion head (model.init)"
+            "train longer (with word prediction, objective.mlm 1, if the fusion head has layers), or start from a "
+            "trained fusion head (model.init)"
         )
         if self.points < -self.margin:
             return f"reranking does not pay: {figures} ({source}); {advice}, and fit the weight (recipes/calibrate.py)"
