@@ -79,45 +79,54 @@ def test_a_lock_that_is_no_file(tmp_path):
         pass
 
 
-def test_sizes_that_are_not_the_models(tmp_path):
+@pytest.fixture
+def edited(tmp_path):
+    """A function that writes an index's manifest anew with some fields changed; the index's folder, and its model."""
     photos, retriever = write_photos(tmp_path / "photos", 2), tiny_retriever()
-    index(photos, retriever, tmp_path / "index")
-    manifest = tmp_path / "index" / "manifest.json"
-    content = json.loads(manifest.read_text())
-    cases = [
+    folder = tmp_path / "index"
+    index(photos, retriever, folder)
+    content = json.loads((folder / "manifest.json").read_text())
+
+    def edit(**wrong):
+        (folder / "manifest.json").write_text(json.dumps({**content, **wrong}))
+
+    return edit, folder, retriever
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "fault"),
+    [
         ("embed_dim", 8, r"is a damaged index: its column 'embed' is .*\[16\], wanted .*\[8\]"),
         ("token_shape", [3, 4], r"its 'tokens' is fp16 17x32 in the table 'images', but fp16 3x4 in the manifest"),
-    ]
-    for name, wrong, fault in cases:
-        manifest.write_text(json.dumps({**content, name: wrong}))
-        with pytest.raises(ValueError, match=fault):
-            Searcher.open(tmp_path / "index", model=retriever)
-        with pytest.raises(ValueError, match=f"manifest.json is damaged: {name} is .*, and .* in the model"):
-            check_model(tmp_path / "index", read_manifest(tmp_path / "index"), retriever)
+    ],
+)
+def test_sizes_that_are_not_the_models(edited, name, wrong, fault):
+    edit, folder, retriever = edited
+    edit(**{name: wrong})
+    with pytest.raises(ValueError, match=fault):
+        Searcher.open(folder, model=retriever)
+    with pytest.raises(ValueError, match=f"manifest.json is damaged: {name} is .*, and .* in the model"):
+        check_model(folder, read_manifest(folder), retriever)
 
 
-def test_facts_that_the_tables_contradict(tmp_path):
-    photos, retriever = write_photos(tmp_path / "photos", 2), tiny_retriever()
-    index(photos, retriever, tmp_path / "index")
-    manifest = tmp_path / "index" / "manifest.json"
-    content = json.loads(manifest.read_text())
-    cases = [
+@pytest.mark.parametrize(
+    ("wrong", "fault"),
+    [
         ({"tokens": "bf16"}, "its 'tokens' is fp16 17x32 in the table 'images', but bf16 17x32 in the manifest"),
         (
             {"tokens": None, "token_shape": None},
             "its 'tokens' is fp16 17x32 in the table 'images', but none in the manifest",
         ),
         ({"model_hash": "abc"}, r"its 'model_hash' is \w+ in the table 'images', but abc in the manifest"),
-    ]
-    for wrong, fault in cases:
-        manifest.write_text(json.dumps({**content, **wrong}))
-        for use in (lambda: Searcher.open(tmp_path / "index", model=retriever), lambda: removed(tmp_path / "index")):
-            with pytest.raises(ValueError, match=fault):
-                use()
-
-
-def removed(folder):
-    return remove_images(folder, where="width > 0")
+    ],
+)
+def test_facts_that_the_tables_contradict(edited, wrong, fault):
+    edit, folder, retriever = edited
+    edit(**wrong)
+    with pytest.raises(ValueError, match=fault):
+        Searcher.open(folder, model=retriever)
+    with pytest.raises(ValueError, match=fault):
+        remove_images(folder, where="width > 0")
 
 
 def test_the_contents_of_another_index(tmp_path):

@@ -15,7 +15,7 @@ START = (
     'Invalid input, Failed to connect to namespace: IO { source: Generic { store: "S3", source: ListRequest { source: '
 )
 REFUSED = """Http(ConnectError("tcp connect error", Os { code: 111, message: "Connection refused" })) }
-location: Location { file: "/root/object_store.rs" } }"""
+location: Location { file: "/src/object_store.rs" } }"""
 NO_BUCKET = """RetryError { inner: Status { status: 404, body: Some("<Code>NoSuchBucket</Code>
 <Message>There is no such bucket</Message>") } } } }"""
 NO_KEY = 'IO { source: "Failed to get AWS credentials: ProviderError" } } }'
