@@ -70,10 +70,10 @@ def parse(
 def run(main: Callable[[], None]) -> None:
     """Run a recipe.
 
-    Errors that the user can correct print one line to stderr and exit with status 2, Ctrl-C prints one line and exits
-    with 130; other errors print a traceback. An error in the Rust code of a library, such as that of a tokenizer whose
-    regular expression takes too long, and too little memory print one line too. LOOPITR_DEBUG=1 prints the traceback of every error. If the
-    reader of the output has ended, such as `head`, this ends too, without a line.
+    Errors that the user can correct, and too little memory, print one line to stderr and exit with status 2; Ctrl-C
+    prints one line and exits with 130; other errors print a traceback. An error in the Rust code of a library, such as
+    that of a tokenizer whose regular expression takes too long, prints one line too. LOOPITR_DEBUG=1 prints the
+    traceback of every error. If the reader of the output has ended, such as `head`, this ends too, without a line.
     """
     try:
         try:
@@ -100,7 +100,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _lacks_memory(error: BaseException) -> bool:
-    """Whether memory could not be had. For that of a CPU, torch raises a RuntimeError, for a GPU's an own kind of it."""
+    """Whether there was not enough memory; only for that of a GPU does torch have a type of error."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
