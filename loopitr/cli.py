@@ -79,7 +79,8 @@ def run(main: Callable[[], None]) -> None:
         try:
             main()
         finally:
-            sys.stdout.flush()
+            if sys.stdout is not None:  # It is None if it was closed.
+                sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
@@ -124,12 +125,14 @@ def check_output_file(output: str | Path) -> None:
     """Check that a file can be written, before the work that produces it, and make its folder.
 
     Raises:
-        ValueError: it is a folder, or its folder cannot be made or written to.
+        ValueError: it is a folder, a pipe or a device, or its folder cannot be made or written to.
     """
     path = Path(output)
     try:
         if path.is_dir():
             raise IsADirectoryError("it is a folder")
+        if path.exists() and not path.is_file():  # It would be replaced by a file.
+            raise OSError("it is not a file")
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
@@ -248,7 +251,8 @@ def _check_groups(options: Any, namespace: Any, group: str = "") -> None:
     """
     for field in dataclasses.fields(options):
         kind, value = field.default_factory, namespace.get(field.name)
-        if value is None and not dataclasses.is_dataclass(kind) and "None" not in str(field.type):
+        may_be_unset = field.default is None or "None" in str(field.type)
+        if value is None and not may_be_unset and not dataclasses.is_dataclass(kind):
             raise ValueError(f"{group}{field.name} needs a value, got null")  # jsonargparse lets it pass.
         if not dataclasses.is_dataclass(kind) or dataclasses.is_dataclass(value):
             continue
