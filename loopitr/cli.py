@@ -70,10 +70,10 @@ def parse(
 def run(main: Callable[[], None]) -> None:
     """Run a recipe.
 
-    Errors that the user can correct print one line to stderr and exit with status 2, Ctrl-C prints one line and exits
-    with 130; other errors print a traceback. An error in the Rust code of a library, such as that of a tokenizer whose
-    regular expression takes too long, prints one line too. LOOPITR_DEBUG=1 prints the traceback of every error. If the
-    reader of the output has ended, such as `head`, this ends too, without a line.
+    Errors that the user can correct, and too little memory, print one line to stderr and exit with status 2; Ctrl-C
+    prints one line and exits with 130; other errors print a traceback. An error in the Rust code of a library, such as
+    that of a tokenizer whose regular expression takes too long, prints one line too. LOOPITR_DEBUG=1 prints the
+    traceback of every error. If the reader of the output has ended, such as `head`, this ends too, without a line.
     """
     try:
         try:
@@ -92,10 +92,18 @@ def run(main: Callable[[], None]) -> None:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(USAGE_ERROR)
     except BaseException as error:
-        if type(error).__name__ != "PanicException" or os.environ.get("LOOPITR_DEBUG"):
+        text = "not enough memory" if _lacks_memory(error) else ""
+        if not (text or type(error).__name__ == "PanicException") or os.environ.get("LOOPITR_DEBUG"):
             raise
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        print(f"error: {f'{text}: ' if text else ''}{_one_line(error)}", file=sys.stderr)
         sys.exit(USAGE_ERROR)
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    """Whether there was not enough memory; only for that of a GPU does torch have a type of error."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def _has_no_reader() -> bool:
@@ -233,13 +241,15 @@ def _check_config(path: Path) -> None:
 
 
 def _check_groups(options: Any, namespace: Any, group: str = "") -> None:
-    """Check that groups of options are not given as single values.
+    """Check that groups of options are not given as single values, and that only options that may be unset are null.
 
     Raises:
         ValueError: one is.
     """
     for field in dataclasses.fields(options):
         kind, value = field.default_factory, namespace.get(field.name)
+        if value is None and not dataclasses.is_dataclass(kind) and "None" not in str(field.type):
+            raise ValueError(f"{group}{field.name} needs a value, got null")  # jsonargparse lets it pass.
         if not dataclasses.is_dataclass(kind) or dataclasses.is_dataclass(value):
             continue
         if not isinstance(value, Namespace):
