@@ -157,8 +157,9 @@ def _graphs(model: Any, source: Source) -> dict[str, _Graph]:
         graphs[TEXT] = _Graph(TextGraph(model), inputs, outputs, dict.fromkeys(inputs, texts))
     if fused:
         inputs = {
-            "image_tokens": model.encode_images(pixels).tokens,
-            "text_tokens": model.encode_texts(ids, mask).tokens,
+            # SigLIP's tokens are a view of longer texts, with strides that no ONNX graph can have.
+            "image_tokens": model.encode_images(pixels).tokens.contiguous(),
+            "text_tokens": model.encode_texts(ids, mask).tokens.contiguous(),
             "attention_mask": mask,
         }
         axes = {"image_tokens": {0: "images"}, "text_tokens": texts, "attention_mask": texts}
