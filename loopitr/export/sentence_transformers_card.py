@@ -32,9 +32,9 @@ image = Image.fromarray((np.asarray(image) * 255 + 0.5).clip(0, 255).astype(np.u
 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))  # transparency
 ```
 
-The model has transparency on white. transformers does the same since 5.21; older versions drop it, so that the last line
-is needed. Of a path, sentence-transformers opens the image itself, drops its transparency, and in older versions does not
-rotate it: open such an image yourself, `Image.open(path)`.
+The model has transparency on white. transformers does the same since 5.21; older versions drop it, so that the last
+line is needed. Of a path, sentence-transformers opens the image itself, drops its transparency, and in older versions
+does not rotate it: open such an image yourself, `Image.open(path)`.
 """
 
 
