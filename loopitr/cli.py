@@ -251,8 +251,9 @@ def _check_groups(options: Any, namespace: Any, group: str = "") -> None:
     """
     for field in dataclasses.fields(options):
         kind, value = field.default_factory, namespace.get(field.name)
-        may_be_unset = field.default is None or "None" in str(field.type)
-        if value is None and not may_be_unset and not dataclasses.is_dataclass(kind):
+        # Python writes the type of `Literal["a"] | None` as Optional[...], unless annotations stay text.
+        may_be_unset = "None" in str(field.type) or "Optional" in str(field.type)
+        if value is None and not dataclasses.is_dataclass(kind) and not may_be_unset:
             raise ValueError(f"{group}{field.name} needs a value, got null")  # jsonargparse lets it pass.
         if not dataclasses.is_dataclass(kind) or dataclasses.is_dataclass(value):
             continue

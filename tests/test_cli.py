@@ -12,6 +12,8 @@ from helpers.tiny_run import OPTIONS, tiny_options, write_config
 
 from loopitr.cli import parse, run
 from loopitr.commands import main as commands
+from loopitr.commands.export import ExportOptions
+from loopitr.commands.search_options import IndexOptions
 from loopitr.training.options import PretrainOptions, TrainOptions, ValidationOptions
 
 RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.py"))
@@ -267,3 +269,8 @@ class TrainOptionsOfOwn:
     model: str
     """What."""
     speed: Speed = field(default_factory=Speed)
+
+
+def test_an_option_of_a_few_values_may_stay_unset():
+    assert parse(ExportOptions, ["--model=run", "--output=out"]).tower is None
+    assert parse(IndexOptions, ["--source=photos"]).tokens is None

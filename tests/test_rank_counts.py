@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import is_torch_version
 from helpers.rank_processes import join, leave, start_ranks
 from helpers.step_reference import EveryThirdWord, model_of, step_batch
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from loopitr.distributed import all_gather, all_gather_padded, average_gradients, rank, rows_of_ranks, world_size
@@ -26,7 +26,7 @@ from loopitr.objective.loop_objective import LoopObjective
 from loopitr.objective.mining import Mined, Miner
 from loopitr.objective.options import ObjectiveOptions
 from loopitr.objective.parts import StepOutput
-from loopitr.training.sharding import vectors_for_scalars, whole, whole_layers
+from loopitr.training.sharding import MIN_TORCH, vectors_for_scalars, whole, whole_layers
 
 pytestmark = pytest.mark.slow
 
@@ -112,6 +112,8 @@ def gradients_of(objective: LoopObjective) -> dict[str, torch.Tensor]:
 
 def sharded_gradients(case: Case, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Under FSDP 2, as accelerate shards an objective: layers that run as wholes, then what is left."""
+    from torch.distributed.fsdp import fully_shard  # MIN_TORCH has it, older versions do not.
+
     objective = case.objective()
     vectors_for_scalars(objective)
     layers = whole_layers(objective.model)
@@ -140,7 +142,7 @@ def worker(index: int, folder: Path) -> None:
             average_gradients(objective.parameters())
         terms = {name: value.detach() for name, value in out.terms.items()}
         results[seed] = {"loss": out.loss.detach(), "terms": terms, "gradients": [gradients_of(objective)]}
-        if case.chunk_size is None and objective.own_teacher is None:
+        if is_torch_version(">=", MIN_TORCH) and case.chunk_size is None and objective.own_teacher is None:
             results[seed]["gradients"].append(sharded_gradients(case, case.part(index, ranks)))
     mine = torch.arange(2.0 * (index + 1), dtype=torch.float64).reshape(index + 1, 2).requires_grad_()
     rows = rows_of_ranks(mine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -26,7 +27,7 @@ Recalls = Mapping[str, Mapping[str, Mapping[int, float]]]  # ranking -> directio
 USE = """\
 from loopitr import Retriever
 
-retriever = Retriever.from_pretrained("{name}")
+retriever = Retriever.from_pretrained({name})
 images = retriever.encode_images(["beach.jpg", "forest.jpg"])  # [2, {width}], unit length
 texts = retriever.encode_texts(["a dog on a beach"])
 print(retriever.similarity(texts, images))
@@ -112,7 +113,7 @@ def _card(
     pipeline: str = "feature-extraction",
 ) -> str:
     """The text of a card; the heading for `OWNER/NAME` is NAME."""
-    title = name.rpartition("/")[2]
+    title = " ".join(name.rpartition("/")[2].split())
     recalls = {ranking: values for ranking, values in origin.recalls.items() if ranking.startswith(rankings)}
     results = _eval_results(recalls, origin)
     data = ModelCardData(
@@ -198,7 +199,8 @@ def _what_it_is(model: LoopITRModel | DualEncoder, weight: float) -> str:
 
 def _use(model: LoopITRModel | DualEncoder, name: str) -> str:
     how = ", by both heads" if isinstance(model, LoopITRModel) else ""
-    lines = USE.format(name=name, width=model.config.embed_dim, how=how)
+    quoted = json.dumps(name, ensure_ascii=False)  # also a literal of Python
+    lines = USE.format(name=quoted, width=model.config.embed_dim, how=how)
     return f"```python\n{lines.rstrip()}\n```"
 
 

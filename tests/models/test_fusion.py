@@ -201,7 +201,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     for enable in (False, True):
         model = tiny_model(VIT, "late").train()
         if enable:
-            model.activation_checkpointing_enable()
+            model.gradient_checkpointing_enable()
             assert model.fusion.gradient_checkpointing and model.dual.vision.model.grad_checkpointing
         image_state, text_state = _states(model, 3, 3)
         pairs = torch.cartesian_prod(torch.arange(3), torch.arange(3))

@@ -93,7 +93,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(vision, style):
     for checkpointing in (False, True):
         model = adapted_model(vision, style).train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            model.gradient_checkpointing_enable()
         actual.append(gradients(model, step(model, batch).loss))
     assert actual[0].keys() == actual[1].keys() == trained(model)
     assert_same_gradients(actual[1], actual[0])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, is_torch_version
 from helpers.rank_processes import RANKS, join, leave, start_ranks
 from helpers.support import tiny_model
 from helpers.tiny_run import (
@@ -29,7 +29,7 @@ from helpers.tiny_run import (
 from torch import nn
 
 from loopitr import LoopITRModel
-from loopitr.training.sharding import check_sharding, vectors_for_scalars, whole_layers
+from loopitr.training.sharding import MIN_TORCH, check_sharding, vectors_for_scalars, whole_layers
 from loopitr.training.trainer import Trainer
 
 SMALL: dict[str, Any] = {
@@ -118,6 +118,8 @@ def worker(index: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
+    if not is_torch_version(">=", MIN_TORCH):
+        pytest.skip(f"FSDP needs torch {MIN_TORCH}")
     folder = tmp_path_factory.mktemp("runs")
     start_ranks(__file__, folder)
     return folder
@@ -181,9 +183,13 @@ def test_what_fsdp_cannot_do_is_one_line(tmp_path, monkeypatch, variables, said)
         monkeypatch.setenv(name, value)
     for name in ("FSDP_STATE_DICT_TYPE", "FSDP_CPU_RAM_EFFICIENT_LOADING"):
         monkeypatch.setenv(name, "")  # so that it is as before when the test is over
+    monkeypatch.setattr("loopitr.training.sharding.MIN_TORCH", "2.0")
     with pytest.raises(ValueError, match=said):
         run(tmp_path)
     assert not (tmp_path / "run").exists()
+    monkeypatch.setattr("loopitr.training.sharding.MIN_TORCH", "99")
+    with pytest.raises(ValueError, match=f"{said}|FSDP needs torch 99 or newer"):
+        run(tmp_path)
 
 
 def test_a_teacher_with_a_model_of_its_own_does_not_go_with_sharded_weights():
