@@ -19,7 +19,7 @@ PRECISION = 2.0  # seconds; some systems do not know a process's start more exac
 class FolderLock:
     """The lock of a run folder, from `acquire` to `release`.
 
-    The file has the pid, host and start time of its process. The lock of a process that no longer runs is ignored, even
+    The file has the pid, host and start of its process. The lock of a process that no longer runs is ignored, even
     if its pid has been given to another process. A process on another host is assumed to be running.
     """
 
@@ -82,7 +82,20 @@ def _wait_for(file: IO[str]) -> None:
 
 
 def _this_process() -> dict[str, Any]:
-    return {"pid": os.getpid(), "host": socket.gethostname(), "started": psutil.Process().create_time()}
+    pid, started = os.getpid(), psutil.Process().create_time()
+    return {"pid": pid, "host": socket.gethostname(), "started": started, "birth": _birth(pid)}
+
+
+def _birth(pid: int) -> str | None:
+    """When a process started, in ticks since a boot of the system; None: the system does not say.
+
+    Its time of day, as a later process reads it, changes when the clock is set.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]}"
+    except (OSError, IndexError):
+        return None
 
 
 def _holder(file: IO[str]) -> dict[str, Any] | None:
@@ -90,7 +103,8 @@ def _holder(file: IO[str]) -> dict[str, Any] | None:
     try:
         holder = json.load(file)
         pid, host, started = int(holder["pid"]), str(holder["host"]), float(holder["started"])
-        return {"pid": pid, "host": host, "started": started} if pid > 0 and host.isprintable() else None
+        known = {"pid": pid, "host": host, "started": started, "birth": holder.get("birth")}
+        return known if pid > 0 and host.isprintable() else None
     except (
         ValueError,
         KeyError,
@@ -108,7 +122,11 @@ def _runs(holder: dict[str, Any], path: Path) -> bool:
         return path.resolve() in _HELD
     try:
         process = psutil.Process(holder["pid"])
-        started = abs(process.create_time() - holder["started"]) < PRECISION
+        birth = _birth(holder["pid"])
+        if holder["birth"] is not None and birth is not None:
+            started = holder["birth"] == birth
+        else:
+            started = abs(process.create_time() - holder["started"]) < PRECISION
         return started and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False

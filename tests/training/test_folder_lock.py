@@ -15,7 +15,7 @@ from helpers.tiny_run import logged, reset_accelerate, run, trainer
 from helpers.waiting import wait
 
 from loopitr.training import trainer as training
-from loopitr.training.folder_lock import LOCK, FolderLock
+from loopitr.training.folder_lock import LOCK, FolderLock, _birth
 
 
 def holder(process, **changes):
@@ -48,6 +48,21 @@ def test_a_living_process_is_refused(tmp_path, other):
     with pytest.raises(ValueError, match=f"process {other.pid} on .*; choose another train.output_dir") as raised:
         FolderLock(tmp_path).acquire()
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="the system does not say when a process started")
+def test_a_clock_that_is_set_frees_no_lock(tmp_path, other):
+    """A process's start as time of day moves with the clock, as where it is corrected soon after a boot."""
+    birth = _birth(other.pid)
+    (tmp_path / LOCK).write_text(json.dumps(holder(other, started=other.create_time() - 3600, birth=birth)))
+    with pytest.raises(ValueError, match=f"process {other.pid} on "):
+        FolderLock(tmp_path).acquire()
+    (tmp_path / LOCK).write_text(json.dumps(holder(other, birth=f"{birth}1")))  # an earlier process with its pid
+    lock = FolderLock(tmp_path)
+    lock.acquire()
+    assert json.loads((tmp_path / LOCK).read_text())["birth"] == _birth(os.getpid())
+    lock.release()
+    assert not (tmp_path / LOCK).exists()
 
 
 def test_a_process_on_another_host_is_believed_to_run(tmp_path):
