@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from loopitr.building.card_file import CARD, may_write, save_card
-from loopitr.building.origin import Origin, origin_of, read_object
+from loopitr.building.origin import HUB_ID, Origin, origin_of, read_object
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.scoring import DUAL_ALONE
 
@@ -122,7 +122,8 @@ def _card(
         pipeline_tag=pipeline,
         tags=[*dict.fromkeys(["loopitr", "image-text-retrieval", *tags])],
         base_model=list(origin.base_models) or None,
-        datasets=list(origin.datasets) or None,
+        # The hub refuses other names; the text has all.
+        datasets=[name for name in origin.datasets if HUB_ID.fullmatch(name)] or None,
         metrics=["recall"] if results else None,
         model_name=title if results else None,
         eval_results=results or None,
