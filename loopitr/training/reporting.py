@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +89,16 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+@contextlib.contextmanager
+def writing(what: str, folder: Path) -> Iterator[None]:
+    """A context in which an `OSError` says what could not be written, and how to continue the run."""
+    try:
+        yield
+    except OSError as error:
+        text = f"{what} could not be written to {folder} ({error.strerror or error})"
+        raise OSError(f"{text}; free space and continue with --resume") from error
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file atomically."""
     write_file(path, json.dumps(content, indent=2) + "\n")
@@ -139,12 +150,13 @@ def write_results(
     from loopitr.evaluation.gallery_html import gallery_page
 
     title = f"{folder.name}: {metrics['split']}"
-    write_json(folder / METRICS, metrics)
-    (folder / "results.md").write_text(f"# {title}\n\n{result.table()}\n")
-    if result.examples:
-        write_file(folder / GALLERY, gallery_page(result, records, title=title))
-    plot_curves(rows, folder / "curves.png")
-    write_card(folder, model)
+    with writing("the results", folder):
+        write_file(folder / "results.md", f"# {title}\n\n{result.table()}\n")
+        if result.examples:
+            write_file(folder / GALLERY, gallery_page(result, records, title=title))
+        plot_curves(rows, folder / "curves.png")
+        write_json(folder / METRICS, metrics)  # With this file the run counts as finished; the card reads it.
+        write_card(folder, model)
 
 
 def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -195,7 +196,7 @@ def move_aside(folder: Path) -> Path | None:
     if Path.cwd().is_relative_to(folder.resolve()):
         raise ValueError(f"{folder} holds an earlier run and is the folder you are in; choose another train.output_dir")
     number = 1
-    while folder.with_name(f"{folder.name}.{number}").exists():
+    while os.path.lexists(folder.with_name(f"{folder.name}.{number}")):  # A dangling link is in the way too.
         number += 1
     return folder.rename(folder.with_name(f"{folder.name}.{number}"))
 

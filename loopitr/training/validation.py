@@ -25,6 +25,7 @@ from loopitr.training.caches import Caches
 from loopitr.training.checkpoints import Progress
 from loopitr.training.divergence import check_finite
 from loopitr.training.options import ValidationOptions
+from loopitr.training.reporting import writing
 from loopitr.training.sharding import WholeModel
 
 
@@ -138,16 +139,17 @@ class Validator:
         if keep and score is not None and (score, scores["dual"]) > tuple(so_far):
             progress.best, progress.best_dual, progress.best_step = score, scores["dual"], progress.step
             if self.accelerator.is_main_process:
-                self._save(model)
+                self._save(model, step=progress.step)
         return scores
 
-    def _save(self, model: LoopITRModel) -> None:
+    def _save(self, model: LoopITRModel, *, step: int) -> None:
         """The earlier best model is replaced only once this one is completely written."""
 
         def write(folder: Path) -> None:
             save_for_use(model, self.caches.processor, folder, keep_mlm_head=self.options.keep_mlm_head)
 
-        write_files(self.folder, write, seen=("README.md",))
+        with writing(f"step {step}: the best model so far", self.folder):
+            write_files(self.folder, write, seen=("README.md",))
 
     def measure(self, model: LoopITRModel) -> dict[str, float]:
         """The mean R@1 of each score of another model, such as a teacher, on the validation records."""
@@ -165,7 +167,8 @@ class Validator:
             if calibration.similarity_weight is not None:
                 model.config.similarity_weight = calibration.similarity_weight
                 if self.accelerator.is_main_process:
-                    write_files(self.folder, model.config.save_pretrained)
+                    with writing("the similarity weight", self.folder):
+                        write_files(self.folder, model.config.save_pretrained)
             if records is self.records:
                 return calibration
         elif self.uses_pairs:

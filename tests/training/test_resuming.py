@@ -1,6 +1,8 @@
 """Runs that go on after an interruption, and runs that find an earlier one in their folder."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -8,9 +10,8 @@ import pytest
 from helpers.tiny_run import broken_table, equal, logged, run, weights
 from safetensors.torch import load_file
 
-from loopitr.durable import write_manifest
-from loopitr.training import saving
-from loopitr.training import trainer as training
+from loopitr.durable import write_file, write_manifest
+from loopitr.training import reporting, saving
 from loopitr.training.reporting import read_history
 
 
@@ -111,19 +112,24 @@ def test_a_finished_run_without_a_checkpoint_cannot_be_made_longer(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_killed_after_its_last_step_is_finished(tmp_path, monkeypatch):
+def test_a_run_whose_results_find_no_space_is_finished_later(tmp_path, monkeypatch):
     expected = run(tmp_path / "whole", train__max_steps=2)
 
-    def killed(*_, **__):
-        raise Killed
+    def full(path, text):
+        if path.name == "results.md":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_file(path, text)
 
-    monkeypatch.setattr(training, "write_results", killed)
-    with pytest.raises(Killed):
+    monkeypatch.setattr(reporting, "write_file", full)
+    message = r"the results could not be written to .*/run \(No space left on device\); free space and continue with"
+    with pytest.raises(OSError, match=message):
         run(tmp_path / "parts", train__max_steps=2)
     monkeypatch.undo()
     found = run(tmp_path / "parts", train__max_steps=2, resume=True)
     assert found["dual"] == expected["dual"] and equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
     assert read_history(tmp_path / "whole" / "run") == read_history(tmp_path / "parts" / "run")
+    names = [{path.name for path in (tmp_path / part / "run").iterdir()} for part in ("whole", "parts")]
+    assert names[0] == names[1] and "results.md" in names[0]
 
 
 @pytest.mark.slow

@@ -17,12 +17,13 @@ def test_an_earlier_run_is_moved_to_the_first_free_name(tmp_path):
     assert move_aside(folder) is None  # nothing in it
     (folder / LOCK).touch()
     assert move_aside(folder) is None
-    for number in (1, 2):
+    (tmp_path / "run.2").symlink_to(tmp_path / "nowhere")
+    for number in (1, 3):
         folder.mkdir(exist_ok=True)
         (folder / "which").write_text(str(number))
         (folder / "config.yaml").write_text("train: {output_dir: runs/x}")
         assert move_aside(folder) == tmp_path / f"run.{number}"
-    assert [(tmp_path / f"run.{number}" / "which").read_text() for number in (1, 2)] == ["1", "2"]
+    assert [(tmp_path / f"run.{number}" / "which").read_text() for number in (1, 3)] == ["1", "3"]
     assert not folder.exists()
 
 
