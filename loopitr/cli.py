@@ -70,16 +70,17 @@ def parse(
 def run(main: Callable[[], None]) -> None:
     """Run a recipe.
 
-    Errors that the user can correct print one line to stderr and exit with status 2, Ctrl-C prints one line and exits
-    with 130; other errors print a traceback. An error in the Rust code of a library, such as that of a tokenizer whose
-    regular expression takes too long, prints one line too. LOOPITR_DEBUG=1 prints the traceback of every error. If the
-    reader of the output has ended, such as `head`, this ends too, without a line.
+    Errors that the user can correct, and too little memory, print one line to stderr and exit with status 2; Ctrl-C
+    prints one line and exits with 130; other errors print a traceback. An error in the Rust code of a library, such as
+    that of a tokenizer whose regular expression takes too long, prints one line too. LOOPITR_DEBUG=1 prints the
+    traceback of every error. If the reader of the output has ended, such as `head`, this ends too, without a line.
     """
     try:
         try:
             main()
         finally:
-            sys.stdout.flush()
+            if sys.stdout is not None:  # It is None if it was closed.
+                sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
@@ -92,10 +93,18 @@ def run(main: Callable[[], None]) -> None:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(USAGE_ERROR)
     except BaseException as error:
-        if type(error).__name__ != "PanicException" or os.environ.get("LOOPITR_DEBUG"):
+        text = "not enough memory" if _lacks_memory(error) else ""
+        if not (text or type(error).__name__ == "PanicException") or os.environ.get("LOOPITR_DEBUG"):
             raise
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        print(f"error: {f'{text}: ' if text else ''}{_one_line(error)}", file=sys.stderr)
         sys.exit(USAGE_ERROR)
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    """Whether there was not enough memory; only for that of a GPU does torch have a type of error."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def _has_no_reader() -> bool:
@@ -116,12 +125,14 @@ def check_output_file(output: str | Path) -> None:
     """Check that a file can be written, before the work that produces it, and make its folder.
 
     Raises:
-        ValueError: it is a folder, or its folder cannot be made or written to.
+        ValueError: it is a folder, a pipe or a device, or its folder cannot be made or written to.
     """
     path = Path(output)
     try:
         if path.is_dir():
             raise IsADirectoryError("it is a folder")
+        if path.exists() and not path.is_file():  # It would be replaced by a file.
+            raise OSError("it is not a file")
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
@@ -233,13 +244,17 @@ def _check_config(path: Path) -> None:
 
 
 def _check_groups(options: Any, namespace: Any, group: str = "") -> None:
-    """Check that groups of options are not given as single values.
+    """Check that groups of options are not given as single values, and that only options that may be unset are null.
 
     Raises:
         ValueError: one is.
     """
     for field in dataclasses.fields(options):
         kind, value = field.default_factory, namespace.get(field.name)
+        # Python writes the type of `Literal["a"] | None` as Optional[...], unless annotations stay text.
+        may_be_unset = "None" in str(field.type) or "Optional" in str(field.type)
+        if value is None and not dataclasses.is_dataclass(kind) and not may_be_unset:
+            raise ValueError(f"{group}{field.name} needs a value, got null")  # jsonargparse lets it pass.
         if not dataclasses.is_dataclass(kind) or dataclasses.is_dataclass(value):
             continue
         if not isinstance(value, Namespace):

@@ -55,12 +55,14 @@ def to_rgb(image: Image.Image, *, shortest: int | None = None) -> Image.Image:
 
 
 def _scale_to_8_bit(image: Image.Image) -> Image.Image:
-    """Scale 16-bit integers and floats to 8 bits; Pillow's conversion clips at 255, which makes most of them white."""
+    """Scale integers and floats to 8 bits; Pillow's conversion clips at 255, which makes most of them white."""
     values = np.asarray(image, dtype=np.float32)
     values = np.where(np.isnan(values), np.float32(0), values)
-    largest = values.max(where=np.isfinite(values), initial=0.0)
-    if image.mode == "F":
-        scale = 255.0 if largest <= 1.0 else 1.0
+    largest = float(values.max(where=np.isfinite(values), initial=0.0))
+    if image.mode == "F" and largest <= 2.0:  # Resampling leaves values a little above 1.
+        white = 1.0
+    elif image.mode.startswith("I;16"):
+        white = 65535.0
     else:
-        scale = 1.0 / 257.0 if image.mode != "I" or largest > 255.0 else 1.0
-    return Image.fromarray(np.clip(values * scale + 0.5, 0.0, 255.0).astype(np.uint8))
+        white = next((white for white in (255.0, 65535.0) if largest <= white), largest)
+    return Image.fromarray(np.clip(values * (255.0 / white) + 0.5, 0.0, 255.0).astype(np.uint8))

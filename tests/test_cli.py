@@ -12,6 +12,8 @@ from helpers.tiny_run import OPTIONS, tiny_options, write_config
 
 from loopitr.cli import parse, run
 from loopitr.commands import main as commands
+from loopitr.commands.export import ExportOptions
+from loopitr.commands.search_options import IndexOptions
 from loopitr.training.options import PretrainOptions, TrainOptions, ValidationOptions
 
 RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.py"))
@@ -221,6 +223,17 @@ def test_a_wrong_option_is_one_line_that_names_it_and_exit_status_2(arguments, n
     assert len(lines) == 1 and lines[0].startswith("error: ") and names in lines[0]
 
 
+@pytest.mark.parametrize("name", ["train.lr", "data.split", "data.scenes", "model.vision.kwargs", "objective.itc"])
+def test_an_option_that_cannot_be_unset_is_not_null(tmp_path, name):
+    group, *inner = name.split(".")
+    value = None
+    for part in reversed(inner):
+        value = {part: value}
+    (tmp_path / "null.yaml").write_text(yaml.safe_dump({group: value}))
+    with pytest.raises(ValueError, match=f"{name} needs a value, got null"):
+        parse(PretrainOptions, [f"--config={tmp_path / 'null.yaml'}"])
+
+
 def test_an_unknown_name_in_a_file_is_named(tmp_path):
     (tmp_path / "wrong.yaml").write_text("model: {vision: {size: 3}}\n")
     with pytest.raises(ValueError, match="size"):
@@ -256,3 +269,8 @@ class TrainOptionsOfOwn:
     model: str
     """What."""
     speed: Speed = field(default_factory=Speed)
+
+
+def test_an_option_of_a_few_values_may_stay_unset():
+    assert parse(ExportOptions, ["--model=run", "--output=out"]).tower is None
+    assert parse(IndexOptions, ["--source=photos"]).tokens is None

@@ -52,6 +52,17 @@ def test_a_panic_of_rust_code_is_one_line(capfd, monkeypatch):
     assert errors.splitlines()[-1] == "error: Onig: Regex search error: retry-limit-in-match over"
 
 
+def test_too_little_memory_is_one_line(capsys, monkeypatch):
+    monkeypatch.delenv("LOOPITR_DEBUG", raising=False)
+    for error in (MemoryError(), RuntimeError("can't allocate memory: you tried to allocate 8 bytes")):
+        with pytest.raises(SystemExit) as raised:
+            run(fail(error))
+        line = capsys.readouterr().err
+        assert raised.value.code == 2 and line.startswith("error: not enough memory: ") and line.count("\n") == 1
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(fail(RuntimeError("a bug")))
+
+
 def test_debug_shows_the_traceback(monkeypatch):
     monkeypatch.setenv("LOOPITR_DEBUG", "1")
     with pytest.raises(ValueError, match="wrong"):
@@ -64,7 +75,9 @@ def test_other_errors_keep_their_traceback(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_success_is_silent(capsys):
+def test_success_is_silent(capsys, monkeypatch):
+    run(lambda: None)
+    monkeypatch.setattr(sys, "stdout", None)  # as of `>&-`
     run(lambda: None)
     assert capsys.readouterr().err == ""
 

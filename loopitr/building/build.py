@@ -180,6 +180,8 @@ def _text_parts(text: TextOptions, vocabulary: list[str] | None) -> tuple[dict[s
     if text.name == "scenes":
         if vocabulary is None or text.pretrained:
             raise ValueError("model.text.name 'scenes' goes with the built-in data and model.text.pretrained false")
+        if "vocab_size" in text.kwargs:
+            raise ValueError("model.text.kwargs: 'scenes' has the vocabulary of the built-in data, so no vocab_size")
         tokenizer = word_tokenizer(vocabulary, max_length=text.max_length)
         config = AutoConfig.for_model("bert", vocab_size=len(tokenizer), **text.kwargs)
         source = ""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from loopitr.building.card_file import CARD, may_write, save_card
-from loopitr.building.origin import Origin, origin_of, read_object
+from loopitr.building.origin import HUB_ID, Origin, origin_of, read_object
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.scoring import DUAL_ALONE
 
@@ -26,7 +27,7 @@ Recalls = Mapping[str, Mapping[str, Mapping[int, float]]]  # ranking -> directio
 USE = """\
 from loopitr import Retriever
 
-retriever = Retriever.from_pretrained("{name}")
+retriever = Retriever.from_pretrained({name})
 images = retriever.encode_images(["beach.jpg", "forest.jpg"])  # [2, {width}], unit length
 texts = retriever.encode_texts(["a dog on a beach"])
 print(retriever.similarity(texts, images))
@@ -112,7 +113,7 @@ def _card(
     pipeline: str = "feature-extraction",
 ) -> str:
     """The text of a card; the heading for `OWNER/NAME` is NAME."""
-    title = name.rpartition("/")[2]
+    title = " ".join(name.rpartition("/")[2].split())
     recalls = {ranking: values for ranking, values in origin.recalls.items() if ranking.startswith(rankings)}
     results = _eval_results(recalls, origin)
     data = ModelCardData(
@@ -121,7 +122,8 @@ def _card(
         pipeline_tag=pipeline,
         tags=[*dict.fromkeys(["loopitr", "image-text-retrieval", *tags])],
         base_model=list(origin.base_models) or None,
-        datasets=list(origin.datasets) or None,
+        # The hub refuses other names; the text has all.
+        datasets=[name for name in origin.datasets if HUB_ID.fullmatch(name)] or None,
         metrics=["recall"] if results else None,
         model_name=title if results else None,
         eval_results=results or None,
@@ -198,7 +200,8 @@ def _what_it_is(model: LoopITRModel | DualEncoder, weight: float) -> str:
 
 def _use(model: LoopITRModel | DualEncoder, name: str) -> str:
     how = ", by both heads" if isinstance(model, LoopITRModel) else ""
-    lines = USE.format(name=name, width=model.config.embed_dim, how=how)
+    quoted = json.dumps(name, ensure_ascii=False)  # also a literal of Python
+    lines = USE.format(name=quoted, width=model.config.embed_dim, how=how)
     return f"```python\n{lines.rstrip()}\n```"
 
 

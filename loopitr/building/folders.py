@@ -135,12 +135,17 @@ def check_output(output: str | Path, kind: str) -> Path:
 
     Raises:
         OSError: `output` is a file.
-        ValueError: the folder holds a model of another type.
+        ValueError: the folder holds a model of another type, or a run with its model in a subfolder, or has no name.
     """
+    if not str(output).strip():  # It would be taken for the current folder.
+        raise ValueError("the output has no name: give a folder")
     folder = user_path(output)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{output} is not a folder")
     config = folder / "config.json"
+    for name in () if config.is_file() else INSIDE_A_RUN:
+        if (folder / name / "config.json").is_file():  # The export would be loaded in the place of this model.
+            raise ValueError(f"{output} is the folder of a run, with its model in {name}/; choose another folder")
     if config.is_file():
         model_type = read_object(config).get("model_type")
         if model_type != kind:

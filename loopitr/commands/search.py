@@ -204,12 +204,14 @@ def _serve(arguments: Sequence[str]) -> None:
 
 def _info(arguments: Sequence[str]) -> None:
     options = _options(InfoOptions, positional(arguments, "index"), INFO, "index")
+    from loopitr.reading import user_path
     from loopitr.search.manifest import read_manifest
     from loopitr.search.searcher import index_info
     from loopitr.search.stores import open_images
 
-    manifest = read_manifest(options.index)
-    info = index_info(options.index, manifest, open_images(options.index, manifest))
+    folder = user_path(options.index)
+    manifest = read_manifest(folder)
+    info = index_info(folder, manifest, open_images(folder, manifest))
     if options.json:
         print(json.dumps(info, indent=2))
         return

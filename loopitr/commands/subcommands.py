@@ -44,7 +44,7 @@ def quiet() -> None:
 
 
 def positional(arguments: Sequence[str], *names: str, rest: str | None = None) -> list[str]:
-    """Turn the words before the first option into the options `names`, in this order.
+    """Turn the words before the first option into the options `names`, in this order. A word may begin with a dash.
 
     Further words become a list, the value of the option `rest`.
 
@@ -52,7 +52,7 @@ def positional(arguments: Sequence[str], *names: str, rest: str | None = None) -
         ValueError: there are more words than names, and no `rest`.
     """
     words = list(arguments)
-    count = next((place for place, word in enumerate(words) if word.startswith("-") and len(word) > 1), len(words))
+    count = next((place for place, word in enumerate(words) if word.startswith("--") or word == "-h"), len(words))
     given, options = words[:count], words[count:]
     if len(given) > len(names) and rest is None:
         wanted = " ".join(name.upper() for name in names)

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from .records import DataError
-
-if TYPE_CHECKING:
-    import datasets
 
 IMAGE_GUESSES = ("image", "jpg", "jpeg", "png", "webp")
 CAPTION_GUESSES = ("caption", "captions", "text", "txt", "sentences", "json.captions", "json.caption")
@@ -133,51 +128,3 @@ def image_value(value: Any, name: str) -> str | bytes | None:
     if value is not None and not isinstance(value, (str, bytes)):
         raise DataError(f"{name}: an image must be bytes or a path, got {type(value).__name__}")
     return value or None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageFacts:
-    """What is known of the images of a column without reading them.
-
-    Attributes:
-        paths: an Arrow array, or None.
-        missing: a mask of the rows without an image `[R]`.
-        identities: equal for the same image `[R]`.
-        sizes: the number of bytes that are stored in the table `[R]`, -1 where none are.
-    """
-
-    paths: Any
-    missing: np.ndarray
-    identities: np.ndarray
-    sizes: np.ndarray
-
-
-def image_facts(dataset: datasets.Dataset, column: str) -> ImageFacts:
-    """The paths, identities and sizes in an image column, read from the Arrow table without the images' bytes."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    values = dataset.data.column(column)
-    rows, absent = np.arange(len(values)), np.full(len(values), -1, dtype=np.int64)
-    if pa.types.is_struct(values.type):
-        if not {"path", "bytes"} <= {field.name for field in values.type}:
-            raise DataError(f"image column {column!r} is a struct without 'path' and 'bytes': {values.type}")
-        paths, data = pc.struct_field(values, "path"), pc.struct_field(values, "bytes")
-        missing = pc.and_(pc.is_null(paths), pc.is_null(data))
-        # Embedded images often have only a base name, which several folders may share; the size tells them apart.
-        sizes = pc.coalesce(pc.cast(pc.binary_length(data), pa.int64()), -1)
-        keys = pc.binary_join_element_wise(pc.cast(paths, pa.string()), pc.cast(sizes, pa.string()), "\0")
-    elif pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-        paths, missing, keys, sizes = values, pc.is_null(values), values, None
-    else:
-        binary = pa.types.is_binary(values.type) or pa.types.is_large_binary(values.type)
-        sizes = pc.coalesce(pc.cast(pc.binary_length(values), pa.int64()), -1).to_numpy() if binary else absent
-        return ImageFacts(paths=None, missing=pc.is_null(values).to_numpy(), identities=rows, sizes=sizes)
-    codes = pc.fill_null(pc.cast(keys.combine_chunks().dictionary_encode().indices, pa.int64()), -1).to_numpy()
-    _, first, inverse = np.unique(codes, return_index=True, return_inverse=True)
-    return ImageFacts(
-        paths=paths,
-        missing=missing.to_numpy(),
-        identities=np.where(codes < 0, rows, first[inverse]),
-        sizes=absent if sizes is None else sizes.to_numpy(),
-    )

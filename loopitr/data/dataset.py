@@ -209,7 +209,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
     def __init__(self, size: int, *, seed: int, shuffle: bool = True, group: int = 1) -> None:
         if group < 1:
             raise ValueError(f"group must be at least 1, got {group}")
-        self.size, self.seed, self.shuffle, self.group = size, seed, shuffle, group
+        self.size, self.seed, self.shuffle, self.group = size, seed, shuffle, min(group, max(size, 1))
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:

@@ -89,7 +89,7 @@ def check_images_exist(paths: Sequence[Path], source: str | Path) -> None:
 def group_rows(
     rows: Iterable[Row], *, source: str | Path, images: str | Path | None, split: str | None, report: LoadReport
 ) -> list[Record]:
-    """One record per image, with the captions of all its rows; equal `identity` keys get equal integers.
+    """One record per image file, with the captions of all its rows; equal `identity` keys get equal integers.
 
     Relative image paths start at `images`, or at the folder of `source` if `images` is None.
 
@@ -97,23 +97,21 @@ def group_rows(
         DataError: no image has a caption, or none of the first few images exists.
     """
     folder = Path(source).parent if images is None else image_folder(images)
-    captions: dict[str, list[str]] = {}
+    captions: dict[Path, list[str]] = {}  # Paths, since `./a.jpg` is the image `a.jpg` too.
     identities: dict[Hashable, int] = {}
-    identity_of_image: dict[str, int] = {}
+    first_of: dict[Path, tuple[str, int]] = {}  # the name and identity of each image
     for row in rows:
-        identity_of_image.setdefault(row.image, identities.setdefault(row.identity, len(identities)))
-        captions.setdefault(row.image, []).extend(clean_captions(row.captions, row.image, report))
+        path = folder / row.image
+        first_of.setdefault(path, (row.image, identities.setdefault(row.identity, len(identities))))
+        captions.setdefault(path, []).extend(clean_captions(row.captions, row.image, report))
     records = []
-    for image, texts in captions.items():
+    for path, texts in captions.items():
+        name, identity = first_of[path]
         if not texts:
-            report.skip("no captions", image)
+            report.skip("no captions", name)
             continue
         report.add(len(texts))
-        records.append(
-            Record(
-                image=folder / image, captions=tuple(texts), identity=identity_of_image[image], name=image, split=split
-            )
-        )
+        records.append(Record(image=path, captions=tuple(texts), identity=identity, name=name, split=split))
     if not records:
         where = "" if split is None else f" in split {split!r}"
         raise DataError(f"{source}: no image with a caption{where} ({report.summary()})")

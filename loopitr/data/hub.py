@@ -20,10 +20,10 @@ from .columns import (
     choose_columns,
     choose_image_column,
     dotted_value,
-    image_facts,
     image_value,
 )
 from .hub_stream import KEYS, URL, HubStream, one_line
+from .image_facts import image_facts
 from .image_sizes import file_size
 from .records import DataError, LazyRecords, Record
 from .report import LoadReport, clean_captions
@@ -151,7 +151,7 @@ def _undecoded(dataset: Any, columns: Columns, features: Any) -> Any:
 class HubRecords(LazyRecords):
     """The rows of a map-style dataset that have an image and a caption; only row numbers are held in memory.
 
-    A record's identity is its row number. Rows with the same image path (and, for stored bytes, size) share one.
+    A record's identity is the number of the first row with the same image, by its stored bytes or else by its path.
     """
 
     def __init__(

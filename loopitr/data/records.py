@@ -198,7 +198,7 @@ def relevance_of(records: Sequence[Record], positions: Sequence[int]) -> Tensor 
     return records.relevance(positions) if isinstance(records, LazyRecords) else None
 
 
-def stable_hash(value: str | bytes) -> int:
+def stable_hash(value: str | bytes | memoryview) -> int:
     """A signed 64-bit hash that is the same in every process, unlike Python's own, which is salted."""
     # File names that are not UTF-8 contain surrogates.
     data = value.encode(errors="surrogatepass") if isinstance(value, str) else value

@@ -8,7 +8,9 @@ from typing import Any
 
 from .records import DataError, printable
 
-INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp"}  # Unicode's control and format characters, and its spaces
+# Unicode's control and format characters, its spaces, and the marks that change the letter before them.
+INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp", "Mn", "Me"}
+BLANK = "\u115f\u1160\u2800\u3164\uffa0"  # a blank Braille cell and blank Korean letters
 
 
 @dataclass
@@ -94,7 +96,7 @@ def clean_captions(value: Any, name: str, report: LoadReport) -> tuple[str, ...]
         if not isinstance(item, (str, type(None))):
             raise DataError(f"{shown}: a caption must be text, got {type(item).__name__}")
         text = " ".join((item or "").split())
-        if all(unicodedata.category(character) in INVISIBLE for character in text):
+        if all(letter in BLANK or unicodedata.category(letter) in INVISIBLE for letter in text):
             report.skip("empty caption", name)
         elif not _is_unicode(text):
             report.skip("caption with half a character (a lone surrogate)", name)

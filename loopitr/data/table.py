@@ -6,6 +6,7 @@ import ast
 import csv
 import io
 import json
+import tokenize
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -120,15 +121,24 @@ def _split(cell: Any) -> str | None:
 
 
 def captions_of_cell(cell: Any) -> Any:
-    """The captions in a cell: a list written as JSON or as pandas writes it; any other text is one caption."""
+    """The captions in a cell: a list as JSON, pandas or NumPy write it; any other text is one caption."""
     if isinstance(cell, str) and cell.lstrip().startswith("["):
         try:
             value = json.loads(cell)
         except (ValueError, RecursionError):
             try:
-                value = ast.literal_eval(cell.strip())
+                value = _python_list(cell.strip())
             except (ValueError, SyntaxError, MemoryError, RecursionError):
                 return cell
         if isinstance(value, list) and all(isinstance(item, (str, type(None))) for item in value):
             return value
     return cell
+
+
+def _python_list(cell: str) -> Any:
+    value = ast.literal_eval(cell)
+    # NumPy writes no commas between items, and Python joins texts that follow each other to one.
+    tokens = tokenize.generate_tokens(io.StringIO(cell).readline)
+    texts = [token.string for token in tokens if token.type == tokenize.STRING]
+    is_joined = isinstance(value, list) and len(texts) > sum(isinstance(item, str) for item in value)
+    return [ast.literal_eval(text) for text in texts] if is_joined else value

@@ -240,7 +240,8 @@ def _row_blocks(scores: Tensor) -> Iterator[slice]:
 def _refuse_nan(scores: Tensor) -> None:
     count = sum(int(scores[rows].isnan().sum()) for rows in _row_blocks(scores))
     if count:
-        raise ValueError(f"expected finite or infinite scores, got {count} NaN among {scores.numel()}")
+        total = scores.numel()
+        raise ValueError(f"{count} of {total} scores are NaN: the model has diverged, or its weights are damaged")
 
 
 def _checked_owner(caption_to_image: Tensor, num_images: int) -> Tensor:

@@ -104,7 +104,7 @@ def export_onnx(
             raise ValueError(
                 f"{source.name}: ONNX and torch differ in {worst} by {parity[worst]:.1e}, more than {TOLERANCE}"
             )
-        _write_config(source, folder, list(graphs), list(precisions))
+        _write_config(plain, folder, list(graphs), list(precisions))
         write_export_card(
             folder,
             onnx_card(source, list(precisions), parity),
@@ -157,8 +157,9 @@ def _graphs(model: Any, source: Source) -> dict[str, _Graph]:
         graphs[TEXT] = _Graph(TextGraph(model), inputs, outputs, dict.fromkeys(inputs, texts))
     if fused:
         inputs = {
-            "image_tokens": model.encode_images(pixels).tokens,
-            "text_tokens": model.encode_texts(ids, mask).tokens,
+            # SigLIP's tokens are a view of longer texts, with strides that no ONNX graph can have.
+            "image_tokens": model.encode_images(pixels).tokens.contiguous(),
+            "text_tokens": model.encode_texts(ids, mask).tokens.contiguous(),
             "attention_mask": mask,
         }
         axes = {"image_tokens": {0: "images"}, "text_tokens": texts, "attention_mask": texts}
@@ -216,15 +217,15 @@ def _write_preprocessing(source: Source, folder: Path) -> None:
     own.save(str(folder / "tokenizer.json"))
 
 
-def _write_config(source: Source, folder: Path, graphs: list[str], precisions: list[str]) -> None:
+def _write_config(model: Any, folder: Path, graphs: list[str], precisions: list[str]) -> None:
     config: dict[str, Any] = {
         "opset": OPSET,
         "graphs": graphs,
         "precisions": ["fp32", *precisions],
-        "embed_dim": source.model.config.embed_dim,
+        "embed_dim": model.config.embed_dim,
     }
-    if isinstance(source.model, LoopITRModel):
+    if isinstance(model, LoopITRModel):
         # reranking score = match score + similarity_weight * scale * similarity
-        config["scale"] = float(source.model.dual.scale.detach())
-        config["similarity_weight"] = source.model.config.similarity_weight
+        config["scale"] = float(model.dual.scale.detach())
+        config["similarity_weight"] = model.config.similarity_weight
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

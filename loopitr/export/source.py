@@ -99,8 +99,10 @@ def new_folder(output: str | Path) -> Iterator[Path]:
 
     Raises:
         OSError: `output` is a file, or cannot be written to.
-        ValueError: `output` is a folder that is not empty.
+        ValueError: `output` is a folder that is not empty, or has no name.
     """
+    if not str(output).strip():
+        raise ValueError("the output has no name: give a folder")
     folder = user_path(output)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{output} is not a folder")

@@ -65,11 +65,16 @@ def _merged(kind: str, given: dict[str, Any] | None, defaults: dict[str, Any]) -
 
 def _vision(given: dict[str, Any] | None) -> dict[str, Any]:
     vision = _merged("vision", given, VISION_DEFAULTS)
+    _positive("vision.image_size", vision["image_size"])
+    if vision["image_size"] == 1:  # torch cannot resize images to it.
+        raise ValueError("vision.image_size must be at least 2, got 1")
     if not isinstance(vision["kwargs"], Mapping):
         raise ValueError(f"vision.kwargs must be a mapping, got {vision['kwargs']!r}")
     for name in FILES:
         if name in vision["kwargs"]:
             raise ValueError(f"vision.kwargs describe the network, not its weights: {name!r} does not belong there")
+    if vision["kwargs"].get("in_chans", 3) != 3:
+        raise ValueError(f"images have 3 channels, got vision.kwargs.in_chans {vision['kwargs']['in_chans']!r}")
     return vision
 
 
@@ -151,7 +156,6 @@ class DualEncoderConfig(PreTrainedConfig):
         self.text = _text(text)
         if "model_type" not in self.text:
             raise ValueError(f"text needs a model_type (a transformers config as a dict), got keys {sorted(self.text)}")
-        _positive("vision.image_size", self.vision["image_size"])
         _positive("embed_dim", embed_dim)
         _one_of("vision_pooling", vision_pooling, POOLINGS)
         _one_of("text_pooling", text_pooling, POOLINGS)
@@ -161,8 +165,8 @@ class DualEncoderConfig(PreTrainedConfig):
                 "projection_dropout must be from 0 to below 1, and needs projection 'mlp', "
                 f"got {projection_dropout!r} with {projection!r}"
             )
-        if not initial_temperature > 0:
-            raise ValueError(f"initial_temperature must be above 0, got {initial_temperature!r}")
+        if not 0 < initial_temperature < math.inf:
+            raise ValueError(f"initial_temperature must be above 0 and finite, got {initial_temperature!r}")
         if not max_logit_scale > 0:
             raise ValueError(f"max_logit_scale must be above 0, got {max_logit_scale!r}")
         self.vision_pooling = vision_pooling
@@ -259,7 +263,6 @@ class ImageTowerConfig(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         self.vision = _vision(vision)
-        _positive("vision.image_size", self.vision["image_size"])
         _one_of("vision_pooling", vision_pooling, POOLINGS)
         self.vision_pooling = vision_pooling
         _set_head(self, embed_dim, projection)

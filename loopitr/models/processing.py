@@ -78,7 +78,14 @@ class LoopITRProcessor(ProcessorMixin):
 
 
 def limit_length(tokenizer: Any, max_length: int) -> None:
-    """Make a tokenizer cut texts at `max_length` tokens, in place of the limit that it was saved with."""
+    """Make a tokenizer cut texts at `max_length` tokens, in place of the limit that it was saved with.
+
+    Raises:
+        ValueError: beside the tokenizer's own tokens there would be no place for a word.
+    """
+    own = tokenizer.num_special_tokens_to_add()
+    if max_length <= own:
+        raise ValueError(f"a max_length of {max_length} leaves no place for a word: the tokenizer itself adds {own}")
     tokenizer.model_max_length = max_length
     for name in ("max_length", "stride", "truncation_strategy"):
         tokenizer.init_kwargs.pop(name, None)

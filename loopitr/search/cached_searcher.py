@@ -65,7 +65,8 @@ class CachedSearcher:
         check_at_least(1, top=top)
         check_at_least(0, weight=weight)
         reranked = reranked and self.reranks
-        candidates = self._candidates(text, reranked, max(top, self.rerank if reranked else 0), where)
+        count = max(top, self.rerank if reranked else 0)
+        candidates = self._candidates(text, reranked, count, where, self.searcher.version)
         by_dual = sorted(candidates, key=lambda hit: -hit.similarity)
         dual_place = {id(hit): place for place, hit in enumerate(by_dual, 1)}
         order = by_dual
@@ -106,7 +107,7 @@ class CachedSearcher:
             scores = retriever.similarity(vectors, retriever.encode_images([image], show_progress=False))[:, 0]
         return sorted(zip(candidates, (float(score) for score in scores)), key=lambda pair: -pair[1])[:top]
 
-    def _search(self, text: str, reranked: bool, count: int, where: str | None) -> tuple[Hit, ...]:
+    def _search(self, text: str, reranked: bool, count: int, where: str | None, version: int) -> tuple[Hit, ...]:
         rerank = self.rerank if reranked else 0
         return tuple(self.searcher.search(text, top=count, rerank=rerank, where=where, as_text=True))
 

@@ -16,6 +16,10 @@ WORD = re.compile(
 )
 KEYWORDS = ("and", "or", "not", "in", "is", "null", "between", "like", "has", "true", "false", "timestamp")
 RELATIONS = ("in", "between", "like", "has")
+QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"|`[^`]*`")
+OPERATOR = re.compile(r"[-+*/%|&^~=<>!#]+|\b(?:and|or|not|is|like|ilike|in|between)\b", re.IGNORECASE)
+MOST_OPERATORS = 300  # LanceDB crashes on a sum of a thousand terms
+SHOWN = 200  # characters of a condition in an error
 EXACT = 2**53  # Up to it a range, which an index on any numbers answers, is exact.
 BOUNDS = {"<": "lt", "<=": "lte", ">": "gt", ">=": "gte"}
 
@@ -26,6 +30,23 @@ class Condition:
 
     filter: qdrant.Filter
     columns: set[str]
+
+
+def check_condition(where: str) -> None:
+    """Check that a condition is not so long that it could crash its reader.
+
+    Raises:
+        ValueError: it has too many operators.
+    """
+    count = len(OPERATOR.findall(QUOTED.sub("", where)))
+    if count > MOST_OPERATORS:
+        more = "compare a column with many values by IN (...)"
+        raise ValueError(f"{shown_condition(where)}: {count} operators are more than {MOST_OPERATORS}; {more}")
+
+
+def shown_condition(where: str) -> str:
+    """A condition as errors show it, in one line and shortened."""
+    return f"where {where if len(where) <= SHOWN else where[:SHOWN] + '...'!r}"
 
 
 def parse_condition(where: str) -> Condition:
@@ -39,8 +60,12 @@ def parse_condition(where: str) -> Condition:
     Raises:
         ValueError: the condition has anything else.
     """
+    check_condition(where)
     parser = _Parser(where)
-    condition = parser.any_of()
+    try:
+        condition = parser.any_of()
+    except RecursionError as error:
+        raise parser.error("its parentheses are nested too deeply") from error
     parser.end()
     return Condition(condition, parser.columns)
 
@@ -63,7 +88,7 @@ class _Parser:
         self.at = 0
 
     def error(self, problem: str) -> ValueError:
-        return ValueError(f"where {self.where!r}: {problem}")
+        return ValueError(f"{shown_condition(self.where)}: {problem}")
 
     def end(self) -> None:
         if self.at < len(self.words):

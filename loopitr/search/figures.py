@@ -44,12 +44,13 @@ class Thumbnails:
         Raises:
             UnreadableImage: its file no longer exists, or cannot be opened.
         """
-        if hit.path not in self._kept:
+        key = f"{hit.path} {hit.columns.get('size')} {hit.columns.get('mtime')}"
+        if key not in self._kept:
             small = thumbnail(self.searcher.picture(hit, shortest=SIDE), hit.path, side=SIDE)
             if len(self._kept) >= KEPT:
                 del self._kept[next(iter(self._kept))]
-            self._kept[hit.path] = small
-        return self._kept[hit.path]
+            self._kept[key] = small
+        return self._kept[key]
 
 
 def grid(placed: Sequence[Placed], picture: Callable[[Hit], str], *, moves: bool) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,7 +69,7 @@ class HubSource(Source):
             self.skipped.append((self._row_name(row), "no image"))
             return
         file = os.path.abspath(image) if isinstance(image, str) else None
-        stamp = (len(image), 0)
+        stamp = (len(image), 0 if isinstance(image, str) else zlib.crc32(image))  # There is no time of a change.
         if file is not None:
             try:
                 stamp = stamp_of(os.stat(file))
@@ -89,8 +91,19 @@ def hub_source(path: str, split: str, image_column: str | None = None, data_file
         DataError: `datasets` cannot load the source, it has no such split, or the image column is unclear.
     """
     dataset, column = load_images(path, split, image_column, data_files)
-    named = path if data_files is None else f"{path} {data_files}"
+    place = _absolute(path)
+    named = place if data_files is None else f"{place} {_absolute(data_files)}"
     return HubSource(dataset=dataset, image_column=column, name_of_source=f"{named}[{split}]")
+
+
+def _absolute(files: Any) -> Any:
+    """Local paths and patterns made absolute, as two folders may have files of the same name; hub ids as they are."""
+    if isinstance(files, dict):
+        return {name: _absolute(file) for name, file in files.items()}
+    if isinstance(files, list):
+        return [_absolute(file) for file in files]
+    is_here = os.path.exists(files) or any(glob.iglob(files))
+    return os.path.abspath(files) if is_here else files
 
 
 def _is_kept(feature: Any) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .conditions import check_condition, shown_condition
 from .lance_checks import check_columns, check_facts, check_files, with_facts
 from .lance_columns import cell_of, check_cells, new_fields
 from .lance_errors import line_of, reading, repair_of, writing_to
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 ALL = 2**32 - 1  # no limit
 KEPT = timedelta(hours=1)  # how long old versions of a table are kept, for searches that still read them
 INDEXED_FROM = 20_000  # the number of images from which a vector index is faster than comparing with all
+PARTITIONS = 2**20  # more than any vector index has
+PER_RESULT = 100  # the number of images that are compared for each result, at least
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 HIDDEN = ("id", "file", "embed")  # internal columns, which are not in results
 
@@ -80,8 +83,8 @@ class LanceImages:
             ValueError: there is no such table, it is damaged, or it has other facts.
         """
         schema = with_facts(_schema(embed_dim), facts or {})
-        database = connect(folder)
         try:
+            database = connect(folder)
             check_files(Path(folder, "images.lance"))
             if create and "images" not in table_names(database):
                 database.create_table("images", schema=schema)
@@ -94,6 +97,10 @@ class LanceImages:
 
     def __len__(self) -> int:
         return self.table.count_rows()
+
+    def version(self) -> int:
+        """A number that is another one after a write."""
+        return int(self.table.version)
 
     def stamps(self) -> dict[int, Stamp]:
         """The stamps of all images, by id."""
@@ -113,10 +120,7 @@ class LanceImages:
         """Add images; those with ids in `replaced` replace their earlier rows."""
         import pyarrow as pa
 
-        new = new_fields([row.columns for row in rows], self.table.schema)
-        if new:
-            with writing_to(self.table):
-                self.table.add_columns(new)
+        self._add_columns([row.columns for row in rows])
         schema = self.table.schema
         extra = [name for name in schema.names if name not in _schema(self.embed_dim).names]
         columns = {
@@ -133,6 +137,27 @@ class LanceImages:
         arrow = pa.table({name: columns[name] for name in schema.names}, schema=schema)
         put_rows(self.table, arrow, replace=bool(replaced))
 
+    def describe(self, columns: Mapping[int, Mapping[str, Any]]) -> None:
+        """Replace columns of images, by id; columns that are not given stay."""
+        import pyarrow as pa
+
+        self._add_columns(columns.values())
+        alike: dict[tuple[str, ...], list[int]] = {}  # Images with the same columns are written together.
+        for number, given in columns.items():
+            alike.setdefault(tuple(name for name in given if name in self.table.schema.names), []).append(number)
+        for names, ids in alike.items():
+            fields = [self.table.schema.field(name) for name in ("id", *names)]
+            cells = [[cell_of(columns[number][field.name], field) for number in ids] for field in fields[1:]]
+            rows = pa.table([ids, *cells], schema=pa.schema(fields))
+            with writing_to(self.table):
+                self.table.merge_insert("id").when_matched_update_all().execute(rows)
+
+    def _add_columns(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        new = new_fields(rows, self.table.schema)
+        if new:
+            with writing_to(self.table):
+                self.table.add_columns(new)
+
     def check(self, columns: Iterable[Mapping[str, Any]]) -> None:
         """Check that the other columns of images to store, one mapping per image, fit those that there are.
 
@@ -148,6 +173,9 @@ class LanceImages:
     def search(self, vector: np.ndarray, limit: int, where: str | None = None, *, exact: bool = False) -> list[Found]:
         """The images nearest to `vector [E]`, best first.
 
+        A vector index is searched in part. With a condition it is searched whole, which is as exact as comparing with
+        every image: the few images that meet a condition may be in any part.
+
         Args:
             where: an SQL condition on the columns.
             exact: compare with every image, even if there is a vector index.
@@ -157,9 +185,11 @@ class LanceImages:
         """
         query = self.table.search(vector.astype(np.float32), vector_column_name="embed").distance_type("dot")
         count = len(self)
-        query = query.bypass_vector_index() if exact else query.nprobes(_probes(count))
+        limit = min(limit, max(1, count))
+        probes = _probes(count, limit) if where is None else PARTITIONS
+        query = query.bypass_vector_index() if exact else query.nprobes(probes)
         query = query if where is None else query.where(_whole(where), prefilter=True)
-        rows = self._asked(query, where, limit=min(limit, max(1, count)), names=[*self._names(), "_distance"])
+        rows = self._asked(query, where, limit=limit, names=[*self._names(), "_distance"])
         return [_found(row, 1.0 - row.pop("_distance")) for row in rows]
 
     def finish(self) -> None:
@@ -189,7 +219,7 @@ class LanceImages:
         try:
             return query.select(names).limit(limit).to_arrow().to_pylist()
         except (ValueError, RuntimeError) as error:
-            raise ValueError(f"where {where!r}: {line_of(error)}") from error
+            raise ValueError(f"{shown_condition(where)}: {line_of(error)}") from error
 
     def _names(self) -> list[str]:
         return [name for name in self.table.schema.names if name != "embed"]
@@ -248,6 +278,7 @@ def delete_rows(table: Any, ids: Sequence[int]) -> None:
 
 def _whole(where: str) -> str:
     """The condition in parentheses; otherwise LanceDB ignores anything after a complete condition."""
+    check_condition(where)
     return f"({where})"
 
 
@@ -260,6 +291,7 @@ def _partitions(count: int) -> int:
     return max(1, round(count**0.5))
 
 
-def _probes(count: int) -> int:
+def _probes(count: int, limit: int) -> int:
     """The number of partitions to search, enough to find the exact top 100 (recipes/benchmarks/search.py)."""
-    return max(20, _partitions(count) // 8)
+    probes = max(20, _partitions(count) // 8)
+    return probes if limit * PER_RESULT <= probes * count / _partitions(count) else PARTITIONS

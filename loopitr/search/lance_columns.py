@@ -46,7 +46,10 @@ def cell_of(value: Any, field: pa.Field) -> Any:
     if value is None:
         return None
     try:
-        return pa.scalar(str(value) if pa.types.is_string(field.type) else value, type=field.type).as_py()
+        cell = pa.scalar(str(value) if pa.types.is_string(field.type) else value, type=field.type).as_py()
+        if isinstance(value, (int, float)) and not pa.types.is_string(field.type) and cell != value:
+            raise OverflowError(f"{value!r} would become {cell!r}")
+        return cell
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
         problem = f"column {field.name!r} of the index holds {field.type}, and is now to hold {value!r}"
         raise ValueError(f"{problem}; give that column another name") from error

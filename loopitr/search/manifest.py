@@ -16,7 +16,7 @@ import torch
 from loopitr.building.keys import dual_key
 from loopitr.durable import write_file
 from loopitr.models.loop_model import LoopITRModel
-from loopitr.reading import read_file, read_object
+from loopitr.reading import read_file, read_object, user_path
 
 from .encoding import dual_of
 from .retriever import Retriever
@@ -98,10 +98,10 @@ def read_manifest(folder: str | Path) -> Manifest:
         FileNotFoundError: there is no such folder, or no index in it.
         ValueError: the manifest is damaged, or of another version of this package.
     """
-    path = Path(folder) / MANIFEST
+    path = user_path(folder) / MANIFEST
     if not path.is_file():
-        missing = "it is a file" if Path(folder).exists() else "no such folder"
-        reason = f"there is no {MANIFEST} in it" if Path(folder).is_dir() else missing
+        missing = "it is a file" if path.parent.exists() else "no such folder"
+        reason = f"there is no {MANIFEST} in it" if path.parent.is_dir() else missing
         raise FileNotFoundError(f"{folder} is not a search index: {reason}; `loopitr search index` makes one")
     content = read_object(path)
     if content.get("format", FORMAT) != FORMAT:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 
 import torch
 from torch import Tensor
@@ -14,8 +16,9 @@ from loopitr.models.loop_model import LoopITRModel
 from loopitr.models.packing import send
 
 from .contents import Contents
-from .lance import Found
+from .lance import EPOCH, Found
 from .retriever import Retriever
+from .sources import stamp_of
 
 BLOCK = 64  # the number of images whose tokens, keys and values are in memory at a time
 
@@ -67,8 +70,11 @@ def _computed(retriever: Retriever, images: Sequence[Found], contents: Contents)
     assert isinstance(model, LoopITRModel)
     transform = evaluation_transform(retriever.processor)
     encoded = contents.get([image.id for image in images if not image.file], encoded=True)
-    ids, pixels = [], []
+    ids, pixels, changed = [], [], []
     for image in images:
+        if image.file and _has_changed(image):
+            changed.append(image.path)
+            continue
         source = os.fsdecode(image.file) if image.file else encoded[image.id].encoded if image.id in encoded else None
         try:
             opened = decode_image(source or b"", image.path)
@@ -76,7 +82,22 @@ def _computed(retriever: Retriever, images: Sequence[Found], contents: Contents)
             continue
         ids.append(image.id)
         pixels.append(transform(opened))
+    if changed:
+        named = f"{changed[0]} and {len(changed) - 1} other images have" if changed[1:] else f"{changed[0]} has"
+        warnings.warn(
+            f"{named} changed since the index was made, and cannot be reranked: repeat `loopitr search index`",
+            stacklevel=2,
+        )
     if ids:
         (stacked,) = send([torch.stack(pixels)], retriever.device)
         tokens = model.dual.vision(stacked.to(next(model.parameters()).dtype))  # [b, N, D]
         yield from zip(ids, tokens.cpu())
+
+
+def _has_changed(image: Found) -> bool:
+    """Whether the file is another one than the vector was made of."""
+    try:
+        size, micros = stamp_of(os.stat(os.fsdecode(image.file)))
+    except OSError:
+        return False  # Opening it says why.
+    return (size, micros) != (image.columns["size"], (image.columns["mtime"] - EPOCH) // timedelta(microseconds=1))

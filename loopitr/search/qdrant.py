@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .conditions import parse_condition
+from .conditions import parse_condition, shown_condition
 from .lance import EPOCH, Found, Row
 from .manifest import Manifest
 from .sources import Stamp
@@ -79,6 +79,10 @@ class QdrantImages:
         with _answering(self.store):
             return self.client.count(self.collection, exact=True).count
 
+    def version(self) -> int:
+        """The number of images: a server does not tell of other changes."""
+        return len(self)
+
     def stamps(self) -> dict[int, Stamp]:
         points = self._scroll(None, with_payload=["size", "mtime"])
         return {point.id: (point.payload["size"], _micros(point.payload["mtime"])) for point in points}
@@ -91,6 +95,23 @@ class QdrantImages:
         for points in _requests(rows):
             with _answering(self.store):
                 self.client.upsert(self.collection, points, wait=True)
+
+    def describe(self, columns: Mapping[int, Mapping[str, Any]]) -> None:
+        from qdrant_client import models
+
+        operations: list[Any] = []
+        for number, given in columns.items():
+            values = {name: value for name, value in given.items() if value is not None}
+            gone = [name for name in given if name not in values]
+            operations.append(
+                models.SetPayloadOperation(set_payload=models.SetPayload(payload=values, points=[number]))
+            )
+            if gone:
+                removal = models.DeletePayload(keys=gone, points=[number])
+                operations.append(models.DeletePayloadOperation(delete_payload=removal))
+        for start in range(0, len(operations), PAGE):
+            with _answering(self.store):
+                self.client.batch_update_points(self.collection, operations[start : start + PAGE], wait=True)
 
     def check(self, columns: Iterable[Mapping[str, Any]]) -> None:
         """Does nothing, since each image's values may be of any type."""
@@ -161,7 +182,8 @@ class QdrantImages:
                 has = models.Filter(must_not=[empty])
                 found, _ = self.client.scroll(self.collection, scroll_filter=has, limit=1, with_payload=False)
             if column == "file" or not found:
-                raise ValueError(f"where {where!r}: no image has a column {column!r}; there are {self.columns()}")
+                missing = f"no image has a column {column!r}; there are {self.columns()}"
+                raise ValueError(f"{shown_condition(where)}: {missing}")
         return condition.filter
 
     def _scroll(self, chosen: Any, **wanted: Any) -> Iterator[Any]:

@@ -41,7 +41,7 @@ def remove_images(
         images = open_images(folder, manifest)
         chosen = images.listed(where)
         if paths:
-            files = [os.fsencode(os.path.abspath(path)) for path in paths]
+            files = [os.fsencode(os.path.abspath(user_path(path))) for path in paths]
             names = [str(path) for path in paths]
             ids_of_paths = {
                 path: {image.id for image in chosen if _under(image.file, image.path, path, name)}
@@ -59,7 +59,7 @@ def remove_images(
         images.delete(removed)
         Contents.open(folder, manifest).delete(removed)
         skipped = read_skipped(folder)
-        roots = [shown(os.path.abspath(path)) for path in paths]
+        roots = [shown(os.path.abspath(user_path(path))) for path in paths]
         write_skipped(folder, {p: why for p, why in skipped.items() if not any(_inside(p, root) for root in roots)})
     return len(removed)
 

@@ -15,6 +15,7 @@ from loopitr.checks import check_at_least
 from loopitr.data import UnreadableImage, decode_image
 from loopitr.models.loop_model import LoopITRModel
 from loopitr.models.scoring import reranking_score
+from loopitr.reading import user_path
 
 from .contents import Contents
 from .inputs import is_one, is_text
@@ -104,6 +105,7 @@ class Searcher:
                 not answer.
             ModuleNotFoundError: the package of its store is not installed.
         """
+        folder = user_path(folder)
         manifest = read_manifest(folder)
         images = open_images(folder, manifest)
         contents = Contents.open(folder, manifest)
@@ -118,10 +120,15 @@ class Searcher:
         elif not isinstance(model, Retriever):
             model = Retriever.from_pretrained(model, device=device)
         check_model(folder, manifest, model)
-        return cls(model, images, contents, Path(folder), manifest)
+        return cls(model, images, contents, folder, manifest)
 
     def __len__(self) -> int:
         return len(self._images)
+
+    @property
+    def version(self) -> int:
+        """A number that is another one after images were added, changed or removed."""
+        return self._images.version()
 
     @property
     def reranks(self) -> bool:
@@ -186,7 +193,9 @@ class Searcher:
         Raises:
             UnreadableImage: its file no longer exists, or cannot be opened.
         """
-        (image,) = self._images.listed(f"path = '{hit.path.replace(chr(39), chr(39) * 2)}'")[:1] or (None,)
+        found = self._images.listed(f"path = '{hit.path.replace(chr(39), chr(39) * 2)}'")
+        # Two files have one path as text if the name of one is the escaped name of the other.
+        image = next((image for image in found if image.columns == hit.columns), found[0] if found else None)
         if image is None:
             raise UnreadableImage(hit.path, "not in the index")
         if image.file:

@@ -15,11 +15,13 @@ from PIL import Image
 
 from loopitr.data import DataError, stable_hash
 from loopitr.data.table import DELIMITERS, JSON_LINES, captions_of_cell, read_table
+from loopitr.reading import user_path
 
 from .manifest import MANIFEST
 
 RESERVED = ("id", "file", "path", "size", "mtime", "width", "height", "embed")
 INTEGER, MOST_DIGITS = re.compile(r"[+-]?\d+"), 40
+PADDED = re.compile(r"[+-]?0\d+")  # an article number or a postcode
 TABLES = (*DELIMITERS, *JSON_LINES)
 Stamp = tuple[int, int]  # the size in bytes, and the time of the last change in microseconds since 1970
 EARLIEST, LATEST = -62_135_596_800_000_000, 253_402_300_799_999_999  # The years 1 to 9999, as far as dates go.
@@ -48,7 +50,7 @@ class Source:
 
     @abstractmethod
     def columns(self, position: int) -> Mapping[str, Any]:
-        """Other columns to index, such as a caption."""
+        """Other columns to index, such as a caption; what an index has in a column that is not given stays."""
 
     @abstractmethod
     def image(self, position: int) -> str | bytes:
@@ -204,8 +206,10 @@ def open_source(source: str | Path, images: str | Path | None = None, image_colu
     Raises:
         DataError: it is neither, cannot be read, or has no image.
     """
-    is_table = Path(source).suffix.lower() in TABLES and not Path(source).is_dir()
-    opened = table_source(source, images, image_column) if is_table else folder_source(source)
+    path = user_path(source)
+    images = None if images is None else user_path(images)
+    is_table = path.suffix.lower() in TABLES and not path.is_dir()
+    opened = table_source(path, images, image_column) if is_table else folder_source(path)
     check_images(opened, shown(str(source)))
     return opened
 
@@ -265,6 +269,8 @@ def _type_of(values: Sequence[Any]) -> type:
     cells = [str(value).strip() for value in values if value is not None and value != ""]
     if cells and all(cell.lower() in ("true", "false") for cell in cells):
         return bool
+    if any(PADDED.fullmatch(cell) for cell in cells):
+        return str  # A number would not keep the zeros.
     if cells and any(INTEGER.fullmatch(cell) and not -(2**63) <= int(cell[:MOST_DIGITS]) < 2**63 for cell in cells):
         return str  # A float would not keep all digits.
     kinds: tuple[type[int], type[float]] = (int, float)

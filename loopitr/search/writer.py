@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from .lance import Row
 from .manifest import Manifest, read_skipped, write_manifest, write_skipped
 from .opening import Opened, opened_and_encoded
 from .retriever import Retriever
-from .sources import Source
+from .sources import RESERVED, Source
 from .stores import open_images
 
 COMMIT_IMAGES, COMMIT_BYTES = 1024, 2**26  # The size of a block; a killed process loses at most one or two.
@@ -34,21 +35,23 @@ COMMIT_IMAGES, COMMIT_BYTES = 1024, 2**26  # The size of a block; a killed proce
 
 @dataclass(frozen=True, kw_only=True)
 class IndexReport:
-    """The number of images `added`, `updated` (because they had changed) and `unchanged`, and the `skipped`: path ->
-    reason."""
+    """The number of images `added`, `updated` (because they had changed), `described` (only their columns had changed)
+    and `unchanged`, and the `skipped`: path -> reason."""
 
     added: int
     updated: int
     unchanged: int
     skipped: dict[str, str]
     seconds: float
+    described: int = 0
 
     def summary(self) -> str:
         """The report in one line."""
         done = self.added + self.updated
         rate = f", {done / self.seconds:.1f} images/s" if done else ""
-        parts = f"{self.added} added, {self.updated} updated, {self.unchanged} unchanged, {len(self.skipped)} skipped"
-        return f"{parts} in {self.seconds:.0f} s{rate}"
+        described = f"{self.described} with other columns, " if self.described else ""
+        parts = f"{self.added} added, {self.updated} updated, {described}{self.unchanged} unchanged"
+        return f"{parts}, {len(self.skipped)} skipped in {self.seconds:.0f} s{rate}"
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class Writer:
         self.images = open_images(folder, manifest, create=True)
         self.contents = Contents.open(folder, manifest, create=True)
         self.known = self.images.stamps()
+        self.old_columns: dict[int, dict[str, Any]] = {}
         held = {*self.contents.ids()}
         self.contents.delete([*held - self.known.keys()])  # A killed process may have left some.
         self.bare = {*self.known} - held if self.contents.dtype is not None else set[int]()
@@ -83,10 +87,13 @@ class Writer:
         for position, own in enumerate(ids):
             if self.known.get(own) != source.stamp(position) or own in self.bare:
                 todo.setdefault(own, position)
-        self.images.check(source.columns(position) for position in todo.values())
+        self.old_columns = self._old_columns(source, todo)
+        described = self._described(source, ids, todo)
+        self.images.check([*(self._columns(source, position) for position in todo.values()), *described.values()])
         self.contents.check_room(len(todo))
         self.manifest = replace(self.manifest, complete=False)
         write_manifest(self.folder, self.manifest)
+        self.images.describe(described)
         skipped = dict(source.skipped)
         for path, reason in self._encode(source, [*todo.values()], batch_size, num_workers, progress):
             skipped[path] = reason
@@ -101,10 +108,37 @@ class Writer:
         return IndexReport(
             added=len(done) - updated,
             updated=updated,
-            unchanged=len({*ids}) - len(todo),
+            unchanged=len({*ids}) - len(todo) - len(described),
+            described=len(described),
             skipped=skipped,
             seconds=time.perf_counter() - started,
         )
+
+    def _old_columns(self, source: Source, todo: Mapping[int, int]) -> dict[int, dict[str, Any]]:
+        """What the index has in the columns of a source, by id; empty if no image can have it already."""
+        if not self.known or not (source.columns(0) or self.known.keys() & todo.keys()):
+            return {}
+        return {
+            found.id: {name: value for name, value in found.columns.items() if name not in RESERVED}
+            for found in self.images.listed()
+        }
+
+    def _described(self, source: Source, ids: Sequence[int], todo: Mapping[int, int]) -> dict[int, dict[str, Any]]:
+        """The columns of images whose files have not changed, but whose columns have: id -> columns."""
+        described: dict[int, dict[str, Any]] = {}
+        for position, own in enumerate(ids):
+            if own in todo or own in described:
+                continue
+            old = self.old_columns.get(own, {})
+            columns = self._columns(source, position)
+            if any(value != old.get(name) and str(value) != old.get(name) for name, value in columns.items()):
+                described[own] = columns
+        return described
+
+    def _columns(self, source: Source, position: int) -> dict[str, Any]:
+        """The columns of an image; what is not a number becomes None, since it would count as larger than any."""
+        given = source.columns(position)
+        return {name: None if isinstance(value, float) and value != value else value for name, value in given.items()}
 
     @torch.inference_mode()
     def _encode(
@@ -161,7 +195,8 @@ class Writer:
                 stamp=source.stamp(position),
                 width=width,
                 height=height,
-                columns=source.columns(position),
+                # A source without captions, such as a folder, does not take away those of an earlier one.
+                columns={**self.old_columns.get(source.id(position), {}), **self._columns(source, position)},
                 embed=embed.numpy(),
             )
             for position, (width, height), embed in zip(opened.positions, opened.sizes, embeds)

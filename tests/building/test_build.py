@@ -150,6 +150,19 @@ def test_pretrained_false_takes_only_the_architecture(bert):
     assert not torch.equal(model.dual.text.model.state_dict()[words], load_file(f"{bert}/model.safetensors")[words])
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_length": 2}, "max_length of 2 leaves no place for a word: the tokenizer itself adds 2"),
+        ({"kwargs": {"vocab_size": 9}}, "'scenes' has the vocabulary of the built-in data, so no vocab_size"),
+    ],
+)
+def test_texts_without_words_are_refused(change, message):
+    text = TextOptions(**{"name": "scenes", "pretrained": False, **change})
+    with pytest.raises(ValueError, match=message):
+        build(scratch(text=text))
+
+
 # Pretrained vision
 
 

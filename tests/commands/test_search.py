@@ -70,7 +70,7 @@ def test_json_has_no_number_that_json_does_not_have(made, capsys, tmp_path):
     (tmp_path / "data.csv").write_text("\n".join(rows))
     run(capsys, "index", tmp_path / "data.csv", "--model", made / "run", "--output", tmp_path / "index")
     hits = json.loads(run(capsys, "query", tmp_path / "index", "a dog", "--json"), parse_constant=pytest.fail)
-    assert sorted((hit["columns"]["share"] for hit in hits), key=str) == [0.5, None, None]
+    assert sorted((hit["columns"].get("share") for hit in hits), key=str) == [0.5, None, None]
 
 
 def test_a_model_that_cannot_rerank_and_one_that_has_been_moved(made, capsys, tmp_path):

@@ -149,6 +149,7 @@ def test_epoch_sampler_is_a_permutation_per_epoch():
     assert sorted(grouped) == list(range(10)) and grouped != list(range(10))
     assert all(b == a + 1 for a, b in pairwise(grouped) if b % 4)
     assert list(EpochSampler(3, seed=0, shuffle=False)) == [(0, 0), (0, 1), (0, 2)]
+    assert list(EpochSampler(3, seed=1, group=10**12)) == [(0, 0), (0, 1), (0, 2)]
 
 
 def test_large_jpegs_are_decoded_small_on_request():

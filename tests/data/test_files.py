@@ -6,6 +6,7 @@ import json
 import pytest
 
 from loopitr.data import DataError, LoadReport, load_albef, load_karpathy, load_table
+from loopitr.data.report import clean_captions
 
 
 def entry(index, split, captions, **more):
@@ -148,6 +149,25 @@ def test_table_groups_rows(tmp_path, image_dir, name):
     ]
     assert report.counts == {"no image path": 1, "empty caption": 1, "no captions": 1}
     assert len(load_table(path, image_dir, LoadReport())) == 3
+
+
+def test_two_spellings_of_a_path_are_one_image(tmp_path, image_dir):
+    spellings = ("0.png", "./0.png", "1.png", ".//0.png", str(image_dir / "0.png"))
+    rows = [{"image": name, "caption": f"caption {number}"} for number, name in enumerate(spellings)]
+    captions = {"0.png": ("caption 0", "caption 1", "caption 3", "caption 4"), "1.png": ("caption 2",)}
+    for records in (
+        load_albef(write(tmp_path / "a.json", rows), image_dir, LoadReport()),
+        load_table(table(tmp_path / "t.csv", [(*row.values(), "") for row in rows]), image_dir, LoadReport()),
+    ):
+        assert {record.name: record.captions for record in records} == captions
+        assert len({record.identity for record in records}) == 2
+
+
+@pytest.mark.parametrize("letter", ["\u200b", "\u0301", "\ufe0f", "\u3164", "\u2800"])
+def test_a_caption_without_a_visible_letter_is_empty(letter):
+    report = LoadReport()
+    assert clean_captions([letter, f"{letter} {letter}", f"a{letter}"], "0.png", report) == (f"a{letter}",)
+    assert report.counts == {"empty caption": 2}
 
 
 def test_jsonl_with_own_columns_and_relative_paths(tmp_path, image_dir):

@@ -57,6 +57,13 @@ def test_greyscale(mode, value, expected):
     assert pixel(decode_image(encode(Image.new(mode, (4, 4), value)))) == (expected,) * 3
 
 
+@pytest.mark.parametrize("kind, white", [("f4", 1.0), ("f4", 1.001), ("f4", 255), ("f4", 65535), ("i4", 2**31 - 1)])
+def test_the_white_of_numbers_is_found_in_their_range(kind, white):
+    """Pixels that go beyond the guessed range would all become white, and those far below it black."""
+    values = np.array([[0.0, white / 2, white]]).astype(kind)
+    assert [pixel(decode_image(Image.fromarray(values)), (x, 0))[0] for x in range(3)] == [0, 128, 255]
+
+
 @pytest.mark.parametrize("value, expected", [(0, 0), (65535, 255), (32896, 128), (300, 1)])
 def test_sixteen_bits_are_scaled_not_clipped(value, expected):
     image = Image.fromarray(np.full((4, 4), value, dtype=np.uint16))

@@ -72,3 +72,12 @@ def test_a_caption_that_only_starts_like_a_list_stays_a_text(tmp_path):
         (tmp_path / "rows.csv").write_text(f'image,caption\n0.jpg,"{caption}"\n')
         (record,) = load_records(DataOptions(table=str(tmp_path / "rows.csv"), val_fraction=0.0), "train")
         assert record.captions == (caption,)
+
+
+def test_a_list_as_numpy_writes_it(tmp_path):
+    """Without commas; Python reads texts that follow each other as one."""
+    (tmp_path / "0.jpg").write_bytes(jpeg(0))
+    for cell in ("['a dog, sat' 'dogs']", "['a dog, sat'\n 'dogs']", "['a dog, sat', 'dogs']"):
+        (tmp_path / "rows.csv").write_text(f'image,caption\n0.jpg,"{cell}"\n')
+        (record,) = load_records(DataOptions(table=str(tmp_path / "rows.csv"), val_fraction=0.0), "train")
+        assert record.captions == ("a dog, sat", "dogs")

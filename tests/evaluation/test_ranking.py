@@ -215,7 +215,7 @@ def test_nan_scores_are_counted_in_the_error():
         lambda: ndcg(scores, torch.ones(2, 3)),
         lambda: mean_average_precision_at_r(scores, torch.ones(2, 3, dtype=torch.bool)),
     ):
-        with pytest.raises(ValueError, match="2 NaN among 6"):
+        with pytest.raises(ValueError, match="2 of 6 scores are NaN"):
             call()
 
 

@@ -89,6 +89,13 @@ def test_a_run_is_never_overwritten_but_an_export_may_be(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="is not a folder"):
         export_dual(tmp_path / "run", tmp_path / "file")
+    (tmp_path / "run").rename(tmp_path / "best")
+    (tmp_path / "outer").mkdir()
+    (tmp_path / "best").rename(tmp_path / "outer" / "best")
+    with pytest.raises(ValueError, match="outer is the folder of a run, with its model in best/"):
+        export_dual(tmp_path / "outer", tmp_path / "outer")
+    with pytest.raises(ValueError, match="the output has no name"):
+        export_dual(tmp_path / "outer", "")
 
 
 def test_the_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch):

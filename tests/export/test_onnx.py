@@ -11,7 +11,7 @@ import onnx
 import pytest
 import torch
 from helpers.recipe_process import ROOT, environment
-from helpers.support import BERT, CNN, images, ragged_texts, tiny_model
+from helpers.support import BERT, CNN, SIZES, images, ragged_texts, tiny_model
 from helpers.tiny_gallery import captions, evaluate, picture, tiny_processor, tiny_records
 from PIL import Image
 from tokenizers import Tokenizer
@@ -172,6 +172,16 @@ def test_one_tower_of_a_dual_encoder_in_half_precision(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_pair_whose_text_tokens_are_a_view_in_half_precision(tmp_path):
+    text = {"model_type": "siglip_text_model", **SIZES, "projection_size": 32}
+    model = tiny_model(text=text, text_pooling="backbone", layers=1).to(torch.bfloat16)
+    exported = export_onnx(model, tmp_path / "out", processor=tiny_processor())
+    assert exported.graphs == ["image_tower", "text_tower", "fusion_head"]
+    scale = json.loads((tmp_path / "out" / "onnx_config.json").read_text())["scale"]
+    assert scale == pytest.approx(float(model.float().dual.scale), rel=1e-6)  # as the graphs, not rounded to bfloat16
+
+
+@pytest.mark.slow
 def test_a_graph_that_computes_otherwise_is_not_kept(exported, tmp_path, monkeypatch):
     def other(graph, inputs, outputs, axes, path):
         shutil.copy(exported.folder / path.name, path)
@@ -194,6 +204,8 @@ def test_bad_input_is_named_before_any_work(tmp_path, monkeypatch):
         export_onnx(model, tmp_path / "full", **given)
     with pytest.raises(OSError, match="notes is not a folder"):
         export_onnx(model, tmp_path / "full" / "notes", **given)
+    with pytest.raises(ValueError, match="the output has no name"):
+        export_onnx(model, " ", **given)
     with pytest.raises(OSError, match="no model folder"):
         export_onnx(tmp_path / "none", tmp_path / "out")
     processor = tiny_processor()

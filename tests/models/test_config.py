@@ -51,6 +51,7 @@ def test_dual_config_is_the_same_without_fusion():
     [
         ({"vision": {"size": 224}}, "unknown vision option 'size'"),
         ({"vision": {"image_size": 0}}, "vision.image_size must be a positive integer, got 0"),
+        ({"vision": {"image_size": 1}}, "vision.image_size must be at least 2, got 1"),
         ({"vision": {"image_size": "224"}}, "vision.image_size must be a positive integer, got '224'"),
         ({"text": {"vocab_size": 60}}, "text needs a model_type"),
         ({"embed_dim": -1}, "embed_dim must be a positive integer, got -1"),
@@ -58,7 +59,9 @@ def test_dual_config_is_the_same_without_fusion():
         ({"vision_pooling": "max"}, "vision_pooling must be one of first, mean, backbone, got 'max'"),
         ({"text_pooling": "cls"}, "text_pooling must be one of first, mean, backbone, got 'cls'"),
         ({"projection": "deep"}, "projection must be one of affine, linear, none, mlp, got 'deep'"),
-        ({"initial_temperature": 0.0}, "initial_temperature must be above 0, got 0.0"),
+        ({"initial_temperature": 0.0}, "initial_temperature must be above 0 and finite, got 0.0"),
+        ({"initial_temperature": float("inf")}, "initial_temperature must be above 0 and finite, got inf"),
+        ({"vision": {"kwargs": {"in_chans": 1}}}, "images have 3 channels, got vision.kwargs.in_chans 1"),
         ({"fusion": {"layers": 2}}, "unknown fusion option 'layers'"),
         ({"fusion": {"style": "early"}}, "fusion.style must be one of late, shared, got 'early'"),
         ({"fusion": {"num_layers": 0}}, "fusion.num_layers 0 needs fusion.agreement"),

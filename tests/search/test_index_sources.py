@@ -155,3 +155,27 @@ def test_a_datasets_source(tmp_path):
     expected = searcher.search("a red card")
     assert [hit.path for hit in again] == [hit.path for hit in expected]
     assert [hit.match for hit in again] == pytest.approx([hit.match for hit in expected], abs=1e-2)
+
+
+def test_images_in_a_source_are_told_apart_by_their_bytes_and_its_place(tmp_path, monkeypatch):
+    import datasets  # slow, and of two tests alone
+
+    from loopitr.search.hub_source import hub_source
+
+    def write(folder, *seeds):
+        folder.mkdir(exist_ok=True)
+        cells = []
+        for seed in seeds:
+            picture(seed).save(tmp_path / "equal.bmp")  # Pictures of one size have files of one length.
+            cells.append({"bytes": (tmp_path / "equal.bmp").read_bytes(), "path": None})
+        data = datasets.Dataset.from_dict({"image": cells}).cast_column("image", datasets.Image())
+        data.to_parquet(str(folder / "data.parquet"))
+        monkeypatch.chdir(folder)
+        return hub_source("parquet", "train", data_files="data.parquet")
+
+    retriever = tiny_retriever()
+    assert index(write(tmp_path / "one", 0, 1), retriever, tmp_path / "index").added == 2
+    report = index(write(tmp_path / "one", 5, 1), retriever, tmp_path / "index")
+    assert (report.updated, report.unchanged) == (1, 1)
+    assert Searcher.open(tmp_path / "index", model=retriever).search(picture(5), top=1)[0].similarity > 0.999
+    assert index(write(tmp_path / "two", 7, 8), retriever, tmp_path / "index").added == 2
