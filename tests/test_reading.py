@@ -17,7 +17,7 @@ JSON = {
 }
 YAML = {
     "cut off": ("a: [", "is damaged"),
-    "deep": ("[" * 5000, "nest(ed too deeply|ing depth)"),
+    "deep": ("[" * 5000, "nest(ed too deeply|ing depth)|expected node content"),
     "bomb": (BOMB, "aliases are circular or expand"),
     "circle": ("a: &a {b: *a}", "aliases are circular or expand"),
     "object": ("!!python/object/apply:os.getcwd []", "could not determine a constructor"),

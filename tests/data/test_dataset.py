@@ -223,7 +223,12 @@ def test_stream_covers_everything_once_over_workers_and_ranks(stream, workers):
     seen, skipped = [], []
     for rank in range(2):
         dataset = StreamDataset(
-            stream, transform=size_transform, captions="all", num_shards=2, index=rank, shuffle_buffer=3
+            stream,
+            transform=size_transform,
+            captions="all",
+            num_shards=2,
+            index=rank,
+            shuffle_buffer=3 if workers else 0,
         )
         for item in DataLoader(dataset, batch_size=None, num_workers=workers):
             assert item["pixel_values"][1] == float(item["caption"][2:])

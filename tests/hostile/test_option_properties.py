@@ -96,10 +96,10 @@ CONFIGS = {
     "a: &a [*a]": "aliases are circular",
     "model: {vision: {kwargs: &a {x: *a}}}": "aliases are circular",
     LAUGHS: "expand to more than 100000 values",
-    "[" * 5000: "nesting",
+    "[" * 5000: "nesting|expected node content",
     "1: 2": "string",
     "train: !!python/object/apply:os.system ['touch /tmp/evil']": "tag",
-    "train: {class_path: os.system, init_args: {command: 'touch /tmp/evil'}}": "os.system",
+    "train: {class_path: os.system, init_args: {command: 'touch /tmp/evil'}}": "os.system|init_args.command",
     "train: {output_dir: !!binary aGVsbG8=}": "output_dir",
 }
 
