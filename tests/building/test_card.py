@@ -15,7 +15,7 @@ from helpers.support import tiny_model
 from helpers.tiny_gallery import picture, tiny_processor
 from helpers.tiny_run import run as train
 from helpers.tiny_run import write_table
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 
 from loopitr import DualEncoder, Retriever, export_dual
 from loopitr.building import publishing
@@ -277,6 +277,15 @@ def test_the_hub_gets_model_processor_and_card_and_nothing_else_of_a_run(tmp_pat
     again = Retriever.from_pretrained(hub.folder, device="cpu")
     pairs = [("a red circle", picture(1))]
     assert again.predict(pairs) == pytest.approx(retriever.predict(pairs), abs=1e-6)
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch):
+    retriever = Retriever.from_pretrained(saved(tmp_path / "mine"), device="cpu")
+    api = HfApi(endpoint="http://127.0.0.1:9", token="abc")
+    monkeypatch.setattr(publishing, "HfApi", lambda token: api)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(OSError, match="refused"):
+        retriever.push_to_hub("me/pets")
 
 
 def test_the_card_that_somebody_wrote_goes_to_the_hub_and_one_there_stays(tmp_path, hub):
