@@ -51,4 +51,6 @@ def usable_device(name: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         # torch raises an AssertionError if it was built without support for the device.
         raise ValueError(f"device {str(name)!r} cannot be used: {str(error).splitlines()[0]}") from error
+    if device.type == "meta":
+        raise ValueError("device 'meta' cannot be used: it computes nothing")
     return device

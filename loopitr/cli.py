@@ -79,7 +79,8 @@ def run(main: Callable[[], None]) -> None:
         try:
             main()
         finally:
-            sys.stdout.flush()
+            if sys.stdout is not None:  # It is None if it was closed.
+                sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
@@ -124,12 +125,14 @@ def check_output_file(output: str | Path) -> None:
     """Check that a file can be written, before the work that produces it, and make its folder.
 
     Raises:
-        ValueError: it is a folder, or its folder cannot be made or written to.
+        ValueError: it is a folder, a pipe or a device, or its folder cannot be made or written to.
     """
     path = Path(output)
     try:
         if path.is_dir():
             raise IsADirectoryError("it is a folder")
+        if path.exists() and not path.is_file():  # It would be replaced by a file.
+            raise OSError("it is not a file")
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass

@@ -23,7 +23,8 @@ def write_file(path: Path, text: str) -> None:
     """Write a text file atomically: readers see the old or the new content, also after a crash. Line ends stay.
 
     Raises:
-        OSError: the disk is full, or the folder cannot be written to; the old file is unchanged.
+        OSError: the disk is full, the folder cannot be written to, or the path is that of a device, such as /dev/null;
+            the old file is unchanged.
 
     Example:
         >>> import tempfile
@@ -34,6 +35,8 @@ def write_file(path: Path, text: str) -> None:
         ...     print(Path(folder, "a.txt").read_text())
         whole
     """
+    if path.is_char_device() or path.is_block_device():
+        raise OSError(f"{path} is a device, and no file that can be replaced")
     partial = path.with_name(path.name + PARTIAL)
     try:
         partial.unlink(missing_ok=True)  # It may be a link to a file elsewhere.

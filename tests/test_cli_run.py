@@ -75,7 +75,9 @@ def test_other_errors_keep_their_traceback(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_success_is_silent(capsys):
+def test_success_is_silent(capsys, monkeypatch):
+    run(lambda: None)
+    monkeypatch.setattr(sys, "stdout", None)  # as of `>&-`
     run(lambda: None)
     assert capsys.readouterr().err == ""
 

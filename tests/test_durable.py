@@ -2,6 +2,7 @@
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +25,13 @@ def test_a_file_that_cannot_be_written_is_as_it_was(tmp_path, monkeypatch):
         patch.setattr(durable.os, "fsync", full)
         write_file(tmp_path / "a", "new")
     assert (tmp_path / "a").read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_device_is_not_replaced():
+    """`--output /dev/null` of an administrator would take it from the whole machine."""
+    with pytest.raises(OSError, match="/dev/null is a device"):
+        write_file(Path("/dev/null"), "text")
+    assert Path("/dev/null").is_char_device() and not Path("/dev/null.partial").exists()
 
 
 def test_files_written_together_replace_those_of_their_names_alone(tmp_path):

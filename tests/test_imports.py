@@ -39,7 +39,8 @@ ALLOWED: dict[str, set[str]] = {
         *MODELS_UP,
     },
     "commands": {
-        *("building", "checks", "cli", "convert", "data", "durable", "evaluation", "export", "search", "training"),
+        *("building", "checks", "cli", "convert", "data", "durable", "evaluation", "export", "reading", "search"),
+        "training",
         *MODELS_UP,
     },
 }

@@ -1,10 +1,12 @@
 """`loopitr calibrate` and `recipes/calibrate.py`: fits the similarity weight of a saved model's reranking score."""
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from loopitr.commands.evaluate import MeasureOptions, look_for_overlap, measure
 from loopitr.data import DataOptions
+from loopitr.training.record_checks import FEW
 
 
 @dataclass
@@ -35,6 +37,9 @@ def calibrate(options: CalibrateOptions) -> None:
     before = measured.saved.model.config.similarity_weight
     weight = measured.result.similarity_weight
     assert weight is not None
+    if measured.state.is_main_process and measured.result.num_images < FEW:
+        number = measured.result.num_images
+        print(f"warning: {number} images are few to fit a weight on, it may not suit others", file=sys.stderr)
     if measured.state.is_main_process:
         measured.saved.model.config.similarity_weight = weight
         measured.saved.model.config.save_pretrained(folder)

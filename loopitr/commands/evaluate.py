@@ -12,6 +12,7 @@ from loopitr.cli import check_output_file
 from loopitr.data import DataOptions, LoadReport, TrainingOverlap, load_evaluated, trained_data, training_overlap
 from loopitr.data.coco_ids import coco_images
 from loopitr.durable import write_file
+from loopitr.reading import read_object
 from loopitr.training.reporting import write_json
 
 from .subcommands import quiet
@@ -98,6 +99,7 @@ def evaluate(options: EvaluateOptions) -> None:
         raise ValueError(f"output and gallery are the same file, {options.output}")
     for path in outputs:
         first_rank(partial(check_output_file, path))
+        first_rank(partial(_check_replaceable, path))
     examples = 0 if options.gallery is None else options.gallery_queries
     measured = measure(options, examples=examples, coco=_coco(options) if options.coco_benchmarks else None)
     figures = measured.result.to_json()
@@ -169,6 +171,24 @@ def measure(
         )
     state.print(f"\n{result.table()}\n")
     return Measured(state=state, saved=saved, records=records, history=history, result=result)
+
+
+def _check_replaceable(path: Path) -> None:
+    """Check that an output does not exist, is empty, or is that of an earlier evaluation.
+
+    Raises:
+        ValueError: it is another file, such as the table that is evaluated on or the metrics of a run.
+    """
+    if not path.exists() or not path.stat().st_size:
+        return
+    if path.read_bytes().startswith(b"<!doctype html>"):  # a gallery
+        return
+    try:
+        figures = read_object(path)
+    except (OSError, ValueError):
+        figures = {}
+    if "num_images" not in figures or "training" in figures:  # A run's metrics.json has both.
+        raise ValueError(f"output {path} exists and is not that of an evaluation: delete it or choose another")
 
 
 def look_for_overlap(options: MeasureOptions, measured: Measured) -> TrainingOverlap | None:

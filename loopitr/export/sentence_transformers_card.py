@@ -29,10 +29,12 @@ from PIL import Image, ImageOps
 image = ImageOps.exif_transpose(image)  # an EXIF orientation
 image = Image.fromarray((np.asarray(image) / 257 + 0.5).astype(np.uint8))  # mode I;16, or I with values over 255
 image = Image.fromarray((np.asarray(image) * 255 + 0.5).clip(0, 255).astype(np.uint8))  # mode F with values from 0 to 1
+image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))  # transparency
 ```
 
-Of a path, sentence-transformers itself opens the image, rotates it, and drops its transparency, which the model has on
-white: pass `Image.open(path)` for an image with transparency.
+The model has transparency on white. transformers does the same since 5.21; older versions drop it, so that the last
+line is needed. Of a path, sentence-transformers opens the image itself, drops its transparency, and in older versions
+does not rotate it: open such an image yourself, `Image.open(path)`.
 """
 
 

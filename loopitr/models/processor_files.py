@@ -21,7 +21,7 @@ def check_processor_files(folder: Path) -> None:
 
     Raises:
         OSError: a file is missing.
-        ValueError: a file is not a JSON object.
+        ValueError: a file is not a JSON object, or gives two tokens the same id.
     """
     for kind, names in (("tokenizer", (TOKENIZER,)), ("vocabulary", VOCABULARIES), ("image processor", IMAGES)):
         if not any((folder / name).is_file() for name in names):
@@ -29,7 +29,10 @@ def check_processor_files(folder: Path) -> None:
             raise OSError(f"{folder} has no {kind}: {wanted} is missing")
     for name in (TOKENIZER, *IMAGES, VOCABULARIES[0]):
         if (folder / name).is_file():
-            read_object(folder / name)
+            model = read_object(folder / name).get("model")
+            words = model.get("vocab") if isinstance(model, dict) else None
+            if isinstance(words, dict):  # Of two words with one id, some versions of transformers keep only one.
+                _check_ids({word: number for word, number in words.items() if isinstance(number, int)}, str(folder))
 
 
 def check_vocabulary(tokenizer: Any, source: str) -> None:
@@ -37,8 +40,12 @@ def check_vocabulary(tokenizer: Any, source: str) -> None:
     Raises:
         ValueError: the tokenizer gives two tokens the same id, so that the model cannot tell them apart.
     """
+    _check_ids(tokenizer.get_vocab(), source)
+
+
+def _check_ids(words: dict[str, int], source: str) -> None:
     names: dict[int, str] = {}
-    for name, number in tokenizer.get_vocab().items():
+    for name, number in words.items():
         if number in names:
             raise ValueError(f"the tokenizer of {source} gives {names[number]!r} and {name!r} the same id {number}")
         names[number] = name

@@ -217,10 +217,11 @@ class Step:
         assert masked is not None and head is not None, "words need a term with `masking` and a model with an mlm_head"
         pairs = torch.arange(len(masked.labels)).repeat(2, 1).T  # [B, 2]
         fused = self.model.fused_tokens(self._images, masked.state, pairs)  # [tokens, D]
-        labels = masked.labels[masked.state.mask]  # [tokens]
-        chosen = labels != losses.IGNORE_INDEX
+        labels, real = masked.labels.flatten(), masked.state.mask.flatten()  # [B * L]
+        chosen = ((labels != losses.IGNORE_INDEX) & real).nonzero().squeeze(1)  # the only wait for the device
+        rows = (real.cumsum(0) - 1).index_select(0, chosen)  # of the fused tokens, which have no padding
         words = self.model.dual.text.model.get_input_embeddings().weight
-        return PredictedWords(logits=head(fused[chosen], words), labels=labels[chosen])
+        return PredictedWords(logits=head(fused.index_select(0, rows), words), labels=labels.index_select(0, chosen))
 
     @cached_property
     def agreement(self) -> Agreements:

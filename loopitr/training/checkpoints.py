@@ -21,7 +21,7 @@ from loopitr.durable import PARTIAL, as_os_error, fault, sync, write_file, write
 from loopitr.reading import read_object
 from loopitr.training.sharding import parts_of_state
 
-STATE_FILE, SCHEDULER_FILE = "progress.json", "scheduler.json"
+STATE_FILE, SCHEDULER_FILE, CONFIG = "progress.json", "scheduler.json", "config.yaml"
 COUNTS = ("step", "epoch", "batch", "rows", "truncated", "bad_steps", "bad_in_row")  # of `Progress`
 REPLACED, DELETED = ".replaced", ".deleted"
 
@@ -131,6 +131,9 @@ def _complete(folder: Path, final: Path, progress: Progress, scheduler: HasState
     if scheduler is not None:
         write_file(folder / SCHEDULER_FILE, json.dumps(scheduler.state_dict()))
     write_file(folder / STATE_FILE, json.dumps(asdict(progress)))
+    options = final.parent.parent / CONFIG
+    if options.is_file():  # They show later whether the checkpoint is of the run that it is found in.
+        shutil.copyfile(options, folder / CONFIG)
     write_manifest(folder)
     replaced = final.with_suffix(REPLACED)
     # A folder cannot replace another; after a crash, the replaced one is still used.

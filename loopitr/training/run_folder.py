@@ -17,12 +17,12 @@ from loopitr.data.description import DESCRIPTION, DescribedData
 from loopitr.distributed import first_rank
 from loopitr.durable import PARTIAL, write_file
 from loopitr.reading import read_json, read_yaml
-from loopitr.training.checkpoints import Progress, newest_checkpoint
+from loopitr.training.checkpoints import CONFIG, Checkpoint, newest_checkpoint
 from loopitr.training.folder_lock import LOCK, FolderLock
 from loopitr.training.reporting import HISTORY, METRICS
 from loopitr.training.resume_check import changed_options, stored_config
 
-CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"
+CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +97,7 @@ def _enter(folder: Path, config: dict[str, Any], locks: list[FolderLock], reques
     newest = newest_checkpoint(folder / CHECKPOINTS, log=lines.append) if request.resume else None
     progress = newest.progress if newest else None
     if request.resume:
-        changes = _changes(folder, config, progress, request)
+        changes = _changes(folder, config, newest, request)
         if changes and not request.with_changes:
             raise ValueError(
                 f"{folder} was started with other options ({'; '.join(changes)}); resume it with its own, or accept "
@@ -142,17 +142,29 @@ def store_config(folder: Path, config: dict[str, Any], data: DescribedData, *, s
     write_file(description, json.dumps(data.content, indent=1) + "\n")
 
 
-def _changes(folder: Path, config: dict[str, Any], progress: Progress | None, request: _Request) -> list[str]:
-    """The differences between this run and the one in the folder; empty if there is none."""
+def _changes(folder: Path, config: dict[str, Any], newest: Checkpoint | None, request: _Request) -> list[str]:
+    """The differences between this run and the one in the folder, or that of its checkpoint; empty if there is none."""
     if not (folder / CONFIG).is_file():
         return []
     changes = changed_options(read_yaml(folder / CONFIG), config)
+    if newest is not None and (newest.path / CONFIG).is_file():
+        own = _options(newest.path / CONFIG)
+        earlier = (_options(path) for path in folder.glob("config.before-*.yaml"))
+        if all(changed_options(options, own) for options in earlier):  # It may be from before accepted changes.
+            more = (f"{change} (of {newest.path.name})" for change in changed_options(own, config))
+            changes += [change for change in more if change.rpartition(" (")[0] not in changes]
     # Changed options of the data explain other records.
     if not any(change.startswith("data.") for change in changes):
         changes += request.data.changes_since(folder / DESCRIPTION)
-    if progress is not None and progress.places and len(progress.places) != request.num_processes:
-        changes.append(f"processes: {len(progress.places)} -> {request.num_processes}")
+    places = newest.progress.places if newest else []
+    if places and len(places) != request.num_processes:
+        changes.append(f"processes: {len(places)} -> {request.num_processes}")
     return changes
+
+
+def _options(path: Path) -> dict[str, Any]:
+    content = read_yaml(path)
+    return content if isinstance(content, dict) else {}
 
 
 def _finished(folder: Path) -> dict[str, Any] | None:

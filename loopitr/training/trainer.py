@@ -178,8 +178,7 @@ class Trainer:
         accelerator = self.accelerator
         loaded = load_checkpoint(accelerator, checkpoint, scheduler=self.scheduler) if checkpoint else None
         self.progress = loaded or Progress()
-        if self.progress.similarity_weight is not None:
-            self.model.config.similarity_weight = self.progress.similarity_weight
+        self.validator.resume(self.progress)
         self.saver.step = self.progress.step
         if accelerator.is_main_process:
             store_config(self.folder, self.config, self.described, step=self.progress.step)

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
 
 from loopitr.building.folders import save_for_use
 from loopitr.data import Record
 from loopitr.data.options import DataOptions
+from loopitr.distributed import first_rank
 from loopitr.durable import write_files
 from loopitr.evaluation.retrieval import EvaluationOptions, RetrievalResult, evaluate_retrieval
 from loopitr.models.loop_model import LoopITRModel
+from loopitr.models.processor_files import check_processor_files
 from loopitr.objective.loop_objective import LoopObjective
+from loopitr.reading import read_object
 from loopitr.training.caches import Caches
 from loopitr.training.checkpoints import Progress
 from loopitr.training.divergence import check_finite
@@ -38,9 +43,21 @@ class Validator:
         fusion_start: int = 0,
     ) -> None:
         self.whole, self.caches, self.options, self.folder = whole, caches, options, folder
-        self.records, self.fusion_start = records, fusion_start
+        self.model, self.records, self.fusion_start = objective.model, records, fusion_start
         self.uses_pairs = objective.uses_pairs or objective.compares_tokens
         self.starts_early = objective.compares_tokens  # Token agreement trains a part of match scores from step 1.
+
+    def resume(self, progress: Progress) -> None:
+        """Go on from `progress`. If the run folder has lost the best model so far, it is no longer to be surpassed."""
+        if progress.similarity_weight is not None:
+            self.model.config.similarity_weight = progress.similarity_weight
+        lost = None if progress.best is None else first_rank(partial(_fault, self.folder))
+        if lost is not None:
+            progress.best = progress.best_dual = None
+            self.accelerator.print(
+                f"warning: the best model so far, of step {progress.best_step}, is lost ({lost}); the best one "
+                "from here on will be kept"
+            )
 
     @property
     def accelerator(self) -> Accelerator:
@@ -155,3 +172,21 @@ class Validator:
             weight = f"the similarity weight stays {model.config.similarity_weight:g}"
             self.accelerator.print(f"validation.final_rerank is 0: there are no candidates to fit on, and {weight}")
         return self.evaluate(model, records, step=step, final=True)
+
+
+def _fault(folder: Path) -> str | None:
+    """What is missing or damaged of the model saved in `folder`, by its files; None: nothing."""
+    try:
+        read_object(folder / "config.json")
+        check_processor_files(folder)
+        weights = sorted(folder.glob("model*.safetensors"))
+        if not weights:
+            return f"{folder} has no model.safetensors"
+        for path in weights:
+            with safe_open(path, "pt"):  # This compares the size with that in the header.
+                pass
+    except SafetensorError as error:
+        return f"{path}: {error}"
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None

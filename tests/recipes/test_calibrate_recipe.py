@@ -25,6 +25,7 @@ def test_the_fitted_weight_is_kept_and_used(folder, tmp_path, monkeypatch, capsy
     done = run_here(monkeypatch, capsys, "calibrate.py", "--model", model, *data(folder, *WHERE))
     assert done.returncode == 0, done.stderr
     assert "the model was trained on any of these images is unknown" in done.stdout
+    assert "images are few to fit a weight on" in done.stderr
     after = LoopITRModel.from_pretrained(model)
     assert after.config.similarity_weight in WEIGHTS and after.config.similarity_weight != 1.0
     assert all(a.equal(b) for a, b in zip(before.state_dict().values(), after.state_dict().values(), strict=True))

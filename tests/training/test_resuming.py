@@ -8,6 +8,7 @@ import pytest
 from helpers.tiny_run import broken_table, equal, logged, run, weights
 from safetensors.torch import load_file
 
+from loopitr.durable import write_manifest
 from loopitr.training import saving
 from loopitr.training import trainer as training
 from loopitr.training.reporting import read_history
@@ -162,3 +163,23 @@ def test_an_earlier_run_is_moved_aside_but_not_by_a_mistake(tmp_path, capsys):
     (tmp_path / "run" / "metrics.json").unlink()  # As if it had been killed after a checkpoint.
     run(tmp_path, train__max_steps=1)
     assert f"to go on with it: --train.output_dir {tmp_path}/run.2 --resume\n" in capsys.readouterr().out
+
+
+def test_a_resumed_run_finds_another_checkpoint_and_no_best_model(tmp_path, capsys):
+    """A checkpoint that was copied from another run is refused; a model that is lost does not end a run at its end."""
+    changes = {"train__max_steps": 2, "train__checkpoint_every": 1, "validation__every_steps": 1}
+    run(tmp_path, **changes)
+    folder = tmp_path / "run"
+    (folder / "metrics.json").unlink()
+    (folder / "model.safetensors").unlink()
+    newest, first = (folder / "checkpoints" / f"step-0000000{step}" for step in (2, 1))
+    config = newest / "config.yaml"
+    config.write_text(config.read_text().replace("seed: 0", "seed: 7"))
+    write_manifest(newest)
+    with pytest.raises(ValueError, match=r"train.seed: 7 -> 0 \(of step-00000002\)"):
+        run(tmp_path, **changes, resume=True)
+    shutil.rmtree(newest)
+    capsys.readouterr()
+    run(tmp_path, **changes, resume=True)
+    assert "the best model so far, of step 1, is lost" in capsys.readouterr().out
+    assert (folder / "model.safetensors").is_file() and first.is_dir()

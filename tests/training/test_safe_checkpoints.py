@@ -50,6 +50,7 @@ def newest(folder):
 
 def test_every_file_of_a_checkpoint_is_of_a_known_safe_kind(begun):
     assert sorted(path.name for path in newest(begun).iterdir()) == [
+        "config.yaml",  # read by YAML's safe loader
         "manifest.json",
         "model.safetensors",
         "optimizer.bin",  # this and the next: plain tensors and numbers, loaded as such alone
