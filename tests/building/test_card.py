@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from pathlib import Path
@@ -87,19 +86,6 @@ def test_a_cards_text_has_table_weight_gain_and_no_path_of_this_machine(tmp_path
     assert "| dual encoder, first 8 dimensions | 40.0 | 80.0 | 90.1 | 30.0 |" in text
     assert "w = 0.3519" in text and "Reranking 4 candidates: +5.0 +- 1.5 points" in text
     assert "secret" not in text and str(tmp_path) not in text
-
-
-def test_a_file_whose_name_is_no_hub_id_is_named_in_the_text_alone(tmp_path):
-    folder = saved(tmp_path / "mine", {"data": {"table": "/home/me/secret/our captions: (v2).csv", "images": "x"}})
-    assert card(folder).data.datasets is None
-    assert "- data: our captions: (v2)\n" in (folder / "README.md").read_text()
-
-
-def test_any_name_of_a_folder_is_a_heading_and_a_path_of_code(tmp_path):
-    for name in ('a "quoted": name', "two\nlines", "back\\slash", "--- {width} 🐕"):
-        folder = saved(tmp_path / name)
-        assert f"# {' '.join(name.split())}\n" in (folder / "README.md").read_text()
-        assert name in [node.value for node in ast.walk(ast.parse(example(folder))) if isinstance(node, ast.Constant)]
 
 
 def test_five_lines_of_use_run(tmp_path, monkeypatch):
