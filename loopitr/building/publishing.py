@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -46,14 +48,25 @@ def push_to_hub(
         OSError: the hub cannot be reached, or refuses.
     """
     api = HfApi(token=token)
-    repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, _one_kind_of_error(repo_id):
+        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         folder = Path(name)
         save_with_card(model, processor, folder, source=source, name=repo)
         if is_own((folder / CARD).read_text(encoding="utf-8")) and _has_user_card(api, repo, revision):
             (folder / CARD).unlink()
         info = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=commit_message, revision=revision)
     return str(info.commit_url)
+
+
+@contextmanager
+def _one_kind_of_error(repo_id: str) -> Iterator[None]:
+    """A context in which failed connections are OSErrors too, as they are only in some versions of huggingface_hub."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) or "TransportError" not in [kind.__name__ for kind in type(error).__mro__]:
+            raise
+        raise OSError(f"{repo_id}: the hub cannot be reached ({error})") from error
 
 
 def save_with_card(

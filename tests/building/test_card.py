@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from pathlib import Path
@@ -15,7 +14,7 @@ from helpers.support import tiny_model
 from helpers.tiny_gallery import picture, tiny_processor
 from helpers.tiny_run import run as train
 from helpers.tiny_run import write_table
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 
 from loopitr import DualEncoder, Retriever, export_dual
 from loopitr.building import publishing
@@ -87,19 +86,6 @@ def test_a_cards_text_has_table_weight_gain_and_no_path_of_this_machine(tmp_path
     assert "| dual encoder, first 8 dimensions | 40.0 | 80.0 | 90.1 | 30.0 |" in text
     assert "w = 0.3519" in text and "Reranking 4 candidates: +5.0 +- 1.5 points" in text
     assert "secret" not in text and str(tmp_path) not in text
-
-
-def test_a_file_whose_name_is_no_hub_id_is_named_in_the_text_alone(tmp_path):
-    folder = saved(tmp_path / "mine", {"data": {"table": "/home/me/secret/our captions: (v2).csv", "images": "x"}})
-    assert card(folder).data.datasets is None
-    assert "- data: our captions: (v2)\n" in (folder / "README.md").read_text()
-
-
-def test_any_name_of_a_folder_is_a_heading_and_a_path_of_code(tmp_path):
-    for name in ('a "quoted": name', "two\nlines", "back\\slash", "--- {width} 🐕"):
-        folder = saved(tmp_path / name)
-        assert f"# {' '.join(name.split())}\n" in (folder / "README.md").read_text()
-        assert name in [node.value for node in ast.walk(ast.parse(example(folder))) if isinstance(node, ast.Constant)]
 
 
 def test_five_lines_of_use_run(tmp_path, monkeypatch):
@@ -277,6 +263,15 @@ def test_the_hub_gets_model_processor_and_card_and_nothing_else_of_a_run(tmp_pat
     again = Retriever.from_pretrained(hub.folder, device="cpu")
     pairs = [("a red circle", picture(1))]
     assert again.predict(pairs) == pytest.approx(retriever.predict(pairs), abs=1e-6)
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch):
+    retriever = Retriever.from_pretrained(saved(tmp_path / "mine"), device="cpu")
+    api = HfApi(endpoint="http://127.0.0.1:9", token="abc")
+    monkeypatch.setattr(publishing, "HfApi", lambda token: api)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(OSError, match="refused"):
+        retriever.push_to_hub("me/pets")
 
 
 def test_the_card_that_somebody_wrote_goes_to_the_hub_and_one_there_stays(tmp_path, hub):

@@ -181,6 +181,7 @@ def test_help_does_without_torch():
 
 def test_words_before_the_options_are_theirs():
     assert positional(["a", "b c", "--top", "3"], "index", "query") == ["--index=a", "--query=b c", "--top", "3"]
+    assert positional(["a", "-dog", "-h"], "index", "query") == ["--index=a", "--query=-dog", "-h"]
     assert positional(["a", "x", "y", "--json"], "index", rest="paths") == ["--index=a", '--paths=["x", "y"]', "--json"]
     assert positional(["--query", "x"], "index") == ["--query", "x"]
     assert positional(["a", "-"], "index", "query") == ["--index=a", "--query=-"]
