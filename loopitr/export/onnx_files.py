@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 INSTALL = 'pip install "loopitr[onnx]"'
 OPSET = 20
+TESTED_TORCH = "2.14"  # With 2.6 and 2.8 some graphs cannot be exported.
 # Convolutions are not quantised, since onnxruntime's dynamic int8 convolutions are slower on a CPU.
 INT8_OPERATIONS = ["MatMul", "Gather"]
 
@@ -54,8 +55,11 @@ def write_graph(
         inputs: examples by name, in the order of the module's arguments; dynamic axes must have a size of at least 2.
         outputs: the names of the outputs.
         axes: the names of the dynamic axes of each input.
+
+    Raises:
+        ValueError: this version of torch cannot export the module.
     """
-    with _quiet(), torch.no_grad():
+    with _quiet(), _naming_old_torch(), torch.no_grad():
         program: Any = torch.onnx.export(
             graph.eval(),
             tuple(inputs.values()),
@@ -84,9 +88,12 @@ def write_int8(source: Path, target: Path) -> None:
 
     Activations are quantised when the graph runs (dynamic quantisation), so nothing has to be calibrated. The second
     products of feed-forward layers stay in fp32 (`_narrowing`).
+
+    Raises:
+        ValueError: this version of torch has exported a graph that cannot be converted.
     """
     quantization = onnx_module("onnxruntime.quantization")
-    with _quiet():
+    with _quiet(), _naming_old_torch():
         quantization.quantize_dynamic(
             str(source),
             str(target),
@@ -111,6 +118,20 @@ def _narrowing(source: Path) -> list[str]:
 
 def _narrows(shape: list[int]) -> bool:
     return len(shape) == 2 and shape[0] >= 2 * shape[1]
+
+
+@contextmanager
+def _naming_old_torch() -> Iterator[None]:
+    """Say of any error that an old version of torch may be its reason."""
+    try:
+        yield
+    except Exception as error:
+        if torch.__version__ >= TESTED_TORCH:
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"the export to ONNX is tested with torch {TESTED_TORCH}, and failed with {torch.__version__}: {reason}"
+        ) from error
 
 
 @contextmanager

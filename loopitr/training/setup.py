@@ -39,13 +39,15 @@ from loopitr.training.record_checks import record_warnings
 from loopitr.training.run_folder import check_run_folder
 from loopitr.training.sharding import SHARDED, configure_fsdp, prepare_environment
 
+COMPILED_FROM = "2.8"  # the first version of torch with which `train.compile` was seen to work; 2.6 fails
+
 
 def start(train: TrainOptions) -> Accelerator:
     """Start accelerate with the run's precision, accumulation and tracker, and seed the weights and dropout.
 
     Raises:
-        ValueError: a tracker that is not installed, an unsupported version or setting of FSDP, chunks or compilation
-            with sharded weights, or an `output_dir` that holds something other than a run.
+        ValueError: a tracker that is not installed, an unsupported version or setting of FSDP or of compilation, chunks
+            or compilation with sharded weights, or an `output_dir` that holds something other than a run.
     """
     check_run_folder(Path(train.output_dir))
     prepare_environment()
@@ -66,6 +68,8 @@ def start(train: TrainOptions) -> Accelerator:
         if is_set and accelerator.distributed_type in SHARDED:
             # FSDP gathers and frees weights around the forward pass of the whole objective, which chunks bypass.
             raise ValueError(f"train.{option} works with DDP, not with {accelerator.distributed_type.value}")
+    if train.compile and torch.__version__ < COMPILED_FROM:
+        raise ValueError(f"train.compile needs torch {COMPILED_FROM} or newer, this is {torch.__version__}")
     if train.tracker not in ("auto", "none") and not accelerator.log_with:
         raise ValueError(f"train.tracker {train.tracker} is not installed")
     set_seed(train.seed)

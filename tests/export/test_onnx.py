@@ -219,3 +219,15 @@ def test_bad_input_is_named_before_any_work(tmp_path, monkeypatch):
             with pytest.raises(ModuleNotFoundError, match=rf'ONNX needs {name}: pip install "loopitr\[onnx\]"'):
                 export_onnx(model, tmp_path / "out", **given)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
+
+
+def test_an_error_of_an_old_torch_names_its_version(model, tmp_path, monkeypatch):
+    def fails(*arguments, **options):
+        raise RuntimeError("unsupported operator\nmore")
+
+    monkeypatch.setattr(torch.onnx, "export", fails)
+    with pytest.raises(RuntimeError, match="unsupported operator"):
+        export_onnx(model, tmp_path / "new", processor=tiny_processor(64))
+    monkeypatch.setattr("loopitr.export.onnx_files.TESTED_TORCH", "99")
+    with pytest.raises(ValueError, match="tested with torch 99, and failed with .*: unsupported operator$"):
+        export_onnx(model, tmp_path / "old", processor=tiny_processor(64))

@@ -262,3 +262,9 @@ def test_what_cannot_be_run_is_said_in_one_line(tmp_path, changes, message):
     with pytest.raises((ValueError, OSError), match=message) as raised:
         run(tmp_path, **changes)
     assert "\n" not in str(raised.value)
+
+
+def test_a_torch_that_cannot_compile_is_said_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("loopitr.training.setup.COMPILED_FROM", "99")
+    with pytest.raises(ValueError, match="train.compile needs torch 99 or newer"):
+        run(tmp_path, train__compile=True)
