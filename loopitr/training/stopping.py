@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from loopitr.distributed import world_size
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 AGAIN = 3.0  # seconds; a signal that follows sooner is a copy that a launcher passed on, not a second request
+LATER = 0.05  # seconds after which a signal is sent again that arrived where nothing can be raised
 
 
 class Stopped(SystemExit):
@@ -49,15 +52,22 @@ class Stopping:
         self._since = 0.0
         self._at_once = False
         self._earlier: dict[int, Any] = {}
+        self._earlier_hook: Any = None
+        self._again: threading.Timer | None = None
 
     def __enter__(self) -> Stopping:
         if threading.current_thread() is threading.main_thread():  # Python handles signals only there.
             self._earlier = {number: signal.signal(number, self._receive) for number in SIGNALS}
+            self._earlier_hook, sys.unraisablehook = sys.unraisablehook, self._dropped
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._earlier.items():
             signal.signal(number, handler)
+        if self._earlier:
+            sys.unraisablehook = self._earlier_hook
+        if self._again is not None:
+            self._again.cancel()
 
     @contextlib.contextmanager
     def at_once(self, allowed: bool = True) -> Iterator[None]:
@@ -87,6 +97,16 @@ class Stopping:
         if again or self._at_once:
             self._at_once = False  # Code that cleans up must not be interrupted.
             raise Stopped(self.signal)
+
+    def _dropped(self, dropped: Any) -> None:
+        """Python's hook for exceptions in destructors and in callbacks of weak references, which end nothing."""
+        if not isinstance(dropped.exc_value, Stopped):
+            self._earlier_hook(dropped)
+            return
+        self._at_once = True
+        self._again = threading.Timer(LATER, os.kill, (os.getpid(), self.signal))
+        self._again.daemon = True
+        self._again.start()
 
 
 class AcrossRanks:
