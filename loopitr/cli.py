@@ -93,10 +93,10 @@ def run(main: Callable[[], None]) -> None:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(USAGE_ERROR)
     except BaseException as error:
-        text = "not enough memory" if _lacks_memory(error) else ""
-        if not (text or type(error).__name__ == "PanicException") or os.environ.get("LOOPITR_DEBUG"):
+        cause = "not enough memory: " if _lacks_memory(error) else ""
+        if not (cause or type(error).__name__ == "PanicException") or os.environ.get("LOOPITR_DEBUG"):
             raise
-        print(f"error: {f'{text}: ' if text else ''}{_one_line(error)}", file=sys.stderr)
+        print(f"error: {cause}{_one_line(error)}", file=sys.stderr)
         sys.exit(USAGE_ERROR)
 
 

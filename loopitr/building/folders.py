@@ -127,6 +127,21 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: t
     return Loaded(model if checked_device is None else model.to(checked_device), saved.processor)
 
 
+def output_folder(output: str | Path) -> Path:
+    """The folder to write to, which need not exist yet.
+
+    Raises:
+        OSError: `output` is a file.
+        ValueError: it has no name.
+    """
+    if not str(output).strip():  # It would be taken for the current folder.
+        raise ValueError("the output has no name: give a folder")
+    folder = user_path(output)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{output} is not a folder")
+    return folder
+
+
 def check_output(output: str | Path, kind: str) -> Path:
     """The folder to write an export to, after checking that it would not overwrite another model, such as a run.
 
@@ -137,11 +152,7 @@ def check_output(output: str | Path, kind: str) -> Path:
         OSError: `output` is a file.
         ValueError: the folder holds a model of another type, or a run with its model in a subfolder, or has no name.
     """
-    if not str(output).strip():  # It would be taken for the current folder.
-        raise ValueError("the output has no name: give a folder")
-    folder = user_path(output)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{output} is not a folder")
+    folder = output_folder(output)
     config = folder / "config.json"
     for name in () if config.is_file() else INSIDE_A_RUN:
         if (folder / name / "config.json").is_file():  # The export would be loaded in the place of this model.

@@ -17,6 +17,8 @@ from loopitr.training.reporting import write_json
 
 from .subcommands import quiet
 
+GALLERY_START = b"<!doctype html>"
+
 # Heavy modules are imported where they are used, so that --help is fast. Annotations with their names are quoted one by
 # one: with postponed annotations, jsonargparse would import everything under TYPE_CHECKING.
 if TYPE_CHECKING:
@@ -181,8 +183,9 @@ def _check_replaceable(path: Path) -> None:
     """
     if not path.exists() or not path.stat().st_size:
         return
-    if path.read_bytes().startswith(b"<!doctype html>"):  # a gallery
-        return
+    with path.open("rb") as file:
+        if file.read(len(GALLERY_START)) == GALLERY_START:
+            return
     try:
         figures = read_object(path)
     except (OSError, ValueError):

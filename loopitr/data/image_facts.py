@@ -40,7 +40,7 @@ def image_facts(dataset: datasets.Dataset, column: str) -> ImageFacts:
     each of its captions, otherwise a few of each image.
 
     Raises:
-        DataError: the column has another type than that of images in `datasets`, or of paths or bytes.
+        DataError: the column is a struct without `path` and `bytes`.
     """
     import pyarrow as pa
     import pyarrow.compute as pc

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from loopitr.building.card import DUAL, FUSED
-from loopitr.building.folders import load_saved
+from loopitr.building.folders import load_saved, output_folder
 from loopitr.building.towers import load_tower
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.processing import LoopITRProcessor
 from loopitr.models.towers import TOWERS, ImageTower, TextTower, tower_config, tower_prefixes
-from loopitr.reading import user_path
 
 Exportable = LoopITRModel | DualEncoder | ImageTower | TextTower
 
@@ -101,11 +100,7 @@ def new_folder(output: str | Path) -> Iterator[Path]:
         OSError: `output` is a file, or cannot be written to.
         ValueError: `output` is a folder that is not empty, or has no name.
     """
-    if not str(output).strip():
-        raise ValueError("the output has no name: give a folder")
-    folder = user_path(output)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{output} is not a folder")
+    folder = output_folder(output)
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{output} exists and is not empty; choose another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,8 @@ from typing import Any
 from loopitr.data.columns import image_value
 from loopitr.data.hub import DataFiles, load_images
 
-from .sources import Source, Stamp, free_names, shown, stamp_of
+from .sources import Source, free_names, shown
+from .stamps import Stamp, stamp_of
 
 
 @dataclass

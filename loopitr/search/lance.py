@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from .conditions import check_condition, shown_condition
 from .lance_checks import check_columns, check_facts, check_files, with_facts
 from .lance_columns import cell_of, check_cells, new_fields
 from .lance_errors import line_of, reading, repair_of, writing_to
-from .sources import Stamp
+from .stamps import Stamp, time_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -24,7 +24,6 @@ KEPT = timedelta(hours=1)  # how long old versions of a table are kept, for sear
 INDEXED_FROM = 20_000  # the number of images from which a vector index is faster than comparing with all
 PARTITIONS = 2**20  # more than any vector index has
 PER_RESULT = 100  # the number of images that are compared for each result, at least
-EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 HIDDEN = ("id", "file", "embed")  # internal columns, which are not in results
 
 
@@ -128,7 +127,7 @@ class LanceImages:
             "file": [row.file for row in rows],
             "path": [row.path for row in rows],
             "size": [row.stamp[0] for row in rows],
-            "mtime": [EPOCH + timedelta(microseconds=row.stamp[1]) for row in rows],
+            "mtime": [time_of(row.stamp) for row in rows],
             "width": [row.width for row in rows],
             "height": [row.height for row in rows],
             "embed": _vectors(np.stack([row.embed for row in rows])),

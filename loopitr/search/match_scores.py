@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from datetime import timedelta
 
 import torch
 from torch import Tensor
@@ -16,9 +15,9 @@ from loopitr.models.loop_model import LoopITRModel
 from loopitr.models.packing import send
 
 from .contents import Contents
-from .lance import EPOCH, Found
+from .lance import Found
 from .retriever import Retriever
-from .sources import stamp_of
+from .stamps import micros_of, stamp_of
 
 BLOCK = 64  # the number of images whose tokens, keys and values are in memory at a time
 
@@ -100,4 +99,4 @@ def _has_changed(image: Found) -> bool:
         size, micros = stamp_of(os.stat(os.fsdecode(image.file)))
     except OSError:
         return False  # Opening it says why.
-    return (size, micros) != (image.columns["size"], (image.columns["mtime"] - EPOCH) // timedelta(microseconds=1))
+    return (size, micros) != (image.columns["size"], micros_of(image.columns["mtime"]))

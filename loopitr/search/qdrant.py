@@ -7,15 +7,15 @@ import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 import numpy as np
 
 from .conditions import parse_condition, shown_condition
-from .lance import EPOCH, Found, Row
+from .lance import Found, Row
 from .manifest import Manifest
-from .sources import Stamp
+from .stamps import Stamp, micros_of, time_of
 
 PAGE = 1000  # the number of points that are read, or at most written, at a time
 REQUEST_BYTES = 2**23  # of the points written at a time, roughly; a server takes 32 MiB
@@ -260,14 +260,14 @@ def _kind(value: Any) -> str:
 
 def _payload(row: Row) -> dict[str, Any]:
     """The payload of a point; the bytes of a path may not be valid text, and are stored as Latin-1."""
-    moment = EPOCH + timedelta(microseconds=row.stamp[1])
-    own = {"file": row.file.decode("latin-1"), "path": row.path, "size": row.stamp[0], "mtime": moment.isoformat()}
+    mtime = time_of(row.stamp).isoformat()
+    own = {"file": row.file.decode("latin-1"), "path": row.path, "size": row.stamp[0], "mtime": mtime}
     others: Mapping[str, Any] = {name: value for name, value in row.columns.items() if value is not None}
     return {**others, **own, "width": row.width, "height": row.height}
 
 
 def _micros(mtime: str) -> int:
-    return (datetime.fromisoformat(mtime) - EPOCH) // timedelta(microseconds=1)
+    return micros_of(datetime.fromisoformat(mtime))
 
 
 def _found(point: Any, similarity: float) -> Found:

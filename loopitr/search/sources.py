@@ -18,13 +18,12 @@ from loopitr.data.table import DELIMITERS, JSON_LINES, captions_of_cell, read_ta
 from loopitr.reading import user_path
 
 from .manifest import MANIFEST
+from .stamps import Stamp, stamp_of
 
 RESERVED = ("id", "file", "path", "size", "mtime", "width", "height", "embed")
 INTEGER, MOST_DIGITS = re.compile(r"[+-]?\d+"), 40
 PADDED = re.compile(r"[+-]?0\d+")  # an article number or a postcode
 TABLES = (*DELIMITERS, *JSON_LINES)
-Stamp = tuple[int, int]  # the size in bytes, and the time of the last change in microseconds since 1970
-EARLIEST, LATEST = -62_135_596_800_000_000, 253_402_300_799_999_999  # The years 1 to 9999, as far as dates go.
 
 
 @dataclass
@@ -59,11 +58,6 @@ class Source:
     def id(self, position: int) -> int:
         """The id of the image in the index."""
         return image_id(self.file(position) or self.name(position).encode())
-
-
-def stamp_of(status: os.stat_result) -> Stamp:
-    """The stamp of a file; a time that no date can express counts as the nearest one that can be expressed."""
-    return status.st_size, min(max(status.st_mtime_ns // 1000, EARLIEST), LATEST)
 
 
 def image_id(key: bytes) -> int:

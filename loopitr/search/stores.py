@@ -10,7 +10,7 @@ import numpy as np
 
 from .lance import Found, LanceImages, Row
 from .manifest import Manifest, facts_of
-from .sources import Stamp
+from .stamps import Stamp
 
 
 class ImageStore(Protocol):

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ class Writer:
                 todo.setdefault(own, position)
         self.old_columns = self._old_columns(source, todo)
         described = self._described(source, ids, todo)
-        self.images.check([*(self._columns(source, position) for position in todo.values()), *described.values()])
+        self.images.check(chain((self._columns(source, position) for position in todo.values()), described.values()))
         self.contents.check_room(len(todo))
         self.manifest = replace(self.manifest, complete=False)
         write_manifest(self.folder, self.manifest)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, is_torch_version, set_seed
 from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
@@ -68,7 +68,7 @@ def start(train: TrainOptions) -> Accelerator:
         if is_set and accelerator.distributed_type in SHARDED:
             # FSDP gathers and frees weights around the forward pass of the whole objective, which chunks bypass.
             raise ValueError(f"train.{option} works with DDP, not with {accelerator.distributed_type.value}")
-    if train.compile and torch.__version__ < COMPILED_FROM:
+    if train.compile and not is_torch_version(">=", COMPILED_FROM):
         raise ValueError(f"train.compile needs torch {COMPILED_FROM} or newer, this is {torch.__version__}")
     if train.tracker not in ("auto", "none") and not accelerator.log_with:
         raise ValueError(f"train.tracker {train.tracker} is not installed")
