@@ -20,11 +20,14 @@ def load_teacher(path: str, processor: LoopITRProcessor) -> LoopITRModel:
 
     Raises:
         OSError: there is no such folder or hub id.
-        ValueError: it holds only a dual encoder, or its tokenizer gives other ids than the student's.
+        ValueError: it holds only a dual encoder, or it takes shorter captions or other token ids than the student.
     """
     saved = load_saved(path, dtype=torch.float32)
     if not isinstance(saved.model, LoopITRModel):
         raise ValueError(f"{path} holds a dual encoder alone: there is no fusion head in it")
+    most, longest = processor.tokenizer.model_max_length, saved.model.dual.text.max_length
+    if most > longest:
+        raise ValueError(f"{path} cannot teach this model: it takes {longest} tokens, and captions may have {most}")
     _check_ids(saved.processor.tokenizer, processor.tokenizer, path)
     _convert_pixels(saved.model, saved.processor.image_processor, processor.image_processor)
     return saved.model

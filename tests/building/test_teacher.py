@@ -45,5 +45,7 @@ def test_a_teacher_with_other_words_or_none_to_score_is_refused(tmp_path):
     spaced.tokenizer.backend_tokenizer.post_processor = None
     with pytest.raises(ValueError, match="b cannot teach this model: its tokenizer splits captions into other tokens"):
         load_teacher(saved(tmp_path / "b", spaced), student)
+    with pytest.raises(ValueError, match="d cannot teach this model: it takes 24 tokens, and captions may have 25"):
+        load_teacher(saved(tmp_path / "d", student), tiny_processor(max_length=25))
     with pytest.raises(ValueError, match="c holds a dual encoder alone"):
         load_teacher(saved(tmp_path / "c", student, DualEncoder(tiny_model().config.dual_config())), student)
