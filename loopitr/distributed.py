@@ -7,7 +7,7 @@ concatenated batch, so no loss has to be multiplied by the world size. Ranks may
 
 from __future__ import annotations
 
-import pickle
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -118,9 +118,8 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
     try:
         return work(), None
     except (ValueError, OSError) as error:
-        return None, error if _can_be_sent(error) else _general(
-            error, OSError if isinstance(error, OSError) else ValueError
-        )
+        kind: type[Exception] = OSError if isinstance(error, OSError) else ValueError
+        return None, error if _can_be_sent(error) else _general(error, kind)
     except Exception as error:
         return None, _general(error, RuntimeError)
 
@@ -132,9 +131,9 @@ def _general(error: Exception, kind: type[Exception]) -> Exception:
 
 
 def _can_be_sent(error: Exception) -> bool:
-    """Whether an error survives pickling: not if its class needs more arguments than its message."""
+    """Whether other ranks can make the error again: not if its class needs more arguments than its message."""
     try:
-        pickle.loads(pickle.dumps(error))
+        copy.deepcopy(error)  # This takes an error apart and makes it again in the same way.
     except Exception:
         return False
     return True
