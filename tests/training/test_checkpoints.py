@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 from dataclasses import asdict
@@ -74,6 +75,19 @@ def test_a_loaded_checkpoint_goes_on_bit_for_bit(tmp_path):
     actual = resumed.steps(3).state()
     assert actual.keys() == expected.keys()
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def test_the_options_of_the_optimiser_are_not_those_of_the_checkpoint(tmp_path):
+    Work().steps(6).save(tmp_path)
+    resumed = Work()
+    resumed.schedule = warmup_cosine(resumed.optimizer.optimizer, steps=10, warmup=5)
+    resumed.optimizer.param_groups[0].update(initial_lr=0.4, weight_decay=0.3)
+    resumed.schedule.base_lrs = [0.4]
+    resumed.load(tmp_path)
+    (group,) = resumed.optimizer.param_groups
+    expected = 0.4 * (1 + math.cos(math.pi / 5)) / 2  # a fifth of the way from step 5 to step 10
+    assert (group["lr"], group["weight_decay"]) == (pytest.approx(expected), 0.3)
+    assert resumed.schedule.get_last_lr() == [group["lr"]] and float(resumed.steps(1).schedule.get_last_lr()[0]) > 0
 
 
 def test_progress_comes_back_whole(tmp_path):
