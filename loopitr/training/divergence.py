@@ -97,10 +97,6 @@ class StepGuard:
         terms = {name: value.detach() for name, value in output.terms.items()}
         self.current.losses.append({"loss": output.loss.detach(), **terms})
 
-    def drop(self) -> None:
-        """Forget the batches since the last step, which do not fill another."""
-        self.current = _StepRecord()
-
     def step(self, norm: Tensor | None) -> None:
         """Step the optimiser unless a loss or `norm`, the norm of the whole gradient, is not finite."""
         record, self.current = self.current, _StepRecord()

@@ -118,7 +118,7 @@ class Trainer:
 
     def _prepare(self) -> None:
         options, accelerator = self.options, self.accelerator
-        self.total_steps = options.max_steps or options.epochs * (len(self.loader) // options.accumulation)
+        self.total_steps = options.max_steps or options.epochs * len(self.loader) // options.accumulation
         self.fusion_start = int(options.fusion_start * self.total_steps)
         ready_for_ranks(self.bare_objective, accelerator)
         optimizer = make_optimizer(self.model, options)
@@ -211,7 +211,6 @@ class Trainer:
         progress.epoch, progress.batch = progress.epoch + 1, 0
         if self.loader.sampler is None:
             return  # Ranks end their streams at different batches, so nothing that needs all ranks may follow.
-        self.stepper.drop()
         every = self.validation.every_epochs
         progress.validates_next = bool(every) and progress.epoch % every == 0
         self._checkpoint()

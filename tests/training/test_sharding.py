@@ -49,8 +49,16 @@ ALL_TERMS: dict[str, Any] = {
 }
 CASES: dict[str, dict[str, Any]] = {
     "all terms": ALL_TERMS,
-    # The gradient's norm is far above the limit, so each step is as long as the norm says.
-    "clipped, accumulated": {**VIT, "train__clip": 0.01, "train__accumulation": 2, "train__batch_size": 4},
+    # The gradient's norm is far above the limit, so each step is as long as the norm says. An epoch has five batches,
+    # the last of which does not fill a step.
+    "clipped, accumulated": {
+        **VIT,
+        "train__clip": 0.01,
+        "train__accumulation": 2,
+        "train__batch_size": 4,
+        "data__scenes_train": 40,
+        "train__max_steps": 4,
+    },
     "batch statistics, shared layers": {"model__fusion__style": "shared"},
     "adapters": {**VIT, "model__lora__text_rank": 2, "model__fusion__style": "shared"},
     "gate, frozen": {
