@@ -120,7 +120,7 @@ class Trainer:
         options, accelerator = self.options, self.accelerator
         self.total_steps = options.max_steps or options.epochs * len(self.loader) // options.accumulation
         self.fusion_start = int(options.fusion_start * self.total_steps)
-        ready_for_ranks(self.bare_objective, accelerator)
+        ready_for_ranks(self.bare_objective, accelerator, seed=options.seed)
         optimizer = make_optimizer(self.model, options)
         self.objective, self.optimizer = accelerator.prepare(self.bare_objective, optimizer)
         # The scheduler is not prepared: accelerate would step it once per process.
