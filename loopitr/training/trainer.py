@@ -176,8 +176,9 @@ class Trainer:
 
     def _begin(self, checkpoint: Path | None) -> None:
         accelerator = self.accelerator
-        loaded = load_checkpoint(accelerator, checkpoint, scheduler=self.scheduler) if checkpoint else None
-        self.progress = loaded or Progress()
+        teacher = self.bare_objective.own_teacher if self.with_changes else None
+        load = partial(load_checkpoint, accelerator, scheduler=self.scheduler, teacher=teacher)
+        self.progress = load(checkpoint) if checkpoint else Progress()
         self.validator.resume(self.progress)
         self.saver.step = self.progress.step
         if accelerator.is_main_process:
