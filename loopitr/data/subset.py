@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 from .image_sizes import image_sizes
-from .records import LazyRecords, Record, captions_of, identity_of, name_of, relevance_of
+from .records import LazyRecords, Record, captions_of, identity_of, image_key_of, name_of, relevance_of
 
 
 class Subset(LazyRecords):
@@ -26,6 +26,9 @@ class Subset(LazyRecords):
 
     def identity(self, index: int) -> int:
         return identity_of(self.records, self.positions[index])
+
+    def image_key(self, index: int) -> Hashable:
+        return image_key_of(self.records, self.positions[index])
 
     def name(self, index: int) -> str:
         return name_of(self.records, self.positions[index])
