@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .files import PROBED, Row, check_images_exist, group_rows, image_folder, read_json
+from .files import PROBED, Identities, Row, check_images_exist, group_rows, image_folder, read_json
 from .records import INT64, DataError, Record, printable
 from .report import LoadReport, clean_captions
 
@@ -98,14 +98,15 @@ def load_albef(
 def join_lists(parts: list[list[Record]]) -> list[Record]:
     """The records of several lists; an image that is in two of them becomes one record with all captions."""
     joined: dict[str, Record] = {}
-    numbers: dict[tuple[int, int], int] = {}  # New identities, since each list has numbered its own.
+    identities = Identities()
     for part, records in enumerate(parts):
         for record in records:
-            first = joined.get(str(record.image))
-            identity = numbers.setdefault((part, record.identity), len(numbers)) if first is None else first.identity
-            captions = record.captions if first is None else first.captions + record.captions
-            joined[str(record.image)] = replace(record, captions=captions, identity=identity)
-    return list(joined.values())
+            image = str(record.image)
+            first = joined.setdefault(image, record)
+            if first is not record:
+                joined[image] = replace(first, captions=first.captions + record.captions)
+            identities.join(image, (part, record.identity))  # Each list has numbered its own.
+    return [replace(record, identity=identities.number(image)) for image, record in joined.items()]
 
 
 def _has_text(entry: dict[str, Any], name: str) -> bool:
