@@ -52,7 +52,8 @@ def evaluate_retrieval(
     (ALBEF, arXiv 2107.07651), by match score + similarity / temperature, and by the reranking score, which weighs the
     similarity by the model's `config.similarity_weight`. (BLIP, arXiv 2201.12086, adds the cosine without temperature.
     Divided by it, the similarity is on the same log-odds scale as the match score.) A right answer has the query's
-    identity; one that is not among the candidates is a miss at every k.
+    identity; one that is not among the candidates is a miss at every k. Records that show the same image, as where each
+    caption has a row of its own, are one image.
 
     The model runs in eval mode, under the caller's autocast; afterwards all modules are in their former mode.
 
