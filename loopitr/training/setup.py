@@ -135,8 +135,14 @@ def _check_teacher_reads(objective: LoopObjective) -> None:
     """
     if objective.own_teacher is None:
         return
-    theirs = objective.own_teacher.model.dual.vision.state_dict()
-    ours = objective.model.dual.vision.state_dict()
+    vision = objective.own_teacher.model.dual.vision
+    if vision._forward_pre_hooks:  # `load_teacher` has added one.
+        raise ValueError(
+            f"data.cache_tokens holds tokens of this model's pixels, and objective.teacher "
+            f"{objective.own_teacher.name!r} was trained on pixels of another mean or standard deviation: leave "
+            "data.cache_tokens unset"
+        )
+    theirs, ours = vision.state_dict(), objective.model.dual.vision.state_dict()
     if theirs.keys() != ours.keys() or not all(torch.equal(theirs[name], ours[name]) for name in ours):
         raise ValueError(
             f"data.cache_tokens holds this model's image tokens, and objective.teacher {objective.own_teacher.name!r} "
