@@ -39,6 +39,7 @@ CASES: dict[str, tuple[Sequence[Record], dict[str, Any]]] = {
     "fewer images than ranks": (tiny_records(1), {}),
     "fewer captions than ranks": (tiny_records(1, per_image=1), {}),
     "one identity on both ranks": ([*tiny_records(5), replace(tiny_records(6)[5], identity=100)], {}),
+    "a row per caption": ([replace(r, captions=(x,)) for r in tiny_records(5) for x in r.captions], {}),
     "broken on rank 0": (one_broken(at=1), {"max_skipped_fraction": 0.2}),
     "broken on rank 1": (one_broken(at=6), {"max_skipped_fraction": 0.2}),
     "all of rank 1 broken": ([*tiny_records(3), *map(broken, "abc")], {"max_skipped_fraction": 0.5}),
