@@ -6,6 +6,7 @@ import json
 import pytest
 
 from loopitr.data import DataError, LoadReport, load_albef, load_karpathy, load_table
+from loopitr.data.files import Row, group_rows
 from loopitr.data.report import clean_captions
 
 
@@ -205,3 +206,23 @@ def test_report_check_and_summary():
     with pytest.raises(DataError, match="7 of 25 .*allowed fraction 0.2"):
         report.check(0.2)
     report.check(0.2, seen=100)
+
+
+def test_a_file_is_one_image_however_its_path_is_spelled(tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    for name in ("photos/a.jpg", "b.jpg"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.jpg").write_bytes(b"y")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    names = ["photos/a.jpg", "photos/../photos/a.jpg", f"../{tmp_path.name}/photos/a.jpg", f"{tmp_path}/photos/a.jpg"]
+    names += ["b.jpg", "photos/../b.jpg", "link/../b.jpg", "./b.jpg", "../no/such/../b.jpg", "a\0/../b.jpg"]
+    rows = [Row(image=name, captions=f"text {i}", identity=name) for i, name in enumerate(names)]
+    report = LoadReport()
+    records = group_rows(rows, source="t.csv", images=".", split=None, report=report)
+    found = {record.name: record.captions for record in records}
+    # `link/..` is the folder that holds elsewhere/, so it happens to be this folder too.
+    assert found["photos/a.jpg"] == tuple(f"text {i}" for i in range(4))
+    assert found["b.jpg"] == tuple(f"text {i}" for i in range(4, 8))
+    assert len(records) == 4 and len({record.identity for record in records}) == 4
