@@ -98,7 +98,7 @@ def group_rows(
         DataError: no image has a caption, or none of the first few images exists.
     """
     folder = Path(source).parent if images is None else image_folder(images)
-    spelling = _Spelling(folder)
+    spelling = Spelling(folder)
     captions: dict[Path, list[str]] = {}
     identities: dict[Hashable, int] = {}
     first_of: dict[Path, tuple[str, int]] = {}  # the name and identity of each image
@@ -121,11 +121,18 @@ def group_rows(
     return records
 
 
-class _Spelling:
-    """One spelling for every path of a file; of `..` and absolute paths, folders are looked up, each of them once."""
+class Spelling:
+    """One spelling for every path of a file; of `..` and absolute paths, folders are looked up, each of them once.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Example:
+        >>> from loopitr.data.files import Spelling
+        >>> spelling = Spelling("photos")
+        >>> spelling.plain("a.jpg") == spelling.plain("b/../a.jpg")
+        True
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
         self._real: dict[str, str] = {}
 
     def plain(self, image: str) -> Path:

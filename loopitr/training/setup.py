@@ -30,6 +30,7 @@ from loopitr.data import (
 )
 from loopitr.data.loader import EpochLoader
 from loopitr.data.options import DataOptions, source_of
+from loopitr.data.splits import gallery_records
 from loopitr.distributed import rank
 from loopitr.models.processing import interpolation_of
 from loopitr.objective.grad_cache import check_batch_statistics
@@ -112,6 +113,8 @@ def load_run_records(
     def load(split: str, **changes: Any) -> Any:
         report = LoadReport()
         records = load_records(dataclasses.replace(data, **changes), split, report)
+        if not isinstance(records, HubStream) and split != data.split:
+            records = gallery_records(records, source_of(data), report)
         log(f"{split}: {report.summary()}" if not isinstance(records, HubStream) else f"{split}: streaming")
         return records
 
