@@ -100,7 +100,7 @@ def load_albef(
 
 def join_lists(parts: list[list[Record]]) -> list[Record]:
     """The records of several lists; an image that is in two of them becomes one record with all captions."""
-    spelling, joined = Spelling(""), dict[Path, Record]()
+    spelling, joined = Spelling("."), dict[Path, Record]()
     numbers: dict[tuple[int, int], int] = {}  # New identities, since each list has numbered its own.
     for part, records in enumerate(parts):
         for record in records:

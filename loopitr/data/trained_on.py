@@ -9,7 +9,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from loopitr.lineage import CONFIG, StoredConfig, located, runs_of
+from loopitr.lineage import StoredConfig, located, runs_of
 from loopitr.reading import read_json
 
 from .description import DESCRIPTION, describe_records, difference
@@ -77,7 +77,7 @@ def trained_data(model: str | Path) -> list[TrainedOn]:
     for run in runs_of(model):
         history += [_trained_on(config, run.folder) for config in run.configs]
         if not run.configs:
-            reason = f"the data of {run.name} are not recorded (it has no {CONFIG})"
+            reason = f"the data of {run.name} are not recorded ({run.missing})"
             history.append(TrainedOn(data=None, reason=reason))
     return history
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from loopitr.data import DataError, LoadReport, load_albef, load_karpathy, load_table
+from loopitr.data import DataError, DataOptions, LoadReport, load_albef, load_karpathy, load_records, load_table
 from loopitr.data.files import Row, group_rows
 from loopitr.data.report import clean_captions
 
@@ -226,3 +226,23 @@ def test_a_file_is_one_image_however_its_path_is_spelled(tmp_path, monkeypatch):
     assert found["photos/a.jpg"] == tuple(f"text {i}" for i in range(4))
     assert found["b.jpg"] == tuple(f"text {i}" for i in range(4, 8))
     assert len(records) == 4 and len({record.identity for record in records}) == 4
+
+
+def test_a_file_of_karpathy_or_of_two_lists_is_one_image_however_it_is_spelled(tmp_path):
+    for name in ("im/0.jpg", "im/1.jpg", "im/lists/x"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    spelled = ["0.jpg", "../im/0.jpg", "./0.jpg", "1.jpg"]
+    entries = [
+        {"filename": name, "split": "test", "imgid": number, "sentences": [{"raw": f"text {number}"}]}
+        for number, name in enumerate(spelled)
+    ]
+    (tmp_path / "k.json").write_text(json.dumps({"images": entries}))
+    records = load_karpathy(tmp_path / "k.json", tmp_path / "im", "test", LoadReport())
+    assert [record.captions for record in records] == [("text 0", "text 1", "text 2"), ("text 3",)]
+    paths = []
+    for place, image in (("im/a.json", "0.jpg"), ("im/lists/b.json", "../0.jpg"), ("c.json", "im/1.jpg")):
+        (tmp_path / place).write_text(json.dumps([{"image": image, "caption": f"of {place}"}]))
+        paths.append(str(tmp_path / place))
+    joined = load_records(DataOptions(albef=paths, val_fraction=0.0), "train", LoadReport())
+    assert [record.captions for record in joined] == [("of im/a.json", "of im/lists/b.json"), ("of c.json",)]
