@@ -17,7 +17,7 @@ from accelerate.utils.constants import FSDP_MODEL_NAME, RNG_STATE_NAME
 from accelerate.utils.other import load
 
 from loopitr.distributed import each_rank, first_rank
-from loopitr.durable import PARTIAL, as_os_error, fault, sync, write_file, write_manifest
+from loopitr.durable import MANIFEST, PARTIAL, as_os_error, fault, sync, write_file, write_manifest
 from loopitr.reading import read_object
 from loopitr.training.sharding import parts_of_state
 
@@ -149,7 +149,7 @@ def newest_checkpoint(folder: Path, *, log: Callable[[str], None] = print) -> Ch
     """The newest checkpoint that is not damaged; None: there is no checkpoint.
 
     Newer ones that are damaged are logged and renamed to `step-N.damaged`. Checkpoints of older versions have no
-    manifest and are taken to be undamaged.
+    manifest and are taken to be undamaged, with a warning.
 
     Raises:
         ValueError: all checkpoints are damaged.
@@ -168,6 +168,8 @@ def newest_checkpoint(folder: Path, *, log: Callable[[str], None] = print) -> Ch
                 shutil.rmtree(aside, ignore_errors=True)
                 old.rename(aside)
                 log(f"warning: the checkpoint {old} is damaged ({why}): it is now {aside.name}, {path.name} is used")
+            if not (path / MANIFEST).exists():
+                log(f"warning: the checkpoint {path} has no {MANIFEST}, so it cannot be verified")
             return checkpoint
         damaged.append((path, problem))
     if damaged:

@@ -246,3 +246,7 @@ def test_a_file_of_karpathy_or_of_two_lists_is_one_image_however_it_is_spelled(t
         paths.append(str(tmp_path / place))
     joined = load_records(DataOptions(albef=paths, val_fraction=0.0), "train", LoadReport())
     assert [record.captions for record in joined] == [("of im/a.json", "of im/lists/b.json"), ("of c.json",)]
+
+
+def test_a_byte_order_mark_before_a_caption_is_none_of_its_letters():
+    assert clean_captions(["\ufeffa dog\r\n", "a\ufeff b"], "0.txt", LoadReport()) == ("a dog", "a\ufeff b")
