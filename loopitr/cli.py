@@ -72,9 +72,10 @@ def run(main: Callable[[], None]) -> None:
     """Run a recipe.
 
     Errors that the user can correct, too little memory, and the death of a loader's process print one line to stderr
-    and exit with status 2; Ctrl-C prints one line and exits with 130; other errors print a traceback. An error in the Rust code of a library, such as
-    that of a tokenizer whose regular expression takes too long, prints one line too. LOOPITR_DEBUG=1 prints the
-    traceback of every error. If the reader of the output has ended, such as `head`, this ends too, without a line.
+    and exit with status 2; Ctrl-C prints one line and exits with 130; other errors print a traceback. An error in the
+    Rust code of a library, such as that of a tokenizer whose regular expression takes too long, prints one line too.
+    LOOPITR_DEBUG=1 prints the traceback of every error. If the reader of the output has ended, such as `head`, this
+    ends too, without a line.
     """
     try:
         try:
