@@ -88,8 +88,8 @@ def _load_part(
 ) -> Sequence[Record]:
     """The training records that are held out, or the others.
 
-    Which are held out depends only on `split_key_of`, and records of one identity stay together: where each caption of an
-    image is a row of its own, an image would otherwise be trained on and held out.
+    Which are held out depends only on `split_key_of`, and records of one identity stay together: where each caption of
+    an image is a row of its own, an image would otherwise be trained on and held out.
     """
     if options.streaming:
         raise DataError("data.val_fraction needs data of known length: it cannot be used with data.streaming")
