@@ -32,10 +32,12 @@ def check_environment(environment: Mapping[str, str]) -> None:
         ValueError: one of them is not a number, or they contradict each other.
     """
     size, rank = _number(environment, "WORLD_SIZE"), _number(environment, "RANK")
-    for name, within in (("LOCAL_RANK", "LOCAL_WORLD_SIZE"), ("MASTER_PORT", None)):
-        value, limit = _number(environment, name), None if within is None else _number(environment, within)
-        if value is not None and limit is not None and not -1 <= value < limit:
-            raise ValueError(f"{name} is {value}, and {within} is {limit}: ranks count from 0")
+    local, limit = _number(environment, "LOCAL_RANK"), _number(environment, "LOCAL_WORLD_SIZE")
+    if local is not None and limit is not None and not -1 <= local < limit:
+        raise ValueError(f"LOCAL_RANK is {local}, and LOCAL_WORLD_SIZE is {limit}: ranks count from 0")
+    port = _number(environment, "MASTER_PORT")
+    if port is not None and not 0 < port < 2**16:
+        raise ValueError(f"MASTER_PORT must be from 1 to 65535, got {port}")
     if size is not None and size < 1:
         raise ValueError(f"WORLD_SIZE must be at least 1, got {size}")
     if rank is not None and size is None:
@@ -110,7 +112,7 @@ def _knock(rank: int, host: str, port: int, end: float, seconds: float) -> None:
         try:
             socket.create_connection((host, port), timeout=max(end - time.monotonic(), PAUSE)).close()
             return
-        except (OSError, OverflowError) as error:  # The latter is for a number that cannot be a port.
+        except OSError as error:
             if time.monotonic() > end:
                 raise ValueError(
                     f"rank {rank} cannot reach rank 0 at {host}:{port} within {seconds} s ({error}): it has ended, "

@@ -72,7 +72,9 @@ def run_folder(
     accelerator.wait_for_everyone()  # Other ranks may still be reading `model.init` in this folder.
     locks: list[FolderLock] = []
     try:
-        request = _Request(resume, with_changes, total_steps, accelerator.num_processes, data)
+        request = _Request(
+            resume, with_changes, total_steps, accelerator.num_processes, str(accelerator.mixed_precision), data
+        )
         entered = first_rank(partial(_enter, folder, stored_config(config), locks, request))
         for line in entered.lines:
             accelerator.print(line)
@@ -88,6 +90,7 @@ class _Request:
     with_changes: bool
     total_steps: int
     num_processes: int
+    precision: str
     data: DescribedData
 
 
@@ -171,6 +174,9 @@ def _changes(folder: Path, config: dict[str, Any], newest: Checkpoint | None, re
     places = newest.progress.places if newest else []
     if places and len(places) != request.num_processes:
         changes.append(f"processes: {len(places)} -> {request.num_processes}")
+    precision = newest.progress.precision if newest else ""
+    if precision not in ("", request.precision) and not any(c.startswith("train.precision") for c in changes):
+        changes.append(f"mixed precision: {precision} -> {request.precision}")
     return changes
 
 

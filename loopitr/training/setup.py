@@ -42,6 +42,7 @@ from loopitr.training.record_checks import record_warnings
 from loopitr.training.run_folder import check_run_folder
 from loopitr.training.sharding import SHARDED, configure_fsdp, prepare_environment
 
+PRECISIONS = ("no", "bf16", "fp16", "fp8")  # of accelerate
 COMPILED_FROM = "2.8"  # the first version of torch with which `train.compile` was seen to work; 2.6 fails
 
 
@@ -70,6 +71,8 @@ def start(train: TrainOptions) -> Accelerator:
     )
     del meeting  # The process group has been made.
     check_size(os.environ, accelerator.num_processes)
+    if accelerator.mixed_precision not in PRECISIONS:
+        raise ValueError(f"ACCELERATE_MIXED_PRECISION is {accelerator.mixed_precision!r}, not one of {PRECISIONS}")
     configure_fsdp(accelerator)
     for option, is_set in (("chunk_size", train.chunk_size is not None), ("compile", train.compile)):
         if is_set and accelerator.distributed_type in SHARDED:

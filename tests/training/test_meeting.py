@@ -89,6 +89,7 @@ def test_others_are_left_alone(environment):
         ({"LOCAL_RANK": "first"}, "LOCAL_RANK must be an integer"),
         ({"LOCAL_RANK": "4", "LOCAL_WORLD_SIZE": "4"}, "LOCAL_RANK is 4, and LOCAL_WORLD_SIZE is 4"),
         (variables(0, 2, MASTER_PORT="http"), "MASTER_PORT must be an integer"),
+        (variables(0, 2, MASTER_PORT="99999"), "MASTER_PORT must be from 1 to 65535, got 99999"),
         (variables(0, 2, LOOPITR_MEETING_SECONDS="long"), "LOOPITR_MEETING_SECONDS must be an integer"),
     ],
 )
