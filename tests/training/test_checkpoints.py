@@ -138,6 +138,7 @@ def test_progress_comes_back_whole(tmp_path):
         bad_steps=3,
         bad_in_row=1,
         watch={"itm": 20.0},
+        precision="no",
     )
     work = Work()
     work.save_progress(tmp_path, progress, keep=1)
