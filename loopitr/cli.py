@@ -22,6 +22,7 @@ from loopitr.reading import MAX_VALUES, DuplicateName, expanded_size
 
 Options = TypeVar("Options")
 USAGE_ERROR, INTERRUPTED, NO_READER = 2, 130, 141
+LOST_WORKER = "a process that reads data has ended, which the system does if memory runs out; use fewer workers: "
 HELP, HELP_ALL = ("-h", "--help"), ("--help_all", "--help-all")
 TWO_SCREENS = 100  # the number of lines above which --help only names the options of groups
 SWITCHES = ("--recall", "--resume", "--resume_with_changes", "--table_only", "--json", "--open", "--missing")
@@ -70,10 +71,11 @@ def parse(
 def run(main: Callable[[], None]) -> None:
     """Run a recipe.
 
-    Errors that the user can correct, and too little memory, print one line to stderr and exit with status 2; Ctrl-C
-    prints one line and exits with 130; other errors print a traceback. An error in the Rust code of a library, such as
-    that of a tokenizer whose regular expression takes too long, prints one line too. LOOPITR_DEBUG=1 prints the
-    traceback of every error. If the reader of the output has ended, such as `head`, this ends too, without a line.
+    Errors that the user can correct, too little memory, and the death of a loader's process print one line to stderr
+    and exit with status 2; Ctrl-C prints one line and exits with 130; other errors print a traceback. An error in the
+    Rust code of a library, such as that of a tokenizer whose regular expression takes too long, prints one line too.
+    LOOPITR_DEBUG=1 prints the traceback of every error. If the reader of the output has ended, such as `head`, this
+    ends too, without a line.
     """
     try:
         try:
@@ -93,7 +95,7 @@ def run(main: Callable[[], None]) -> None:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(USAGE_ERROR)
     except BaseException as error:
-        cause = "not enough memory: " if _lacks_memory(error) else ""
+        cause = "not enough memory: " if _lacks_memory(error) else LOST_WORKER if _lost_worker(error) else ""
         if not (cause or type(error).__name__ == "PanicException") or os.environ.get("LOOPITR_DEBUG"):
             raise
         print(f"error: {cause}{_one_line(error)}", file=sys.stderr)
@@ -105,6 +107,14 @@ def _lacks_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def _lost_worker(error: BaseException) -> bool:
+    """Whether a process that reads data was killed; torch has no type of error for that.
+
+    What begins with `Caught` is an error that such a process passed on.
+    """
+    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error) and "Caught " not in str(error)
 
 
 def _has_no_reader() -> bool:

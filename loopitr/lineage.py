@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loopitr.reading import read_yaml, user_path
+from loopitr.reading import read_json, read_yaml, user_path
 
 CONFIG, EARLIER = "config.yaml", "config.before-*.yaml"
+DATA = "data.json"  # In a run folder, its "start" is the `stamp` of the run that it started from.
 INSIDE_A_RUN = ("best", "model")
 MAX_RUNS = 8  # the length to which a chain of runs that started from each other is followed
 
@@ -38,12 +41,14 @@ class PastRun:
         configs: `config.yaml`, then the options with which the run began if it was resumed with others, the latest
             first; empty for a model that was not made by a run on this machine.
         start: the saved model (`model.init`) that the run started from; None: it did not start from one.
+        missing: why there are no configs.
     """
 
     name: str
     folder: Path
     configs: tuple[StoredConfig, ...]
     start: str | None
+    missing: str = f"it has no {CONFIG}"
 
     @property
     def config(self) -> StoredConfig:
@@ -54,21 +59,76 @@ class PastRun:
 def runs_of(model: str | Path) -> list[PastRun]:
     """The run that made a model, then the run whose model that one started from, and so on, at most `MAX_RUNS`.
 
+    A run that another one has moved aside since (`NAME.1`) is found there.
+
     Args:
         model: a run folder, the `best/` or `model/` in it, or a hub id.
     """
+    name, folder = str(model), run_folder(model)
+    configs = _configs(folder)
     runs: list[PastRun] = []
-    name: str | None = str(model)
-    while name is not None and len(runs) < MAX_RUNS:
-        folder = run_folder(name)
-        configs: tuple[StoredConfig, ...] = ()
-        if (folder / CONFIG).is_file():
-            configs = tuple(map(_read, (folder / CONFIG, *sorted(folder.glob(EARLIER), reverse=True))))
+    while True:
         starts = [init for config in configs if (init := config.group("model").get("init"))]
         # A run that was resumed with other options started from what its first options name.
-        runs.append(PastRun(name=name, folder=folder, configs=configs, start=str(starts[-1]) if starts else None))
-        name = located(str(starts[-1]), folder) if starts else None
-    return runs
+        start = str(starts[-1]) if starts else None
+        runs.append(PastRun(name=name, folder=folder, configs=configs, start=start))
+        if start is None or len(runs) == MAX_RUNS:
+            return runs
+        name, after = located(start, folder), folder
+        folder = run_folder(name)
+        configs = _configs(folder)
+        mark = _start_mark(after)
+        if configs and not _is_start(configs, mark, is_itself=_is_same(folder, after)):
+            folder = _moved_aside(folder, mark) or folder
+            configs = _configs(folder) if folder != run_folder(name) else ()
+            if not configs:
+                missing = "another run has taken its place"
+                return [*runs, PastRun(name=name, folder=folder, configs=(), start=None, missing=missing)]
+
+
+def stamp(model: str | Path) -> str | None:
+    """A digest by which to know the run of a saved model again: of its data options and start; None: it has none."""
+    config = _configs(run_folder(model))[:1]
+    return _digest(config[0]) if config else None
+
+
+def _configs(folder: Path) -> tuple[StoredConfig, ...]:
+    if not (folder / CONFIG).is_file():
+        return ()
+    return tuple(map(_read, (folder / CONFIG, *sorted(folder.glob(EARLIER), reverse=True))))
+
+
+def _digest(config: StoredConfig) -> str:
+    # Options that are unset may be newer than the file.
+    data = {name: value for name, value in config.group("data").items() if value is not None}
+    text = json.dumps([data, config.group("model").get("init")], sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).hexdigest()
+
+
+def _start_mark(folder: Path) -> str | None:
+    """The stamp of the run that the run in `folder` started from; None: it is older than stamps."""
+    try:
+        mark = read_json(folder / DATA)["start"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return mark if isinstance(mark, str) else None
+
+
+def _is_start(configs: tuple[StoredConfig, ...], mark: str | None, *, is_itself: bool) -> bool:
+    return not is_itself if mark is None else any(_digest(config) == mark for config in configs)
+
+
+def _is_same(folder: Path, other: Path) -> bool:
+    return folder.resolve() == other.resolve()
+
+
+def _moved_aside(folder: Path, mark: str | None) -> Path | None:
+    """The latest of `NAME.1`, `NAME.2`, ... that is the run with that stamp."""
+    number, found = 1, None
+    while mark is not None and (aside := folder.with_name(f"{folder.name}.{number}")).is_dir():
+        found = aside if _is_start(_configs(aside), mark, is_itself=False) else found
+        number += 1
+    return found
 
 
 def run_folder(model: str | Path) -> Path:

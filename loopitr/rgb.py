@@ -6,6 +6,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 MAX_RATIO = 200  # the largest ratio of the sides; resizing the shorter side would make the longer one huge
+UNDERSHOOT = 0.15  # the part of white by which resampling may leave dark values below 0
 
 
 def to_rgb(image: Image.Image, *, shortest: int | None = None) -> Image.Image:
@@ -16,8 +17,9 @@ def to_rgb(image: Image.Image, *, shortest: int | None = None) -> Image.Image:
             if its shorter side keeps at least this many pixels.
 
     Raises:
-        ValueError: the image has no pixels, more than `PIL.Image.MAX_IMAGE_PIXELS`, or one side more than 200 times the
-            other; or it is an EPS file, which Pillow would run as a program. Errors of decoders are not changed.
+        ValueError: the image has no pixels, more than `PIL.Image.MAX_IMAGE_PIXELS`, one side more than 200 times the
+            other, or integers or floats below 0, as after a normalisation to [-1, 1]; or it is an EPS file, which
+            Pillow would run as a program. Errors of decoders are not changed.
 
     Example:
         >>> from PIL import Image
@@ -65,4 +67,7 @@ def _scale_to_8_bit(image: Image.Image) -> Image.Image:
         white = 65535.0
     else:
         white = next((white for white in (255.0, 65535.0) if largest <= white), largest)
+    lowest = float(values.min(where=np.isfinite(values), initial=0.0))
+    if lowest < -UNDERSHOOT * white:
+        raise ValueError(f"pixel values from {lowest:.2g} to {largest:.2g}, where 0 or more are wanted")
     return Image.fromarray(np.clip(values * (255.0 / white) + 0.5, 0.0, 255.0).astype(np.uint8))

@@ -116,3 +116,18 @@ def test_an_error_of_a_dataloader_worker_is_one_line_too(capsys, monkeypatch):
         run(lambda: next(iter(DataLoader(Broken(), num_workers=1))))
     assert raised.value.code == 2
     assert capsys.readouterr().err == "error: 0.jpg: no such file\n"
+
+
+def test_the_death_of_a_loaders_process_is_one_line(capsys, monkeypatch):
+    monkeypatch.delenv("LOOPITR_DEBUG", raising=False)
+    for text in (
+        "DataLoader worker (pid 7) is killed by signal: Killed. ",
+        "rank 1: RuntimeError: DataLoader worker x",
+    ):
+        with pytest.raises(SystemExit) as raised:
+            run(fail(RuntimeError(text)))
+        line = capsys.readouterr().err
+        assert raised.value.code == 2 and line.startswith("error: a process that reads data has ended")
+        assert line.count("\n") == 1
+    with pytest.raises(RuntimeError, match="Caught"):
+        run(fail(RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback")))

@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "export": {"building", "data", "evaluation", "models", "reading"},
     "search": {"building", "checks", "data", "durable", "evaluation", "memory", "models", "reading", "rgb"},
     "training": {
-        *("building", "checks", "data", "durable", "evaluation", "reading"),
+        *("building", "checks", "data", "durable", "evaluation", "lineage", "reading"),
         *("objective", "objective.losses", "objective.mining"),
         *MODELS_UP,
     },

@@ -1,5 +1,6 @@
 """`loopitr evaluate` and `recipes/evaluate.py`: recalls of a saved model on any data."""
 
+import os
 import sys
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -216,8 +217,15 @@ def _state(device: str | None) -> "PartialState":
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
+    from loopitr.training.meeting import check_size, meet
+
+    meeting = meet(os.environ)
     cpu = device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
-    return PartialState(cpu=cpu, timeout=timedelta(days=1))  # On CPUs, ranks may wait for hours for each other's pairs.
+    # On CPUs, ranks may wait for hours for each other's pairs.
+    state = PartialState(cpu=cpu, timeout=timedelta(days=1))
+    del meeting  # The process group has been made.
+    check_size(os.environ, state.num_processes)
+    return state
 
 
 def _device(name: str | None, state: "PartialState") -> "torch.device":

@@ -38,11 +38,13 @@ class DescribedData:
 
     def __init__(self, **records: Sequence[Record] | HubStream) -> None:
         self.records = records
+        self.start: str | None = None  # the stamp of the run that this one starts from (`lineage.stamp`)
 
     @cached_property
     def content(self) -> dict[str, Any]:
         """The content of `data.json`: a description of each split."""
-        return {split: describe_records(records) for split, records in self.records.items()}
+        described = {split: describe_records(records) for split, records in self.records.items()}
+        return described if self.start is None else {**described, "start": self.start}
 
     def changes_since(self, path: Path) -> list[str]:
         """`train data: old -> new`, and the same for other splits, where they differ from the file, if it exists."""

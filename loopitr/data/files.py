@@ -122,17 +122,19 @@ def group_rows(
 ) -> list[Record]:
     """One record per image file, with the captions of all its rows; equal `identity` keys get equal integers.
 
-    Relative image paths start at `images`, or at the folder of `source` if `images` is None.
+    Relative image paths start at `images`, or at the folder of `source` if `images` is None. `a.jpg`, `./a.jpg`,
+    `b/../a.jpg` and the absolute path are the same file; links to a file are files of their own.
 
     Raises:
         DataError: no image has a caption, or none of the first few images exists.
     """
     folder = Path(source).parent if images is None else image_folder(images)
-    captions: dict[Path, list[str]] = {}  # Paths, since `./a.jpg` is the image `a.jpg` too.
+    spelling = Spelling(folder)
+    captions: dict[Path, list[str]] = {}
     identities = Identities()
     names: dict[Path, str] = {}
     for row in rows:
-        path = folder / row.image
+        path = spelling.plain(row.image)
         names.setdefault(path, row.image)
         identities.join(path, row.identity)
         captions.setdefault(path, []).extend(clean_captions(row.captions, row.image, report))
@@ -143,9 +145,41 @@ def group_rows(
             report.skip("no captions", name)
             continue
         report.add(len(texts))
-        records.append(Record(image=path, captions=tuple(texts), identity=identity, name=name, split=split))
+        records.append(Record(image=folder / name, captions=tuple(texts), identity=identity, name=name, split=split))
     if not records:
         where = "" if split is None else f" in split {split!r}"
         raise DataError(f"{source}: no image with a caption{where} ({report.summary()})")
     check_images_exist([Path(str(record.image)) for record in records[:PROBED]], source)
     return records
+
+
+class Spelling:
+    """One spelling for every path of a file; of `..` and absolute paths, folders are looked up, each of them once.
+
+    Example:
+        >>> from loopitr.data.files import Spelling
+        >>> spelling = Spelling("photos")
+        >>> spelling.plain("a.jpg") == spelling.plain("b/../a.jpg")
+        True
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._real: dict[str, str] = {}
+
+    def plain(self, image: str) -> Path:
+        """The path with as few steps as possible, starting at the folder if the image is in it."""
+        path = self.folder / image
+        if ".." not in image and not os.path.isabs(image):
+            return path
+        try:
+            directory = self._real_path(str(path.parent))
+            inside = os.path.relpath(directory, self._real_path(str(self.folder)))
+        except (OSError, ValueError):  # for a path with a zero byte
+            return path
+        return (Path(directory) if inside.split(os.sep)[0] == ".." else self.folder / inside) / path.name
+
+    def _real_path(self, directory: str) -> str:
+        if directory not in self._real:
+            self._real[directory] = os.path.realpath(directory)
+        return self._real[directory]

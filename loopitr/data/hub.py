@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,7 +75,8 @@ def load_hub(
     if streaming:
         files = _local_files(path, split, data_files)
         return HubStream(dataset=dataset, columns=columns, source=source, split=split, report=report, files=files)
-    return HubRecords(dataset, columns=columns, source=source, split=split, report=report)
+    folder = path if os.path.isdir(path) else None
+    return HubRecords(dataset, columns=columns, source=source, split=split, report=report, folder=folder)
 
 
 def load_images(
@@ -155,9 +157,18 @@ class HubRecords(LazyRecords):
     """
 
     def __init__(
-        self, dataset: datasets.Dataset, *, columns: Columns, source: str, split: str, report: LoadReport
+        self,
+        dataset: datasets.Dataset,
+        *,
+        columns: Columns,
+        source: str,
+        split: str,
+        report: LoadReport,
+        folder: str | None = None,
     ) -> None:
+        """`folder` is that of local data."""
         self.source, self.split = source, split
+        self.folder = None if folder is None else os.path.abspath(folder)
         self._columns = columns
         self._dataset = dataset
         self._texts = dataset.select_columns([columns.caption_root])
@@ -222,6 +233,15 @@ class HubRecords(LazyRecords):
 
     def name(self, index: int) -> str:
         return self._row_name(int(self._rows[index]))
+
+    def split_key(self, index: int) -> str:
+        row = int(self._images.identities[self._rows[index]])  # the first with this image
+        if self._keys is not None:
+            keys = self._keys[row]
+            return f"{os.path.basename(keys['__url__'])}::{keys['__key__']}"
+        path = None if self._images.paths is None else self._images.paths[row].as_py()
+        inside = os.path.relpath(path, self.folder) if path and self.folder and os.path.isabs(path) else ".."
+        return f"row {row}" if inside.startswith("..") else Path(inside).as_posix()
 
     def image_sizes(self) -> np.ndarray:
         sizes = self._images.sizes[self._rows]  # a copy

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .files import PROBED, Identities, Row, check_images_exist, group_rows, image_folder, read_json
+from .files import PROBED, Identities, Row, Spelling, check_images_exist, group_rows, image_folder, read_json
 from .records import INT64, DataError, Record, printable
 from .report import LoadReport, clean_captions
 
@@ -45,15 +45,18 @@ def load_karpathy(path: str | Path, images: str | Path, split: str, report: Load
     chosen = [(position, entry) for position, entry in enumerate(entries) if str(entry["split"]) in wanted]
     nested = _is_nested(folder, [entry for _, entry in chosen[:PROBED]], path)
 
-    merged: dict[str, Record] = {}
+    spelling, merged = Spelling(folder), dict[Path, Record]()
     for position, entry in chosen:
         name = relative_name(entry)
         captions = clean_captions(_sentences(entry, name), name, report)
-        first = merged.get(name)
-        merged[name] = Record(
+        file = spelling.plain(name)
+        if file in merged:
+            merged[file] = replace(merged[file], captions=merged[file].captions + captions)
+            continue
+        merged[file] = Record(
             image=folder / (name if nested else entry["filename"]),
-            captions=captions if first is None else first.captions + captions,
-            identity=first.identity if first else position if id_field is None else entry[id_field],
+            captions=captions,
+            identity=position if id_field is None else entry[id_field],
             name=name,
             split=split,
         )
@@ -97,16 +100,16 @@ def load_albef(
 
 def join_lists(parts: list[list[Record]]) -> list[Record]:
     """The records of several lists; an image that is in two of them becomes one record with all captions."""
-    joined: dict[str, Record] = {}
+    spelling, joined = Spelling("."), dict[Path, Record]()
     identities = Identities()
     for part, records in enumerate(parts):
         for record in records:
-            image = str(record.image)
-            first = joined.setdefault(image, record)
+            file = spelling.plain(str(record.image))
+            first = joined.setdefault(file, record)
             if first is not record:
-                joined[image] = replace(first, captions=first.captions + record.captions)
-            identities.join(image, (part, record.identity))  # Each list has numbered its own.
-    return [replace(record, identity=identities.number(image)) for image, record in joined.items()]
+                joined[file] = replace(first, captions=first.captions + record.captions)
+            identities.join(file, (part, record.identity))  # Each list has numbered its own.
+    return [replace(record, identity=identities.number(file)) for file, record in joined.items()]
 
 
 def _has_text(entry: dict[str, Any], name: str) -> bool:

@@ -21,10 +21,14 @@ SHOWN = 5
 
 @dataclass(frozen=True, kw_only=True)
 class SharedImage:
-    """The name of an image in the first set of records, and the name that the same image has in the second."""
+    """The name of an image in the first set of records, and the name that the same image has in the second.
+
+    `index` is the position in the first set, where several images may have one name.
+    """
 
     name: str
     other: str
+    index: int = 0
 
 
 def shared_images(records: Sequence[Record], others: Sequence[Record]) -> list[SharedImage]:
@@ -57,7 +61,7 @@ def shared_images(records: Sequence[Record], others: Sequence[Record]) -> list[S
             digests[size] = _by_digest(records, by_size[size])
         for index in digests[size].get(_digest(other.image) or b"", ()):
             names.setdefault(index, other.name)
-    return [SharedImage(name=records[index].name, other=names[index]) for index in sorted(names)]
+    return [SharedImage(name=records[index].name, other=names[index], index=index) for index in sorted(names)]
 
 
 def listed(names: Iterable[str]) -> str:

@@ -137,6 +137,11 @@ class LazyRecords(Sequence[Record]):
     def name(self, index: int) -> str:
         """The name of that record, without reading its image."""
 
+    def split_key(self, index: int) -> str:
+        """What decides whether `val_fraction` holds that record out: equal for records of one image, the same wherever
+        the data are."""
+        return self.name(index)
+
     @property
     def fingerprint(self) -> str:
         """A text that distinguishes sources whose records have the same names; empty if names are enough."""
@@ -208,6 +213,11 @@ def image_key_of(records: Sequence[Record], index: int) -> Hashable:
 def name_of(records: Sequence[Record], index: int) -> str:
     """The name of one record, without reading its image if the source allows that."""
     return records.name(index) if isinstance(records, LazyRecords) else records[index].name
+
+
+def split_key_of(records: Sequence[Record], index: int) -> str:
+    """What decides whether `val_fraction` holds a record out."""
+    return records.split_key(index) if isinstance(records, LazyRecords) else records[index].name
 
 
 def relevance_of(records: Sequence[Record], positions: Sequence[int]) -> Tensor | None:

@@ -10,6 +10,7 @@ from .records import DataError, printable
 
 # Unicode's control and format characters, its spaces, and the marks that change the letter before them.
 INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp", "Mn", "Me"}
+BOM = "\ufeff"  # Editors put it at the beginning of a text file, such as that of a caption in a tar.
 BLANK = "\u115f\u1160\u2800\u3164\uffa0"  # a blank Braille cell and blank Korean letters
 
 
@@ -95,7 +96,7 @@ def clean_captions(value: Any, name: str, report: LoadReport) -> tuple[str, ...]
     for item in values:
         if not isinstance(item, (str, type(None))):
             raise DataError(f"{shown}: a caption must be text, got {type(item).__name__}")
-        text = " ".join((item or "").split())
+        text = " ".join((item or "").removeprefix(BOM).split())
         if all(letter in BLANK or unicodedata.category(letter) in INVISIBLE for letter in text):
             report.skip("empty caption", name)
         elif not _is_unicode(text):

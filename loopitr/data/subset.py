@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 from .image_sizes import image_sizes
-from .records import LazyRecords, Record, captions_of, identity_of, image_key_of, name_of, relevance_of
+from .records import LazyRecords, Record, captions_of, identity_of, image_key_of, name_of, relevance_of, split_key_of
 
 
 class Subset(LazyRecords):
@@ -32,6 +32,9 @@ class Subset(LazyRecords):
 
     def name(self, index: int) -> str:
         return name_of(self.records, self.positions[index])
+
+    def split_key(self, index: int) -> str:
+        return split_key_of(self.records, self.positions[index])
 
     def image_sizes(self) -> Any:
         sizes = image_sizes(self.records)

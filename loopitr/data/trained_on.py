@@ -9,7 +9,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from loopitr.lineage import CONFIG, StoredConfig, located, runs_of
+from loopitr.lineage import StoredConfig, located, runs_of
 from loopitr.reading import read_json
 
 from .description import DESCRIPTION, describe_records, difference
@@ -77,14 +77,14 @@ def trained_data(model: str | Path) -> list[TrainedOn]:
     for run in runs_of(model):
         history += [_trained_on(config, run.folder) for config in run.configs]
         if not run.configs:
-            reason = f"the data of {run.name} are not recorded (it has no {CONFIG})"
+            reason = f"the data of {run.name} are not recorded ({run.missing})"
             history.append(TrainedOn(data=None, reason=reason))
     return history
 
 
 def training_overlap(records: Sequence[Record], history: Sequence[TrainedOn]) -> TrainingOverlap:
     """Which of the evaluated `records` are among the training images of `history`."""
-    shared: dict[str, SharedImage] = {}
+    shared: dict[int, SharedImage] = {}
     unknown = None
     for run in history:
         try:
@@ -94,14 +94,14 @@ def training_overlap(records: Sequence[Record], history: Sequence[TrainedOn]) ->
                 raise DataError("it was trained on a stream")
             others = _load(run.data)
             for image in shared_images(records, others):
-                shared.setdefault(image.name, image)
+                shared.setdefault(image.index, image)
             _check_readable(others)
             change = difference(run.described, describe_records(others), others, in_order=False)
             if change is not None:
                 raise DataError(f"the training data have changed since ({change})")
         except (DataError, OSError) as error:
             unknown = unknown or str(error)
-    return TrainingOverlap(shared=list(shared.values()), count=len(records), unknown=unknown)
+    return TrainingOverlap(shared=[shared[index] for index in sorted(shared)], count=len(records), unknown=unknown)
 
 
 def _load(options: DataOptions) -> Sequence[Record]:

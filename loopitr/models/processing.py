@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from PIL import Image
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.image_utils import PILImageResampling
 
@@ -42,6 +44,10 @@ class LoopITRProcessor(ProcessorMixin):
         Texts are padded on the right, and truncated to the tokenizer's `model_max_length`, unless arguments say
         otherwise. PIL images are first converted to upright 8-bit RGB, as in training (`to_rgb`); arrays and tensors
         are not.
+
+        Raises:
+            ValueError: an image cannot be read, or has pixels below 0, as after a normalisation; with
+                `do_rescale=False`, arrays and tensors may have any values.
         """
         if text is not None:
             # SigLIP's tokenizers return a mask only if asked.
@@ -53,7 +59,7 @@ class LoopITRProcessor(ProcessorMixin):
                 # Otherwise the length in the tokenizer's own file would be used, which can differ: some have 128.
                 kwargs.setdefault("max_length", limit)
         kwargs.setdefault("return_tensors", "pt")
-        return super().__call__(images=_upright(images), text=text, **kwargs)
+        return super().__call__(images=_upright(images, kwargs.get("do_rescale") is not False), text=text, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -97,10 +103,18 @@ def limit_length(tokenizer: Any, max_length: int) -> None:
         backend.enable_truncation(max_length, direction=tokenizer.truncation_side)
 
 
-def _upright(images: Any) -> Any:
-    if isinstance(images, Image.Image):
-        return to_rgb(images)
-    return [_upright(image) for image in images] if isinstance(images, (list, tuple)) else images
+def _upright(images: Any, rescaled: bool, name: str = "the image") -> Any:
+    if isinstance(images, (list, tuple)):
+        return [_upright(image, rescaled, f"image {index}") for index, image in enumerate(images)]
+    try:
+        if isinstance(images, Image.Image):
+            return to_rgb(images)
+        if rescaled and isinstance(images, (np.ndarray, Tensor)) and 0 not in images.shape and images.min() < 0:
+            low, high = float(images.min()), float(images.max())
+            raise ValueError(f"pixel values from {low:.2g} to {high:.2g}, where 0 or more are wanted")
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    return images
 
 
 def image_processor(

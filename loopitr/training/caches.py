@@ -40,6 +40,8 @@ def check_caches(model: LoopITRModel, data: DataOptions) -> None:
         raise ValueError(f"data.cached_views must be at least 1, got {data.cached_views}")
     if data.cached_views > 1 and not data.cache_tokens:
         raise ValueError("data.cached_views needs data.cache_tokens, which is unset")
+    if data.cached_views > 1 and data.streaming:
+        raise ValueError("data.cached_views needs data of known length: it cannot be used with data.streaming")
     if data.cache_images and data.cache_tokens:
         raise ValueError("data.cache_images is of no use with data.cache_tokens, which reads no image in training")
 

@@ -19,7 +19,7 @@ from accelerate.utils.other import load
 from torch.optim.lr_scheduler import LambdaLR
 
 from loopitr.distributed import each_rank, first_rank
-from loopitr.durable import PARTIAL, as_os_error, fault, sync, write_file, write_manifest
+from loopitr.durable import MANIFEST, PARTIAL, as_os_error, fault, sync, write_file, write_manifest
 from loopitr.objective.teachers import Frozen, OwnModel
 from loopitr.reading import read_object
 from loopitr.training.optimization import options_kept
@@ -50,6 +50,7 @@ class Progress:
         bad_steps, bad_in_row: the number of steps left out because their loss or gradient was not finite, and how many
             of the latest steps these are.
         watch: the memory of `Watch`.
+        precision: accelerate's `mixed_precision`, which a launcher may have chosen; empty in older checkpoints.
     """
 
     step: int = 0
@@ -72,6 +73,7 @@ class Progress:
     bad_steps: int = 0
     bad_in_row: int = 0
     watch: dict[str, float] = field(default_factory=dict)
+    precision: str = ""
 
 
 class HasState(Protocol):
@@ -110,7 +112,11 @@ def save_checkpoint(
     try:
         for part in parts_of_state(accelerator, partial_folder):
             each_rank(partial(_save, part, partial_folder))
-        progress = replace(progress, places=gather_object([[progress.epoch, progress.batch]]))
+        progress = replace(
+            progress,
+            places=gather_object([[progress.epoch, progress.batch]]),
+            precision=str(accelerator.mixed_precision),
+        )
         progress.windows = gather_object([progress.windows[0] if progress.windows else {}])
         first_rank(partial(_complete, partial_folder, final, progress, scheduler))
     except OSError:
@@ -153,7 +159,7 @@ def newest_checkpoint(folder: Path, *, log: Callable[[str], None] = print) -> Ch
     """The newest checkpoint that is not damaged; None: there is no checkpoint.
 
     Newer ones that are damaged are logged and renamed to `step-N.damaged`. Checkpoints of older versions have no
-    manifest and are taken to be undamaged.
+    manifest and are taken to be undamaged, with a warning.
 
     Raises:
         ValueError: all checkpoints are damaged.
@@ -172,6 +178,8 @@ def newest_checkpoint(folder: Path, *, log: Callable[[str], None] = print) -> Ch
                 shutil.rmtree(aside, ignore_errors=True)
                 old.rename(aside)
                 log(f"warning: the checkpoint {old} is damaged ({why}): it is now {aside.name}, {path.name} is used")
+            if not (path / MANIFEST).exists():
+                log(f"warning: the checkpoint {path} has no {MANIFEST}, so it cannot be verified")
             return checkpoint
         damaged.append((path, problem))
     if damaged:
@@ -239,7 +247,7 @@ def _progress(checkpoint: Path) -> Progress:
         value = getattr(progress, name)
         if type(value) is not int or not 0 <= value < 2**63:
             raise ValueError(f"{name} is {value!r}")
-    kinds = {"skipped": dict, "skipped_files": dict, "places": list, "windows": list, "watch": dict}
+    kinds = {"skipped": dict, "skipped_files": dict, "places": list, "windows": list, "watch": dict, "precision": str}
     for name, kind in kinds.items():
         if not isinstance(getattr(progress, name), kind):
             raise ValueError(f"{name} is {getattr(progress, name)!r}")

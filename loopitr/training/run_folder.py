@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from loopitr.data.description import DESCRIPTION, DescribedData
 from loopitr.distributed import first_rank
 from loopitr.durable import PARTIAL, write_file
+from loopitr.lineage import stamp
 from loopitr.reading import read_json, read_yaml
 from loopitr.training.checkpoints import CONFIG, Checkpoint, newest_checkpoint
 from loopitr.training.folder_lock import LOCK, FolderLock
@@ -71,7 +72,9 @@ def run_folder(
     accelerator.wait_for_everyone()  # Other ranks may still be reading `model.init` in this folder.
     locks: list[FolderLock] = []
     try:
-        request = _Request(resume, with_changes, total_steps, accelerator.num_processes, data)
+        request = _Request(
+            resume, with_changes, total_steps, accelerator.num_processes, str(accelerator.mixed_precision), data
+        )
         entered = first_rank(partial(_enter, folder, stored_config(config), locks, request))
         for line in entered.lines:
             accelerator.print(line)
@@ -87,12 +90,15 @@ class _Request:
     with_changes: bool
     total_steps: int
     num_processes: int
+    precision: str
     data: DescribedData
 
 
 def _enter(folder: Path, config: dict[str, Any], locks: list[FolderLock], request: _Request) -> Entered:
     check_run_folder(folder)  # This must come before the lock is written there.
     _lock(folder, locks)
+    if init := config.get("model", {}).get("init"):  # It may be in this folder, and is then moved aside.
+        request.data.start = stamp(init)
     lines: list[str] = []
     total_steps = request.total_steps
     newest = newest_checkpoint(folder / CHECKPOINTS, log=lines.append) if request.resume else None
@@ -139,8 +145,16 @@ def store_config(folder: Path, config: dict[str, Any], data: DescribedData, *, s
             if file.is_file():
                 before = file.with_name(f"{file.stem}.before-{step:08d}{file.suffix}")
                 write_file(before, file.read_text(encoding="utf-8"))
+    content = data.content | ({"start": start} if step and (start := _stored_start(description)) else {})
     write_file(path, yaml.safe_dump(config, sort_keys=False))
-    write_file(description, json.dumps(data.content, indent=1) + "\n")
+    write_file(description, json.dumps(content, indent=1) + "\n")
+
+
+def _stored_start(description: Path) -> Any:
+    try:
+        return read_json(description)["start"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def _changes(folder: Path, config: dict[str, Any], newest: Checkpoint | None, request: _Request) -> list[str]:
@@ -160,6 +174,9 @@ def _changes(folder: Path, config: dict[str, Any], newest: Checkpoint | None, re
     places = newest.progress.places if newest else []
     if places and len(places) != request.num_processes:
         changes.append(f"processes: {len(places)} -> {request.num_processes}")
+    precision = newest.progress.precision if newest else ""
+    if precision not in ("", request.precision) and not any(c.startswith("train.precision") for c in changes):
+        changes.append(f"mixed precision: {precision} -> {request.precision}")
     return changes
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -34,11 +35,13 @@ from loopitr.models.processing import interpolation_of
 from loopitr.objective.grad_cache import check_batch_statistics
 from loopitr.objective.loop_objective import LoopObjective
 from loopitr.training.caches import Caches, check_caches
+from loopitr.training.meeting import check_size, meet
 from loopitr.training.options import TrainOptions, ValidationOptions
 from loopitr.training.record_checks import record_warnings
 from loopitr.training.run_folder import check_run_folder
 from loopitr.training.sharding import SHARDED, configure_fsdp, prepare_environment
 
+PRECISIONS = ("no", "bf16", "fp16", "fp8")  # of accelerate
 COMPILED_FROM = "2.8"  # the first version of torch with which `train.compile` was seen to work; 2.6 fails
 
 
@@ -47,10 +50,12 @@ def start(train: TrainOptions) -> Accelerator:
 
     Raises:
         ValueError: a tracker that is not installed, an unsupported version or setting of FSDP or of compilation, chunks
-            or compilation with sharded weights, or an `output_dir` that holds something other than a run.
+            or compilation with sharded weights, an `output_dir` that holds something other than a run, or ranks that
+            do not come or contradict each other.
     """
     check_run_folder(Path(train.output_dir))
     prepare_environment()
+    meeting = meet(os.environ)
     disable_progress_bar()  # transformers' progress bars for weights would break into the run's own.
     accelerator = Accelerator(
         mixed_precision={"fp32": "no", None: None}.get(train.precision, train.precision),
@@ -63,6 +68,10 @@ def start(train: TrainOptions) -> Accelerator:
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],
     )
+    del meeting  # The process group has been made.
+    check_size(os.environ, accelerator.num_processes)
+    if accelerator.mixed_precision not in PRECISIONS:
+        raise ValueError(f"ACCELERATE_MIXED_PRECISION is {accelerator.mixed_precision!r}, not one of {PRECISIONS}")
     configure_fsdp(accelerator)
     for option, is_set in (("chunk_size", train.chunk_size is not None), ("compile", train.compile)):
         if is_set and accelerator.distributed_type in SHARDED:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from loopitr.data import DataError, LoadReport, load_albef, load_karpathy, load_table
+from loopitr.data import DataError, DataOptions, LoadReport, load_albef, load_karpathy, load_records, load_table
+from loopitr.data.files import Row, group_rows
 from loopitr.data.karpathy import join_lists
 from loopitr.data.report import clean_captions
 
@@ -219,3 +220,47 @@ def test_report_check_and_summary():
     with pytest.raises(DataError, match="7 of 25 .*allowed fraction 0.2"):
         report.check(0.2)
     report.check(0.2, seen=100)
+
+
+def test_a_file_is_one_image_however_its_path_is_spelled(tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    for name in ("photos/a.jpg", "b.jpg"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.jpg").write_bytes(b"y")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    names = ["photos/a.jpg", "photos/../photos/a.jpg", f"../{tmp_path.name}/photos/a.jpg", f"{tmp_path}/photos/a.jpg"]
+    names += ["b.jpg", "photos/../b.jpg", "link/../b.jpg", "./b.jpg", "../no/such/../b.jpg", "a\0/../b.jpg"]
+    rows = [Row(image=name, captions=f"text {i}", identity=name) for i, name in enumerate(names)]
+    report = LoadReport()
+    records = group_rows(rows, source="t.csv", images=".", split=None, report=report)
+    found = {record.name: record.captions for record in records}
+    # `link/..` is the folder that holds elsewhere/, so it happens to be this folder too.
+    assert found["photos/a.jpg"] == tuple(f"text {i}" for i in range(4))
+    assert found["b.jpg"] == tuple(f"text {i}" for i in range(4, 8))
+    assert len(records) == 4 and len({record.identity for record in records}) == 4
+
+
+def test_a_file_of_karpathy_or_of_two_lists_is_one_image_however_it_is_spelled(tmp_path):
+    for name in ("im/0.jpg", "im/1.jpg", "im/lists/x"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    spelled = ["0.jpg", "../im/0.jpg", "./0.jpg", "1.jpg"]
+    entries = [
+        {"filename": name, "split": "test", "imgid": number, "sentences": [{"raw": f"text {number}"}]}
+        for number, name in enumerate(spelled)
+    ]
+    (tmp_path / "k.json").write_text(json.dumps({"images": entries}))
+    records = load_karpathy(tmp_path / "k.json", tmp_path / "im", "test", LoadReport())
+    assert [record.captions for record in records] == [("text 0", "text 1", "text 2"), ("text 3",)]
+    paths = []
+    for place, image in (("im/a.json", "0.jpg"), ("im/lists/b.json", "../0.jpg"), ("c.json", "im/1.jpg")):
+        (tmp_path / place).write_text(json.dumps([{"image": image, "caption": f"of {place}"}]))
+        paths.append(str(tmp_path / place))
+    joined = load_records(DataOptions(albef=paths, val_fraction=0.0), "train", LoadReport())
+    assert [record.captions for record in joined] == [("of im/a.json", "of im/lists/b.json"), ("of c.json",)]
+
+
+def test_a_byte_order_mark_before_a_caption_is_none_of_its_letters():
+    assert clean_captions(["\ufeffa dog\r\n", "a\ufeff b"], "0.txt", LoadReport()) == ("a dog", "a\ufeff b")

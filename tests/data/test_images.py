@@ -70,6 +70,25 @@ def test_sixteen_bits_are_scaled_not_clipped(value, expected):
     assert pixel(decode_image(encode(image))) == (expected,) * 3
 
 
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (-1.0, 0.0), (-99.0, 65.0)])
+def test_values_below_0_are_refused_and_not_clipped(tmp_path, low, high):
+    values = np.linspace(low, high, 64, dtype=np.float32).reshape(8, 8)
+    Image.fromarray(values).save(tmp_path / "x.tif")
+    images = [tmp_path / "x.tif", Image.fromarray(values), Image.fromarray((values * 200).astype(np.int32))]
+    for image, scale in zip(images, (1, 1, 200)):
+        with pytest.raises(UnreadableImage) as error:
+            decode_image(image, "x")
+        assert f"x: unreadable image (pixel values from {low * scale:.2g} to {high * scale:.2g}," in str(error.value)
+
+
+def test_the_ripples_of_resampling_are_no_values_below_0():
+    edge = np.zeros((8, 8), np.float32)
+    edge[:, 4:] = 1.0
+    resized = Image.fromarray(edge).resize((32, 32), Image.Resampling.LANCZOS)
+    assert np.asarray(resized).min() < -0.05
+    assert pixel(decode_image(resized)) == (0,) * 3
+
+
 def test_float_image_in_unit_range():
     assert pixel(decode_image(Image.fromarray(np.full((4, 4), 0.5, dtype=np.float32)))) == (128,) * 3
 

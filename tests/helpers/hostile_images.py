@@ -188,7 +188,8 @@ def _strange() -> Named:
     yield "transparent-bytes.png", encode(in_mode("P", picture()), transparency=bytes(range(100))), True, ""
     yield "transparent-rgb.png", encode(picture(), transparency=(0, 0, 0)), True, ""
     for name, value in (("nan", np.nan), ("inf", np.inf), ("huge", 1e38), ("negative", -5.0)):
-        yield f"{name}.tiff", encode(Image.fromarray(np.full((9, 9), value, np.float32)), "TIFF"), True, ""
+        data = encode(Image.fromarray(np.full((9, 9), value, np.float32)), "TIFF")
+        yield f"{name}.tiff", data, value != -5.0, "pixel values from -5 to 0"
     yield "profile.jpg", encode(picture(), "JPEG", icc_profile=b"no profile"), True, ""
     yield "program.eps", encode(picture(), "EPS"), False, "EPS, which is a program and not a picture"
     yield "program.jpg", encode(picture(), "EPS"), False, "EPS, which is a program and not a picture"

@@ -111,3 +111,12 @@ def test_captions_are_padded_and_cut():
     assert batch["input_ids"][1, -1] == 3  # The end token survives the cut.
     whole = processor(max_length=6)(text=["a red circle left of a blue square"], truncation=False)
     assert whole["input_ids"].shape == (1, 10)
+
+
+def test_pixels_below_0_are_refused_unless_they_are_not_rescaled():
+    normalised = np.linspace(-1, 1, 3 * 8 * 8, dtype=np.float32).reshape(3, 8, 8)
+    for image in (normalised, torch.from_numpy(normalised), Image.fromarray(normalised[0]).resize((9, 9))):
+        with pytest.raises(ValueError, match="^image 1: pixel values from -1 to"):
+            processor()(images=[picture(), image])
+    prepared = processor()(images=[normalised], do_rescale=False, do_normalize=False, do_resize=False)["pixel_values"]
+    torch.testing.assert_close(prepared[0], torch.from_numpy(normalised))

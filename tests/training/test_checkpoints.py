@@ -138,6 +138,7 @@ def test_progress_comes_back_whole(tmp_path):
         bad_steps=3,
         bad_in_row=1,
         watch={"itm": 20.0},
+        precision="no",
     )
     work = Work()
     work.save_progress(tmp_path, progress, keep=1)
@@ -312,3 +313,6 @@ def test_a_checkpoint_without_a_manifest_is_of_an_older_version(tmp_path):
     work = Work().steps(2)
     (work.save(tmp_path) / MANIFEST).unlink()
     assert work.load(tmp_path).step == 2
+    said: list[str] = []
+    newest_checkpoint(tmp_path, log=said.append)
+    assert len(said) == 1 and "has no manifest.json, so it cannot be verified" in said[0]

@@ -214,3 +214,8 @@ def test_another_number_of_processes_is_a_change(tmp_path):
     write_manifest(state.parent)
     with pytest.raises(ValueError, match="processes: 2 -> 1"):
         run(tmp_path, **SHORT, resume=True)
+    # What a launcher chooses is no option, and would be changed silently.
+    state.write_text(state.read_text().replace(", [0, 2]]", "]").replace('"precision": "no"', '"precision": "bf16"'))
+    write_manifest(state.parent)
+    with pytest.raises(ValueError, match="other options .mixed precision: bf16 -> no"):
+        run(tmp_path, **SHORT, resume=True)

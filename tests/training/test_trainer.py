@@ -213,6 +213,10 @@ def test_cached_views_are_built_once_and_by_what_makes_them(tmp_path):
     [
         ({"data__cached_views": 2}, "data.cached_views needs data.cache_tokens, which is unset"),
         ({"data__cached_views": 0}, "data.cached_views must be at least 1, got 0"),
+        (
+            {"data__cached_views": 2, "data__cache_tokens": "x", "model__freeze": ["vision"], "data__streaming": True},
+            "data.cached_views needs data of known length",
+        ),
     ],
 )
 def test_views_without_a_cache_are_refused(tmp_path, options, message):
