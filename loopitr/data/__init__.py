@@ -21,7 +21,17 @@ if TYPE_CHECKING:
     from .karpathy import load_albef, load_karpathy
     from .options import DataOptions
     from .overlap import SharedImage, shared_images
-    from .records import DataError, LazyRecords, Record, captions_of, identity_of, name_of, relevance_of, stable_hash
+    from .records import (
+        DataError,
+        LazyRecords,
+        Record,
+        captions_of,
+        identity_of,
+        image_key_of,
+        name_of,
+        relevance_of,
+        stable_hash,
+    )
     from .report import LoadReport
     from .scenes import Scene, SceneObject, SceneRecords, relevance, scene_captions, scene_vocabulary
     from .sources import load_records
@@ -62,6 +72,7 @@ _MODULES = {
     "count_truncated": ".collate",
     "decode_image": ".images",
     "identity_of": ".records",
+    "image_key_of": ".records",
     "images_digest": ".cache_folder",
     "load_albef": ".karpathy",
     "load_evaluated": ".splits",

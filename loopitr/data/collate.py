@@ -65,6 +65,7 @@ class Collator:
         text = self.tokenizer(
             captions,
             padding=True,
+            padding_side="right",  # Pooling takes the first token, and evaluation pads on the right.
             truncation=True,
             max_length=self.max_length,
             return_attention_mask=True,  # SigLIP's tokenizers return none by default.

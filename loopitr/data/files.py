@@ -26,6 +26,37 @@ class Row:
     identity: Hashable
 
 
+class Identities:
+    """Numbers images, with one number for all that share a key, directly or through an image between them.
+
+    Example:
+        >>> from loopitr.data.files import Identities
+        >>> identities = Identities()
+        >>> for image, key in (("a.jpg", 1), ("b.jpg", 2), ("b.jpg", 1), ("c.jpg", 3)):
+        ...     identities.join(image, key)
+        >>> [identities.number(image) for image in ("a.jpg", "b.jpg", "c.jpg")]
+        [0, 0, 1]
+    """
+
+    def __init__(self) -> None:
+        self._parents: dict[Hashable, Hashable] = {}
+        self._numbers: dict[Hashable, int] = {}
+
+    def join(self, image: Hashable, key: Hashable) -> None:
+        """Let `image` have the number of all images with this `key`."""
+        self._parents[self._root(("key", key))] = self._root(("image", image))
+
+    def number(self, image: Hashable) -> int:
+        """The number of an image, in the order of these calls, after the last call of `join`."""
+        return self._numbers.setdefault(self._root(("image", image)), len(self._numbers))
+
+    def _root(self, node: Hashable) -> Hashable:
+        parents = self._parents
+        while (parent := parents.setdefault(node, node)) != node:
+            parents[node] = node = parents[parent]  # This halves the way for the next call.
+        return node
+
+
 def read_text(path: str | Path) -> str:
     """The content of a UTF-8 file, with or without a byte order mark.
 
@@ -100,15 +131,16 @@ def group_rows(
     folder = Path(source).parent if images is None else image_folder(images)
     spelling = Spelling(folder)
     captions: dict[Path, list[str]] = {}
-    identities: dict[Hashable, int] = {}
-    first_of: dict[Path, tuple[str, int]] = {}  # the name and identity of each image
+    identities = Identities()
+    names: dict[Path, str] = {}
     for row in rows:
         path = spelling.plain(row.image)
-        first_of.setdefault(path, (row.image, identities.setdefault(row.identity, len(identities))))
+        names.setdefault(path, row.image)
+        identities.join(path, row.identity)
         captions.setdefault(path, []).extend(clean_captions(row.captions, row.image, report))
     records = []
     for path, texts in captions.items():
-        name, identity = first_of[path]
+        name, identity = names[path], identities.number(path)
         if not texts:
             report.skip("no captions", name)
             continue

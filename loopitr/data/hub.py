@@ -228,6 +228,9 @@ class HubRecords(LazyRecords):
     def identity(self, index: int) -> int:
         return int(self._images.identities[self._rows[index]])
 
+    def image_key(self, index: int) -> int:
+        return self.identity(index)
+
     def name(self, index: int) -> str:
         return self._row_name(int(self._rows[index]))
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .files import PROBED, Row, Spelling, check_images_exist, group_rows, image_folder, read_json
+from .files import PROBED, Identities, Row, Spelling, check_images_exist, group_rows, image_folder, read_json
 from .records import INT64, DataError, Record, printable
 from .report import LoadReport, clean_captions
 
@@ -101,15 +101,15 @@ def load_albef(
 def join_lists(parts: list[list[Record]]) -> list[Record]:
     """The records of several lists; an image that is in two of them becomes one record with all captions."""
     spelling, joined = Spelling("."), dict[Path, Record]()
-    numbers: dict[tuple[int, int], int] = {}  # New identities, since each list has numbered its own.
+    identities = Identities()
     for part, records in enumerate(parts):
         for record in records:
             file = spelling.plain(str(record.image))
-            first = joined.get(file)
-            identity = numbers.setdefault((part, record.identity), len(numbers)) if first is None else first.identity
-            captions = record.captions if first is None else first.captions + record.captions
-            joined[file] = replace(record, captions=captions, identity=identity)
-    return list(joined.values())
+            first = joined.setdefault(file, record)
+            if first is not record:
+                joined[file] = replace(first, captions=first.captions + record.captions)
+            identities.join(file, (part, record.identity))  # Each list has numbered its own.
+    return [replace(record, identity=identities.number(file)) for file, record in joined.items()]
 
 
 def _has_text(entry: dict[str, Any], name: str) -> bool:

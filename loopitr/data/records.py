@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import operator
 from abc import abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -154,6 +154,10 @@ class LazyRecords(Sequence[Record]):
         """
         return None
 
+    def image_key(self, index: int) -> Hashable:
+        """A value that is equal for records that show the same image; by default, every record has its own image."""
+        return index
+
     def caption_count(self, index: int) -> int:
         """The number of captions of that record."""
         return len(self.captions(index))
@@ -191,6 +195,19 @@ def caption_count(records: Sequence[Record], index: int) -> int:
 def identity_of(records: Sequence[Record], index: int) -> int:
     """The identity of one record, without reading its image if the source allows that."""
     return records.identity(index) if isinstance(records, LazyRecords) else records[index].identity
+
+
+def image_key_of(records: Sequence[Record], index: int) -> Hashable:
+    """A value that is equal for records of one sequence that show the same image.
+
+    Files are known by their paths, and not read; encoded bytes and PIL images by their content.
+    """
+    if isinstance(records, LazyRecords):
+        return records.image_key(index)
+    try:
+        return _image_hash(records[index].image)
+    except DataError:  # An image that cannot be read is like no other.
+        return ("unreadable", index)
 
 
 def name_of(records: Sequence[Record], index: int) -> str:

@@ -15,7 +15,6 @@ from .options import SOURCES, DataOptions, source_of
 from .records import DataError, Record
 from .report import LoadReport
 from .sources import has_splits, held_out_fraction, load_records
-from .subset import one_per_image
 
 HELD_OUT = "held-out part"  # the name of the validation split of a file without splits
 
@@ -76,19 +75,7 @@ def _read(options: DataOptions, split: str, report: LoadReport) -> Sequence[Reco
         if options.limit is None:
             raise DataError("a stream is read into memory to be evaluated: give data.limit, or data.streaming false")
         records = list(records)
-    return gallery_records(records, source_of(options), report)
-
-
-def gallery_records(records: Sequence[Record], source: str, report: LoadReport) -> Sequence[Record]:
-    """The records of a gallery: each image of `datasets` once, though its rows may repeat it for each caption.
-
-    Other sources merge the rows of an image when they are read.
-    """
-    if source != "hub":
-        return records
-    gallery = one_per_image(records)
-    report.images -= len(records) - len(gallery)
-    return gallery
+    return records
 
 
 def _source(options: DataOptions, trained_on: DataOptions | None) -> str:

@@ -1,13 +1,12 @@
-"""Views of lazy records: some of them, or those of one image as one."""
+"""A subset of lazy records."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 from .image_sizes import image_sizes
-from .records import LazyRecords, Record, caption_count, captions_of, identity_of, name_of, relevance_of, split_key_of
+from .records import LazyRecords, Record, captions_of, identity_of, image_key_of, name_of, relevance_of, split_key_of
 
 
 class Subset(LazyRecords):
@@ -28,6 +27,9 @@ class Subset(LazyRecords):
     def identity(self, index: int) -> int:
         return identity_of(self.records, self.positions[index])
 
+    def image_key(self, index: int) -> Hashable:
+        return image_key_of(self.records, self.positions[index])
+
     def name(self, index: int) -> str:
         return name_of(self.records, self.positions[index])
 
@@ -44,31 +46,3 @@ class Subset(LazyRecords):
     @property
     def fingerprint(self) -> str:
         return getattr(self.records, "fingerprint", "")
-
-
-class ByImage(Subset):
-    """The records of each group as one, with all their captions: a table may repeat an image for each caption."""
-
-    def __init__(self, records: Sequence[Record], groups: Sequence[Sequence[int]]) -> None:
-        super().__init__(records, [group[0] for group in groups])
-        self.groups = groups
-
-    def read(self, index: int) -> Record:
-        return replace(super().read(index), captions=self.captions(index))
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        return tuple(caption for position in self.groups[index] for caption in captions_of(self.records, position))
-
-    def caption_count(self, index: int) -> int:
-        return sum(caption_count(self.records, position) for position in self.groups[index])
-
-
-def one_per_image(records: Sequence[Record]) -> Sequence[Record]:
-    """The records with those of equal identity as one, as a gallery wants them: each image once.
-
-    An image that stands there once for each of its captions would count as several wrong answers to other queries.
-    """
-    groups: dict[int, list[int]] = {}
-    for index in range(len(records)):
-        groups.setdefault(identity_of(records, index), []).append(index)
-    return records if len(groups) == len(records) else ByImage(records, list(groups.values()))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from loopitr.data import DataError, LoadReport, Record, captions_of, identity_of, name_of
+from loopitr.data import DataError, LoadReport, Record, captions_of, identity_of, image_key_of, name_of
 from loopitr.models.processing import LoopITRProcessor
 
 Transform = Callable[[Image.Image], Tensor]
@@ -31,7 +32,7 @@ class Gallery:
     """I images and their T captions.
 
     Attributes:
-        positions: the positions of the images in the records.
+        positions: the positions of the images in the records; of an image with several records, that of the first.
         captions: the captions; those of an image are consecutive.
         caption_rows: `[T]`, the image that each caption belongs to, from 0 to I - 1.
         image_identities, text_identities: `[I]` and `[T]`; equal identities are right answers.
@@ -44,17 +45,34 @@ class Gallery:
     text_identities: Tensor
 
 
+def distinct_images(records: Sequence[Record], count: int) -> list[list[int]]:
+    """The positions of each image in the first `count` records, in the order in which the images appear.
+
+    Where each caption of an image is a row of its own, the image would otherwise be a candidate several times: a wrong
+    image that is ahead would push the right one down by five ranks, and fill the list to rerank with its copies.
+    """
+    identities = [identity_of(records, position) for position in range(count)]
+    times = Counter(identities)
+    images: dict[Hashable, list[int]] = {}
+    for position, identity in enumerate(identities):
+        # Records of one identity may also show different images. A key is made only where it decides.
+        key = image_key_of(records, position) if times[identity] > 1 else None
+        images.setdefault((identity, key), []).append(position)
+    return list(images.values())
+
+
 def build_gallery(
-    records: Sequence[Record], positions: Sequence[int], report: LoadReport, *, captions_per_image: int | None
+    records: Sequence[Record], images: Sequence[Sequence[int]], report: LoadReport, *, captions_per_image: int | None
 ) -> Gallery:
-    """The gallery of the records at `positions`; blank captions, and images without captions, are skipped."""
+    """The gallery of some of the `distinct_images`; blank captions, and images without captions, are skipped."""
     used: list[int] = []
     captions: list[str] = []
     image_identities: list[int] = []
     text_identities: list[int] = []
     caption_rows: list[int] = []
-    for position in positions:
-        all_captions = captions_of(records, position)
+    for positions in images:
+        position = positions[0]
+        all_captions = [caption for each in positions for caption in captions_of(records, each)]
         own_captions = [caption for caption in all_captions if caption.strip()]
         for _ in range(len(all_captions) - len(own_captions)):
             report.skip("empty caption", name_of(records, position))
@@ -77,7 +95,7 @@ def build_gallery(
 
 
 def account(skipped: LoadReport, report: LoadReport | None, gallery: Gallery, count: int, allowed: float) -> None:
-    """Add what was skipped to `report`, and check that enough of `count` images is left.
+    """Add what was skipped to `report`, and check that enough of `count` distinct images is left.
 
     Raises:
         DataError: nothing is left, or more than the fraction `allowed` was skipped.
@@ -86,7 +104,7 @@ def account(skipped: LoadReport, report: LoadReport | None, gallery: Gallery, co
     if report is not None:
         report.merge_skips(skipped)
     if not gallery.positions:
-        raise DataError(f"nothing to evaluate on: {count} records gave {skipped.summary()}")
+        raise DataError(f"nothing to evaluate on: {count} images gave {skipped.summary()}")
     lost = count - len(gallery.positions)
     if not lost <= allowed * count:
         limit = f"more than the allowed fraction {allowed}"

@@ -20,7 +20,7 @@ from .calibration import Gain, fit_similarity_weight, reranking_gain
 from .clock import Clock
 from .coco import DEPTH, CocoBenchmarks
 from .examples import SHOWN, Examples, Reranked, choose_examples
-from .gallery import Gallery, account, build_gallery, evaluation_transform
+from .gallery import Gallery, account, build_gallery, distinct_images, evaluation_transform
 from .graded import GradedMetrics, grade
 from .image_tokens import ImageTokens
 from .nearest import Nearest, nearest
@@ -52,7 +52,8 @@ def evaluate_retrieval(
     (ALBEF, arXiv 2107.07651), by match score + similarity / temperature, and by the reranking score, which weighs the
     similarity by the model's `config.similarity_weight`. (BLIP, arXiv 2201.12086, adds the cosine without temperature.
     Divided by it, the similarity is on the same log-odds scale as the match score.) A right answer has the query's
-    identity; one that is not among the candidates is a miss at every k.
+    identity; one that is not among the candidates is a miss at every k. Records that show the same image, as where each
+    caption has a row of its own, are one image.
 
     The model runs in eval mode, under the caller's autocast; afterwards all modules are in their former mode.
 
@@ -190,14 +191,16 @@ def _encode(
     storage = options.token_storage if options.rerank else None
     count = len(records) if options.max_images is None else min(options.max_images, len(records))
     # Images without captions are not decoded, and captions of unreadable images are not encoded.
-    captioned = build_gallery(records, range(count), skipped, captions_per_image=options.captions_per_image).positions
+    distinct = distinct_images(records, count)
+    captioned = build_gallery(records, distinct, skipped, captions_per_image=options.captions_per_image).positions
     share = [captioned[index] for index in _share(len(captioned))]
     image_parts = each_rank(lambda: images.encode(share, storage=storage, progress=progress))
     for position, reason in (failure for part in image_parts for failure in part.failed):
         skipped.skip(f"unreadable image: {reason}", name_of(records, position))
-    readable = [position for part in image_parts for position in part.positions]
-    gallery = build_gallery(records, readable, LoadReport(), captions_per_image=options.captions_per_image)
-    account(skipped, report, gallery, count, options.max_skipped_fraction)
+    readable = {position for part in image_parts for position in part.positions}
+    left = [positions for positions in distinct if positions[0] in readable]
+    gallery = build_gallery(records, left, LoadReport(), captions_per_image=options.captions_per_image)
+    account(skipped, report, gallery, len(distinct), options.max_skipped_fraction)
     text_model = model if options.rerank or isinstance(model, DualEncoder) else model.dual_encoder()
     texts = TextTokens(
         text_model, processor, gallery.captions, batch_size=options.batch_size, storage=storage, cache=text_cache

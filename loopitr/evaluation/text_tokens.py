@@ -66,7 +66,7 @@ class TextTokens:
         order = torch.argsort(self.lengths[indices], stable=True)
         embeds = torch.empty(len(indices), self.dual.config.embed_dim)
         with tqdm(total=len(indices), desc="encode captions", unit="caption", disable=not progress, leave=False) as bar:
-            for batch in order.split(self.batch_size):
+            for batch in order.split(self.batch_size) if len(order) else ():  # Splitting none gives an empty batch.
                 if isinstance(self.model, DualEncoder):
                     embeds[batch] = self._embed(indices[batch]).float().cpu()
                 else:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from loopitr.data import DecodedImages, LoadReport, Record, name_of
-from loopitr.evaluation.gallery import Gallery, account, build_gallery, evaluation_transform
+from loopitr.evaluation.gallery import Gallery, account, build_gallery, distinct_images, evaluation_transform
 from loopitr.evaluation.nearest import nearest
 from loopitr.evaluation.ranking import Ranking
 from loopitr.evaluation.report import recall_table
@@ -122,14 +122,17 @@ class _Reading:
     def embeds(self, onnx: OnnxModel, allowed: float) -> tuple[Tensor, Gallery]:
         """The embeds `[I, E]` of the readable images with captions, and their gallery."""
         skipped = LoadReport()
-        captioned = build_gallery(self.records, range(len(self.records)), skipped, captions_per_image=None).positions
+        distinct = distinct_images(self.records, len(self.records))
+        captioned = build_gallery(self.records, distinct, skipped, captions_per_image=None).positions
         readable: list[int] = []
         embeds: list[np.ndarray] = []
         for positions, pixels in self._images(captioned, skipped):
             embeds.append(onnx.encode_images(pixels)[0])
             readable += positions
-        gallery = build_gallery(self.records, readable, LoadReport(), captions_per_image=None)
-        account(skipped, None, gallery, len(self.records), allowed)
+        there = {*readable}
+        left = [positions for positions in distinct if positions[0] in there]
+        gallery = build_gallery(self.records, left, LoadReport(), captions_per_image=None)
+        account(skipped, None, gallery, len(distinct), allowed)
         return torch.from_numpy(np.concatenate(embeds)), gallery
 
     def texts(self, onnx: OnnxModel, captions: list[str], *, keep: bool) -> _Texts:

@@ -41,8 +41,9 @@ class LoopITRProcessor(ProcessorMixin):
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
         """The model's inputs for images, texts or both.
 
-        Texts are padded, and truncated to the tokenizer's `model_max_length`, unless arguments say otherwise. PIL
-        images are first converted to upright 8-bit RGB, as in training (`to_rgb`); arrays and tensors are not.
+        Texts are padded on the right, and truncated to the tokenizer's `model_max_length`, unless arguments say
+        otherwise. PIL images are first converted to upright 8-bit RGB, as in training (`to_rgb`); arrays and tensors
+        are not.
 
         Raises:
             ValueError: an image cannot be read, or has pixels below 0, as after a normalisation; with
@@ -51,7 +52,8 @@ class LoopITRProcessor(ProcessorMixin):
         if text is not None:
             # SigLIP's tokenizers return a mask only if asked.
             returned = {"return_token_type_ids": False, "return_attention_mask": True}
-            kwargs = {"padding": True, "truncation": True, **returned, **kwargs}
+            # Models pool the first token, also with tokenizers of others that would pad on the left.
+            kwargs = {"padding": True, "padding_side": "right", "truncation": True, **returned, **kwargs}
             limit = self.tokenizer.model_max_length
             if kwargs["truncation"] and limit < UNLIMITED:
                 # Otherwise the length in the tokenizer's own file would be used, which can differ: some have 128.

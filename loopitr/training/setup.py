@@ -30,7 +30,6 @@ from loopitr.data import (
 )
 from loopitr.data.loader import EpochLoader
 from loopitr.data.options import DataOptions, source_of
-from loopitr.data.splits import gallery_records
 from loopitr.distributed import rank
 from loopitr.models.processing import interpolation_of
 from loopitr.objective.grad_cache import check_batch_statistics
@@ -116,8 +115,6 @@ def load_run_records(
     def load(split: str, **changes: Any) -> Any:
         report = LoadReport()
         records = load_records(dataclasses.replace(data, **changes), split, report)
-        if not isinstance(records, HubStream) and split != data.split:
-            records = gallery_records(records, source_of(data), report)
         log(f"{split}: {report.summary()}" if not isinstance(records, HubStream) else f"{split}: streaming")
         return records
 
@@ -147,8 +144,14 @@ def _check_teacher_reads(objective: LoopObjective) -> None:
     """
     if objective.own_teacher is None:
         return
-    theirs = objective.own_teacher.model.dual.vision.state_dict()
-    ours = objective.model.dual.vision.state_dict()
+    vision = objective.own_teacher.model.dual.vision
+    if vision._forward_pre_hooks:  # `load_teacher` has added one.
+        raise ValueError(
+            f"data.cache_tokens holds tokens of this model's pixels, and objective.teacher "
+            f"{objective.own_teacher.name!r} was trained on pixels of another mean or standard deviation: leave "
+            "data.cache_tokens unset"
+        )
+    theirs, ours = vision.state_dict(), objective.model.dual.vision.state_dict()
     if theirs.keys() != ours.keys() or not all(torch.equal(theirs[name], ours[name]) for name in ours):
         raise ValueError(
             f"data.cache_tokens holds this model's image tokens, and objective.teacher {objective.own_teacher.name!r} "

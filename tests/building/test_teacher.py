@@ -7,9 +7,10 @@ import torch
 from helpers.support import tiny_model
 from helpers.tiny_gallery import picture, tiny_processor
 
-from loopitr import DualEncoder
+from loopitr import DataOptions, Distillation, DualEncoder, Frozen, LoopObjective, PartialRanking, TrainOptions
 from loopitr.building.teacher import load_teacher
 from loopitr.models.processing import word_tokenizer
+from loopitr.training.setup import prepare_model
 
 
 def saved(folder, processor, model=None):
@@ -31,6 +32,21 @@ def test_a_teacher_sees_the_pixels_that_it_was_trained_on(tmp_path):
         assert not torch.allclose(teacher.get_image_features(own(images=pictures)["pixel_values"]), wanted, atol=1e-3)
         same = load_teacher(str(tmp_path), own).eval().get_image_features(own(images=pictures)["pixel_values"])
     assert torch.equal(same, wanted)
+
+
+@pytest.mark.parametrize("mean", [0.5, 0.4])
+def test_cached_tokens_are_of_the_pixels_that_the_teacher_was_trained_on(tmp_path, mean):
+    own, student, model = tiny_processor(), tiny_processor(), tiny_model()
+    own.image_processor.image_mean = [mean] * 3
+    teacher = Frozen(load_teacher(saved(tmp_path, own), student), student=model)
+    model.freeze(["vision"])
+    objective = LoopObjective(model, [Distillation(PartialRanking(), teacher=teacher)])
+    data = DataOptions(cache_tokens=str(tmp_path))
+    if mean == 0.5:
+        prepare_model(objective, TrainOptions(), data)
+        return
+    with pytest.raises(ValueError, match="'frozen' was trained on pixels of another mean .* data.cache_tokens unset"):
+        prepare_model(objective, TrainOptions(), data)
 
 
 def test_a_teacher_with_other_words_or_none_to_score_is_refused(tmp_path):

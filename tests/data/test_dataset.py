@@ -185,6 +185,15 @@ def test_collator(tokenizer):
     )  # This is the longest in the batch.
 
 
+def test_collator_pads_on_the_right_whatever_side_the_tokenizer_has(tokenizer, monkeypatch):
+    """With padding before it, the first token that is pooled would be none of the caption's."""
+    examples = [example("a small red circle"), example("a ring")]
+    expected = Collator(tokenizer, max_length=12)(examples).inputs["input_ids"]
+    monkeypatch.setattr(tokenizer, "padding_side", "left")
+    assert torch.equal(Collator(tokenizer, max_length=12)(examples).inputs["input_ids"], expected)
+    assert expected[1, 0] == tokenizer.cls_token_id and expected[1, -1] == tokenizer.pad_token_id
+
+
 def test_caption_id_is_stable_across_processes():
     assert caption_id("a ring") == caption_id(" A\tring\n") != caption_id("a rings")
     assert caption_id("a ring") == -2656891518075002608  # A salted hash would differ from run to run.

@@ -2,11 +2,13 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 
 from loopitr.data import DataError, DataOptions, LoadReport, load_albef, load_karpathy, load_records, load_table
 from loopitr.data.files import Row, group_rows
+from loopitr.data.karpathy import join_lists
 from loopitr.data.report import clean_captions
 
 
@@ -107,6 +109,18 @@ def test_albef_groups_by_image_and_never_splits_strings(tmp_path, image_dir):
     assert [r.captions for r in records] == [("a cat", "one cat"), ("a dog", "two dogs"), ("the same cat",)]
     assert records[0].identity == records[2].identity != records[1].identity
     assert report.counts == {"empty caption": 1}
+
+
+def test_images_of_one_identity_keep_it_through_an_image_of_two(tmp_path, image_dir):
+    """Else one's captions would be negatives of the other."""
+    rows = [{"image": f"{image}.png", "caption": "a cat", "image_id": key} for image, key in ((0, 7), (0, 8), (1, 8))]
+    one = load_albef(write(tmp_path / "one.json", rows), image_dir, LoadReport())
+    assert [record.identity for record in one] == [0, 0]
+    for keys in ((5, 5), (5, 6)):
+        rows = [{"image": f"{image}.png", "caption": "a cat", "image_id": key} for image, key in zip((2, 1), keys)]
+        two = load_albef(write(tmp_path / "two.json", rows), image_dir, LoadReport())
+        joined = {Path(str(record.image)).name: record.identity for record in join_lists([one, two])}
+        assert joined == {"0.png": 0, "1.png": 0, "2.png": 0 if keys == (5, 5) else 1}
 
 
 def test_albef_refuses(tmp_path, image_dir):

@@ -20,7 +20,7 @@ from loopitr.distributed import each_rank, first_rank, rank
 
 
 def broken(name: str) -> Record:
-    return Record(image=jpeg(9)[:200], captions=captions(9, 3), identity=-9, name=name)
+    return Record(image=jpeg(9)[:200], captions=captions(9, 3), identity=-sum(name.encode()), name=name)
 
 
 def one_broken(*, at: int) -> list[Record]:
@@ -37,7 +37,9 @@ CASES: dict[str, tuple[Sequence[Record], dict[str, Any]]] = {
     "dual only": (tiny_records(7), {"rerank": 0}),
     "graded relevance": (SceneRecords("test", 9, image_size=32), {}),
     "fewer images than ranks": (tiny_records(1), {}),
+    "fewer captions than ranks": (tiny_records(1, per_image=1), {}),
     "one identity on both ranks": ([*tiny_records(5), replace(tiny_records(6)[5], identity=100)], {}),
+    "a row per caption": ([replace(r, captions=(x,)) for r in tiny_records(5) for x in r.captions], {}),
     "broken on rank 0": (one_broken(at=1), {"max_skipped_fraction": 0.2}),
     "broken on rank 1": (one_broken(at=6), {"max_skipped_fraction": 0.2}),
     "all of rank 1 broken": ([*tiny_records(3), *map(broken, "abc")], {"max_skipped_fraction": 0.5}),

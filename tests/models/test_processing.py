@@ -26,6 +26,14 @@ def picture(width: int = 20, height: int = 12) -> Image.Image:
     return Image.fromarray(pixels)
 
 
+def test_texts_are_padded_on_the_right_whatever_side_the_tokenizer_has():
+    right, left = processor(), processor()
+    left.tokenizer.padding_side = "left"
+    captions = ["a red circle", "a circle left of a square"]
+    assert torch.equal(left(text=captions)["attention_mask"], right(text=captions)["attention_mask"])
+    assert left(text=captions, padding_side="left")["attention_mask"][0, 0] == 0
+
+
 @pytest.mark.parametrize("as_dual", [False, True])
 def test_auto_processor_round_trip(tmp_path, as_dual):
     saved = processor()
