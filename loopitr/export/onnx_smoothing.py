@@ -1,7 +1,7 @@
 """Moves large inputs of matrix products into their weights, before both become int8.
 
-In a text encoder a few channels of the inputs, always the same ones, are up to twenty times as large as the others. With
-one scale for the whole input, most channels are then left with a few of the 256 steps. Dividing each channel by a
+In a text encoder a few channels of the inputs, always the same ones, are up to twenty times as large as the others.
+With one scale for the whole input, most channels are then left with a few of the 256 steps. Dividing each channel by a
 factor, and multiplying the rows of the weights by it, gives the same products from numbers that are more equal
 (SmoothQuant, arXiv 2211.10438).
 """
