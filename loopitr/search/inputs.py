@@ -241,9 +241,31 @@ def vector_rows(vectors: Any) -> Tensor:
     Raises:
         ValueError: the vectors have integers or another shape.
     """
-    rows = vectors.detach().cpu() if isinstance(vectors, Tensor) else torch.from_numpy(np.array(vectors))
+    if isinstance(vectors, Tensor):
+        rows = vectors.detach().cpu()
+    elif isinstance(vectors, (np.ndarray, list, tuple)):
+        values = np.asarray(vectors)
+        if values.dtype.kind not in "fiub":
+            raise ValueError(f"vectors must be numbers, got {values.dtype}")
+        rows = torch.from_numpy(values.astype(values.dtype.newbyteorder("=")))
+    else:
+        raise ValueError(f"vectors must be an array, a tensor or a list, got {type(vectors).__name__}")
     if not rows.is_floating_point():
         raise ValueError(f"similarity takes vectors of floats, got {rows.dtype}: quantized ones are for an index")
     if rows.ndim not in (1, 2):
         raise ValueError(f"vectors must be [n, E] or [E], got {list(rows.shape)}")
     return torch.atleast_2d(rows).float()
+
+
+def products(a: Tensor, b: Tensor) -> Tensor:
+    """Dot products `[n, m]` of `[n, E]` and `[m, E]`.
+
+    Raises:
+        ValueError: they differ in width, or the products do not fit in memory.
+    """
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"vectors must be equally wide, got {a.shape[1]} and {b.shape[1]} dimensions")
+    try:
+        return a @ b.T
+    except RuntimeError as error:
+        raise ValueError(f"{len(a)} x {len(b)} similarities do not fit in memory") from error
