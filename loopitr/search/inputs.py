@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from loopitr.data import LazyRecords, Record
 
 ImageInput = str | Path | bytes | Image.Image | np.ndarray | Tensor
 CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
+MOST_ITEMS = 2_000_000  # of an iterator, which may have no end
 
 
 class GivenImages(LazyRecords):
@@ -147,12 +149,15 @@ def listed(items: Any, name: str, wanted: str) -> list[Any]:
     """The items of a list or any other ordered iterable.
 
     Raises:
-        ValueError: `items` is text, bytes, a dictionary or a set, or is not iterable.
+        ValueError: `items` is text, bytes, a dictionary or a set, is not iterable, or seems to have no end.
     """
     unlisted = isinstance(items, (str, bytes, Mapping, Set)) or not isinstance(items, Iterable)
     if unlisted or getattr(items, "ndim", 1) == 0:
         raise ValueError(f"{name} must be a list of {wanted}, got {type(items).__name__}")
-    return list(items)
+    taken = list(islice(items, MOST_ITEMS + 1)) if not hasattr(items, "__len__") else list(items)
+    if len(taken) > MOST_ITEMS and not hasattr(items, "__len__"):
+        raise ValueError(f"{name} has more than {MOST_ITEMS:,} items and perhaps no end: pass a list")
+    return taken
 
 
 def is_one(items: Any) -> bool:
