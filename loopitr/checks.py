@@ -40,8 +40,9 @@ def check_whole(least: int, *, unset: bool = False, **values: int | None) -> Non
     for name, value in values.items():
         if value is None and unset:
             continue
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        if not isinstance(value, Integral) or isinstance(value, bool):
             raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        check_at_least(least, **{name: value})
 
 
 def check_known(known: Sequence[str], **values: str) -> None:
