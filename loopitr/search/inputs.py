@@ -262,15 +262,16 @@ def vector_rows(vectors: Any) -> Tensor:
     return torch.atleast_2d(rows).float()
 
 
-def products(a: Tensor, b: Tensor) -> Tensor:
-    """Dot products `[n, m]` of `[n, E]` and `[m, E]`.
+def similarities(a: Any, b: Any) -> Tensor:
+    """Dot products `[n, m]` of `[n, E]` and `[m, E]`; a vector `[E]` counts as one row.
 
     Raises:
-        ValueError: they differ in width, or the products do not fit in memory.
+        ValueError: these are no vectors, they differ in width, or the products do not fit in memory.
     """
-    if a.shape[1] != b.shape[1]:
-        raise ValueError(f"vectors must be equally wide, got {a.shape[1]} and {b.shape[1]} dimensions")
+    first, second = vector_rows(a), vector_rows(b)
+    if first.shape[1] != second.shape[1]:
+        raise ValueError(f"vectors must be equally wide, got {first.shape[1]} and {second.shape[1]} dimensions")
     try:
-        return a @ b.T
+        return first @ second.T
     except RuntimeError as error:
-        raise ValueError(f"{len(a)} x {len(b)} similarities do not fit in memory") from error
+        raise ValueError(f"{len(first)} x {len(second)} similarities do not fit in memory") from error

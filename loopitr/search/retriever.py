@@ -26,8 +26,7 @@ from .inputs import (
     is_text,
     kind_of,
     listed,
-    products,
-    vector_rows,
+    similarities,
 )
 from .quantisation import VectorForm
 
@@ -195,7 +194,7 @@ class Retriever:
         Raises:
             ValueError: the vectors are quantised or no numbers, differ in width, or are too many for the memory.
         """
-        return products(vector_rows(a), vector_rows(b))
+        return similarities(a, b)
 
     # Scores
 
