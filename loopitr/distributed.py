@@ -7,6 +7,7 @@ concatenated batch, so no loss has to be multiplied by the world size. Ranks may
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -117,11 +118,25 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
     try:
         return work(), None
     except (ValueError, OSError) as error:
-        return None, error
-    except Exception as error:  # Errors of other classes may not be picklable.
-        general = RuntimeError(f"rank {rank()}: {type(error).__name__}: {error}")
-        general.__cause__ = error
-        return None, general
+        kind: type[Exception] = OSError if isinstance(error, OSError) else ValueError
+        return None, error if _can_be_sent(error) else _general(error, kind)
+    except Exception as error:
+        return None, _general(error, RuntimeError)
+
+
+def _general(error: Exception, kind: type[Exception]) -> Exception:
+    general = kind(f"rank {rank()}: {type(error).__name__}: {error}")
+    general.__cause__ = error
+    return general
+
+
+def _can_be_sent(error: Exception) -> bool:
+    """Whether other ranks can make the error again: not if its class needs more arguments than its message."""
+    try:
+        copy.deepcopy(error)  # This takes an error apart and makes it again in the same way.
+    except Exception:
+        return False
+    return True
 
 
 def _result(part: Any) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,7 @@ def make_trainer(options: PretrainOptions) -> Trainer:
     """Compose a run of objects, any of which can be your own (recipes/examples)."""
     # These imports are not at the top, so that --help does not wait for torch.
     from loopitr.building.build import build_model
-    from loopitr.building.folders import load_model
+    from loopitr.building.teacher import load_teacher
     from loopitr.data import scene_vocabulary
     from loopitr.objective.build import build_masking, build_objective, build_teacher
     from loopitr.training.setup import all_captions, load_run_records, start
@@ -41,7 +42,7 @@ def make_trainer(options: PretrainOptions) -> Trainer:
     model, processor = build_model(options.model, vocabulary=scene_vocabulary())
     records = load_run_records(options.data, options.validation, log=accelerator.print)
     masking = build_masking(processor.tokenizer, options.objective, all_captions(records.train))
-    teacher = build_teacher(options.objective, model, load=load_model)
+    teacher = build_teacher(options.objective, model, load=partial(load_teacher, processor=processor))
     objective = build_objective(model, options.objective, masking=masking, teacher=teacher)
     return Trainer(
         objective,

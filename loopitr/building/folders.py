@@ -166,19 +166,6 @@ def check_output(output: str | Path, kind: str) -> Path:
     return folder
 
 
-def load_model(path: str) -> LoopITRModel:
-    """A saved model with its fusion head, in float32.
-
-    Raises:
-        OSError: there is no such folder or hub id.
-        ValueError: it holds only a dual encoder.
-    """
-    saved = load_saved(path, dtype=torch.float32)
-    if not isinstance(saved.model, LoopITRModel):
-        raise ValueError(f"{path} holds a dual encoder alone: there is no fusion head in it")
-    return saved.model
-
-
 def save_for_use(
     model: LoopITRModel, processor: LoopITRProcessor, folder: str | Path, *, keep_mlm_head: bool = False
 ) -> None:

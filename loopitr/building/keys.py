@@ -54,7 +54,9 @@ def _tokenizer_rules(tokenizer: Any) -> list[Any]:
     rules = tokenizer.get_vocab() if fast is None else json.loads(fast.to_str())
     if fast is not None:  # These are the arguments of the latest call, not properties of the tokenizer.
         del rules["truncation"], rules["padding"]
-    return [type(tokenizer).__name__, tokenizer.model_max_length, rules]
+    sides = [tokenizer.truncation_side, tokenizer.padding_side]
+    unusual = [sides] if sides != ["right", "right"] else []  # With the usual sides, older digests stay as they are.
+    return [type(tokenizer).__name__, tokenizer.model_max_length, rules, *unusual]
 
 
 def _digest(parts: Any, backbone: nn.Module) -> str:

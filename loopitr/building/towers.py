@@ -13,7 +13,7 @@ from torch import Tensor
 from loopitr.building.folders import model_source, saved_class
 from loopitr.building.sizes import check_sizes
 from loopitr.building.weights import hub_access
-from loopitr.models.foreign import check_shards, check_types, check_weights, one_line_errors
+from loopitr.models.foreign import check_shards, check_types, check_weights, one_line_errors, weight_files
 from loopitr.models.processing import LoopITRProcessor
 from loopitr.models.towers import TOWERS, ImageTower, TextTower, tower_config, tower_prefixes
 
@@ -59,17 +59,17 @@ def load_tower(path: str | Path, tower: str) -> tuple[ImageTower | TextTower, Lo
 def _downloaded(source: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(source, allow_patterns=["*.safetensors"]))
+    return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.safetensors.index.json"]))
 
 
 def _weights(folder: Path, tower: str) -> dict[str, Tensor]:
-    """A tower's tensors by their names in the tower, from all safetensors files of a folder.
+    """A tower's tensors by their names in the tower, from the same files of a folder as the whole model.
 
     Raises:
         OSError: there are none.
     """
-    files, weights = sorted(path for path in folder.glob("model*.safetensors") if path.is_file()), dict[str, Tensor]()
-    for file in files:
+    weights: dict[str, Tensor] = {}
+    for file in weight_files(str(folder)):
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (`opened` is not a dictionary)
                 own = name.removeprefix(DUAL)

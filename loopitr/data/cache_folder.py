@@ -13,18 +13,19 @@ import shutil
 import socket
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from loopitr.reading import read_object
 
 from .decoded import DecodedImages, ToTensor
-from .image_sizes import image_sizes
+from .image_sizes import file_size, image_sizes
 from .records import DataError, LazyRecords, Record, name_of
 from .workers import leave_signals_to_the_run
 
@@ -32,17 +33,35 @@ META = "meta.json"
 
 
 def images_digest(records: Sequence[Record]) -> str:
-    """A digest of the names of a sequence's images, and of the sizes of their files, in order. It reads no image."""
+    """A digest of the names of a sequence's images, and of the sizes of their files or their pixels, in order.
+
+    It reads no file of an image; the pixels are those of PIL images that are in memory.
+    """
     digest = hashlib.blake2b(digest_size=16)
     digest.update(getattr(records, "fingerprint", "").encode())
     for index in range(len(records)):
         digest.update(b"\0" + name_of(records, index).encode(errors="surrogatepass"))
-        if not isinstance(records, LazyRecords) and isinstance(records[index].image, (str, Path)):
-            digest.update(b"\1" + str(records[index].image).encode(errors="surrogatepass"))
+        image = None if isinstance(records, LazyRecords) else records[index].image
+        if isinstance(image, Image.Image):
+            digest.update(b"\3" + _pixels_digest(image))
+        elif isinstance(image, (str, Path)):
+            digest.update(b"\1" + str(image).encode(errors="surrogatepass"))
     sizes = image_sizes(records)
     if sizes is not None:
         digest.update(b"\2" + sizes.astype("<i8").tobytes())
     return digest.hexdigest()
+
+
+def _pixels_digest(image: Image.Image) -> bytes:
+    """A digest of a PIL image's pixels, or of the name and size of the file that it has not been read from yet."""
+    digest = hashlib.blake2b(f"{image.mode} {image.size} ".encode(), digest_size=16)
+    if getattr(image, "fp", None) is not None:  # Reading it now would keep every image in memory.
+        name = str(getattr(image, "filename", ""))
+        digest.update(f"{name} {file_size(name)}".encode(errors="surrogatepass"))
+    else:
+        with suppress(Exception):  # An image that was closed is reported when it is decoded.
+            digest.update(image.tobytes())
+    return digest.digest()
 
 
 def stored_digest(meta: dict[str, Any]) -> str:

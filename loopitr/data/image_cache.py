@@ -62,8 +62,8 @@ class ImageCache:
         """Open `folder/<shortest>px-<images digest[:16]>`, building it first if it is not there.
 
         Images whose shorter side is above `shortest` pixels are shrunk to it; none is enlarged. Images are identified
-        by name, path and size of the file in bytes, so a replaced image makes another cache. `build_once` says what
-        happens to interrupted and concurrent builds.
+        by name, path and size of the file in bytes, or by the pixels of a PIL image, so a replaced image makes another
+        cache. `build_once` says what happens to interrupted and concurrent builds.
         """
         if shortest < 1:
             raise ValueError(f"shortest must be at least 1 pixel, got {shortest}")

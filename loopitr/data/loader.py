@@ -16,22 +16,28 @@ from .workers import leave_signals_to_the_run
 
 
 class ShardedBatchSampler(Sampler[list[tuple[int, int]]]):
-    """One rank's share of each global batch; rows that do not fill a global batch are left out.
+    """One rank's share of each global batch; rows that do not fill `accumulation` global batches are left out.
 
     For the same `batch_size * num_ranks`, the rows of a global batch do not depend on the number of ranks. For
     resuming, `start` skips batches without reading their data.
     """
 
-    def __init__(self, sampler: EpochSampler, *, batch_size: int, rank: int, num_ranks: int) -> None:
+    def __init__(
+        self, sampler: EpochSampler, *, batch_size: int, rank: int, num_ranks: int, accumulation: int = 1
+    ) -> None:
         self.sampler, self.batch_size, self.rank, self.num_ranks = sampler, batch_size, rank, num_ranks
+        self.accumulation = accumulation
         self.start = 0
 
     def __len__(self) -> int:
-        return len(self.sampler) // (self.batch_size * self.num_ranks)
+        return self._full(len(self.sampler) // (self.batch_size * self.num_ranks))
+
+    def _full(self, batches: int) -> int:
+        return batches // self.accumulation * self.accumulation
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         rows = list(self.sampler)
-        for batch in range(self.start, len(self)):
+        for batch in range(self.start, self.start + self._full(len(self) - self.start)):
             first = (batch * self.num_ranks + self.rank) * self.batch_size
             yield rows[first : first + self.batch_size]
 
@@ -51,7 +57,13 @@ class EpochLoader:
         num_workers: int,
         pin_memory: bool,
         group: int = 1,
+        accumulation: int = 1,
     ) -> None:
+        """
+        Args:
+            accumulation: the number of batches of an optimiser step. An epoch has no batch that does not fill a step,
+                except for a stream: FSDP would add its gradient to that of the next epoch's first step.
+        """
         self.dataset = dataset
         common: dict[str, Any] = {
             "collate_fn": collator,
@@ -71,6 +83,7 @@ class EpochLoader:
                 batch_size=batch_size,
                 rank=rank,
                 num_ranks=num_ranks,
+                accumulation=accumulation,
             )
             self.loader = DataLoader(dataset, batch_sampler=self.sampler, persistent_workers=num_workers > 0, **common)
 

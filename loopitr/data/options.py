@@ -54,9 +54,9 @@ class DataOptions:
     val_table: str | None = None
     """Validation file for `table`; not needed if `table` has a column "split"."""
     val_fraction: float | None = None
-    """Hold out this fraction of the training images for validation, by a hash of their names, instead of reading
-    `val_split`. Unset: 0.05 for tables and ALBEF lists without validation data, otherwise 0. In an evaluation, unset
-    means the images that the run held out of its own data, and all images of other files."""
+    """Hold out this fraction of the training images for validation, by a hash of their names (images of one identity
+    together), instead of reading `val_split`. Unset: 0.05 for tables and ALBEF lists without validation data, otherwise
+    0. In an evaluation, unset means the images that the run held out of its own data, and all images of other files."""
     scenes_train: int = 4000
     """Images in the built-in training split."""
     scenes_val: int = 500

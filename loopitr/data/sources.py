@@ -8,7 +8,7 @@ from .hub import HubRecords, load_hub
 from .hub_stream import HubStream
 from .karpathy import join_lists, load_albef, load_karpathy
 from .options import DataOptions, source_of
-from .records import DataError, LazyRecords, Record, captions_of, name_of, stable_hash
+from .records import DataError, LazyRecords, Record, captions_of, identity_of, name_of, stable_hash
 from .report import LoadReport
 from .scenes import SPLITS, SceneRecords
 from .subset import Subset
@@ -86,7 +86,11 @@ def held_out_fraction(options: DataOptions, source: str) -> float:
 def _load_part(
     options: DataOptions, source: str, fraction: float, report: LoadReport, *, held_out: bool
 ) -> Sequence[Record]:
-    """The training records that are held out, or the others; which are held out depends only on their names."""
+    """The training records that are held out, or the others.
+
+    Which are held out depends only on their names, and records of one identity stay together: where each caption of an
+    image is a row of its own, an image would otherwise be trained on and held out.
+    """
     if options.streaming:
         raise DataError("data.val_fraction needs data of known length: it cannot be used with data.streaming")
     whole = LoadReport()
@@ -95,7 +99,10 @@ def _load_part(
     whole.check(options.max_skipped_fraction)
     if not held_out:
         report.counts, report.names = whole.counts, whole.names
-    names = [name_of(records, index) for index in range(len(records))]
+    names: list[str] = []
+    first: dict[int, str] = {}  # the name of the first record with an identity
+    for index in range(len(records)):
+        names.append(first.setdefault(identity_of(records, index), name_of(records, index)))
     chosen = [i for i, name in enumerate(names) if (stable_hash(name) % 10_000 < fraction * 10_000) == held_out]
     if not chosen:
         what = "validation" if held_out else "training"

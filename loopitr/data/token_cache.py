@@ -71,9 +71,9 @@ class TokenCache:
         """Open `folder/<key[:16]>-<images digest[:8]>`, building it first if it is not there.
 
         `key` is the caller's digest of everything but the images that decides the tokens: backbone weights, transform.
-        Images are identified by name, path and size of the file in bytes, so a replaced image makes another cache.
-        `build_once` says what happens to interrupted and concurrent builds. A random `transform` needs a `seed`;
-        `shortest` is passed to `decode_image`.
+        Images are identified by name, path and size of the file in bytes, or by the pixels of a PIL image, so a
+        replaced image makes another cache. `build_once` says what happens to interrupted and concurrent builds. A
+        random `transform` needs a `seed`; `shortest` is passed to `decode_image`.
         """
         check_key(key)
         digest = images_digest(records)

@@ -84,7 +84,10 @@ class TrainTransform:
 
 
 def _one_of_albef(size: Sequence[int]) -> v2.RandomChoice:
-    """One of ALBEF's ten operations at random, at magnitude 7 of 10; translations are at most 10 pixels."""
+    """One of ALBEF's ten operations at random, with strengths of our own, near its magnitude 7 of 10.
+
+    Brightness is 0.4 to 1.6 times the image's, and translations are at most 10 pixels.
+    """
     most = 0.1  # Nor does a translation exceed this fraction of a side.
     move = (min(most, 10 / size[1]), min(most, 10 / size[0]))
     bilinear = InterpolationMode.BILINEAR

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from loopitr.models.base import LoopITRPreTrainedModel
 from loopitr.models.config import DualEncoderConfig
-from loopitr.models.heads import limit_log_scale, limited_scale, projection, unit_embeds
+from loopitr.models.heads import full_precision, limit_log_scale, limited_scale, projection, unit_embeds
 from loopitr.models.image_backbone import VisionBackbone
 from loopitr.models.lora import inject_lora
 from loopitr.models.outputs import DualOutput
@@ -63,7 +63,11 @@ class DualEncoder(LoopITRPreTrainedModel):
 
     def embed_image_tokens(self, tokens: Tensor) -> Tensor:
         """Image tokens `[B, N, D]` -> embeds `[B, E]`, unit length."""
-        return unit_embeds(self.vision_projection, self.vision.pool(tokens))
+        return self.embed_pooled_images(self.vision.pool(tokens))
+
+    def embed_pooled_images(self, pooled: Tensor) -> Tensor:
+        """Pooled images `[B, D']` -> embeds `[B, E]`, unit length."""
+        return unit_embeds(self.vision_projection, pooled)
 
     def embed_text_output(self, output: TextOutput, attention_mask: Tensor) -> Tensor:
         """The text backbone's output for `attention_mask [T, L]` -> embeds `[T, E]`, unit length."""
@@ -83,12 +87,13 @@ class DualEncoder(LoopITRPreTrainedModel):
         return self.embed_text_output(self.text(input_ids, mask), mask)
 
     def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> DualOutput:
-        """Similarities of all images with all texts; no loss."""
+        """Similarities of all images with all texts, in full precision so that close ones do not tie; no loss."""
         image_embeds = self.get_image_features(pixel_values)
         text_embeds = self.get_text_features(input_ids, attention_mask)
-        logits = self.scale * image_embeds @ text_embeds.T  # [B, T]
-        if self.logit_bias is not None:
-            logits = logits + self.logit_bias
+        with torch.autocast(image_embeds.device.type, enabled=False):
+            logits = full_precision(self.scale) * full_precision(image_embeds) @ full_precision(text_embeds).T  # [B, T]
+            if self.logit_bias is not None:
+                logits = logits + full_precision(self.logit_bias)
         return DualOutput(
             image_embeds=image_embeds, text_embeds=text_embeds, logits_per_image=logits, logits_per_text=logits.T
         )

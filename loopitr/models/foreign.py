@@ -105,7 +105,7 @@ def check_types(model: nn.Module, source: str, *, subfolder: str = "", **hub_arg
     """
     floats = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     ends = {_end(name) for name in floats}  # The beginning differs where a part of a model is loaded.
-    for file in _weight_files(source, subfolder, hub_arguments):
+    for file in weight_files(source, subfolder, **hub_arguments):
         with safe_open(file, framework="pt") as content:
             for name in content.keys():  # noqa: SIM118 (`content` is not a dictionary)
                 kind = content.get_slice(name).get_dtype()
@@ -117,8 +117,8 @@ def _end(name: str) -> tuple[str, ...]:
     return tuple(name.split(".")[-2:])
 
 
-def _weight_files(source: str, subfolder: str, hub_arguments: Mapping[str, Any]) -> list[str]:
-    """The safetensors files of a folder, or of a hub id whose files have been downloaded."""
+def weight_files(source: str, subfolder: str = "", **hub_arguments: Any) -> list[str]:
+    """The safetensors files that transformers reads in a folder, or for a hub id whose files have been downloaded."""
     from transformers.utils import cached_file
 
     folder = Path(source, subfolder)

@@ -42,6 +42,11 @@ def limit_log_scale(log_scale: nn.Parameter, limit: float) -> None:
         log_scale.clamp_(max=math.log(limit))
 
 
+def full_precision(x: Tensor) -> Tensor:
+    """Half precision converted to float32; float64 stays float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def outside_autocast(head: nn.Linear, x: Tensor) -> Tensor:
     """`head(x)` in the precision of its weights: a score that autocast rounds to bfloat16 ties with close ones."""
     with torch.autocast(x.device.type, enabled=False):

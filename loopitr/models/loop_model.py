@@ -20,7 +20,7 @@ from loopitr.models.compiling import compile_in_place
 from loopitr.models.config import LoopITRConfig
 from loopitr.models.dual_encoder import DualEncoder
 from loopitr.models.fusion import FusionEncoder
-from loopitr.models.heads import MLMHead, outside_autocast
+from loopitr.models.heads import MLMHead, full_precision, outside_autocast
 from loopitr.models.layout import (
     Arrangement,
     EagerArrangement,
@@ -214,7 +214,7 @@ class LoopITRModel(FreezableParts, LoopITRPreTrainedModel):
         regions = image_state.regions
         if regions is None:
             regions = self.agreement.project_regions(image_state.tokens)  # [B, N, A]
-        return _full(self.agreement.all_pairs(regions, text_state.tokens, text_state.mask))
+        return full_precision(self.agreement.all_pairs(regions, text_state.tokens, text_state.mask))
 
     def _block_size(self, images: ImageState, mask: Tensor, pairs: Tensor) -> int:
         """The default number of pairs scored at a time; with gradient all, since their activations are kept anyway."""
@@ -233,16 +233,17 @@ class LoopITRModel(FreezableParts, LoopITRPreTrainedModel):
         """Pairs and mask on the CPU -> logits `[P, 2]`, in full precision so that close scores do not tie."""
         arranged = self._arrangement.arrange(images, mask, pairs)
         packed = packed_tokens(texts, arranged)
-        logits = _full(packed.new_zeros(len(pairs), 2))
+        logits = full_precision(packed.new_zeros(len(pairs), 2))
         if self.itm_head is not None:
-            logits = _full(outside_autocast(self.itm_head, self._fuse(arranged, packed, first_only=True)))  # [P, 2]
+            firsts = self._fuse(arranged, packed, first_only=True)  # [P, D]
+            logits = full_precision(outside_autocast(self.itm_head, firsts))  # [P, 2]
         if self.agreement is None:
             return logits
         regions = arranged.regions
         if regions is None:
             assert isinstance(arranged.images, Tensor)  # `score_pairs` adds regions where there are keys and values.
             regions = self.agreement.project_regions(arranged.images)  # [I, N, A]
-        agreement = _full(self.agreement(packed, regions, arranged.layout))  # [P]
+        agreement = full_precision(self.agreement(packed, regions, arranged.layout))  # [P]
         return logits + F.pad(agreement[:, None], (1, 0))
 
     def _fuse(self, arranged: FusionInput, packed: Tensor, *, first_only: bool) -> Tensor:
@@ -289,8 +290,3 @@ class LoopITRModel(FreezableParts, LoopITRPreTrainedModel):
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         self.dual._set_gradient_checkpointing(enable, *args, **kwargs)
         self.fusion.gradient_checkpointing = enable
-
-
-def _full(x: Tensor) -> Tensor:
-    """Half precision converted to float32; float64 stays float64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -18,6 +18,8 @@ from transformers import PreTrainedConfig
 from loopitr.models.config import DualEncoderConfig
 
 QUERY_KEY_VALUE = {"query", "key", "value"}
+# Attention that has BERT's modules and computes something else: rotary positions, or an approximation.
+OTHER_ATTENTION = {"RoFormerSelfAttention", "MraSelfAttention", "YosoSelfAttention"}
 MAX_BUCKETS = 4  # the most buckets that captions are sorted into by length
 # Fewer captions than this are faster padded in one call than in two calls.
 ROWS = 32
@@ -38,11 +40,13 @@ def _max_length(model: nn.Module) -> int:
 
 def _is_bert_layer(layer: nn.Module) -> bool:
     attention = getattr(getattr(layer, "attention", None), "self", None)
-    if not isinstance(attention, nn.Module):
+    if not isinstance(attention, nn.Module) or type(attention).__name__ in OTHER_ATTENTION:
         return False
     parts = {name for name, _ in attention.named_children()} - {"dropout"}
-    # The attention of ConvBERT and DeBERTa has more parts and computes something else.
-    return parts == QUERY_KEY_VALUE and hasattr(layer, "intermediate") and hasattr(layer.output, "LayerNorm")
+    output = getattr(layer, "output", None)
+    ends = {name for name, _ in output.named_children()} if isinstance(output, nn.Module) else set()
+    # The attention of ConvBERT and DeBERTa has more parts, and XMOD's layers end in adapters.
+    return parts == QUERY_KEY_VALUE and hasattr(layer, "intermediate") and ends == {"dense", "LayerNorm", "dropout"}
 
 
 def bert_layers(model: nn.Module) -> list[nn.Module] | None:

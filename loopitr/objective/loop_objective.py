@@ -12,6 +12,7 @@ from loopitr.models.outputs import TextFeatures
 from loopitr.objective.contrastive_terms import Contrastive, SimilarityTerm
 from loopitr.objective.metrics import step_metrics
 from loopitr.objective.mining import Miner, TopK
+from loopitr.objective.no_gradient import without_gradient
 from loopitr.objective.parts import Embeds, Encoded, MaskedTexts, StepOutput
 from loopitr.objective.step import Step
 from loopitr.objective.teachers import OwnModel, Teacher
@@ -228,8 +229,10 @@ class LoopObjective(nn.Module):
         texts = self.model.text_state(features, attention_mask)
         student = None
         if self.trains_projections_apart:
-            dual, pooled = self.model.dual, features.pooled.detach().to(texts.embeds.dtype)
-            student = Embeds(dual.embed_image_tokens(images.tokens.detach()), dual.embed_pooled_texts(pooled))
+            dual, pooled_texts = self.model.dual, features.pooled.detach().to(texts.embeds.dtype)
+            with without_gradient():  # A backbone's own pooling may have weights.
+                pooled_images = dual.vision.pool(images.tokens)
+            student = Embeds(dual.embed_pooled_images(pooled_images), dual.embed_pooled_texts(pooled_texts))
         return Encoded(images, texts, masked, teacher, student)
 
     def compare(

@@ -88,7 +88,8 @@ class ObjectiveOptions:
     """The source of the teacher's scores: the match scores, the reranking scores (match_plus_similarity), or the match
     scores of an exponential moving average of the model (momentum) or of another model (frozen, `teacher_model`)."""
     teacher_model: str | None = None
-    """`teacher: frozen`: a model folder or hub id, of the same image size and vocabulary."""
+    """`teacher: frozen`: a model folder or hub id, of the same image size and vocabulary. Pixels are converted to its
+    own mean and standard deviation."""
     momentum: float = 0.995
     """`teacher: momentum`: the decay of the moving average."""
     teacher_margin: float | None = 1.0

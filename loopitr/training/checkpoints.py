@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,10 +16,13 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from accelerate.utils.constants import FSDP_MODEL_NAME, RNG_STATE_NAME
 from accelerate.utils.other import load
+from torch.optim.lr_scheduler import LambdaLR
 
 from loopitr.distributed import each_rank, first_rank
 from loopitr.durable import PARTIAL, as_os_error, fault, sync, write_file, write_manifest
+from loopitr.objective.teachers import Frozen, OwnModel
 from loopitr.reading import read_object
+from loopitr.training.optimization import options_kept
 from loopitr.training.sharding import parts_of_state
 
 STATE_FILE, SCHEDULER_FILE, CONFIG = "progress.json", "scheduler.json", "config.yaml"
@@ -176,10 +180,16 @@ def newest_checkpoint(folder: Path, *, log: Callable[[str], None] = print) -> Ch
     return None
 
 
-def load_checkpoint(accelerator: Accelerator, checkpoint: Path, *, scheduler: HasState | None = None) -> Progress:
+def load_checkpoint(
+    accelerator: Accelerator, checkpoint: Path, *, scheduler: LambdaLR | None = None, teacher: OwnModel | None = None
+) -> Progress:
     """Restore the state of everything that `accelerator` has prepared, and return the progress of the run.
 
-    Every rank continues at its own place in the data; if the number of ranks has changed, all continue at rank 0's.
+    Every rank continues at its own place in the data; if the number of ranks has changed, all continue at rank 0's. The
+    options of the optimiser, such as its learning rates, are not restored: they may have been changed.
+
+    Args:
+        teacher: that of a run whose options may have been changed; a frozen one keeps its weights.
 
     Raises:
         ValueError: it is damaged, of another model, optimiser or kind of run (with or without FSDP), or holds anything
@@ -189,18 +199,23 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, *, scheduler: Ha
     if was_sharded != bool(getattr(accelerator, "is_fsdp2", False)):
         kind = "with" if was_sharded else "without"
         raise ValueError(f"{checkpoint} is of a run {kind} FSDP: launch {kind} FSDP to resume it")
+    weights = teacher.state_dict() if isinstance(teacher, Frozen) else {}
+    own = {name: tensor.to("cpu", copy=True) for name, tensor in weights.items()}
     try:
         if scheduler is not None:
             first_rank(partial(_convert_older, checkpoint))
-        accelerator.load_state(str(checkpoint))
-        if scheduler is not None:
-            scheduler.load_state_dict(read_object(checkpoint / SCHEDULER_FILE))
+        with nullcontext() if scheduler is None else options_kept(scheduler):
+            accelerator.load_state(str(checkpoint))
+            if scheduler is not None:
+                scheduler.load_state_dict(read_object(checkpoint / SCHEDULER_FILE))
         random_states = checkpoint / f"{RNG_STATE_NAME}_{accelerator.process_index}.pkl"
         if random_states.is_file():
             load(random_states)  # accelerate has ignored errors in this file, which would change the run.
     except Exception as error:  # Damaged files raise errors of many kinds.
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{checkpoint} does not fit this run's model, or is damaged: {reason}") from error
+    if isinstance(teacher, Frozen):
+        teacher.load_state_dict(own)
     progress = _progress(checkpoint)
     same = len(progress.places) == accelerator.num_processes
     if same:

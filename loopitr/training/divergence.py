@@ -22,6 +22,7 @@ from loopitr.training.sharding import local_part
 
 SKIPPED_STEPS = "skipped_steps.jsonl"
 UNSHARDED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)  # each rank has all weights
+LEAST_SCALE = 2.0**-8  # A gradient scaler, which begins at 2^16, comes down to this after 24 steps that it skips.
 NAMED = 3  # So many images are named in a message; the file lists all.
 
 
@@ -97,10 +98,6 @@ class StepGuard:
         terms = {name: value.detach() for name, value in output.terms.items()}
         self.current.losses.append({"loss": output.loss.detach(), **terms})
 
-    def drop(self) -> None:
-        """Forget the batches since the last step, which do not fill another."""
-        self.current = _StepRecord()
-
     def step(self, norm: Tensor | None) -> None:
         """Step the optimiser unless a loss or `norm`, the norm of the whole gradient, is not finite."""
         record, self.current = self.current, _StepRecord()
@@ -131,7 +128,7 @@ class StepGuard:
         """Read which steps were skipped, warn about them, and count them in `progress`.
 
         Raises:
-            ValueError: `most_in_row` steps in a row were skipped; on all ranks.
+            ValueError: `most_in_row` steps in a row were skipped, or a gradient scaler skips them all; on all ranks.
         """
         records, self.unread = self.unread, []
         if not records:
@@ -151,6 +148,13 @@ class StepGuard:
                     f"the run is stopped at step {step}, the last of {progress.bad_in_row} in a row without a finite "
                     f"gradient: {line}; lower the learning rate or use fp32"
                 )
+
+        scaler = self.accelerator.scaler
+        if scaler is not None and self.most_in_row and (scale := scaler.get_scale()) < LEAST_SCALE:
+            raise ValueError(
+                f"the run is stopped at step {progress.step}: its gradients in fp16 are not finite at any scale (the "
+                f"last is {scale:.2g}), so no step is made; use bf16 or fp32, or lower the learning rate"
+            )
 
     def _write(self, step: int, record: _StepRecord) -> str:
         """Add a skipped step to the file; returns a description of it."""

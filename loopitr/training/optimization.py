@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -151,3 +153,20 @@ def make_scheduler(
         )
     warmup = max(1, int(options.warmup * steps))
     return warmup_cosine(optimizer, steps=steps, warmup=warmup, floor=options.min_lr)
+
+
+@contextmanager
+def options_kept(scheduler: LambdaLR) -> Iterator[None]:
+    """A context in which a checkpoint is loaded; afterwards the options of the optimiser are its own again.
+
+    A checkpoint holds the learning rates and the weight decay that it was saved with, and a run may be resumed with
+    others. Afterwards the learning rates are those of `scheduler` at the step of the checkpoint.
+    """
+    optimizer, rates = scheduler.optimizer, list(scheduler.base_lrs)
+    own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    yield
+    factors = (factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas)
+    scheduler.base_lrs = rates
+    scheduler._last_lr = [rate * factor for rate, factor in zip(rates, factors, strict=True)]
+    for group, options, rate in zip(optimizer.param_groups, own, scheduler._last_lr, strict=True):
+        group.update(options, lr=rate)

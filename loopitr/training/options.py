@@ -128,6 +128,8 @@ class TrainOptions:
             )
         if self.loop_backbone_lr is not None and not self.fusion_start:
             raise ValueError("train.loop_backbone_lr needs train.fusion_start above 0; otherwise it is backbone_lr")
+        if self.loop_backbone_lr and not self.backbone_lr:
+            raise ValueError("train.loop_backbone_lr needs train.backbone_lr above 0, of which it is a multiple")
         if self.schedule == "warmup_stable_decay" and not self.warmup <= self.decay_start <= 1:
             raise ValueError(
                 f"train.decay_start is a part of the steps, from train.warmup ({self.warmup}) to 1, "

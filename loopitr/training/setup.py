@@ -241,6 +241,7 @@ def make_loader(records: Sequence[Record] | HubStream, train: TrainOptions, cach
         num_workers=data.num_workers,
         pin_memory=accelerator.device.type == "cuda",
         group=data.group,
+        accumulation=train.accumulation,
     )
     if not isinstance(dataset, StreamDataset) and len(loader) < train.accumulation:
         raise ValueError(

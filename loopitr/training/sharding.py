@@ -29,6 +29,7 @@ from accelerate.utils import (
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
+from loopitr.data import stable_hash
 from loopitr.distributed import world_size
 from loopitr.models.loop_model import LoopITRModel
 from loopitr.models.text_backbone import bert_layers
@@ -98,15 +99,18 @@ def check_sharding(objective: LoopObjective, accelerator: Accelerator) -> None:
         raise ValueError(f"objective.teacher {name!r} works with DDP, not with {kind.value}")
 
 
-def ready_for_ranks(objective: LoopObjective, accelerator: Accelerator) -> None:
+def ready_for_ranks(objective: LoopObjective, accelerator: Accelerator, *, seed: int) -> None:
     """Change the objective for several ranks; call this before accelerate prepares it.
 
-    On GPUs, batch statistics become those of all ranks. For FSDP, every rank gets rank 0's weights, as under DDP, and
-    scalar parameters become vectors of length 1.
+    From here on, every rank draws its own dropout, hidden words and random negatives. On GPUs, batch statistics become
+    those of all ranks. For FSDP, every rank gets rank 0's weights, as under DDP, and scalar parameters become vectors
+    of length 1.
 
     Raises:
         ValueError: FSDP is asked to wrap layers whose `forward` is not called.
     """
+    if accelerator.process_index > 0:  # Rank 0 goes on as a process alone.
+        torch.manual_seed(stable_hash(f"{seed}/rank {accelerator.process_index}"))
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         convert_sync_batchnorm(objective.model)  # torch's own would drop timm's fused activations
     if accelerator.distributed_type != DistributedType.FSDP:

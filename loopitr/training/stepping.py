@@ -97,9 +97,3 @@ class Stepper:
         self.optimizer.zero_grad()
         self.scheduler.step()
         self.objective.after_step()
-
-    def drop(self) -> None:
-        """Forget the batches that did not fill a step."""
-        self.micro = 0
-        self.optimizer.zero_grad()
-        self.guard.drop()

@@ -118,9 +118,9 @@ class Trainer:
 
     def _prepare(self) -> None:
         options, accelerator = self.options, self.accelerator
-        self.total_steps = options.max_steps or options.epochs * (len(self.loader) // options.accumulation)
+        self.total_steps = options.max_steps or options.epochs * len(self.loader) // options.accumulation
         self.fusion_start = int(options.fusion_start * self.total_steps)
-        ready_for_ranks(self.bare_objective, accelerator)
+        ready_for_ranks(self.bare_objective, accelerator, seed=options.seed)
         optimizer = make_optimizer(self.model, options)
         self.objective, self.optimizer = accelerator.prepare(self.bare_objective, optimizer)
         # The scheduler is not prepared: accelerate would step it once per process.
@@ -176,8 +176,9 @@ class Trainer:
 
     def _begin(self, checkpoint: Path | None) -> None:
         accelerator = self.accelerator
-        loaded = load_checkpoint(accelerator, checkpoint, scheduler=self.scheduler) if checkpoint else None
-        self.progress = loaded or Progress()
+        teacher = self.bare_objective.own_teacher if self.with_changes else None
+        load = partial(load_checkpoint, accelerator, scheduler=self.scheduler, teacher=teacher)
+        self.progress = load(checkpoint) if checkpoint else Progress()
         self.validator.resume(self.progress)
         self.saver.step = self.progress.step
         if accelerator.is_main_process:
@@ -211,7 +212,6 @@ class Trainer:
         progress.epoch, progress.batch = progress.epoch + 1, 0
         if self.loader.sampler is None:
             return  # Ranks end their streams at different batches, so nothing that needs all ranks may follow.
-        self.stepper.drop()
         every = self.validation.every_epochs
         progress.validates_next = bool(every) and progress.epoch % every == 0
         self._checkpoint()

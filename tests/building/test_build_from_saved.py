@@ -149,11 +149,13 @@ def test_text_cache_key_follows_the_text_backbone_where_fusion_starts_and_the_to
         key(lambda m, p: next(m.dual.text.parameters())[-1:].add_(1e-3)),
         key(lambda m, p: setattr(p.tokenizer, "model_max_length", 5)),
         key(lambda m, p: p.tokenizer.add_tokens(["squircle"])),
+        key(lambda m, p: setattr(p.tokenizer, "truncation_side", "left")),
+        key(lambda m, p: setattr(p.tokenizer, "padding_side", "left")),
         key(lambda m, p: setattr(m.config, "text_pooling", "first")),
         key(lambda m, p: m.config.fusion.update(style="shared")),
         key(lambda m, p: m.config.fusion.update(style="shared", num_layers=9)),
     }
-    assert first not in others and len(others) == 6
+    assert first not in others and len(others) == 8
     # Layers on top of the text backbone do not change its tokens.
     assert key(lambda m, p: m.config.fusion.update(num_layers=9)) == first
 

@@ -78,6 +78,16 @@ def test_an_epoch_takes_every_example_at_most_once_and_leaves_less_than_a_batch(
     assert all(len(batch) == 4 for rank in batches for batch in rank)
 
 
+@pytest.mark.parametrize(("start", "batches"), [(0, [0, 1, 2, 3]), (2, [2, 3]), (4, []), (1, [1, 2])])
+def test_an_epoch_has_no_batch_that_fills_no_step(start, batches):
+    """Under FSDP, the gradient of such a batch cannot be dropped. A changed accumulation may resume at any batch."""
+    whole = [*ShardedBatchSampler(EpochSampler(22, seed=0), batch_size=4, rank=0, num_ranks=1)]
+    assert len(whole) == 5
+    sampler = ShardedBatchSampler(EpochSampler(22, seed=0), batch_size=4, rank=0, num_ranks=1, accumulation=2)
+    sampler.start = start
+    assert len(sampler) == 4 and [*sampler] == [whole[batch] for batch in batches]
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("start", [0, 2, 5, 6])
 def test_start_skips_exactly_so_many_batches(workers, start):

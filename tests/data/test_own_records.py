@@ -95,3 +95,25 @@ def test_a_pil_image_that_cannot_be_read_is_refused_or_skipped(tmp_path, image_d
     broken = Record(image=Image.open(tmp_path / "x.png"), captions=("a",), identity=1, name="x")
     dataset = CaptionDataset([broken, own_records(image_dir)[0]], transform=TrainTransform(16, (0.5,) * 3, (0.5,) * 3))
     assert dataset[0]["skipped"] == [("x", "unreadable image: truncated")]
+
+
+def test_a_cache_knows_pictures_in_memory_by_their_pixels(tmp_path):
+    """Their names may be the caller's numbers, which say nothing."""
+
+    def cards(*pictures):
+        return [Record(image=x, captions=("a card",), identity=i, name=str(i)) for i, x in enumerate(pictures)]
+
+    red, blue = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
+    digest = images_digest(cards(red, red))
+    assert digest == images_digest(cards(red.copy(), red)) != images_digest(cards(red, blue))
+    caches = [ImageCache.open_or_build(tmp_path, records=cards(x), shortest=8, progress=False) for x in (red, blue)]
+    assert [cache[0][:, 0, 0].tolist() for cache in caches] == [[255, 0, 0], [0, 0, 255]]
+    red.save(tmp_path / "0.png")
+    opened = Image.open(tmp_path / "0.png")
+    unread = images_digest(cards(opened))
+    assert opened.fp is not None  # It is not read, which would keep it in memory.
+    Image.new("RGB", (64, 64), "blue").save(tmp_path / "0.png")
+    assert images_digest(cards(Image.open(tmp_path / "0.png"))) != unread
+    closed = Image.open(tmp_path / "0.png")
+    closed.close()
+    assert images_digest(cards(closed))

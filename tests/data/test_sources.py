@@ -124,6 +124,9 @@ def test_a_part_is_held_out_where_there_is_no_validation_data(tmp_path, image_di
     scenes = load("val", **drawn), load(**drawn)
     assert len(scenes[0]) + len(scenes[1]) == 400 and 60 < len(scenes[0]) < 140
     assert scenes[0][0].image.size == (64, 64) and scenes[0][0].captions
+    drawn["scenes_train"] = 8000  # Many scenes are in two images.
+    held_out, others = ({part.identity(i) for i in range(len(part))} for part in (load("val", **drawn), load(**drawn)))
+    assert len(held_out) > 900 and not held_out & others  # What is trained on, in another row too, is not held out.
     fails("val_fraction must be in", scenes=True, val_fraction=1.5)
     fails("streaming", hub=str(image_dir), streaming=True, val_fraction=0.1)
 

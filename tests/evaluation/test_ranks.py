@@ -75,6 +75,13 @@ def error_of(call: Any) -> str:
     return "no error"
 
 
+class OfTwoArguments(ValueError):
+    """As some libraries' errors, it cannot be read back from its pickle."""
+
+    def __init__(self, message: str, *, table: str) -> None:
+        super().__init__(f"{message} in {table}")
+
+
 def fails_on(index: int, error: Exception) -> Any:
     def work() -> int:
         if rank() == index:
@@ -107,6 +114,7 @@ def worker(index: int, folder: Path) -> None:
     results["first"] = first_rank(lambda: 10 + rank())
     results["value"] = error_of(lambda: each_rank(fails_on(1, ValueError("one"))))
     results["key"] = error_of(lambda: each_rank(fails_on(0, KeyError("zero"))))
+    results["unusual"] = error_of(lambda: each_rank(fails_on(1, OfTwoArguments("four", table="five"))))
     results["of first"] = error_of(lambda: first_rank(fails_on(0, OSError("two"))))
     results["of nobody"] = first_rank(fails_on(1, OSError("three")))
     leave(index, folder, results)
@@ -140,6 +148,7 @@ def test_a_failure_of_one_rank_is_raised_on_all(ranks):
         assert result["overflow"].startswith("DataError: caption '") and "fp16" in result["overflow"]
         assert result["value"] == "ValueError: one" and result["of first"] == "OSError: two"
         assert result["key"] == "RuntimeError: rank 0: KeyError: 'zero'"
+        assert result["unusual"] == "ValueError: rank 1: OfTwoArguments: four in five"
         assert (result["each"], result["first"], result["of nobody"]) == ([10, 11], 10, 0)
     assert ranks[0]["overflow"] == ranks[1]["overflow"]
 

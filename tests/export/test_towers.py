@@ -52,6 +52,15 @@ def test_embeds_are_bit_equal(tmp_path, tower, changes):
     assert not {"vision", "text", "fusion"} - {part} & set(config)
 
 
+def test_a_copy_of_other_weights_beside_the_models_is_not_read(tmp_path):
+    model = saved_run(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, tmp_path / "model_old.safetensors")
+    for tower in ("image", "text"):
+        loaded, _ = towers.load_tower(tmp_path, tower)
+        assert all(torch.equal(value, model.dual.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
 def test_the_other_towers_weights_are_not_read(tmp_path, monkeypatch):
     saved_run(tmp_path / "run", mlm_head=True)
     read = []

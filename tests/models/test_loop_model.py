@@ -149,3 +149,12 @@ def test_a_size_that_the_patch_does_not_divide_changes_nothing():
         model.resize_images(36)
     assert model.config.vision["image_size"] == 32
     assert all(torch.equal(a, b) for a, b in zip(before, outputs(model), strict=True))
+
+
+@torch.no_grad()
+def test_similarities_are_exact_under_autocast():
+    model, (ids, mask) = tiny_model().eval(), ragged_texts(5)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(images(4), ids, mask)
+    exact = model.dual.scale * output.image_embeds.float() @ output.text_embeds.float().T
+    torch.testing.assert_close(output.logits_per_image, exact)

@@ -11,9 +11,13 @@ from helpers.tiny_texts import BERT_LAYERS, TEXT, text_backbone
 
 from loopitr.models.text_backbone import TextBackbone, TextOutput
 
-OTHER_LAYERS: dict[str, dict[str, Any]] = {  # These encoders have an `intermediate`, but not BERT's attention.
+OTHER_LAYERS: dict[str, dict[str, Any]] = {  # These encoders have an `intermediate`, but compute something else.
     "mpnet": {**BERT, "model_type": "mpnet", "pad_token_id": 0},
     "deberta-v2": {**BERT, "model_type": "deberta-v2"},
+    "roformer": {**BERT, "model_type": "roformer"},
+    "xmod": {**BERT, "model_type": "xmod", "default_language": "en_XX"},
+    "mra": {**BERT, "model_type": "mra"},
+    "yoso": {**BERT, "model_type": "yoso"},
 }
 
 
@@ -86,7 +90,7 @@ def test_pairs_score_on_every_text_backbone(name, style):
 
 
 @pytest.mark.parametrize("name", OTHER_LAYERS)
-def test_shared_fusion_refuses_attention_that_is_not_berts(name):
+def test_shared_fusion_refuses_layers_that_are_not_berts(name):
     with pytest.raises(ValueError, match="fusion.style 'shared' needs BERT-type layers"):
         tiny_model(style="shared", text=OTHER_LAYERS[name])
 

@@ -13,6 +13,13 @@ from loopitr.objective.options import ObjectiveOptions
 ONLY = {"itc": 0.0, "itm": 0.0, "num_negatives": 3}
 
 
+POOLED = {  # Its own pooling is an attention layer with weights.
+    "name": "vit_base_patch16_siglip_224",
+    "image_size": 32,
+    "kwargs": {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2},
+}
+
+
 def distilled(trains: str, **changes):
     """The loss and the gradients of the distillation, for the parameters that it reaches."""
     model = tiny_model(**changes).train()
@@ -21,10 +28,10 @@ def distilled(trains: str, **changes):
     return output, {name: gradient for name, gradient in reached.items() if gradient.any()}
 
 
-@pytest.mark.parametrize("style", ["late", "shared"])
-def test_the_projections_get_the_same_gradient_and_the_backbones_none(style):
-    everything, all_gradients = distilled("all", fusion={"style": style})
-    apart, own = distilled("projections", fusion={"style": style})
+@pytest.mark.parametrize("changes", [{}, {"fusion": {"style": "shared"}}, {"vision": POOLED}])
+def test_the_projections_get_the_same_gradient_and_the_backbones_none(changes):
+    everything, all_gradients = distilled("all", **changes)
+    apart, own = distilled("projections", **changes)
     torch.testing.assert_close(apart.terms["distillation"], everything.terms["distillation"])
     heads = {name for name in all_gradients if name.startswith(("dual.vision_projection", "dual.text_projection"))}
     assert set(own) == heads | {"dual.logit_scale"} < set(all_gradients)

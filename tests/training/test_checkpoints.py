@@ -1,7 +1,9 @@
 """Checkpoints are complete or absent, and bring everything back."""
 
+import copy
 import errno
 import json
+import math
 import os
 import shutil
 from dataclasses import asdict
@@ -10,12 +12,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate import accelerator as accelerator_module
-from helpers.tiny_run import reset_accelerate
+from helpers.support import tiny_model
+from helpers.tiny_run import equal, reset_accelerate
 from safetensors import SafetensorError
 from torch import nn
 
 from loopitr import durable
 from loopitr.durable import MANIFEST
+from loopitr.objective.teachers import Frozen
 from loopitr.training import checkpoints
 from loopitr.training.checkpoints import STATE_FILE, Progress, load_checkpoint, newest_checkpoint, save_checkpoint
 from loopitr.training.optimization import warmup_cosine
@@ -74,6 +78,42 @@ def test_a_loaded_checkpoint_goes_on_bit_for_bit(tmp_path):
     actual = resumed.steps(3).state()
     assert actual.keys() == expected.keys()
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def test_the_options_of_the_optimiser_are_not_those_of_the_checkpoint(tmp_path):
+    Work().steps(6).save(tmp_path)
+    resumed = Work()
+    resumed.schedule = warmup_cosine(resumed.optimizer.optimizer, steps=10, warmup=5)
+    resumed.optimizer.param_groups[0].update(initial_lr=0.4, weight_decay=0.3)
+    resumed.schedule.base_lrs = [0.4]
+    resumed.load(tmp_path)
+    (group,) = resumed.optimizer.param_groups
+    expected = 0.4 * (1 + math.cos(math.pi / 5)) / 2  # a fifth of the way from step 5 to step 10
+    assert (group["lr"], group["weight_decay"]) == (pytest.approx(expected), 0.3)
+    assert resumed.schedule.get_last_lr() == [group["lr"]] and float(resumed.steps(1).schedule.get_last_lr()[0]) > 0
+
+
+def test_a_frozen_teacher_that_was_exchanged_stays(tmp_path):
+    class Taught(nn.Module):
+        def __init__(self, seed):
+            super().__init__()
+            self.teacher = Frozen(tiny_model(seed=seed), student=tiny_model())
+            torch.manual_seed(seed)
+            self.student = nn.Linear(2, 2)
+
+    before, after = Taught(0), Taught(1)
+    own, learned = copy.deepcopy(after.teacher.state_dict()), copy.deepcopy(before.student.state_dict())
+    assert not equal(own, before.teacher.state_dict())
+    accelerator = Accelerator(cpu=True)
+    accelerator.prepare(before)
+    path = save_checkpoint(accelerator, tmp_path, Progress(step=1), keep=1)
+    for teacher, expected in ((None, before.teacher.state_dict()), (after.teacher, own)):
+        reset_accelerate()
+        accelerator = Accelerator(cpu=True)
+        accelerator.prepare(after)
+        load_checkpoint(accelerator, path, teacher=teacher)
+        assert equal(after.student.state_dict(), learned) and equal(after.teacher.state_dict(), expected)
+        after.teacher.load_state_dict(own)
 
 
 def test_progress_comes_back_whole(tmp_path):

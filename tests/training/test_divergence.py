@@ -1,13 +1,19 @@
 """Steps without a finite loss and gradient are left out, named, counted; too many in a row end the run."""
 
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from helpers.tiny_run import equal, logged, run, trainer, weights
 
 from loopitr.objective.loop_objective import LoopObjective
+from loopitr.objective.parts import StepOutput
 from loopitr.training import trainer as training
+from loopitr.training.checkpoints import Progress
+from loopitr.training.divergence import StepGuard
 from loopitr.training.reporting import read_history
 
 RUN = {"train__max_steps": 8, "train__log_every": 3, "train__checkpoint_every": 2}
@@ -156,3 +162,26 @@ def test_chunks_are_guarded_too(tmp_path, monkeypatch):
     seen = states(monkeypatch)
     run(tmp_path, **VIT, train__max_steps=3, train__chunk_size=4)
     assert equal(seen[0][0], seen[1][0]) and not equal(seen[1][0], seen[2][0])
+
+
+@pytest.mark.parametrize(("bad", "most"), [(range(40), 10), (range(40), 0), (range(3, 19), 10)])
+def test_a_scaler_that_skips_every_step_stops_the_run(tmp_path, bad, most):
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer, scaler = torch.optim.SGD([weight], lr=0.1), torch.amp.GradScaler("cpu")
+    accelerator = SimpleNamespace(scaler=scaler, distributed_type=DistributedType.NO)
+    scaled = SimpleNamespace(step=lambda: (scaler.step(optimizer), scaler.update()))
+    guard = StepGuard(accelerator, torch.nn.Identity(), scaled, folder=tmp_path, most_in_row=most)
+    stops = most > 0 and len(bad) == 40
+    with pytest.raises(ValueError, match="step 30: .* not finite at any scale") if stops else nullcontext():
+        for step in range(40):
+            loss = weight.sum()
+            guard.note(StepOutput(loss, {}, {}))
+            scaler.scale(loss).backward()
+            if step in bad:
+                weight.grad.fill_(torch.nan)
+            scaler.unscale_(optimizer)
+            guard.step(weight.grad.norm())
+            optimizer.zero_grad()
+            if step % 10 == 9:
+                guard.settle(Progress(step=step + 1))
+    assert float(weight.detach()) == pytest.approx(1 - 0.1 * (0 if len(bad) == 40 else 40 - len(bad)))

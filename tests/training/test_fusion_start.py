@@ -104,3 +104,5 @@ def test_the_schedule_starts_anew_with_the_loop(tmp_path):
     assert len(rates) == 8 and rates[2] < rates[1] < rates[3]  # A row has the rate of the next step.
     with pytest.raises(ValueError, match="loop_backbone_lr needs train.fusion_start"):
         TrainOptions(loop_backbone_lr=1e-4)
+    with pytest.raises(ValueError, match="loop_backbone_lr needs train.backbone_lr above 0"):
+        TrainOptions(loop_backbone_lr=1e-4, backbone_lr=0.0, fusion_start=0.5)

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 import yaml
 from helpers.tiny_run import OPTIONS, logged, run, weights, write_table
 
@@ -56,6 +57,21 @@ def test_neither_resume_nor_its_consent_is_stored(tmp_path):
     for resume in ({"resume": True}, {"resume_with_changes": True}):
         run(tmp_path, **SHORT, **resume)
         assert not {"resume", "resume_with_changes"} & set(config(tmp_path))
+
+
+def test_a_changed_learning_rate_and_weight_decay_are_those_of_the_next_step(tmp_path):
+    changes = {**SHORT, "train__max_steps": 3, "train__keep_checkpoints": 3}
+    run(tmp_path, **changes)
+    before, checkpoints = logged(tmp_path, "train/lr"), tmp_path / "run" / "checkpoints"
+    for step in (2, 3):
+        shutil.rmtree(checkpoints / f"step-0000000{step}")
+    (tmp_path / "run" / "metrics.json").unlink()
+    run(tmp_path, **{**changes, "train__lr": 1e-2, "train__weight_decay": 0.5}, resume_with_changes=True)
+    assert before[1] > 0 and logged(tmp_path, "train/lr") == pytest.approx([before[0], 10 * before[1], 0])
+    file = checkpoints / "step-00000003" / "optimizer.bin"
+    groups = torch.load(file, weights_only=True)["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.5}
+    assert {group["initial_lr"] for group in groups} == {1e-3, 1e-2}  # of the backbones, of the rest
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ from helpers.tiny_run import (
 from torch import nn
 
 from loopitr import LoopITRModel
-from loopitr.training.sharding import MIN_TORCH, check_sharding, vectors_for_scalars, whole_layers
+from loopitr.training.sharding import MIN_TORCH, check_sharding, ready_for_ranks, vectors_for_scalars, whole_layers
 from loopitr.training.trainer import Trainer
 
 SMALL: dict[str, Any] = {
@@ -49,8 +49,16 @@ ALL_TERMS: dict[str, Any] = {
 }
 CASES: dict[str, dict[str, Any]] = {
     "all terms": ALL_TERMS,
-    # The gradient's norm is far above the limit, so each step is as long as the norm says.
-    "clipped, accumulated": {**VIT, "train__clip": 0.01, "train__accumulation": 2, "train__batch_size": 4},
+    # The gradient's norm is far above the limit, so each step is as long as the norm says. An epoch has five batches,
+    # the last of which does not fill a step.
+    "clipped, accumulated": {
+        **VIT,
+        "train__clip": 0.01,
+        "train__accumulation": 2,
+        "train__batch_size": 4,
+        "data__scenes_train": 40,
+        "train__max_steps": 4,
+    },
     "batch statistics, shared layers": {"model__fusion__style": "shared"},
     "adapters": {**VIT, "model__lora__text_rank": 2, "model__fusion__style": "shared"},
     "gate, frozen": {
@@ -153,6 +161,21 @@ def test_a_sharded_run_resumes_exactly(runs):
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_rank_draws_its_own_dropout_and_the_first_that_of_a_process_alone():
+    def drawn(rank: int, seed: int) -> list[float]:
+        torch.manual_seed(seed)  # as every rank begins, for equal weights
+        accelerator = SimpleNamespace(
+            process_index=rank, num_processes=3, device=torch.device("cpu"), distributed_type=DistributedType.MULTI_CPU
+        )
+        ready_for_ranks(nn.Identity(), accelerator, seed=seed)
+        return torch.rand(3).tolist()
+
+    draws = {(rank, seed): drawn(rank, seed) for seed in (0, 1) for rank in range(3)}
+    torch.manual_seed(1)
+    assert draws[0, 1] == torch.rand(3).tolist()
+    assert len({*map(tuple, draws.values())}) == 6 and drawn(2, 1) == draws[2, 1]
 
 
 def test_scalars_become_vectors_of_one_that_are_trained_as_before():

@@ -120,8 +120,10 @@ def hard_above_threshold(teacher_log_odds: Tensor, valid: Tensor, *, probability
 def hard_above_mean(teacher: Tensor, valid: Tensor) -> Tensor:
     """Hard are those above the mean of the query's valid candidates; none if all scores are equal. `[Q, C]`."""
     check_same_shape(teacher=teacher, valid=valid)
-    total = torch.where(valid, at_least_float32(teacher), 0.0).sum(-1, keepdim=True)  # [Q, 1]
-    return valid & (teacher > total / valid.sum(-1, keepdim=True).clamp(min=1))
+    scores = at_least_float32(teacher)
+    # Measured from the lowest score, the mean of equal scores is exactly theirs. Rounded, it might be below them.
+    above = torch.where(valid, scores - torch.where(valid, scores, torch.inf).amin(-1, keepdim=True), 0.0)  # [Q, C]
+    return valid & (above > above.sum(-1, keepdim=True) / valid.sum(-1, keepdim=True).clamp(min=1))
 
 
 def hard_top(teacher: Tensor, valid: Tensor, m: int) -> Tensor:

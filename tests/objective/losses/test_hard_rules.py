@@ -17,3 +17,8 @@ def test_hard_rules():
     assert torch.equal(hard_top(teacher, valid, 9), valid)
     masked = torch.tensor([[False, True, True, False]] * 2)
     assert hard_top(teacher, masked, 1).tolist() == [[False, True, False, False]] * 2
+
+
+def test_of_equal_scores_none_is_above_their_mean():
+    scores = torch.rand(200, 1, generator=torch.Generator().manual_seed(0)).expand(-1, 7)
+    assert not hard_above_mean(scores, torch.ones(200, 7, dtype=torch.bool)).any()
