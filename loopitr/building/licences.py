@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 KNOWN = frozenset(
     [
@@ -87,7 +88,7 @@ KNOWN = frozenset(
 )
 
 
-def licence_fields(name: str) -> dict[str, str]:
+def licence_fields(name: str) -> dict[str, Any]:
     """The fields `license` and, if the hub does not know the name, `license_name` of a card's metadata.
 
     Example:

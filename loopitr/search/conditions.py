@@ -190,11 +190,11 @@ class _Parser:
     def comparison(self, column: str) -> _Logic:
         from qdrant_client import models
 
-        empty = models.IsEmptyCondition(is_empty=models.PayloadField(key=column))
+        empty: Any = models.IsEmptyCondition(is_empty=models.PayloadField(key=column))
         if self.take("is"):
             negated = bool(self.take("not"))
             self.need("null")
-            conditions = [empty]
+            conditions: list[Any] = [empty]
         else:
             negated, conditions = self.relation(column)
         true = models.Filter(should=conditions)

@@ -262,7 +262,7 @@ def vector_rows(vectors: Any) -> Tensor:
     return torch.atleast_2d(rows).float()
 
 
-def similarities(a: Any, b: Any) -> Tensor:
+def products_of(a: Any, b: Any) -> Tensor:
     """Dot products `[n, m]` of `[n, E]` and `[m, E]`; a vector `[E]` counts as one row.
 
     Raises:

@@ -17,17 +17,7 @@ from loopitr.models.processing import LoopITRProcessor
 
 from .cross_encoding import ReportedMetrics, shows_progress
 from .encoding import Batching, dual_of, encode_images, encode_texts, score_all, score_pairs
-from .inputs import (
-    floating_type,
-    given_images,
-    given_pairs,
-    given_texts,
-    is_one,
-    is_text,
-    kind_of,
-    listed,
-    similarities,
-)
+from .inputs import floating_type, given_images, given_pairs, given_texts, is_one, is_text, kind_of, listed, products_of
 from .quantisation import VectorForm
 
 
@@ -194,7 +184,7 @@ class Retriever:
         Raises:
             ValueError: the vectors are quantised or no numbers, differ in width, or are too many for the memory.
         """
-        return similarities(a, b)
+        return products_of(a, b)
 
     # Scores
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from loopitr import Retriever
 from loopitr.data import DataError, decode_image
-from loopitr.search.inputs import given_images, given_texts, is_text, picture_of, similarities, vector_rows
+from loopitr.search.inputs import given_images, given_texts, is_text, picture_of, products_of, vector_rows
 
 RETRIEVER = Retriever(tiny_model(), tiny_processor())
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
@@ -243,7 +243,7 @@ def test_vectors_of_any_layout():
 def test_products_that_no_memory_holds():
     huge = torch.ones(1, 1).expand(10**8, 1)
     with pytest.raises(ValueError, match="100000000 x 100000000 similarities do not fit"):
-        similarities(huge, huge)
+        products_of(huge, huge)
 
 
 def test_an_iterator_without_end_is_refused(monkeypatch):
