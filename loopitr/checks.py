@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,12 +19,30 @@ def check_at_least(least: float, group: str = "", *, wanted: str | None = None, 
         values: the options by name.
 
     Raises:
-        ValueError: a value is smaller, NaN or infinite.
+        ValueError: a value is not a number, smaller, NaN or infinite.
     """
     for name, value in values.items():
-        if value is not None and not least <= value < float("inf"):
+        if value is not None and not (isinstance(value, Real) and least <= value < float("inf")):
             option = f"{group}.{name}" if group else name
-            raise ValueError(f"{option} must be {wanted or f'at least {least}'}, got {value}")
+            shown = value if isinstance(value, Real) else repr(value)
+            raise ValueError(f"{option} must be {wanted or f'at least {least}'}, got {shown}")
+
+
+def check_whole(least: int, *, unset: bool = False, **values: int | None) -> None:
+    """Check that each of `values`, the options by name, is a whole number of at least `least`.
+
+    Args:
+        unset: whether None is allowed too.
+
+    Raises:
+        ValueError: a value is not.
+    """
+    for name, value in values.items():
+        if value is None and unset:
+            continue
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        check_at_least(least, **{name: value})
 
 
 def check_known(known: Sequence[str], **values: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from loopitr.building.card_file import CARD, may_write, save_card
+from loopitr.building.licences import licence_fields
 from loopitr.building.origin import HUB_ID, Origin, origin_of, read_object
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.scoring import DUAL_ALONE
@@ -117,7 +118,7 @@ def _card(
     recalls = {ranking: values for ranking, values in origin.recalls.items() if ranking.startswith(rankings)}
     results = _eval_results(recalls, origin)
     data = ModelCardData(
-        license=origin.license,
+        **licence_fields(origin.license),
         library_name=library,
         pipeline_tag=pipeline,
         tags=[*dict.fromkeys(["loopitr", "image-text-retrieval", *tags])],

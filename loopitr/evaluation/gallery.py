@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from loopitr.data import DataError, LoadReport, Record, captions_of, identity_of, image_key_of, name_of
 from loopitr.models.processing import LoopITRProcessor
 
-Transform = Callable[[Image.Image], Tensor]
+from .pixels import Transform, transform_of
 
 
 def evaluation_transform(processor: LoopITRProcessor) -> Transform:
-    """A function PIL image -> `[3, S, S]` that applies the processor; it can be sent to DataLoader workers."""
-    return partial(_preprocess, processor.image_processor)
-
-
-def _preprocess(image_processor: Any, image: Image.Image) -> Tensor:
-    return image_processor(image, return_tensors="pt")["pixel_values"][0]  # [3, S, S]
+    """A function RGB PIL image -> `[3, S, S]` that applies the processor; it can be sent to DataLoader workers."""
+    return transform_of(processor.image_processor)
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,17 @@ from loopitr.reading import user_path
 
 from .graphs import FusionGraph, ImageGraph, TextGraph
 from .onnx_card import onnx_card
-from .onnx_files import OPSET, check_installed, write_fp16, write_graph, write_int8
+from .onnx_files import OPSET, check_installed, write_fp16, write_graph
+from .onnx_int8 import write_int8
 from .onnx_running import CONFIG, FUSION, IMAGE, TEXT, OnnxModel, graph_file
 from .reading import save_image_processor
 from .source import Source, new_folder, read_source
 
-PRECISIONS = {"fp16": write_fp16, "int8": write_int8}
+PRECISIONS = ("fp16", "int8")
 TOLERANCE = 1e-4
 # The sizes of the examples for tracing and comparing a graph; all differ, and none is 1, so that no size is fixed.
 IMAGES, TEXTS, LENGTH = 2, 3, 7
+EXAMPLE_TEXTS = 128
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,11 @@ def export_onnx(
             write_graph(graph.module, graph.inputs, graph.outputs, graph.axes, folder / graph_file(name))
         for precision in precisions:
             for name in graphs:
-                PRECISIONS[precision](folder / graph_file(name), folder / graph_file(name, precision))
+                files = folder / graph_file(name), folder / graph_file(name, precision)
+                if precision == "int8":
+                    write_int8(*files, examples=_example_texts(source.processor) if name == TEXT else ())
+                else:
+                    write_fp16(*files)
         _write_preprocessing(source, folder)
         parity = _parity(plain, graphs, folder)
         worst = max(parity, key=lambda name: parity[name])
@@ -199,6 +205,15 @@ def _parity(model: Any, graphs: dict[str, _Graph], folder: Path) -> dict[str, fl
             expected = model.score_pairs(images, texts, pairs).score.view(-1, len(real))
             compare("match_scores", outputs[FUSION][0], expected)
     return parity
+
+
+def _example_texts(processor: LoopITRProcessor) -> list[dict[str, np.ndarray]]:
+    """A batch of padded texts of 3 to 29 random words; which channels are large depends little on the words."""
+    rng, tokenizer = np.random.default_rng(0), processor.tokenizer
+    ids = [rng.integers(len(tokenizer), size=rng.integers(3, 30)).tolist() for _ in range(EXAMPLE_TEXTS)]
+    texts = [tokenizer.decode(own, skip_special_tokens=True) for own in ids]
+    inputs = processor(text=texts, return_tensors="np")
+    return [{name: np.asarray(inputs[name]) for name in ("input_ids", "attention_mask")}]
 
 
 def _write_preprocessing(source: Source, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Writes ONNX files with `torch.onnx.export`, and converts them to fp16 and int8 with onnxruntime's tools."""
+"""Writes ONNX files with `torch.onnx.export`, and converts them to fp16 with onnxruntime's tools."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from torch import Tensor, nn
 INSTALL = 'pip install "loopitr[onnx]"'
 OPSET = 20
 TESTED_TORCH = "2.14"  # With 2.6 and 2.8 some graphs cannot be exported.
-# Convolutions are not quantised, since onnxruntime's dynamic int8 convolutions are slower on a CPU.
-INT8_OPERATIONS = ["MatMul", "Gather"]
 
 
 def onnx_module(name: str) -> Any:
@@ -59,7 +57,7 @@ def write_graph(
     Raises:
         ValueError: this version of torch cannot export the module.
     """
-    with _quiet(), _naming_old_torch(), torch.no_grad():
+    with quiet(), naming_old_torch(), torch.no_grad():
         program: Any = torch.onnx.export(
             graph.eval(),
             tuple(inputs.values()),
@@ -77,51 +75,14 @@ def write_fp16(source: Path, target: Path) -> None:
     """Convert a graph to float16 weights and arithmetic; inputs and outputs stay float32."""
     float16 = onnx_module("onnxruntime.transformers.float16")
     onnx, ir = onnx_module("onnx"), onnx_module("onnx_ir")
-    with _quiet():
+    with quiet():
         converted = ir.from_proto(float16.convert_float_to_float16(onnx.load(str(source)), keep_io_types=True))
         converted.graph.sort()  # The conversion appends its casts at the end, out of order.
         ir.save(converted, str(target))
 
 
-def write_int8(source: Path, target: Path) -> None:
-    """Convert a graph to int8 weights in matrix products and word embeddings, with one scale per output channel.
-
-    Activations are quantised when the graph runs (dynamic quantisation), so nothing has to be calibrated. The second
-    products of feed-forward layers stay in fp32 (`_narrowing`).
-
-    Raises:
-        ValueError: this version of torch has exported a graph that cannot be converted.
-    """
-    quantization = onnx_module("onnxruntime.quantization")
-    with _quiet(), _naming_old_torch():
-        quantization.quantize_dynamic(
-            str(source),
-            str(target),
-            op_types_to_quantize=INT8_OPERATIONS,
-            per_channel=True,
-            weight_type=quantization.QuantType.QInt8,
-            nodes_to_exclude=_narrowing(source),
-        )
-
-
-def _narrowing(source: Path) -> list[str]:
-    """The matrix products to at most half of their input's width: the second ones of feed-forward layers.
-
-    A few of their inputs are far larger than the others, and one scale for all of them loses the others' digits: on
-    Flickr8k this costs half a point of recall (recipes/results/search.md).
-    """
-    graph = onnx_module("onnx").load(str(source), load_external_data=False).graph
-    shapes = {weight.name: list(weight.dims) for weight in graph.initializer}
-    products = [node for node in graph.node if node.op_type == "MatMul"]
-    return [node.name for node in products if any(_narrows(shapes.get(name, [])) for name in node.input)]
-
-
-def _narrows(shape: list[int]) -> bool:
-    return len(shape) == 2 and shape[0] >= 2 * shape[1]
-
-
 @contextmanager
-def _naming_old_torch() -> Iterator[None]:
+def naming_old_torch() -> Iterator[None]:
     """Say of any error that an old version of torch may be its reason."""
     try:
         yield
@@ -135,7 +96,7 @@ def _naming_old_torch() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """A context without the exporters' log messages and warnings."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

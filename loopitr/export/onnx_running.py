@@ -19,6 +19,15 @@ def graph_file(name: str, precision: str = "fp32") -> str:
     return f"{name}.onnx" if precision == "fp32" else f"{name}_{precision}.onnx"
 
 
+def onnx_session(graph: str | bytes, threads: int | None = None) -> Any:
+    """An onnxruntime session on the CPU, of a file or a graph's bytes; `threads` None: one per core."""
+    runtime = onnx_module("onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3  # only errors
+    options.intra_op_num_threads = threads or 0
+    return runtime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
 class OnnxModel:
     """The graphs of an export in one precision, on the CPU."""
 
@@ -33,16 +42,12 @@ class OnnxModel:
             OSError: the folder has no such graph.
             ModuleNotFoundError: onnxruntime is not installed.
         """
-        runtime = onnx_module("onnxruntime")
-        options = runtime.SessionOptions()
-        options.log_severity_level = 3  # only errors
-        options.intra_op_num_threads = threads or 0
         self.sessions: dict[str, Any] = {}
         for name in names:
             path = Path(folder, graph_file(name, precision))
             if not path.is_file():
                 raise FileNotFoundError(f"no ONNX graph {path}")
-            self.sessions[name] = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self.sessions[name] = onnx_session(str(path), threads)
 
     def run(self, name: str, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """The outputs of a graph, in order."""

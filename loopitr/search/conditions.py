@@ -33,12 +33,20 @@ class Condition:
 
 
 def check_condition(where: str) -> None:
-    """Check that a condition is not so long that it could crash its reader.
+    """Check what a reader of conditions does not: it must not crash one, and must be read to its end.
 
     Raises:
-        ValueError: it has too many operators.
+        ValueError: it is not a text, is blank, closes more parentheses than it has opened, or has too many operators.
     """
-    count = len(OPERATOR.findall(QUOTED.sub("", where)))
+    if not isinstance(where, str) or not where.strip():
+        raise ValueError(f"where must be a condition such as 'width > 800', got {where!r}")
+    bare = QUOTED.sub("", where)
+    depth = 0
+    for sign in bare:
+        depth += (sign == "(") - (sign == ")")
+        if depth < 0:  # LanceDB would ignore this one and what follows it.
+            raise ValueError(f"{shown_condition(where)}: ')' is unexpected")
+    count = len(OPERATOR.findall(bare))
     if count > MOST_OPERATORS:
         more = "compare a column with many values by IN (...)"
         raise ValueError(f"{shown_condition(where)}: {count} operators are more than {MOST_OPERATORS}; {more}")
@@ -67,7 +75,18 @@ def parse_condition(where: str) -> Condition:
     except RecursionError as error:
         raise parser.error("its parentheses are nested too deeply") from error
     parser.end()
-    return Condition(condition, parser.columns)
+    return Condition(condition.true, parser.columns)
+
+
+@dataclass(frozen=True)
+class _Logic:
+    """Filters for the images for which an expression is true, and for those for which it is false.
+
+    As in SQL, it is neither for an image without the value, so that the one is not the opposite of the other.
+    """
+
+    true: qdrant.Filter
+    false: qdrant.Filter
 
 
 class _Parser:
@@ -88,7 +107,8 @@ class _Parser:
         self.at = 0
 
     def error(self, problem: str) -> ValueError:
-        return ValueError(f"{shown_condition(self.where)}: {problem}")
+        shown = problem if len(problem) <= SHOWN else problem[:SHOWN] + "..."
+        return ValueError(f"{shown_condition(self.where)}: {shown}")
 
     def end(self) -> None:
         if self.at < len(self.words):
@@ -110,27 +130,28 @@ class _Parser:
             raise self.error(f"expected {' or '.join(word.upper() for word in words)}, got {got}")
         return word
 
-    def any_of(self) -> qdrant.Filter:
+    def any_of(self) -> _Logic:
         from qdrant_client import models
 
         parts = [self.all_of()]
         while self.take("or"):
             parts.append(self.all_of())
-        return parts[0] if len(parts) == 1 else models.Filter(should=list(parts))
+        true = models.Filter(should=[part.true for part in parts])
+        return parts[0] if len(parts) == 1 else _Logic(true, models.Filter(must=[part.false for part in parts]))
 
-    def all_of(self) -> qdrant.Filter:
+    def all_of(self) -> _Logic:
         from qdrant_client import models
 
         parts = [self.one()]
         while self.take("and"):
             parts.append(self.one())
-        return parts[0] if len(parts) == 1 else models.Filter(must=list(parts))
+        true = models.Filter(must=[part.true for part in parts])
+        return parts[0] if len(parts) == 1 else _Logic(true, models.Filter(should=[part.false for part in parts]))
 
-    def one(self) -> qdrant.Filter:
-        from qdrant_client import models
-
+    def one(self) -> _Logic:
         if self.take("not"):
-            return models.Filter(must_not=[self.one()])
+            inner = self.one()
+            return _Logic(true=inner.false, false=inner.true)
         if self.take("("):
             inner = self.any_of()
             self.need(")")
@@ -166,38 +187,45 @@ class _Parser:
             return text[1:-1].replace("''", "'")
         return int(text) if re.fullmatch(r"-?\d+", text) else float(text)
 
-    def comparison(self, column: str) -> qdrant.Filter:
+    def comparison(self, column: str) -> _Logic:
         from qdrant_client import models
 
-        empty = models.IsEmptyCondition(is_empty=models.PayloadField(key=column))
+        empty: Any = models.IsEmptyCondition(is_empty=models.PayloadField(key=column))
         if self.take("is"):
-            negated = self.take("not")
+            negated = bool(self.take("not"))
             self.need("null")
-            return models.Filter(must_not=[empty]) if negated else models.Filter(must=[empty])
-        negated = self.take("not")
+            conditions: list[Any] = [empty]
+        else:
+            negated, conditions = self.relation(column)
+        true = models.Filter(should=conditions)
+        false = models.Filter(must_not=conditions if conditions == [empty] else [*conditions, empty])
+        return _Logic(false, true) if negated else _Logic(true, false)
+
+    def relation(self, column: str) -> tuple[bool, list[Any]]:
+        """Conditions of which one holds if the relation does, and whether the relation is negated."""
+        from qdrant_client import models
+
+        negated = bool(self.take("not"))
         word = self.need(*RELATIONS) if negated else self.take(*RELATIONS)
         if word is None:
             word = self.take("=", "<>", "!=", "<", "<=", ">", ">=")
             if word is None:  # The column itself is true or false.
-                return models.Filter(must=[self.compared(column, "=", True)])
-            negated = "not" if word in ("<>", "!=") else None
-            conditions = [self.compared(column, "=" if negated else word, self.value())]
-        elif word == "in":
+                return False, [self.compared(column, "=", True)]
+            negated = word in ("<>", "!=")
+            return negated, [self.compared(column, "=" if negated else word, self.value())]
+        if word == "in":
             self.need("(")
             conditions = [self.compared(column, "=", self.value())]
             while self.need(",", ")") == ",":
                 conditions.append(self.compared(column, "=", self.value()))
-        elif word == "between":
+            return negated, conditions
+        if word == "between":
             low = self.compared(column, ">=", self.value())
             self.need("and")
-            both = [low, self.compared(column, "<=", self.value())]
-            conditions = [models.Filter(must=both)]
-        elif word == "has":
-            conditions = [self.has(column, self.value())]
-        else:
-            raise self.error(f"a Qdrant server searches for whole words: use {column} HAS 'dog beach' instead of LIKE")
-        # As in SQL, an image without a value is neither equal nor unequal.
-        return models.Filter(must_not=[*conditions, empty]) if negated else models.Filter(should=conditions)
+            return negated, [models.Filter(must=[low, self.compared(column, "<=", self.value())])]
+        if word == "has":
+            return negated, [self.has(column, self.value())]
+        raise self.error(f"a Qdrant server searches for whole words: use {column} HAS 'dog beach' instead of LIKE")
 
     def compared(self, column: str, sign: str, value: Any) -> Any:
         from qdrant_client import models

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loopitr.checks import check_at_least
+from loopitr.checks import check_whole
 from loopitr.evaluation.gallery import evaluation_transform
 from loopitr.evaluation.image_tokens import ImageTokens
 from loopitr.evaluation.reranking import score_candidates
@@ -46,8 +46,8 @@ class Batching:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        check_at_least(1, batch_size=self.batch_size)
-        check_at_least(0, num_workers=self.num_workers)
+        check_whole(1, batch_size=self.batch_size)
+        check_whole(0, num_workers=self.num_workers)
 
     def bar(self, count: int, batch_size: int | None = None) -> bool:
         """Whether to show a progress bar for `count` items; `batch_size` None: that of this object."""

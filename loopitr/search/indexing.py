@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from loopitr.checks import check_at_least, check_known
+from loopitr.checks import check_known, check_whole
 from loopitr.models.loop_model import LoopITRModel
 from loopitr.reading import user_path
 
@@ -81,8 +81,8 @@ def build_index(
         >>> report.added, report.unchanged
         (0, 3)
     """
-    check_at_least(1, batch_size=batch_size)
-    check_at_least(0, num_workers=num_workers)
+    check_whole(1, unset=True, batch_size=batch_size)
+    check_whole(0, unset=True, num_workers=num_workers)
     if tokens is not None:
         check_known([*TOKEN_TYPES, "none"], tokens=tokens)
     if collection is not None and store is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from loopitr.data import LazyRecords, Record
 
 ImageInput = str | Path | bytes | Image.Image | np.ndarray | Tensor
 CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
+MOST_ITEMS = 2_000_000  # of an iterator, which may have no end
 
 
 class GivenImages(LazyRecords):
@@ -147,12 +149,15 @@ def listed(items: Any, name: str, wanted: str) -> list[Any]:
     """The items of a list or any other ordered iterable.
 
     Raises:
-        ValueError: `items` is text, bytes, a dictionary or a set, or is not iterable.
+        ValueError: `items` is text, bytes, a dictionary or a set, is not iterable, or seems to have no end.
     """
     unlisted = isinstance(items, (str, bytes, Mapping, Set)) or not isinstance(items, Iterable)
     if unlisted or getattr(items, "ndim", 1) == 0:
         raise ValueError(f"{name} must be a list of {wanted}, got {type(items).__name__}")
-    return list(items)
+    taken = list(islice(items, MOST_ITEMS + 1)) if not hasattr(items, "__len__") else list(items)
+    if len(taken) > MOST_ITEMS and not hasattr(items, "__len__"):
+        raise ValueError(f"{name} has more than {MOST_ITEMS:,} items and perhaps no end: pass a list")
+    return taken
 
 
 def is_one(items: Any) -> bool:
@@ -241,9 +246,32 @@ def vector_rows(vectors: Any) -> Tensor:
     Raises:
         ValueError: the vectors have integers or another shape.
     """
-    rows = vectors.detach().cpu() if isinstance(vectors, Tensor) else torch.from_numpy(np.array(vectors))
+    if isinstance(vectors, Tensor):
+        rows = vectors.detach().cpu()
+    elif isinstance(vectors, (np.ndarray, list, tuple)):
+        values = np.asarray(vectors)
+        if values.dtype.kind not in "fiub":
+            raise ValueError(f"vectors must be numbers, got {values.dtype}")
+        rows = torch.from_numpy(values.astype(values.dtype.newbyteorder("=")))
+    else:
+        raise ValueError(f"vectors must be an array, a tensor or a list, got {type(vectors).__name__}")
     if not rows.is_floating_point():
         raise ValueError(f"similarity takes vectors of floats, got {rows.dtype}: quantized ones are for an index")
     if rows.ndim not in (1, 2):
         raise ValueError(f"vectors must be [n, E] or [E], got {list(rows.shape)}")
     return torch.atleast_2d(rows).float()
+
+
+def products_of(a: Any, b: Any) -> Tensor:
+    """Dot products `[n, m]` of `[n, E]` and `[m, E]`; a vector `[E]` counts as one row.
+
+    Raises:
+        ValueError: these are no vectors, they differ in width, or the products do not fit in memory.
+    """
+    first, second = vector_rows(a), vector_rows(b)
+    if first.shape[1] != second.shape[1]:
+        raise ValueError(f"vectors must be equally wide, got {first.shape[1]} and {second.shape[1]} dimensions")
+    try:
+        return first @ second.T
+    except RuntimeError as error:
+        raise ValueError(f"{len(first)} x {len(second)} similarities do not fit in memory") from error

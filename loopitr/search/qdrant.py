@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .conditions import parse_condition, shown_condition
+from .conditions import SHOWN, parse_condition, shown_condition
 from .lance import Found, Row
 from .manifest import Manifest
 from .stamps import Stamp, micros_of, time_of
@@ -182,7 +182,7 @@ class QdrantImages:
                 has = models.Filter(must_not=[empty])
                 found, _ = self.client.scroll(self.collection, scroll_filter=has, limit=1, with_payload=False)
             if column == "file" or not found:
-                missing = f"no image has a column {column!r}; there are {self.columns()}"
+                missing = f"no image has a column {column[:SHOWN]!r}; there are {self.columns()}"
                 raise ValueError(f"{shown_condition(where)}: {missing}")
         return condition.filter
 

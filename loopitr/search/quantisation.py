@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loopitr.checks import check_known
+from loopitr.checks import check_known, check_whole
 
 PRECISIONS = ("float32", "int8", "binary")
 STEPS = 255  # the number of steps between the 256 values of a byte
@@ -34,13 +34,14 @@ class VectorForm:
                 or are reversed, or int8 has only a single vector to take ranges from.
         """
         check_known(PRECISIONS, precision=self.precision)
+        check_whole(0, unset=True, truncate_dim=self.truncate_dim)
         kept = width if self.truncate_dim is None else self.truncate_dim
         if not 1 <= kept <= width:
             raise ValueError(f"truncate_dim must be from 1 to the vectors' {width} dimensions, got {kept}")
         if self.ranges is not None:
             low_high = np.asarray(self.ranges)
-            if low_high.shape != (2, kept) or not (low_high[0] <= low_high[1]).all():
-                wanted = f"[2, {kept}], the least and the greatest value of each dimension"
+            if low_high.shape != (2, kept) or not (low_high[0] <= low_high[1]).all() or not np.isfinite(low_high).all():
+                wanted = f"[2, {kept}], the least and the greatest value of each dimension, all finite"
                 raise ValueError(f"ranges must be {wanted}, got {list(low_high.shape)}")
         elif self.precision == "int8" and count == 1:
             raise ValueError("int8 needs ranges for a single vector: ranges=np.stack([a.min(0), a.max(0)]) of others")

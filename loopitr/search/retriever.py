@@ -11,13 +11,13 @@ from torch import Tensor
 
 from loopitr.building.folders import load
 from loopitr.building.publishing import push_to_hub, save_with_card
-from loopitr.checks import check_at_least
+from loopitr.checks import check_whole
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
 from loopitr.models.processing import LoopITRProcessor
 
 from .cross_encoding import ReportedMetrics, shows_progress
 from .encoding import Batching, dual_of, encode_images, encode_texts, score_all, score_pairs
-from .inputs import floating_type, given_images, given_pairs, given_texts, is_one, is_text, kind_of, listed, vector_rows
+from .inputs import floating_type, given_images, given_pairs, given_texts, is_one, is_text, kind_of, listed, products_of
 from .quantisation import VectorForm
 
 
@@ -182,12 +182,9 @@ class Retriever:
         """Dot products `[n, m]` of vectors `[n, E]` and `[m, E]`, float32 on the CPU; a vector `[E]` counts as one row.
 
         Raises:
-            ValueError: the vectors are quantised, or differ in width.
+            ValueError: the vectors are quantised or no numbers, differ in width, or are too many for the memory.
         """
-        first, second = vector_rows(a), vector_rows(b)
-        if first.shape[1] != second.shape[1]:
-            raise ValueError(f"vectors must be equally wide, got {first.shape[1]} and {second.shape[1]} dimensions")
-        return first @ second.T
+        return products_of(a, b)
 
     # Scores
 
@@ -263,7 +260,7 @@ class Retriever:
         Raises:
             ValueError: the query is a list, the candidates are both texts and images, or one of them is not valid.
         """
-        check_at_least(1, top_k=top_k)
+        check_whole(1, unset=True, top_k=top_k)
         progress = shows_progress(show_progress, show_progress_bar)
         batching = Batching(batch_size=batch_size, num_workers=num_workers, progress=progress)
         parts = (self.model, self.processor)

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from PIL import Image
 
-from loopitr.checks import check_at_least
+from loopitr.checks import check_at_least, check_whole
 from loopitr.data import UnreadableImage, decode_image
 from loopitr.models.loop_model import LoopITRModel
 from loopitr.models.scoring import reranking_score
 from loopitr.reading import user_path
 
+from .conditions import check_condition
 from .contents import Contents
 from .inputs import is_one, is_text
 from .lance import Found
@@ -161,10 +162,11 @@ class Searcher:
             ValueError: the query is empty or an image that cannot be opened, a number is out of range, or the condition
                 is not valid.
         """
-        check_at_least(1, top=top)
-        check_at_least(0, rerank=rerank, similarity_weight=similarity_weight)
-        if where is not None and not where.strip():
-            raise ValueError("where is empty: give a condition such as 'width > 800', or none")
+        check_whole(1, top=top)
+        check_whole(0, rerank=rerank)
+        check_at_least(0, similarity_weight=similarity_weight)
+        if where is not None:
+            check_condition(where)
         vector, text = self._embed(query, as_text=as_text)
         model = self.retriever.model
         reranks = text is not None and rerank > 0 and isinstance(model, LoopITRModel)

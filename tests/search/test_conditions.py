@@ -2,7 +2,7 @@
 
 import pytest
 
-from loopitr.search.conditions import parse_condition
+from loopitr.search.conditions import check_condition, parse_condition
 
 qdrant_client = pytest.importorskip("qdrant_client", reason="conditions become those of Qdrant (extra `qdrant`)")
 ROWS = [
@@ -36,6 +36,13 @@ def client():
         ("year IN (2020, 2022)", {0, 2}),
         ("year NOT IN (2020, 2022)", {1}),
         ("year IS NOT NULL", {0, 1, 2}),
+        # What has no value is neither inside nor outside of a NOT, as in SQL.
+        ("NOT year = 2020", {1, 2}),
+        ("NOT (year = 2020 OR stars > 2)", {1}),
+        ("NOT (year = 2020 AND stars > 1)", {1, 2}),
+        ("NOT (year IS NULL)", {0, 1, 2}),
+        ("NOT NOT year = 2020", {0}),
+        ("NOT public", {1}),
         ("caption = 'it''s a card'", {1}),
         ("caption HAS 'dog'", {0, 2}),
         ("NOT caption HAS 'dog red'", {1, 2, 3}),
@@ -87,3 +94,15 @@ def test_what_is_no_condition(where, problem):
         parse_condition(where)
     shown = repr(where) if len(where) <= 200 else repr(f"{where[:200]}...")
     assert str(raised.value).startswith(f"where {shown}: ") and problem in str(raised.value)
+
+
+@pytest.mark.parametrize("where", [5, None, ["year = 1"], b"year = 1", "", " ", "year = 1) OR (year = 2", "year = 1)"])
+def test_what_no_reader_may_get(where):
+    with pytest.raises(ValueError, match="must be a condition|unexpected"):
+        check_condition(where)
+
+
+def test_a_long_word_is_shortened_in_errors():
+    with pytest.raises(ValueError, match="where 'year = 1 xxx") as error:
+        parse_condition("year = 1 " + "x" * 5000)
+    assert len(str(error.value)) < 600

@@ -1,5 +1,6 @@
 """Images of every form and mode, and what is no image, no text and no pair."""
 
+import itertools
 import os
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from PIL import Image
 
 from loopitr import Retriever
 from loopitr.data import DataError, decode_image
-from loopitr.search.inputs import given_images, is_text, picture_of
+from loopitr.search.inputs import given_images, given_texts, is_text, picture_of, products_of, vector_rows
 
 RETRIEVER = Retriever(tiny_model(), tiny_processor())
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
@@ -213,3 +214,42 @@ def test_vectors_that_do_not_compare():
         RETRIEVER.similarity(vectors, RETRIEVER.encode_texts(["a", "a cat"], precision="int8"))
     with pytest.raises(ValueError, match=r"^vectors must be \[n, E\] or \[E\], got \[1, 3, 16\]$"):
         RETRIEVER.similarity(vectors, vectors[None])
+
+
+@pytest.mark.parametrize(
+    "vectors",
+    [
+        "ab",
+        None,
+        {},
+        [[1.0, 2.0], ["x", "y"]],
+        np.array([None, 1.0]),
+        np.array(["a"]),
+        itertools.repeat(1.0),
+        1j * np.ones(2),
+    ],
+)
+def test_what_are_no_vectors(vectors):
+    with pytest.raises(ValueError, match="vectors must be"):
+        vector_rows(vectors)
+
+
+def test_vectors_of_any_layout():
+    rows = np.arange(6.0).reshape(2, 3)
+    for same in (rows.astype(">f4"), rows[:, ::-1][:, ::-1], rows.tolist(), np.asfortranarray(rows)):
+        assert vector_rows(same).tolist() == rows.tolist()
+
+
+def test_products_that_no_memory_holds():
+    huge = torch.ones(1, 1).expand(10**8, 1)
+    with pytest.raises(ValueError, match="100000000 x 100000000 similarities do not fit"):
+        products_of(huge, huge)
+
+
+def test_an_iterator_without_end_is_refused(monkeypatch):
+    monkeypatch.setattr("loopitr.search.inputs.MOST_ITEMS", 100)
+    for take in (given_texts, given_images):
+        with pytest.raises(ValueError, match="more than 100 items and perhaps no end"):
+            take(itertools.repeat("a.jpg"))
+    assert len(given_texts(["a"] * 101)[0]) == 101
+    assert len(given_texts("a" for _ in range(100))[0]) == 100

@@ -57,6 +57,7 @@ def test_shortened_vectors_are_unit_vectors_of_the_first_dimensions():
     [
         (TEXTS, {"precision": "int4"}, "unknown precision 'int4'; known: float32, int8, binary"),
         (TEXTS, {"truncate_dim": 0}, "truncate_dim must be from 1 to the vectors' 16 dimensions, got 0"),
+        (TEXTS, {"truncate_dim": 2.5}, "truncate_dim must be a whole number of at least 0, got 2.5"),
         (TEXTS, {"truncate_dim": 17}, "truncate_dim must be from 1 to the vectors' 16 dimensions, got 17"),
         (TEXTS[0], {"precision": "int8"}, "int8 needs ranges for a single vector: .*"),
         (TEXTS[:1], {"precision": "int8"}, "int8 needs ranges for a single vector: .*"),
