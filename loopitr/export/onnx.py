@@ -89,7 +89,7 @@ def export_onnx(
         raise ValueError(f"precisions must be of {', '.join(PRECISIONS)}, got {unknown[0]!r}")
     check_installed()
     with new_folder(output) as folder:
-        source = read_source(model, processor=processor, tower=tower)
+        source = read_source(model, processor=processor, tower=tower, dtype=torch.float32)
         plain = _plain(source)
         graphs = _graphs(plain, source)
         for name, graph in graphs.items():
