@@ -57,8 +57,11 @@ def outside_autocast(head: nn.Linear, x: Tensor) -> Tensor:
 
 
 def unit_embeds(project: nn.Module, pooled: Tensor) -> Tensor:
-    """Pooled `[B, D']` -> embeds `[B, E]`, unit length: the dual head's side of one modality."""
-    return F.normalize(project(pooled), dim=-1)
+    """Pooled `[B, D']` -> embeds `[B, E]`, unit length: the dual head's side of one modality.
+
+    They are float32 even of a model in half precision, in which lengths would differ by up to 0.4 percent.
+    """
+    return F.normalize(full_precision(project(pooled)), dim=-1)
 
 
 class MLPProjection(nn.Module):

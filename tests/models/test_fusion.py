@@ -196,6 +196,8 @@ def test_half_precision_ties_no_scores(weights):
         pictures, texts = model.encode_images(images(5).to(weights)), model.encode_texts(*ragged_texts(40))
         score = model.score_pairs(pictures, texts, pairs).score
     assert score.dtype == torch.float32 and len(score.unique()) > 0.9 * len(pairs)
+    for embeds in (pictures.embeds, texts.embeds):
+        torch.testing.assert_close(embeds.norm(dim=1), torch.ones(len(embeds)))
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():
