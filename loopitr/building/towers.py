@@ -20,11 +20,14 @@ from loopitr.models.towers import TOWERS, ImageTower, TextTower, tower_config, t
 DUAL = "dual."  # prefix of the dual encoder's parameters in a model with a fusion head
 
 
-def load_tower(path: str | Path, tower: str) -> tuple[ImageTower | TextTower, LoopITRProcessor]:
-    """The image or the text tower, in eval mode and as saved, of a run folder, an exported dual encoder, or a hub id.
+def load_tower(
+    path: str | Path, tower: str, *, dtype: torch.dtype | None = None
+) -> tuple[ImageTower | TextTower, LoopITRProcessor]:
+    """The image or the text tower, in eval mode, of a run folder, an exported dual encoder, or a hub id.
 
     Args:
         tower: `image` or `text`.
+        dtype: the type of the weights; None: as saved.
 
     Raises:
         OSError: there is no model, a file is missing or damaged, or the hub cannot be reached or does not know the id.
@@ -49,11 +52,23 @@ def load_tower(path: str | Path, tower: str) -> tuple[ImageTower | TextTower, Lo
     except RuntimeError as error:
         raise ValueError(f"{path}: config.json does not fit the weights of its {tower} tower ({error})") from error
     with one_line_errors(source):
-        model.to(next(iter(weights.values())).dtype)
+        _convert(model, next(iter(weights.values())).dtype if dtype is None else dtype)
     check_types(model, str(folder))
     check_weights(model, source)
     check_sizes(model, processor, source)
     return model.eval(), processor
+
+
+def _convert(model: ImageTower | TextTower, dtype: torch.dtype) -> None:
+    """Convert a tower as transformers loads it: buffers of a text encoder that are not saved, such as the frequencies
+    of rotary positions, stay precise.
+    """
+    saved = model.state_dict().keys()
+    exact = {name: own for name, own in model.named_buffers() if name.startswith("text.") and name not in saved}
+    model.to(dtype)  # type: ignore[arg-type]
+    for name, buffer in exact.items():
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, buffer)
 
 
 def _downloaded(source: str) -> Path:

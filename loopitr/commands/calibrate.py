@@ -42,7 +42,9 @@ def calibrate(options: CalibrateOptions) -> None:
         print(f"warning: {number} images are few to fit a weight on, it may not suit others", file=sys.stderr)
     if measured.state.is_main_process:
         measured.saved.model.config.similarity_weight = weight
-        measured.saved.model.config.save_pretrained(folder)
+        config = type(measured.saved.model).config_class.from_pretrained(folder)  # with the type of the saved weights
+        config.similarity_weight = weight
+        config.save_pretrained(folder)
         write_card(folder, measured.saved.model)
         print(
             f"similarity weight: {weight_text(weight)} (before: {weight_text(before)}), written to {folder}/config.json"

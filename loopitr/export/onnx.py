@@ -91,7 +91,7 @@ def export_onnx(
         raise ValueError(f"precisions must be of {', '.join(PRECISIONS)}, got {unknown[0]!r}")
     check_installed()
     with new_folder(output) as folder:
-        source = read_source(model, processor=processor, tower=tower)
+        source = read_source(model, processor=processor, tower=tower, dtype=torch.float32)
         plain = _plain(source)
         graphs = _graphs(plain, source)
         for name, graph in graphs.items():
@@ -136,8 +136,9 @@ class _Graph:
 def _plain(source: Source) -> Any:
     """The model in float32 on the CPU; the caller's model is not changed."""
     parameter = next(source.model.parameters())
-    if parameter.device.type == "cpu" and parameter.dtype == torch.float32:
-        return source.model.eval()
+    in_use = any(module.training for module in source.model.modules())
+    if parameter.device.type == "cpu" and parameter.dtype == torch.float32 and not in_use:
+        return source.model
     return copy.deepcopy(source.model).float().cpu().eval()
 
 
@@ -227,7 +228,7 @@ def _write_preprocessing(source: Source, folder: Path) -> None:
         raise ValueError(f"{source.name}: a {kind} has no tokenizer.json, which ONNX texts are read with")
     own = type(backend).from_str(backend.to_str())
     tokenizer = source.processor.tokenizer
-    own.enable_truncation(tokenizer.model_max_length)
+    own.enable_truncation(tokenizer.model_max_length, direction=tokenizer.truncation_side)
     own.enable_padding(pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
     own.save(str(folder / "tokenizer.json"))
 

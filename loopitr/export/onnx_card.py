@@ -73,8 +73,8 @@ def _picture_code(images: Any) -> str:
     code = ['image = Image.open("photo.jpg").convert("RGB")']
     if "shortest_edge" in (images.size or {}):
         code += [
-            'scale = config["size"]["shortest_edge"] / min(image.size)',
-            "size = [int(x * scale) for x in image.size]",
+            'shortest = config["size"]["shortest_edge"]',
+            "size = [shortest * x // min(image.size) for x in image.size]",
         ]
     else:
         code.append('size = config["size"]["width"], config["size"]["height"]')

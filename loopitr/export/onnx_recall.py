@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from loopitr.data import DecodedImages, LoadReport, Record, name_of
+from loopitr.data import DataError, DecodedImages, LoadReport, Record, name_of
 from loopitr.evaluation.gallery import Gallery, account, build_gallery, distinct_images, evaluation_transform
 from loopitr.evaluation.nearest import nearest
 from loopitr.evaluation.ranking import Ranking
@@ -153,15 +153,21 @@ class _Reading:
         return _Texts(in_order, tokens)
 
     def scores(self, onnx: OnnxModel, gallery: Gallery, texts: list[np.ndarray], pairs: Tensor) -> Tensor:
-        """Match scores `[P]` of `pairs [P, 2]`, sorted by image; the images are encoded again."""
+        """Match scores `[P]` of `pairs [P, 2]`, sorted by image; the images are encoded again.
+
+        Raises:
+            DataError: one of them cannot be read again.
+        """
         scores: list[np.ndarray] = []
         ends = torch.searchsorted(pairs[:, 0].contiguous(), torch.arange(len(gallery.positions) + 1)).tolist()
-        image = 0
-        for _, pixels in self._images(gallery.positions, LoadReport()):
+        image, skipped = 0, LoadReport()
+        for _, pixels in self._images(gallery.positions, skipped):
             for tokens in onnx.encode_images(pixels)[1]:
                 own = [texts[index] for index in pairs[ends[image] : ends[image + 1], 1].tolist()]
                 scores += [_match(onnx, tokens, own[i : i + 64]) for i in range(0, len(own), 64)]
                 image += 1
+        if image < len(gallery.positions):  # The scores would be those of other images.
+            raise DataError(f"an image that was readable before is not any more: {skipped.summary()}")
         return torch.from_numpy(np.concatenate(scores)).float()
 
     def _images(self, positions: list[int], skipped: LoadReport) -> Iterator[tuple[list[int], np.ndarray]]:

@@ -88,7 +88,7 @@ def export_sentence_transformers(
     """
     library = _library()
     with new_folder(output) as folder, _quiet():
-        source = read_source(model, processor=processor, tower=tower)
+        source = read_source(model, processor=processor, tower=tower, dtype=torch.float32)
         dual = copy.deepcopy(source.dual).float().cpu().eval()
         routes: dict[str, list[Any]] = {}
         with tempfile.TemporaryDirectory() as parts:

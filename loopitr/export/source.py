@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import tempfile
@@ -10,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from loopitr.building.card import DUAL, FUSED
 from loopitr.building.folders import load_saved, output_folder
@@ -57,12 +60,14 @@ def read_source(
     *,
     processor: LoopITRProcessor | None = None,
     tower: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Source:
     """The model to export, from a folder or hub id, or in memory.
 
     Args:
         processor: needed if `model` is not a path.
         tower: `image` or `text`, to export only that tower; from a path, the other's weights are not read.
+        dtype: the type of the weights of a model from a path; None: as saved.
 
     Raises:
         ValueError: the tower is unknown, the model is of another kind, or the processor is missing.
@@ -74,10 +79,10 @@ def read_source(
     if isinstance(model, (LoopITRModel, DualEncoder)):
         exported, name = model if tower is None else _tower_of(model, tower), "the model"
     elif tower is not None:
-        exported, own = load_tower(model, tower)
+        exported, own = load_tower(model, tower, dtype=dtype)
         processor, name = processor or own, str(model)
     else:
-        saved = load_saved(model)
+        saved = load_saved(model, dtype=dtype)
         exported, processor, name = saved.model, processor or saved.processor, str(model)
     if processor is None:
         raise ValueError(f"{name} needs its processor to be exported with it, got None")
@@ -87,9 +92,10 @@ def read_source(
 def _tower_of(model: LoopITRModel | DualEncoder, tower: str) -> ImageTower | TextTower:
     dual = model.dual_encoder() if isinstance(model, LoopITRModel) else model
     own: Any = TOWERS[tower](tower_config(dual.config, tower))  # type: ignore[arg-type]
-    weights = {name: value for name, value in dual.state_dict().items() if name.startswith(tower_prefixes(tower))}
-    own.load_state_dict(weights)
-    return own.to(device=dual.device, dtype=dual.dtype).eval()
+    for prefix in tower_prefixes(tower):  # A copy of the modules has buffers that are not saved too.
+        name = prefix.removesuffix(".")
+        setattr(own, name, copy.deepcopy(getattr(dual, name)))
+    return own.eval()
 
 
 @contextmanager

@@ -56,7 +56,7 @@ class HubSource(Source):
     def columns(self, position: int) -> Mapping[str, Any]:
         row = self._others[self.rows[position]] if self._others.column_names else {}
         named = {self._names[name]: value for name, value in row.items()}
-        return {name: "\n".join(value) if isinstance(value, list) else value for name, value in named.items()}
+        return {name: _lines(value) if isinstance(value, list) else value for name, value in named.items()}
 
     def image(self, position: int) -> str | bytes:
         file = self.files[position]
@@ -105,6 +105,10 @@ def _absolute(files: Any) -> Any:
         return [_absolute(file) for file in files]
     is_here = os.path.exists(files) or any(glob.iglob(files))
     return os.path.abspath(files) if is_here else files
+
+
+def _lines(texts: list[str | None]) -> str:
+    return "\n".join(text for text in texts if text is not None)
 
 
 def _is_kept(feature: Any) -> bool:

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import json
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from .retriever import Retriever
 MANIFEST, LOCK, SKIPPED = "manifest.json", "index.lock", "skipped.csv"
 FORMAT = 1
 LARGEST = 2**31  # No width of a vector, or number of tokens, reaches it.
-_HELD: set[str] = set()  # the indexes that this process is writing to
+_HELD, _CHECKING = set[str](), threading.Lock()  # the indexes that this process is writing to
 TOKEN_TYPES = {"fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -189,23 +190,24 @@ def writing(folder: Path) -> Iterator[None]:
         raise OSError(f"{lock} is not a lock file: delete it")
     taken = f"{folder} is being written to by another process; wait for it to end"
     key = str(folder.resolve())
-    if key in _HELD:  # The lock of the system does not work within one process.
-        raise ValueError(taken)
-    with open(lock, "a", encoding="utf-8") as file:
-        try:
-            import fcntl
-
-            # Unlike that of `flock`, this lock is not inherited by worker processes, which may outlive a killed parent.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise ValueError(taken) from error
-        except (ImportError, OSError):  # Windows and some network file systems do not have it.
-            pass
+    with _CHECKING:
+        if key in _HELD:  # The lock of the system does not work within one process.
+            raise ValueError(taken)
         _HELD.add(key)
-        try:
+    try:
+        with open(lock, "a", encoding="utf-8") as file:
+            try:
+                import fcntl
+
+                # Unlike `flock`, it is not inherited by worker processes, which may outlive a killed parent.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
+                raise ValueError(taken) from error
+            except (ImportError, OSError):  # Windows and some network file systems do not have it.
+                pass
             yield
-        finally:
-            _HELD.discard(key)
+    finally:
+        _HELD.discard(key)  # after closing the file, by which a process loses the lock on any other handle of it too
 
 
 def read_skipped(folder: str | Path) -> dict[str, str]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -24,12 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from loopitr.building.keys import dual_key
 from loopitr.checks import check_at_least
 from loopitr.data import Record
-from loopitr.models.loop_model import LoopITRModel
+from loopitr.models.loop_model import DualEncoder, LoopITRModel
+from loopitr.models.processing import LoopITRProcessor
 from loopitr.reading import user_path
 
-from .encoding import Batching, score_pairs
+from .encoding import Batching, dual_of, score_pairs
 from .inputs import GivenImages, given_texts
 
 if TYPE_CHECKING:
@@ -68,7 +71,7 @@ class MtebEncoder:
         model, width = self.retriever.model, self.retriever.model.config.embed_dim
         fields = {
             "name": f"{_hub_name(self.retriever.source)}{self.stage}",
-            "revision": _fingerprint(model),
+            "revision": _fingerprint(model, self.retriever.processor),
             "n_parameters": sum(parameter.numel() for parameter in model.parameters()),
             "max_tokens": float(self.retriever.processor.tokenizer.model_max_length),
             "embed_dim": self.truncate_dim or width,
@@ -258,9 +261,10 @@ def _hub_name(source: str | Path | None) -> str:
     return f"loopitr/{folder.resolve().name}" if folder.exists() else str(source)
 
 
-def _fingerprint(model: torch.nn.Module) -> str:
-    """A digest, of 12 hex digits, of the weights and the similarity weight."""
-    digest = hashlib.sha256(repr(getattr(model.config, "similarity_weight", None)).encode())
+def _fingerprint(model: LoopITRModel | DualEncoder, processor: LoopITRProcessor) -> str:
+    """A digest, of 12 hex digits, of everything that scores depend on: weights, config and preprocessing."""
+    own = [getattr(model.config, name, None) for name in ("similarity_weight", "fusion")]
+    digest = hashlib.sha256(json.dumps([*own, dual_key(dual_of(model), processor)], sort_keys=True).encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
         flat = value.detach().cpu().contiguous().flatten()

@@ -58,6 +58,8 @@ def remove_images(
         # Images go first: if this is interrupted, contents without an image are harmless.
         images.delete(removed)
         Contents.open(folder, manifest).delete(removed)
+        if removed:
+            images.finish()  # A vector index would keep partitions for all images, and searches read as few as for now.
         skipped = read_skipped(folder)
         roots = [shown(os.path.abspath(user_path(path))) for path in paths]
         write_skipped(folder, {p: why for p, why in skipped.items() if not any(_inside(p, root) for root in roots)})

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import numpy as np
 import onnx
@@ -18,9 +19,13 @@ from tokenizers import Tokenizer
 
 import loopitr.export.onnx as exporting
 from loopitr import Retriever, export_onnx
+from loopitr.data import DataError, LoadReport
+from loopitr.evaluation.gallery import build_gallery
 from loopitr.export.graphs import FusionGraph
-from loopitr.export.onnx_recall import onnx_recall
+from loopitr.export.onnx_card import onnx_card
+from loopitr.export.onnx_recall import _Reading, onnx_recall
 from loopitr.export.onnx_running import OnnxModel
+from loopitr.export.source import Source
 
 WEIGHT = 0.4
 ONE_LAYER = {**BERT, "num_hidden_layers": 1}
@@ -158,6 +163,16 @@ def test_recall_leaves_out_what_cannot_be_read(exported):
     assert (recall.num_images, recall.num_captions) == (5, 10)
 
 
+def test_scores_are_not_those_of_other_images_if_one_vanishes():
+    records = [*tiny_records(3, 1)]
+    records[1] = type(records[1])(image=b"gone", captions=records[1].captions, identity=1, name="gone.jpg")
+    gallery = build_gallery(records, range(3), LoadReport(), captions_per_image=None)
+    reading = _Reading(records, tiny_processor(), batch_size=2, num_workers=0, progress=False)
+    graphs = Mock(encode_images=lambda x: (None, np.zeros((len(x), 2, 4))), match=lambda i, t, m: np.zeros((1, len(t))))
+    with pytest.raises(DataError, match="readable before is not any more"):
+        reading.scores(graphs, gallery, [np.zeros((3, 4))] * 3, torch.tensor([[0, 0], [1, 2]]))
+
+
 @pytest.mark.slow
 def test_one_tower_of_a_dual_encoder_in_half_precision(tmp_path):
     dual = tiny_model(text=ONE_LAYER).dual_encoder().to(torch.float16)
@@ -169,6 +184,33 @@ def test_one_tower_of_a_dual_encoder_in_half_precision(tmp_path):
     ]
     with pytest.raises(ValueError, match="holds one tower alone"):
         onnx_recall(tmp_path / "text", tiny_processor(), tiny_records())
+
+
+@pytest.mark.slow
+def test_a_model_in_training_and_a_tokenizer_that_cuts_on_the_left(tmp_path):
+    dual, processor = tiny_model(text=ONE_LAYER).dual_encoder().train(), tiny_processor()
+    processor.tokenizer.truncation_side = "left"
+    export_onnx(dual, tmp_path / "out", processor=processor)
+    assert all(module.training for module in dual.modules())  # The caller goes on with dropout.
+    text = " ".join(["red"] * 20 + ["blue"] * 20)
+    ids = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json")).encode(text).ids
+    assert ids == processor(text=[text])["input_ids"][0].tolist()
+
+
+def test_the_cards_lines_resize_as_an_image_processor_that_crops(tmp_path, monkeypatch):
+    processor = tiny_processor(56)
+    images = processor.image_processor
+    images.size, images.do_center_crop = {"shortest_edge": 56}, True
+    card = onnx_card(Source(tiny_model().dual_encoder(), processor, "x"), [], {})
+    lines = card[card.index("image = Image.open") : card.index("\npixels = ")]
+    monkeypatch.chdir(tmp_path)
+    for size in ((57, 90), (89, 58), (71, 71), (110, 97)):
+        picture(3, size).save("photo.jpg", quality=95)
+        own = {"config": images.to_dict(), "Image": Image}
+        exec(lines, own)
+        got = np.asarray(own["image"], np.float32).transpose(2, 0, 1) / 255
+        expected = processor(images=[Image.open("photo.jpg")])["pixel_values"][0].numpy() * 0.25 + 0.5
+        np.testing.assert_allclose(got, expected, atol=0.02)
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers.support import CNN, images, ragged_texts, tiny_model
+from helpers.support import CNN, SIZES, images, ragged_texts, tiny_model
 from helpers.tiny_gallery import captions, picture, tiny_processor
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -12,6 +12,8 @@ from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoToken
 
 import loopitr.building.towers as towers
 from loopitr import ImageTower, TextTower, export_dual, export_tower
+from loopitr.building.folders import load_saved
+from loopitr.export.source import read_source
 
 
 def saved_run(folder, **kwargs):
@@ -50,6 +52,21 @@ def test_embeds_are_bit_equal(tmp_path, tower, changes):
         assert {name.split(".")[0] for name in file.keys()} == {part, f"{part}_projection"}  # noqa: SIM118
     config = json.loads((tmp_path / "tower" / "config.json").read_text())
     assert not {"vision", "text", "fusion"} - {part} & set(config)
+
+
+def test_rotary_positions_are_as_precise_as_in_the_whole_model_in_half_precision(tmp_path):
+    ids = {"pad_token_id": 0, "cls_token_id": 2, "bos_token_id": 2, "sep_token_id": 3, "eos_token_id": 3}
+    text = {"model_type": "modernbert", **SIZES, **ids}
+    model = saved_run(tmp_path, text=text)
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    whole = load_saved(tmp_path)
+    of_model = read_source(whole.model, processor=whole.processor, tower="text").model
+    expected = dict(whole.model.dual.text.named_buffers(prefix="text"))
+    assert any(name.endswith("inv_freq") for name in expected)
+    for part in (towers.load_tower(tmp_path, "text")[0], of_model):
+        torch.testing.assert_close(dict(part.named_buffers()), expected, rtol=0, atol=0)
+    exact = read_source(tmp_path, tower="text", dtype=torch.float32).model
+    assert {tensor.dtype for tensor in exact.parameters()} == {torch.float32}
 
 
 def test_a_copy_of_other_weights_beside_the_models_is_not_read(tmp_path):

@@ -187,13 +187,17 @@ def test_one_projection_per_image_and_one_score_per_pair():
     assert seen == [2] and rows == [4]
 
 
-def test_autocast_ties_no_scores():
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_half_precision_ties_no_scores(weights):
     """bfloat16 has 256 numbers from 1 to 2: rounded to it, most of these scores would be equal."""
-    model = tiny_model().eval()
+    model = tiny_model().eval().to(weights)
     pairs = torch.cartesian_prod(torch.arange(5), torch.arange(40))
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        score = model.score_pairs(model.encode_images(images(5)), model.encode_texts(*ragged_texts(40)), pairs).score
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=weights == torch.float32):
+        pictures, texts = model.encode_images(images(5).to(weights)), model.encode_texts(*ragged_texts(40))
+        score = model.score_pairs(pictures, texts, pairs).score
     assert score.dtype == torch.float32 and len(score.unique()) > 0.9 * len(pairs)
+    for embeds in (pictures.embeds, texts.embeds):
+        torch.testing.assert_close(embeds.norm(dim=1), torch.ones(len(embeds)))
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from helpers.recipe_process import call, error_lines, run_here
 from helpers.small_karpathy import data, write_small_karpathy
 
@@ -20,13 +21,15 @@ def folder(tmp_path_factory):
 
 def test_the_fitted_weight_is_kept_and_used(folder, tmp_path, monkeypatch, capsys):
     model = shutil.copytree(folder / "run", tmp_path / "run")
-    before = LoopITRModel.from_pretrained(model)
+    LoopITRModel.from_pretrained(model, dtype="bfloat16").save_pretrained(model)  # The weights are measured in fp32.
+    before = LoopITRModel.from_pretrained(model, dtype="auto")
     assert before.config.similarity_weight == 1.0
     done = run_here(monkeypatch, capsys, "calibrate.py", "--model", model, *data(folder, *WHERE))
     assert done.returncode == 0, done.stderr
     assert "the model was trained on any of these images is unknown" in done.stdout
     assert "images are few to fit a weight on" in done.stderr
-    after = LoopITRModel.from_pretrained(model)
+    after = LoopITRModel.from_pretrained(model, dtype="auto")
+    assert after.dtype == before.dtype == torch.bfloat16
     assert after.config.similarity_weight in WEIGHTS and after.config.similarity_weight != 1.0
     assert all(a.equal(b) for a, b in zip(before.state_dict().values(), after.state_dict().values(), strict=True))
     output = tmp_path / "metrics.json"

@@ -135,7 +135,8 @@ def test_a_datasets_source(tmp_path):
     import datasets  # slow, and of one test alone
 
     images = [picture(0), picture(1), None]
-    data = datasets.Dataset.from_dict({"picture": images, "text": ["a dog", "a card", "none"], "id": [4, 5, 6]})
+    own = {"text": ["a dog", "a card", "none"], "id": [4, 5, 6], "lines": [[], ["a", None, "b"], None]}
+    data = datasets.Dataset.from_dict({"picture": images, **own})
     data = data.cast_column("picture", datasets.Image())
     data.to_parquet(str(tmp_path / "data.parquet"))
     from loopitr.search.hub_source import hub_source
@@ -147,6 +148,7 @@ def test_a_datasets_source(tmp_path):
     searcher = Searcher.open(tmp_path / "index", model=retriever)
     (hit,) = searcher.search(picture(1), top=1)
     assert hit.path.endswith("[train] row 1") and hit.columns["text"] == "a card" and hit.columns["id_"] == 5
+    assert hit.columns["lines"] == "a\nb"
     assert searcher.picture(hit).tobytes() == picture(1).tobytes()
     assert index(source, retriever, tmp_path / "index").unchanged == 2
     bare = tmp_path / "bare"

@@ -1,5 +1,6 @@
 """What an index says of itself is checked before it is used."""
 
+import io
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import pytest
 from helpers.tiny_index import index, listed, tiny_retriever, write_photos
 
 from loopitr import Searcher
+from loopitr.search import manifest
 from loopitr.search.manifest import check_model, read_manifest, read_skipped, writing
 from loopitr.search.removing import remove_images
 
@@ -77,6 +79,23 @@ def test_a_lock_that_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "index.lock")
     with pytest.raises(OSError, match="index.lock is not a lock file: delete it"), writing(tmp_path):
         pass
+
+
+def test_the_index_is_held_until_its_lock_file_is_closed(tmp_path, monkeypatch):
+    refused = []
+
+    class Watched(io.TextIOWrapper):
+        def close(self):
+            if not self.closed:  # Closing it takes away the lock that another thread would get now.
+                with pytest.raises(ValueError, match="is being written to"), writing(tmp_path):
+                    pass
+                refused.append(True)
+            super().close()
+
+    monkeypatch.setattr(manifest, "open", lambda path, *_, **__: Watched(io.FileIO(path, "a")), raising=False)
+    with writing(tmp_path):
+        pass
+    assert refused == [True]
 
 
 @pytest.fixture

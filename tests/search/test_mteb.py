@@ -161,9 +161,9 @@ def test_results_are_kept_under_names_of_their_own(retriever):
     names = [model.mteb_model_meta.name for model in (plain, cut, both)]
     assert names == ["loopitr/model", "loopitr/model-4-dimensions", "loopitr/model-reranked-7"]
     assert plain.mteb_model_meta.embed_dim == 16 and cut.mteb_model_meta.embed_dim == 4
-    other = MtebEncoder(Retriever(tiny_model(seed=1), tiny_processor()))
-    revisions = {model.mteb_model_meta.revision for model in (plain, other)}
-    assert len(revisions) == 2 and plain.mteb_model_meta.revision == cut.mteb_model_meta.revision
+    others = [Retriever(tiny_model(seed=1), tiny_processor()), Retriever(retriever.model, tiny_processor(max_length=8))]
+    revisions = {model.mteb_model_meta.revision for model in (plain, *map(MtebEncoder, others))}
+    assert len(revisions) == 3 and plain.mteb_model_meta.revision == cut.mteb_model_meta.revision
     assert cut.encode([{"text": TEXTS}]).shape == (COUNT, 4) and cut.encode([]).shape == (0, 4)
 
 
