@@ -166,7 +166,7 @@ def test_recall_leaves_out_what_cannot_be_read(exported):
 def test_scores_are_not_those_of_other_images_if_one_vanishes():
     records = [*tiny_records(3, 1)]
     records[1] = type(records[1])(image=b"gone", captions=records[1].captions, identity=1, name="gone.jpg")
-    gallery = build_gallery(records, range(3), LoadReport(), captions_per_image=None)
+    gallery = build_gallery(records, [[0], [1], [2]], LoadReport(), captions_per_image=None)
     reading = _Reading(records, tiny_processor(), batch_size=2, num_workers=0, progress=False)
     graphs = Mock(encode_images=lambda x: (None, np.zeros((len(x), 2, 4))), match=lambda i, t, m: np.zeros((1, len(t))))
     with pytest.raises(DataError, match="readable before is not any more"):
