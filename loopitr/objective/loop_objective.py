@@ -229,7 +229,8 @@ class LoopObjective(nn.Module):
         texts = self.model.text_state(features, attention_mask)
         student = None
         if self.trains_projections_apart:
-            dual, pooled_texts = self.model.dual, features.pooled.detach().to(texts.embeds.dtype)
+            dual = self.model.dual
+            pooled_texts = features.pooled.detach().to(dual.logit_scale.dtype)  # as `text_state` converts cached ones
             with without_gradient():  # A backbone's own pooling may have weights.
                 pooled_images = dual.vision.pool(images.tokens)
             student = Embeds(dual.embed_pooled_images(pooled_images), dual.embed_pooled_texts(pooled_texts))

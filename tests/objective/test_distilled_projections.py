@@ -61,3 +61,10 @@ def test_cached_tokens_of_frozen_backbones():
     tokens |= {"text_tokens": features.tokens.detach(), "text_pooled": features.pooled.detach()}
     cached = build_objective(model, options)(**batch, **tokens)
     torch.testing.assert_close(cached.terms["distillation"], plain.terms["distillation"])
+
+
+def test_a_model_in_half_precision():
+    model, batch = tiny_model().to(torch.bfloat16).train(), step_batch()
+    objective = build_objective(model, ObjectiveOptions(**ONLY, distillation_trains="projections"))
+    output = objective(**{**batch, "pixel_values": batch["pixel_values"].bfloat16()})
+    assert gradients(model, output.loss)["dual.text_projection.weight"].any()
