@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import datasets
 import pytest
 import torch
 from helpers.support import tiny_model
@@ -45,7 +46,6 @@ def test_an_image_is_known_by_its_identity_and_its_content():
 
 
 def test_rows_of_a_dataset_with_the_same_image(tmp_path):
-    datasets = pytest.importorskip("datasets")
     images = [{"bytes": jpeg(number // 2), "path": None} for number in range(6)]
     table = datasets.Dataset.from_dict({"image": images, "caption": [*"abcdef"]})
     table.to_parquet(tmp_path / "rows.parquet")
