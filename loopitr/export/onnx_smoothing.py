@@ -25,16 +25,20 @@ LARGEST = 2**30  # bytes of a file; larger graphs are stored in two files, and a
 def smoothed(source: Path, examples: Sequence[Mapping[str, np.ndarray]], kept: Collection[str]) -> Any:
     """The graph in `source`, with the same outputs and with inputs of matrix products whose channels are more equal.
 
+    It is a model, or the path if the graph is left as it is.
+
     Args:
         examples: inputs of the graph by name, from which the largest value of each channel is taken.
         kept: the names of matrix products that are not quantised, and stay as they are.
     """
     onnx = onnx_module("onnx")
     model = onnx.load(str(source), load_external_data=False)
-    if not examples or source.stat().st_size > LARGEST or any(one.external_data for one in model.graph.initializer):
-        return onnx.load(str(source))
+    if source.stat().st_size > LARGEST or any(one.external_data for one in model.graph.initializer):
+        return str(source)
     weights = {one.name: one for one in model.graph.initializer}
     products = _products(model.graph, weights, kept)
+    if not products:
+        return model
     for name, largest in _largest(model, [*products], examples).items():
         _smooth(model.graph, name, products[name], weights, largest)
     return model
@@ -61,22 +65,17 @@ def _largest(model: Any, names: list[str], examples: Sequence[Mapping[str, np.nd
     onnx = onnx_module("onnx")
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
-    inputs = {one.name for one in probe.graph.input}
+    outputs = {one.name for one in probe.graph.output}
     for name in names:
-        if name not in inputs:
+        if name not in outputs:
             probe.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
     session = onnx_session(probe.SerializeToString())
     largest: dict[str, np.ndarray] = {}
     for example in examples:
-        values = {**example, **dict(zip(_outputs(session), session.run(None, dict(example))))}
-        for name in names:
-            own = np.abs(values[name]).reshape(-1, values[name].shape[-1]).max(0)
+        for name, value in zip(names, session.run(names, dict(example)), strict=True):
+            own = np.abs(value).reshape(-1, value.shape[-1]).max(0)
             largest[name] = np.maximum(largest.get(name, own), own)
     return largest
-
-
-def _outputs(session: Any) -> list[str]:
-    return [one.name for one in session.get_outputs()]
 
 
 def _smooth(graph: Any, name: str, products: list[Any], weights: Mapping[str, Any], largest: np.ndarray) -> None:
@@ -91,9 +90,5 @@ def _smooth(graph: Any, name: str, products: list[Any], weights: Mapping[str, An
         node.input[0] = f"{name}_smoothed"
     graph.initializer.append(onnx.numpy_helper.from_array(1 / factor, f"{name}_factor"))
     product = onnx.helper.make_node("Mul", [name, f"{name}_factor"], [f"{name}_smoothed"], name=f"{name}_smoothing")
-    graph.node.insert(_place(graph, name), product)
-
-
-def _place(graph: Any, name: str) -> int:
-    """The position in the graph's nodes behind the one that gives the tensor `name`; 0 if it is an input."""
-    return next((index + 1 for index, node in enumerate(graph.node) if name in node.output), 0)
+    place = next(index for index, node in enumerate(graph.node) if name in node.output)
+    graph.node.insert(place + 1, product)

@@ -35,8 +35,11 @@ def test_products_to_half_their_width_or_less_stay_in_fp32(tmp_path):
     assert sum(node.op_type == "MatMulInteger" for node in graph.node) == 2
 
 
-def norm_and_products(rng, *, shared=False):
-    """A layer norm with one channel that is far larger than the others, and two products of its output."""
+def norm_and_products(rng, *, shared=False, given_out=False):
+    """A layer norm with one channel that is far larger than the others, and two products of its output.
+
+    With `given_out`, that output is one of the graph too, as of a text encoder without pooling.
+    """
     gain = np.ones(16, np.float32)
     gain[3] = 60
     tensors = {"gain": gain, "bias": np.zeros(16, np.float32)}
@@ -48,7 +51,7 @@ def norm_and_products(rng, *, shared=False):
     ]
     given, *results = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", width])
-        for name, width in (("x", 16), ("a", 12), ("b", 12))
+        for name, width in (("x", 16), ("a", 12), ("b", 12), *([("normed", 16)] if given_out else []))
     ]
     weights = [numpy_helper.from_array(values, name=name) for name, values in tensors.items()]
     graph = helper.make_graph(nodes, "norm", [given], results, weights)
@@ -80,3 +83,12 @@ def test_weights_that_others_use_too_and_products_in_fp32_stay_as_they_are(tmp_p
     kept = smoothed(tmp_path / "fp32.onnx", [example], ["b"]).graph
     assert {node.name: node.input[0] for node in kept.node}["b"] == "normed"
     assert {node.name: node.input[0] for node in kept.node}["product_a"] == "normed_smoothed"
+
+
+def test_an_output_of_the_graph_stays_as_it_is(tmp_path):
+    rng = np.random.default_rng(0)
+    onnx.save(norm_and_products(rng, given_out=True), tmp_path / "fp32.onnx")
+    x = rng.normal(size=(8, 16)).astype(np.float32)
+    same = smoothed(tmp_path / "fp32.onnx", [{"x": x}], []).SerializeToString()
+    for right, own in zip(*(onnx_session(graph).run(None, {"x": x}) for graph in (str(tmp_path / "fp32.onnx"), same))):
+        assert np.abs(right - own).max() < 1e-4
