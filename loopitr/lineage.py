@@ -12,7 +12,7 @@ from typing import Any
 from loopitr.reading import read_json, read_yaml, user_path
 
 CONFIG, EARLIER = "config.yaml", "config.before-*.yaml"
-DATA = "data.json"  # In a run folder, its "start" is the `stamp` of the run that it started from.
+DESCRIPTION = "data.json"  # In a run folder, its "start" is the `stamp` of the run that it started from.
 INSIDE_A_RUN = ("best", "model")
 MAX_RUNS = 8  # the length to which a chain of runs that started from each other is followed
 
@@ -77,7 +77,7 @@ def runs_of(model: str | Path) -> list[PastRun]:
         name, after = located(start, folder), folder
         folder = run_folder(name)
         configs = _configs(folder)
-        mark = _start_mark(after)
+        mark = start_mark(after)
         if configs and not _is_start(configs, mark, is_itself=_is_same(folder, after)):
             folder = _moved_aside(folder, mark) or folder
             configs = _configs(folder) if folder != run_folder(name) else ()
@@ -105,10 +105,10 @@ def _digest(config: StoredConfig) -> str:
     return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).hexdigest()
 
 
-def _start_mark(folder: Path) -> str | None:
+def start_mark(folder: Path) -> str | None:
     """The stamp of the run that the run in `folder` started from; None: it is older than stamps."""
     try:
-        mark = read_json(folder / DATA)["start"]
+        mark = read_json(folder / DESCRIPTION)["start"]
     except (OSError, ValueError, LookupError, TypeError):
         return None
     return mark if isinstance(mark, str) else None

@@ -56,6 +56,11 @@ def to_rgb(image: Image.Image, *, shortest: int | None = None) -> Image.Image:
     return image.convert("RGB")
 
 
+def below_zero(lowest: float, largest: float) -> ValueError:
+    """The error for an image with values below 0."""
+    return ValueError(f"pixel values from {lowest:.2g} to {largest:.2g}, where 0 or more are wanted")
+
+
 def _scale_to_8_bit(image: Image.Image) -> Image.Image:
     """Scale integers and floats to 8 bits; Pillow's conversion clips at 255, which makes most of them white."""
     values = np.asarray(image, dtype=np.float32)
@@ -69,5 +74,5 @@ def _scale_to_8_bit(image: Image.Image) -> Image.Image:
         white = next((white for white in (255.0, 65535.0) if largest <= white), largest)
     lowest = float(values.min(where=np.isfinite(values), initial=0.0))
     if lowest < -UNDERSHOOT * white:
-        raise ValueError(f"pixel values from {lowest:.2g} to {largest:.2g}, where 0 or more are wanted")
+        raise below_zero(lowest, largest)
     return Image.fromarray(np.clip(values * (255.0 / white) + 0.5, 0.0, 255.0).astype(np.uint8))

@@ -22,7 +22,6 @@ from .image_sizes import file_size, image_sizes
 from .records import LazyRecords, Record, caption_count, captions_of, name_of
 from .scenes import SceneRecords
 
-DESCRIPTION = "data.json"  # the file in a run folder
 SAMPLED = 2000  # Of lazy records, so many have their captions read, spread evenly.
 
 

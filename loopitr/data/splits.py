@@ -71,11 +71,11 @@ def load_evaluated(
 
 def _read(options: DataOptions, split: str, report: LoadReport) -> Sequence[Record]:
     records = load_records(options, split, report)
-    if isinstance(records, HubStream):
-        if options.limit is None:
-            raise DataError("a stream is read into memory to be evaluated: give data.limit, or data.streaming false")
-        records = list(records)
-    return records
+    if not isinstance(records, HubStream):
+        return records
+    if options.limit is None:
+        raise DataError("a stream is read into memory to be evaluated: give data.limit, or data.streaming false")
+    return list(records)
 
 
 def _source(options: DataOptions, trained_on: DataOptions | None) -> str:

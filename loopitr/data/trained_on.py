@@ -9,10 +9,10 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from loopitr.lineage import StoredConfig, located, runs_of
+from loopitr.lineage import DESCRIPTION, StoredConfig, located, runs_of
 from loopitr.reading import read_json
 
-from .description import DESCRIPTION, describe_records, difference
+from .description import describe_records, difference
 from .hub import from_cache_alone
 from .hub_stream import HubStream
 from .options import DataOptions

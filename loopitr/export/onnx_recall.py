@@ -124,13 +124,12 @@ class _Reading:
         skipped = LoadReport()
         distinct = distinct_images(self.records, len(self.records))
         captioned = build_gallery(self.records, distinct, skipped, captions_per_image=None).positions
-        readable: list[int] = []
+        readable: set[int] = set()
         embeds: list[np.ndarray] = []
         for positions, pixels in self._images(captioned, skipped):
             embeds.append(onnx.encode_images(pixels)[0])
-            readable += positions
-        there = {*readable}
-        left = [positions for positions in distinct if positions[0] in there]
+            readable.update(positions)
+        left = [positions for positions in distinct if positions[0] in readable]
         gallery = build_gallery(self.records, left, LoadReport(), captions_per_image=None)
         account(skipped, None, gallery, len(distinct), allowed)
         return torch.from_numpy(np.concatenate(embeds)), gallery

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from loopitr.models.base import LoopITRPreTrainedModel
 from loopitr.models.config import DualEncoderConfig
-from loopitr.models.heads import full_precision, limit_log_scale, limited_scale, projection, unit_embeds
+from loopitr.models.heads import limit_log_scale, limited_scale, projection, unit_embeds
 from loopitr.models.image_backbone import VisionBackbone
 from loopitr.models.lora import inject_lora
 from loopitr.models.outputs import DualOutput
@@ -91,9 +91,9 @@ class DualEncoder(LoopITRPreTrainedModel):
         image_embeds = self.get_image_features(pixel_values)
         text_embeds = self.get_text_features(input_ids, attention_mask)
         with torch.autocast(image_embeds.device.type, enabled=False):
-            logits = full_precision(self.scale) * full_precision(image_embeds) @ full_precision(text_embeds).T  # [B, T]
+            logits = self.scale * image_embeds @ text_embeds.T  # [B, T]
             if self.logit_bias is not None:
-                logits = logits + full_precision(self.logit_bias)
+                logits = logits + self.logit_bias
         return DualOutput(
             image_embeds=image_embeds, text_embeds=text_embeds, logits_per_image=logits, logits_per_text=logits.T
         )

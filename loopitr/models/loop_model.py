@@ -235,8 +235,7 @@ class LoopITRModel(FreezableParts, LoopITRPreTrainedModel):
         packed = packed_tokens(texts, arranged)
         logits = full_precision(packed.new_zeros(len(pairs), 2))
         if self.itm_head is not None:
-            firsts = self._fuse(arranged, packed, first_only=True)  # [P, D]
-            logits = full_precision(outside_autocast(self.itm_head, firsts))  # [P, 2]
+            logits = outside_autocast(self.itm_head, self._fuse(arranged, packed, first_only=True))  # [P, 2]
         if self.agreement is None:
             return logits
         regions = arranged.regions

@@ -13,7 +13,7 @@ from transformers.image_utils import PILImageResampling
 
 from loopitr.models.foreign import one_line_errors
 from loopitr.models.processor_files import check_processor_files, check_words
-from loopitr.rgb import to_rgb
+from loopitr.rgb import below_zero, to_rgb
 
 if TYPE_CHECKING:
     from transformers import CLIPImageProcessor
@@ -110,8 +110,7 @@ def _upright(images: Any, rescaled: bool, name: str = "the image") -> Any:
         if isinstance(images, Image.Image):
             return to_rgb(images)
         if rescaled and isinstance(images, (np.ndarray, Tensor)) and 0 not in images.shape and images.min() < 0:
-            low, high = float(images.min()), float(images.max())
-            raise ValueError(f"pixel values from {low:.2g} to {high:.2g}, where 0 or more are wanted")
+            raise below_zero(float(images.min()), float(images.max()))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     return images

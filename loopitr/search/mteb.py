@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loopitr.building.keys import dual_key
+from loopitr.building.towers import DUAL
 from loopitr.checks import check_at_least
 from loopitr.data import Record
 from loopitr.models.loop_model import DualEncoder, LoopITRModel
@@ -265,7 +266,10 @@ def _fingerprint(model: LoopITRModel | DualEncoder, processor: LoopITRProcessor)
     """A digest, of 12 hex digits, of everything that scores depend on: weights, config and preprocessing."""
     own = [getattr(model.config, name, None) for name in ("similarity_weight", "fusion")]
     digest = hashlib.sha256(json.dumps([*own, dual_key(dual_of(model), processor)], sort_keys=True).encode())
-    for name, value in sorted(model.state_dict().items()):
+    others = {} if isinstance(model, DualEncoder) else model.state_dict()
+    for name, value in sorted(others.items()):
+        if name.startswith(DUAL):  # These weights are in the key.
+            continue
         digest.update(name.encode())
         flat = value.detach().cpu().contiguous().flatten()
         digest.update(flat.view(torch.uint8).numpy())

@@ -14,10 +14,10 @@ from typing import Any
 import yaml
 from accelerate import Accelerator
 
-from loopitr.data.description import DESCRIPTION, DescribedData
+from loopitr.data.description import DescribedData
 from loopitr.distributed import first_rank
 from loopitr.durable import PARTIAL, write_file
-from loopitr.lineage import stamp
+from loopitr.lineage import DESCRIPTION, stamp, start_mark
 from loopitr.reading import read_json, read_yaml
 from loopitr.training.checkpoints import CONFIG, Checkpoint, newest_checkpoint
 from loopitr.training.folder_lock import LOCK, FolderLock
@@ -145,16 +145,9 @@ def store_config(folder: Path, config: dict[str, Any], data: DescribedData, *, s
             if file.is_file():
                 before = file.with_name(f"{file.stem}.before-{step:08d}{file.suffix}")
                 write_file(before, file.read_text(encoding="utf-8"))
-    content = data.content | ({"start": start} if step and (start := _stored_start(description)) else {})
+    content = data.content | ({"start": start} if step and (start := start_mark(folder)) else {})
     write_file(path, yaml.safe_dump(config, sort_keys=False))
     write_file(description, json.dumps(content, indent=1) + "\n")
-
-
-def _stored_start(description: Path) -> Any:
-    try:
-        return read_json(description)["start"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
 
 
 def _changes(folder: Path, config: dict[str, Any], newest: Checkpoint | None, request: _Request) -> list[str]:

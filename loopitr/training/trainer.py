@@ -177,8 +177,9 @@ class Trainer:
     def _begin(self, checkpoint: Path | None) -> None:
         accelerator = self.accelerator
         teacher = self.bare_objective.own_teacher if self.with_changes else None
-        load = partial(load_checkpoint, accelerator, scheduler=self.scheduler, teacher=teacher)
-        self.progress = load(checkpoint) if checkpoint else Progress()
+        self.progress = Progress()
+        if checkpoint:
+            self.progress = load_checkpoint(accelerator, checkpoint, scheduler=self.scheduler, teacher=teacher)
         self.validator.resume(self.progress)
         self.saver.step = self.progress.step
         if accelerator.is_main_process:
